@@ -1,0 +1,14 @@
+"""Mix-LN on a laptop: deep and thin, so that the placement matters within minutes."""
+
+from mixln_jax.config import base
+
+
+def get_config():
+  config = base()
+  config.model.update(vocab_size=2048, embed_dim=96, mlp_dim=256, num_layers=12, num_heads=4)
+  config.data.sequence_length = 128
+  config.train.update(num_steps=300, batch_size=16, sample_tokens=60)
+  config.optimizer.learning_rate = 3e-3
+  config.checkpoint.every_steps = 100
+  config.evaluate.update(every_steps=100, batch_size=32, max_tokens=65_536)
+  return config

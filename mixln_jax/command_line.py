@@ -1,0 +1,100 @@
+"""Command-line flags: absl and ml_collections, with errors that a person can act on."""
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mixln_jax import config as config_lib
+from mixln_jax.errors import InputError
+
+
+class CommandLine:
+  """The flags of one command."""
+
+  def __init__(self, doc: str):
+    """`doc`: the command's docstring, for --help."""
+    self._doc = doc
+    self._values = flags.FlagValues()
+    self._with_config = False
+    self._required: list[str] = []
+
+  def config(self) -> None:
+    """Adds --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE."""
+    self._with_config = True
+    self._required.append("config")
+
+  def string(self, name: str, meaning: str, *, default: str | None = None, required: bool = False) -> None:
+    flags.DEFINE_string(name, default, meaning, flag_values=self._values)
+    if required:
+      self._required.append(name)
+
+  def integer(self, name: str, meaning: str, *, default: int | None = None, minimum: int | None = None) -> None:
+    flags.DEFINE_integer(name, default, meaning, lower_bound=minimum, flag_values=self._values)
+
+  def number(self, name: str, meaning: str, *, default: float, minimum: float | None = None) -> None:
+    flags.DEFINE_float(name, default, meaning, lower_bound=minimum, flag_values=self._values)
+
+  def parse(self, argv: Sequence[str]) -> flags.FlagValues:
+    """Parses the arguments that follow the command's name.
+
+    Raises:
+      InputError: a flag or config field is unknown, missing, or has a wrong value.
+      SystemExit: for --help, after printing it.
+    """
+    if any(argument in ("--help", "-h", "-help") for argument in argv):
+      print(self._help())
+      sys.exit(0)
+    if self._with_config:
+      config_lib.check_overrides(argv)
+      # Overrides become flags only where the parser can see them: hence sys_argv.
+      config_flags.DEFINE_config_file("config", flag_values=self._values, sys_argv=["", *argv])
+    try:
+      rest = self._values(["", *argv])[1:]
+    except (flags.Error, TypeError, ValueError, KeyError, AttributeError, OSError, SyntaxError) as error:
+      raise _flag_error(error) from error
+    if rest:
+      raise InputError(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
+    for name in self._required:
+      if self._values[name].value is None:
+        raise InputError(f"--{name} is required; see --help")
+    return self._values
+
+  def config_value(self) -> config_lib.Config:
+    """The config that --config and its overrides make, validated.
+
+    Raises:
+      InputError: it can't be read, or can't be meant.
+    """
+    try:
+      config = self._values["config"].value
+    except (OSError, SyntaxError, KeyError, AttributeError, TypeError, ValueError, ImportError) as error:
+      raise _flag_error(error) from error
+    if not isinstance(config, ConfigDict):
+      raise InputError(
+        "--config: the file's get_config() does not return a config; start it from mixln_jax.config.base()"
+      )
+    config_lib.validate(config)
+    return config
+
+  def _help(self) -> str:
+    lines = [self._doc.strip(), "", "flags:"]
+    if self._with_config:
+      lines.append("  --config=FILE.py[:VARIANT]\n      the recipe, for instance configs/tiny.py (required)")
+    for name, flag in self._values.flags_by_module_dict().items():
+      del name
+      for one in flag:
+        default = "" if one.default is None else f" (default: {one.default})"
+        need = " (required)" if one.name in self._required else ""
+        lines.append(f"  --{one.name}=…\n      {one.help}{default}{need}")
+    if self._with_config:
+      lines += ["", "config fields, with their defaults before the recipe:", config_lib.describe()]
+    return "\n".join(lines)
+
+
+def _flag_error(error: Exception) -> InputError:
+  if isinstance(error, InputError):
+    return error
+  text = " ".join(str(error).split())
+  return InputError(f"{text or type(error).__name__}; see --help")

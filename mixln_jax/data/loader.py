@@ -1,0 +1,134 @@
+"""Batches, addressed by step: batch = f(fingerprint, data seed, step).
+
+Resuming needs no state, and any number of processes or threads sees the same samples at the same step: the records are
+shuffled globally first, and then each process takes its rows.
+"""
+
+import hashlib
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from mixln_jax.data.records import Corpus, Record, decode_record, token_dtype
+
+Batch = dict[str, np.ndarray]
+
+
+def example(record: Record, sequence_length: int, *, document_mask: bool) -> Batch:
+  """One row of a batch: tokens, the label of each position, and whether the position counts.
+
+  Args:
+    record: a record of at least `sequence_length` tokens.
+    sequence_length: how many of them to take.
+    document_mask: adds segment ids and positions that restart with each document, and takes the weight from labels
+      that lie in the next document.
+
+  Returns:
+    `tokens_BT`, `labels_BT`, `weights_BT` (and `segment_ids_BT`, `positions_BT`), each [T]. The last position has no
+    label.
+  """
+  tokens, starts = record.tokens[:sequence_length], record.starts[:sequence_length]
+  position = np.arange(sequence_length)
+  weights = position + 1 < min(record.length, sequence_length)
+  row = {"tokens_BT": tokens, "labels_BT": np.append(tokens[1:], 0).astype(np.int32)}
+  if document_mask:
+    weights = weights & ~np.append(starts[1:], False)
+    row["segment_ids_BT"] = np.cumsum(starts).astype(np.int32)
+    row["positions_BT"] = (position - np.maximum.accumulate(np.where(starts, position, 0))).astype(np.int32)
+  row["weights_BT"] = weights.astype(np.float32)
+  return row
+
+
+class Loader:
+  """Reads one split of a corpus as batches."""
+
+  def __init__(
+    self,
+    corpus: Corpus,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    document_mask: bool = False,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+  ):
+    """Args beyond the obvious: `batch_size` is global, and must be a multiple of `process_count`."""
+    if batch_size % process_count:
+      raise ValueError(f"batch_size={batch_size} is not a multiple of process_count={process_count}")
+    self._corpus = corpus
+    self._sequence_length = sequence_length
+    self._document_mask = document_mask
+    self._batch_size = batch_size
+    self._seed = int.from_bytes(hashlib.sha256(f"{corpus.manifest.fingerprint} {seed}".encode()).digest()[:4], "big")
+    self._process_index, self._process_count = process_index, process_count
+    self._read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4)
+
+  def _rows(self, split: str) -> Any:
+    source: Any = grain.sources.ArrayRecordDataSource(self._corpus.shard_paths(split))
+    return grain.MapDataset.source(source)
+
+  def _decode(self, data: bytes) -> Batch:
+    manifest = self._corpus.manifest
+    record = decode_record(data, manifest.sequence_length, token_dtype(manifest.vocab_size))
+    return example(record, self._sequence_length, document_mask=self._document_mask)
+
+  def train(self, start_step: int = 0) -> Generator[Batch]:
+    """Endless training batches from step `start_step` on, this process's rows; a new global order each epoch."""
+    rows = self._rows("train").seed(self._seed).shuffle().repeat()
+    rows = rows[self._process_index :: self._process_count].map(self._decode)
+    batches = rows.batch(self._batch_size // self._process_count, drop_remainder=True)
+    iterator = iter(batches.to_iter_dataset(self._read_options))
+    grain.experimental.set_next_index(iterator, start_step)
+    try:
+      yield from iterator
+    finally:
+      iterator.close()
+
+  def validation(self, max_tokens: int = 0) -> Iterator[Batch]:
+    """The validation records once, in their order, this process's rows; the last batch is filled up with weight 0.
+
+    Args:
+      max_tokens: stop after the record with which this many counted tokens are reached; 0 = never. Cut at a record,
+        not at a batch, so that the set does not depend on the batch size.
+    """
+    rows = self._rows("validation").map(self._decode)
+    pending: list[Batch] = []
+    counted = 0
+    for row in rows:
+      pending.append(row)
+      counted += int(row["weights_BT"].sum())
+      enough = 0 < max_tokens <= counted
+      if len(pending) == self._batch_size or enough:
+        yield self._local_rows(pending)
+        pending = []
+      if enough:
+        return
+    if pending:
+      yield self._local_rows(pending)
+
+  def _local_rows(self, rows: list[Batch]) -> Batch:
+    """This process's rows of a global batch, which is filled up with rows of zeros."""
+    local = self._batch_size // self._process_count
+    mine = rows[self._process_index * local : (self._process_index + 1) * local]
+    filler = {name: np.zeros_like(value) for name, value in rows[0].items()}
+    mine = mine + [filler] * (local - len(mine))
+    return {name: np.stack([row[name] for row in mine]) for name in filler}
+
+  def example(self) -> Batch:
+    """One training row: names, shapes [T] and types of what a batch holds."""
+    return self._rows("train").map(self._decode)[0]
+
+
+def unigram_entropy(batches: Iterable[Batch]) -> float:
+  """Entropy in nats of the counted labels: the loss of the best model that ignores its input."""
+  counts = np.zeros(0, np.int64)
+  for batch in batches:
+    ids = np.bincount(batch["labels_BT"][batch["weights_BT"] > 0], minlength=len(counts))
+    ids[: len(counts)] += counts
+    counts = ids
+  shares = counts[counts > 0] / counts.sum()
+  return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,73 @@
+"""Rotary position embedding, attention, and its key-value cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def rope_table(positions_BT: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of RoPE's angles (arXiv 2104.09864, eq. 15), fp32, each [B, T, 1, head_dim / 2]."""
+  frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTHK: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotates the pairs (x[i], x[i + K/2]) by the angles of `rope`, in fp32; LLaMA's half rotation."""
+  cosine, sine = rope
+  first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)
+  return rotated.astype(x_BTHK.dtype)
+
+
+def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array | None) -> jax.Array:
+  """Softmax attention, scale 1/√K, logits and softmax in fp32; H query heads share G key-value heads.
+
+  Args:
+    q_BTHK: queries.
+    k_BSGK: keys.
+    v_BSGK: values.
+    mask_BTS: True where query t may read key s; None = causal, with S = T.
+
+  Returns:
+    [B, T, H, K] in the queries' type.
+  """
+  mask = None if mask_BTS is None else mask_BTS[:, None]
+  return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask, is_causal=mask is None, implementation="xla")
+
+
+def attention_mask(
+  positions_BT: jax.Array, segment_ids_BT: jax.Array | None, cache: dict[str, jax.Array] | None
+) -> jax.Array | None:
+  """What each query may read, [B, T, S]; None = causal over the row itself.
+
+  With a cache, keys lie at the slot of their position, so a query reads the slots up to its own position: whatever lies
+  behind (padding of a shorter prompt) is overwritten before its turn comes.
+  """
+  if cache is not None:
+    num_slots = cache["k"].shape[2]
+    return jnp.arange(num_slots)[None, None, :] <= positions_BT[:, :, None]
+  if segment_ids_BT is None:
+    return None
+  length = segment_ids_BT.shape[1]
+  causal_TS = jnp.tril(jnp.ones((length, length), bool))
+  return causal_TS[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+
+
+def init_cache(
+  num_layers: int, batch: int, num_slots: int, num_kv_heads: int, head_dim: int, dtype: Any
+) -> dict[str, jax.Array]:
+  """An empty cache: keys and values [L, B, S, G, K]."""
+  shape = (num_layers, batch, num_slots, num_kv_heads, head_dim)
+  return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+def update_cache(
+  cache: dict[str, jax.Array], layer: jax.Array | int, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+  """Writes keys and values at (layer, row, position); returns the cache, and the layer's own [B, S, G, K]."""
+  rows_B1 = jnp.arange(k_BTGK.shape[0])[:, None]
+  k = cache["k"].at[layer, rows_B1, positions_BT].set(k_BTGK.astype(cache["k"].dtype))
+  v = cache["v"].at[layer, rows_B1, positions_BT].set(v_BTGK.astype(cache["v"].dtype))
+  return {"k": k, "v": v}, k[layer], v[layer]

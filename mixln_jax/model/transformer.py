@@ -1,0 +1,283 @@
+"""The LLaMA transformer with a norm placement per layer, as one scan over stacked layers.
+
+Dimensions, worn as suffixes:
+  B batch            D width of the residual stream      H query heads         L layers
+  T query position   F width of the MLP, as stored       G key-value heads     V vocabulary
+  S key position     K width of a head
+
+The parameter tree, whatever the placement (second gains exist only where a layer has two norms a sublayer):
+  embedding [V, D]
+  layers/  attention_norm[_2] [L, D]   query [L, D, H, K]   key, value [L, D, G, K]   output [L, H, K, D]
+           mlp_norm[_2] [L, D]         gate, up [L, D, F]   down [L, F, D]            (query|key|value)_bias
+  final_norm [D]   head [D, V] (absent where embeddings are tied)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
+
+from mixln_jax import config as config_lib
+from mixln_jax import placement
+from mixln_jax.config import Config
+from mixln_jax.model import attention as attention_lib
+from mixln_jax.model.columns import Columns
+from mixln_jax.model.norm import rms_norm
+from mixln_jax.model.residual import sublayer
+
+Cache = dict[str, jax.Array]
+ACTIVATIONS = ("batch", "length", "activation_embed")
+
+REMAT_POLICIES = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Layer(nn.Module):
+  """One transformer layer: two sublayers under the sublayer rule.
+
+  Attributes:
+    config: config.model.
+    constant: the placement columns that are the same for all layers (`Columns.constant`).
+  """
+
+  config: Any  # FrozenConfigDict
+  constant: tuple[tuple[str, Any], ...]
+
+  def tensor(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
+    # Zeros: initial weights are drawn by name and layer (model/initial.py), not from linen's keys.
+    init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+    return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+
+  def matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+    return self.tensor(name, shape, axes).astype(self.config.dtype)
+
+  def gains(self, sublayer_name: str, columns: dict[str, Any]) -> list[jax.Array]:
+    names = [f"{sublayer_name}_norm" + (f"_{i + 1}" if i else "") for i in range(columns[f"{sublayer_name}.num_gains"])]
+    return [self.tensor(name, (self.config.embed_dim,), ("norm",)) for name in names]
+
+  @nn.compact
+  def __call__(
+    self, carry: tuple[jax.Array, Cache | None], varying: dict[str, Any], shared: dict[str, Any]
+  ) -> tuple[Any, Any]:
+    """Applies the layer.
+
+    Args:
+      carry: residual stream [B, T, D], and the key-value cache of all layers or None.
+      varying: this layer's `columns` that vary, its `index`, and `keep` (or None): 0 removes the layer.
+      shared: what all layers read: `rope`, `mask`, `positions`.
+
+    Returns:
+      The carry after the layer, and its taps.
+    """
+    x_BTD, cache = carry
+    columns = dict(self.constant) | varying["columns"]
+    new_cache = cache
+
+    def attend(h_BTD: jax.Array) -> jax.Array:
+      nonlocal new_cache
+      out_BTD, new_cache = self.attend(h_BTD, cache, varying["index"], shared)
+      return out_BTD
+
+    y_BTD = x_BTD
+    for name, branch in (("attention", attend), ("mlp", self.mlp)):
+      row = {key.removeprefix(f"{name}."): value for key, value in columns.items() if key.startswith(f"{name}.")}
+      with jax.named_scope(name):
+        y_BTD = sublayer(
+          y_BTD, branch, self.gains(name, columns), row, epsilon=self.config.norm_epsilon, dtype=self.config.dtype
+        )
+      y_BTD = nn.with_logical_constraint(y_BTD, ACTIVATIONS)
+    if varying["keep"] is not None:
+      y_BTD = jnp.where(varying["keep"] != 0, y_BTD, x_BTD)
+    return (y_BTD, new_cache), {"stream_BTD": y_BTD}
+
+  def attend(
+    self, x_BTD: jax.Array, cache: Cache | None, layer: jax.Array | int, shared: dict[str, Any]
+  ) -> tuple[jax.Array, Cache | None]:
+    c = self.config
+    kv_heads, width = config_lib.num_kv_heads(c), config_lib.head_dim(c)
+
+    def project(name: str, heads: int, axis: str) -> jax.Array:
+      weight_DHK = self.matrix(name, (c.embed_dim, heads, width), ("embed", axis, "head_dim"))
+      out_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, weight_DHK)
+      return out_BTHK + self.matrix(f"{name}_bias", (heads, width), (axis, "head_dim")) if c.qkv_bias else out_BTHK
+
+    q_BTHK = attention_lib.rotate(project("query", c.num_heads, "heads"), shared["rope"])
+    k_BSGK = attention_lib.rotate(project("key", kv_heads, "kv_heads"), shared["rope"])
+    v_BSGK = project("value", kv_heads, "kv_heads")
+    if cache is not None:
+      cache, k_BSGK, v_BSGK = attention_lib.update_cache(cache, layer, k_BSGK, v_BSGK, shared["positions"])
+    out_BTHK = attention_lib.attention(q_BTHK, k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype), shared["mask"])
+    weight_HKD = self.matrix("output", (c.num_heads, width, c.embed_dim), ("heads", "head_dim", "embed"))
+    return jnp.einsum("bthk,hkd->btd", out_BTHK, weight_HKD), cache
+
+  def mlp(self, x_BTD: jax.Array) -> jax.Array:
+    embed, hidden = self.config.embed_dim, config_lib.stored_mlp_dim(self.config)
+    gate_BTF = x_BTD @ self.matrix("gate", (embed, hidden), ("embed", "mlp"))
+    up_BTF = x_BTD @ self.matrix("up", (embed, hidden), ("embed", "mlp"))
+    hidden_BTF = nn.with_logical_constraint(nn.silu(gate_BTF) * up_BTF, ("batch", "length", "mlp"))
+    return hidden_BTF @ self.matrix("down", (hidden, embed), ("mlp", "embed"))
+
+
+class Transformer(nn.Module):
+  """A decoder-only LLaMA.
+
+  `Transformer(config.model).apply({"params": params}, tokens_BT) -> logits_BTV`. The config is frozen, so that the
+  module hashes and can be a static argument.
+
+  Attributes:
+    config: config.model.
+  """
+
+  config: Any  # Config, frozen when the module is made
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "config", FrozenConfigDict(self.config))
+    super().__post_init__()
+
+  def setup(self) -> None:
+    c = self.config
+    param_dtype = jnp.dtype(c.param_dtype)
+
+    def tensor(name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
+      return self.param(name, nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, param_dtype)
+
+    self.embedding = tensor("embedding", (c.vocab_size, c.embed_dim), ("vocab", "embed"))
+    self.final_norm = tensor("final_norm", (c.embed_dim,), ("norm",))
+    if not c.tied_embeddings:
+      self.head = tensor("head", (c.embed_dim, c.vocab_size), ("embed", "vocab"))
+
+  def head_weights(self) -> jax.Array:
+    """The output projection [D, V]: the head, or the embedding transposed."""
+    return self.embedding.T if self.config.tied_embeddings else self.head
+
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    *,
+    columns: Columns | None = None,
+    keep_L: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    cache: Cache | None = None,
+  ) -> Any:
+    """Logits [B, T, V] in fp32; with a cache, (logits, updated cache). Arguments as `hidden`."""
+    hidden_BTD, taps = self.hidden(
+      tokens_BT, columns=columns, keep_L=keep_L, segment_ids_BT=segment_ids_BT, positions_BT=positions_BT, cache=cache
+    )
+    logits_BTV = project_to_logits(hidden_BTD, self.head_weights())
+    return logits_BTV if cache is None else (logits_BTV, taps["cache"])
+
+  @nn.compact
+  def hidden(
+    self,
+    tokens_BT: jax.Array,
+    *,
+    columns: Columns | None = None,
+    keep_L: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    cache: Cache | None = None,
+  ) -> tuple[jax.Array, dict[str, Any]]:
+    """The stack without its head.
+
+    Args:
+      tokens_BT: token ids.
+      columns: the placement as data; by default the table of config.model.placement.
+      keep_L: 0 where a layer is removed (its output is its input), else 1.
+      segment_ids_BT: attention stays inside equal ids (give positions that restart with them).
+      positions_BT: position of each token; by default 0 … T-1.
+      cache: keys and values of earlier positions (`init_cache`); needs positions_BT.
+
+    Returns:
+      The final hidden states [B, T, D] in config.model.dtype, after the final norm; and the taps: `embedded_BTD`, the
+      residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm); `cache`, where
+      one was given. What nobody reads of them is not computed.
+    """
+    c = self.config
+    if cache is not None and positions_BT is None:
+      raise ValueError("positions_BT is needed with a cache: the position of each token says where its key is written")
+    if positions_BT is None:
+      positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    columns = Columns.of(placement.parse(c.placement, c.num_layers)) if columns is None else columns
+    shared = {
+      "rope": attention_lib.rope_table(positions_BT, config_lib.head_dim(c), c.rope_base),
+      "mask": attention_lib.attention_mask(positions_BT, segment_ids_BT, cache),
+      "positions": positions_BT,
+    }
+    x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(config_lib.residual_dtype(c))
+    x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATIONS)
+    taps: dict[str, Any] = {"embedded_BTD": x_BTD}
+    run_stack = self.loop if c.unroll == 0 and not self.is_initializing() else self.scan
+    (x_BTD, new_cache), layer_taps = run_stack((x_BTD, cache), columns, keep_L, shared)
+    taps["stream_LBTD"] = layer_taps["stream_BTD"]
+    if cache is not None:
+      taps["cache"] = new_cache
+    hidden_BTD = rms_norm(x_BTD, self.final_norm, epsilon=c.norm_epsilon).astype(c.dtype)
+    return hidden_BTD, taps
+
+  def layer_class(self) -> type[Layer]:
+    if self.config.remat == "none":
+      return Layer
+    return nn.remat(Layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=self.config.unroll == 0)
+
+  def scan(self, carry: Any, columns: Columns, keep_L: jax.Array | None, shared: dict[str, Any]) -> tuple[Any, Any]:
+    """One scan over the stacked layers, `config.model.unroll` of them a step."""
+    num_layers = self.config.num_layers
+    varying = {"columns": columns.varying, "keep": keep_L, "index": jnp.arange(num_layers)}
+    layers = nn.scan(
+      self.layer_class(),
+      variable_axes={"params": 0},
+      split_rngs={"params": False},
+      in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+      out_axes=0,
+      length=num_layers,
+      unroll=max(1, self.config.unroll),
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(self.config, columns.constant, name="layers")
+    return layers(carry, varying, shared)
+
+  def loop(self, carry: Any, columns: Columns, keep_L: jax.Array | None, shared: dict[str, Any]) -> tuple[Any, Any]:
+    """The same layers as a plain Python loop over the same stacked parameters."""
+    stacked = nn.unbox(self.variables["params"]["layers"])
+    layer = self.layer_class()(self.config, columns.constant, parent=None)
+    taps = []
+    for index in range(self.config.num_layers):
+      params = jax.tree.map(lambda p, i=index: p[i], stacked)
+      varying = {
+        "columns": columns.of_layer(index),
+        "keep": None if keep_L is None else keep_L[index],
+        "index": index,
+      }
+      carry, layer_taps = layer.apply({"params": params}, carry, varying, shared)
+      taps.append(layer_taps)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *taps)
+
+
+def project_to_logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+  """Logits [B, T, V], accumulated and returned in fp32; the product is taken in the hidden states' type."""
+  return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+
+
+def empty_cache(config: Config, batch: int, num_slots: int) -> Cache:
+  """An empty key-value cache for `batch` rows of up to `num_slots` tokens, in config.dtype."""
+  return attention_lib.init_cache(
+    config.num_layers, batch, num_slots, config_lib.num_kv_heads(config), config_lib.head_dim(config), config.dtype
+  )
+
+
+def is_matrix(path: str) -> bool:
+  """Whether a parameter is a matrix, the embedding or the head: drawn at random, and what weight decay is for."""
+  return not path.endswith(("_norm", "_norm_2", "_bias"))
+
+
+def param_paths(params: Mapping[str, Any]) -> Any:
+  """The tree of the parameters' names, `layers/query`."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
+  )

@@ -1,0 +1,216 @@
+"""What a norm placement is: names, grammar, and the table that the model reads (Python and NumPy only).
+
+A placement is data. A string such as `mix:0.25` becomes a table with one row per layer and sublayer, and each row holds
+the constants of the one sublayer rule (`model/residual.py`):
+
+    s = c_res * x + c_out * N_mid(f(c_in * N_in(x)))
+    y = N_out(s) where there is an N_out, else s
+
+Grammar:
+
+    placement := segment ("," segment)*            the segments' counts add up to the number of layers
+    segment   := name [":" argument] ["*" count] ("+" modifier)*
+    name      := a key of ROWS, or `mix`; one name without a count stands for all layers
+    modifier  := a key of MODIFIERS; it binds to its own segment
+
+To add a placement whose constants fit the rule, add one line to ROWS and one to the README's table.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mixln_jax.errors import InputError
+
+SUBLAYERS = ("attention", "mlp")
+NORMS = ("norm_in", "norm_mid", "norm_out")  # in order of application, which is the order of their gains
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """The constants of the sublayer rule for one sublayer of one layer."""
+
+  norm_in: bool = False
+  norm_mid: bool = False
+  norm_out: bool = False
+  c_in: float = 1.0
+  c_out: float = 1.0
+  c_res: float = 1.0
+  output_deviation: float = 1.0  # factor on the initial deviation of the sublayer's last matrix
+
+  @property
+  def num_gains(self) -> int:
+    return sum(getattr(self, norm) for norm in NORMS)
+
+  def gain_index(self, norm: str) -> int | None:
+    """Which of the sublayer's gains `norm` uses (0 for the first one applied), or None where it is not applied."""
+    if not getattr(self, norm):
+      return None
+    return sum(getattr(self, earlier) for earlier in NORMS[: NORMS.index(norm)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """One layer's row of the table."""
+
+  name: str
+  attention: Row
+  mlp: Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A placement for a model of `len(layers)` layers. Hashable; equal tables mean the same model."""
+
+  layers: tuple[Layer, ...]
+
+  @property
+  def strip(self) -> str:
+    """One word a layer, first layer first: `post post post pre …`."""
+    return " ".join(layer.name for layer in self.layers)
+
+  def rows(self, sublayer: str) -> list[Row]:
+    return [getattr(layer, sublayer) for layer in self.layers]
+
+  def column(self, sublayer: str, field: str) -> np.ndarray:
+    """One column of the table, [L]."""
+    return np.array([getattr(row, field) for row in self.rows(sublayer)])
+
+  def num_gains(self, sublayer: str) -> int:
+    """How many gains the sublayer has in the parameter tree: the most that any of its layers uses."""
+    return max(row.num_gains for row in self.rows(sublayer))
+
+  def to_json(self) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(layer) for layer in self.layers]
+
+  @classmethod
+  def from_json(cls, layers: list[dict[str, Any]]) -> "Table":
+    return cls(tuple(Layer(d["name"], Row(**d["attention"]), Row(**d["mlp"])) for d in layers))
+
+
+def _same(row: Row) -> Callable[[int], Row]:
+  return lambda _: row
+
+
+# name -> (0-based layer index -> the row of both sublayers). Sources: docs in the README's table of placements.
+ROWS: Mapping[str, Callable[[int], Row]] = {
+  "pre": _same(Row(norm_in=True)),
+  "post": _same(Row(norm_out=True)),
+  "sandwich": _same(Row(norm_in=True, norm_mid=True)),
+  "peri": _same(Row(norm_in=True, norm_mid=True)),
+  "reordered": _same(Row(norm_mid=True)),
+  "lns": lambda index: Row(norm_in=True, c_in=1.0 / math.sqrt(index + 1)),
+}
+
+# name -> (row, number of layers of the whole model) -> row
+MODIFIERS: Mapping[str, Callable[[Row, int], Row]] = {
+  "scaled_init": lambda row, num_layers: dataclasses.replace(row, output_deviation=1.0 / math.sqrt(2 * num_layers)),
+}
+
+MIX = "mix"
+DEFAULT_ALPHA = 0.25
+CHOICES = (*ROWS, f"{MIX}:ALPHA")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+  text: str
+  name: str
+  argument: str | None
+  count: int | None
+  modifiers: tuple[str, ...]
+
+
+def num_post_layers(alpha: float, num_layers: int) -> int:
+  """How many leading layers of Mix-LN are Post-LN: ⌊αL + ½⌋ (arXiv 2412.13795, §3; halves round up)."""
+  return math.floor(alpha * num_layers + 0.5)
+
+
+def parse(placement: str, num_layers: int) -> Table:
+  """The table of a placement string for a model of `num_layers` layers.
+
+  Raises:
+    InputError: the string names an unknown placement or modifier, is malformed, or its counts do not add up.
+  """
+  segments = [_parse_segment(text, placement) for text in placement.split(",")]
+  if len(segments) == 1 and segments[0].count is None:
+    layers = _expand_single(segments[0], num_layers, placement)
+  else:
+    layers = _expand_segments(segments, num_layers, placement)
+  return Table(tuple(layers))
+
+
+def _error(placement: str, problem: str) -> InputError:
+  return InputError(f"config.model.placement={placement!r}: {problem}")
+
+
+def _suggestion(word: str, choices: list[str]) -> str:
+  close = difflib.get_close_matches(word, choices, n=1)
+  return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _parse_segment(text: str, placement: str) -> _Segment:
+  body, *modifiers = text.strip().split("+")
+  for modifier in modifiers:
+    if modifier not in MODIFIERS:
+      hint = _suggestion(modifier, list(MODIFIERS))
+      raise _error(placement, f"unknown modifier {modifier!r}; {hint}choices: {', '.join(MODIFIERS)}")
+  body, star, count_text = body.partition("*")
+  if star and not (count_text.isdecimal() and int(count_text) > 0):
+    raise _error(placement, f"the count of {text.strip()!r} must be a whole number above 0, as in 'post*3'")
+  name, colon, argument = body.partition(":")
+  if name != MIX and name not in ROWS:
+    hint = _suggestion(name, [*ROWS, MIX])
+    raise _error(placement, f"unknown placement {name!r}; {hint}choices: {', '.join(CHOICES)}")
+  if colon and name != MIX:
+    raise _error(placement, f"{name!r} takes no argument, but {argument!r} was given; write just {name!r}")
+  return _Segment(text.strip(), name, argument if colon else None, int(count_text) if star else None, tuple(modifiers))
+
+
+def _layer(segment: _Segment, name: str, index: int, num_layers: int) -> Layer:
+  row = ROWS[name](index)
+  for modifier in segment.modifiers:
+    row = MODIFIERS[modifier](row, num_layers)
+  return Layer("+".join((name, *segment.modifiers)), attention=row, mlp=row)
+
+
+def _expand_single(segment: _Segment, num_layers: int, placement: str) -> list[Layer]:
+  if segment.name != MIX:
+    return [_layer(segment, segment.name, index, num_layers) for index in range(num_layers)]
+  num_post = num_post_layers(_alpha(segment, placement), num_layers)
+  return [_layer(segment, "post" if index < num_post else "pre", index, num_layers) for index in range(num_layers)]
+
+
+def _alpha(segment: _Segment, placement: str) -> float:
+  if segment.argument is None:
+    return DEFAULT_ALPHA
+  try:
+    alpha = float(segment.argument)
+  except ValueError:
+    alpha = math.nan
+  if not 0.0 <= alpha <= 1.0:
+    raise _error(
+      placement, f"the share of Post-LN layers in {segment.text!r} must be a number from 0 to 1, as in 'mix:0.25'"
+    )
+  return alpha
+
+
+def _expand_segments(segments: list[_Segment], num_layers: int, placement: str) -> list[Layer]:
+  layers: list[Layer] = []
+  for segment in segments:
+    if segment.name == MIX:
+      raise _error(
+        placement, f"{segment.text!r} is a whole placement and can't be a segment; write it out, as in 'post*3,pre*9'"
+      )
+    for _ in range(segment.count or 1):
+      layers.append(_layer(segment, segment.name, len(layers), num_layers))
+  if len(layers) != num_layers:
+    raise _error(
+      placement,
+      f"its segments make {len(layers)} layers but config.model.num_layers={num_layers}; the counts must add up to it",
+    )
+  return layers

@@ -1,0 +1,140 @@
+"""What a run leaves on disk.
+
+config.json        the config, one flat field a line
+placement.txt      the strip, first layer first: post post post pre …
+parameters.txt     name, shape, type, sharding and size of each tensor
+environment.json   versions, devices, git revision, command
+metrics.jsonl      the truth: one object a line, each (split, step) once
+outcome.json       why the run ended, and with what
+checkpoints/       one folder a step
+tensorboard/  profile/
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mixln_jax.errors import InputError
+
+CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
+ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
+CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"
+PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "array-record",
+  "ml_collections",
+  "numpy",
+  "sentencepiece",
+)
+
+
+class RunFolder:
+  """A run's folder."""
+
+  def __init__(self, path: str | Path):
+    self.path = Path(path).expanduser().absolute()
+
+  def __truediv__(self, name: str) -> Path:
+    return self.path / name
+
+  @property
+  def has_run(self) -> bool:
+    return (self / CONFIG).is_file()
+
+  def create(self) -> None:
+    """Makes the folder for a new run.
+
+    Raises:
+      InputError: the path is not a folder, can't be written, or holds something else.
+    """
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      occupied = [entry.name for entry in self.path.iterdir()]
+    except OSError as error:
+      raise InputError(
+        f"--workdir={self.path}: can't be used ({error.strerror}); choose a folder that you can write to"
+      ) from error
+    if occupied:
+      raise InputError(
+        f"--workdir={self.path}: not empty and holds no run (it has {sorted(occupied)[0]!r}); choose "
+        "another folder, nothing was written"
+      )
+    if not os.access(self.path, os.W_OK):
+      raise InputError(f"--workdir={self.path}: not writable; choose another folder")
+
+  def read(self, name: str) -> str:
+    """A file of facts.
+
+    Raises:
+      InputError: the folder holds no run, or the file can't be read.
+    """
+    try:
+      return (self / name).read_text()
+    except OSError as error:
+      raise InputError(
+        f"--workdir={self.path}: no run there ({name}: {error.strerror}); give the folder of a run"
+      ) from error
+
+  def write(self, name: str, text: str) -> None:
+    """Writes a file of facts, whole or not at all."""
+    partial = self / f".{name}.partial"
+    partial.write_text(text)
+    partial.replace(self / name)
+
+  def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+    self.write(name, json.dumps(value, indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+  """Versions, devices and code revision of this process."""
+  return {
+    "python": platform.python_version(),
+    "platform": platform.platform(),
+    "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    "devices": [f"{device.platform}:{device.device_kind}" for device in jax.devices()],
+    "processes": jax.process_count(),
+    "cpus": os.cpu_count(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    "git": _git_revision(),
+    "command": sys.argv,
+  }
+
+
+def _git_revision() -> str | None:
+  root = Path(__file__).parent
+  try:
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def parameter_table(params: Any) -> str:
+  """parameters.txt: a line a tensor (name, shape, type, sharding, size), and the total.
+
+  Args:
+    params: a tree of arrays, or of shapes with shardings.
+  """
+  rows = [("name", "shape", "dtype", "sharding", "size")]
+  total = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    spec = getattr(leaf.sharding, "spec", None)
+    rows.append((name, str(tuple(leaf.shape)), str(leaf.dtype), str(spec), f"{leaf.size:,}"))
+    total += leaf.size
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+  return "\n".join([*lines, f"total {total:,}"]) + "\n"

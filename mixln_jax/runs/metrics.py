@@ -1,0 +1,116 @@
+"""metrics.jsonl, the truth, and its mirrors, which can never stop a run."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from mixln_jax.errors import InputError
+
+
+class Mirror(Protocol):
+  """Somewhere else that metrics go."""
+
+  def write(self, step: int, split: str, values: Mapping[str, float]) -> None: ...
+
+  def close(self) -> None: ...
+
+
+class TensorBoardMirror:
+  """TensorBoard event files."""
+
+  def __init__(self, folder: Path, purge_step: int):
+    """`purge_step`: TensorBoard hides what an earlier process wrote from this step on."""
+    import tensorboardX
+
+    self._writer = tensorboardX.SummaryWriter(logdir=str(folder), purge_step=purge_step or None)
+
+  def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+      self._writer.add_scalar(f"{split}/{name}", value, step)
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class WandbMirror:
+  """Weights & Biases, where it is installed."""
+
+  def __init__(self, project: str, name: str, config: Mapping[str, Any]):
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    self._run = wandb.init(project=project, name=name, config=dict(config), resume="allow", id=name)
+
+  def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+class Metrics:
+  """Writes each (split, step) once."""
+
+  def __init__(self, path: Path, start_step: int):
+    """Opens metrics.jsonl and cuts it back to `start_step`, the step that was restored (0 = empty).
+
+    Raises:
+      InputError: a line other than the last one is not JSON.
+    """
+    kept = [line for line in read_lines(path) if line["step"] <= start_step] if path.exists() and start_step else []
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    partial.replace(path)
+    self._file = path.open("a")
+    self._mirrors: list[Mirror] = []
+
+  def add_mirror(self, make: Any, *args: Any) -> None:
+    """Adds `make(*args)`; a mirror that can't be made is reported and left out."""
+    try:
+      self._mirrors.append(make(*args))
+    except Exception as error:
+      print(f"warning: {make.__name__} is off: {error}", file=sys.stderr)
+
+  def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    line = {"step": step, "split": split} | {name: _json_number(value) for name, value in values.items()}
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    for mirror in list(self._mirrors):
+      try:
+        mirror.write(step, split, values)
+      except Exception as error:
+        print(f"warning: {type(mirror).__name__} failed and is off from step {step} on: {error}", file=sys.stderr)
+        self._mirrors.remove(mirror)
+
+  def close(self) -> None:
+    self._file.close()
+    for mirror in self._mirrors:
+      try:
+        mirror.close()
+      except Exception as error:
+        print(f"warning: {type(mirror).__name__} did not close: {error}", file=sys.stderr)
+
+
+def _json_number(value: float) -> float | str:
+  # JSON has no NaN or infinity; Python would write tokens that other readers refuse.
+  return value if math.isfinite(value) else str(value)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  """All whole lines of a metrics.jsonl; a torn last line is left out.
+
+  Raises:
+    InputError: another line is not JSON.
+  """
+  lines = path.read_text().splitlines(keepends=True)
+  result = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      result.append(json.loads(line))
+    except json.JSONDecodeError as error:
+      if number == len(lines):
+        break
+      raise InputError(f"{path}: line {number} is not JSON; mend or remove the file") from error
+  return result

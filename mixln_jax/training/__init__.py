@@ -1,0 +1,1 @@
+"""The training loop, its step, the optimizer, evaluation, and stopping."""

@@ -1,0 +1,63 @@
+"""AdamW (arXiv 1711.05101) with the recipe's learning-rate schedule, from optax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mixln_jax.config import Config, decay_steps, warmup_steps
+from mixln_jax.model.transformer import is_matrix, param_paths
+
+
+def learning_rate_schedule(config: Config) -> optax.Schedule:
+  """Learning rate of the update that follows `step` updates.
+
+  A linear warm-up from 0 (so the first update is a no-op, as in the official code), then `optimizer.schedule`:
+  cosine or linear decay to `final_fraction` of the peak at num_steps, constant, or wsd (constant, then linear decay).
+  """
+  c = config.optimizer
+  peak, floor = c.learning_rate, c.final_fraction * c.learning_rate
+  warmup, num_steps = warmup_steps(config), config.train.num_steps
+  after = num_steps - warmup
+  if c.schedule == "cosine":
+    main = optax.cosine_decay_schedule(peak, after, alpha=c.final_fraction)
+  elif c.schedule == "linear":
+    main = optax.linear_schedule(peak, floor, after)
+  elif c.schedule == "wsd":
+    decay = decay_steps(config)
+    main = optax.linear_schedule(peak, floor, decay, transition_begin=after - decay)
+  else:
+    main = optax.constant_schedule(peak)
+  if warmup == 0:
+    return main
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+  """Clip, Adam, decoupled weight decay: everything of AdamW but the learning rate, which the step applies.
+
+  Its state is made by `init` from parameters in `optimizer.moment_dtype` (see `moment_cast`).
+  """
+  c = config.optimizer
+  return optax.chain(
+    optax.clip_by_global_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
+    moment_cast(c.moment_dtype),
+    optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.epsilon),
+    optax.add_decayed_weights(c.weight_decay, mask=decayed) if c.weight_decay > 0 else optax.identity(),
+  )
+
+
+def moment_cast(dtype: str) -> optax.GradientTransformation:
+  """Casts gradients to Adam's own type, after the clip, which is fp32."""
+  return optax.stateless(lambda updates, _: jax.tree.map(lambda g: g.astype(dtype), updates))
+
+
+def init_moments(optimizer: optax.GradientTransformation, params: Any, dtype: str) -> optax.OptState:
+  """The optimizer's first state, moments in `dtype` whatever the type of the parameters."""
+  return optimizer.init(jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params))
+
+
+def decayed(params: Any) -> Any:
+  """True for each matrix, False for each gain and bias."""
+  return jax.tree.map(is_matrix, param_paths(params))

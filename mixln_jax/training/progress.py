@@ -1,0 +1,94 @@
+"""What a person sees of the steps, and what metrics.jsonl gets of them."""
+
+import datetime
+import math
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+from tqdm import tqdm
+
+from mixln_jax.runs.metrics import Metrics
+
+
+class NonFiniteError(FloatingPointError):
+  """A loss or a gradient is not finite."""
+
+
+class Progress:
+  """A bar in a terminal, one dense line a step in a log."""
+
+  def __init__(self, start_step: int, num_steps: int, flops_per_token: float, peak_flops: float | None):
+    """`peak_flops`: FLOP/s of all devices together, or None where it is not known."""
+    self._num_steps = num_steps
+    self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+    bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+    self._bar = bar
+
+  def utilization(self, tokens_per_second: float) -> str:
+    """Model-FLOPs utilisation (arXiv 2204.02311), or n/a on a device whose peak is not known."""
+    if self._peak_flops is None:
+      return "n/a"
+    return f"{self._flops_per_token * tokens_per_second / self._peak_flops:.1%}"
+
+  def step(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+    """One step: its metrics, and how long it took."""
+    rate = values["tokens_per_second"]
+    shown = (
+      f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  grad {values['gradient_norm']:.3f}  "
+      f"tok/s {rate:,.0f}  mfu {self.utilization(rate)}"
+    )
+    if self._bar is not None:
+      self._bar.set_postfix_str(shown, refresh=False)
+      self._bar.update()
+      return
+    left = datetime.timedelta(seconds=round(seconds * (self._num_steps - step)))
+    print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {shown}  left {left}", flush=True)
+
+  def say(self, line: str) -> None:
+    """A line that does not break the bar."""
+    if self._bar is not None:
+      tqdm.write(line)
+    else:
+      print(line, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+class Reporter:
+  """Reads the metrics of a step after the next one is dispatched, so that the device never waits for the host."""
+
+  def __init__(self, metrics: Metrics, progress: Progress):
+    self._metrics, self._progress = metrics, progress
+    self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    self._clock = time.monotonic()
+
+  def dispatched(self, step: int, values: Mapping[str, jax.Array]) -> None:
+    """A step has been dispatched: reports the one before, and keeps this one's metrics, unread."""
+    self.flush()
+    self._pending = (step, values)
+
+  def flush(self) -> None:
+    """Reads what is pending, which waits for its step, and passes it on.
+
+    Raises:
+      NonFiniteError: its loss or gradient norm is not finite. It has been written by then.
+    """
+    if self._pending is None:
+      return
+    step, values = self._pending[0], {name: float(value) for name, value in jax.device_get(self._pending[1]).items()}
+    self._pending = None
+    seconds = time.monotonic() - self._clock
+    self.restart_clock()
+    values["tokens_per_second"] = values["tokens"] / seconds
+    self._metrics.write(step, "train", values)
+    self._progress.step(step, values, seconds)
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+      raise NonFiniteError(f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}")
+
+  def restart_clock(self) -> None:
+    """After a pause that is not part of a step."""
+    self._clock = time.monotonic()

@@ -1,0 +1,110 @@
+"""What a config stands for on this machine: its mesh, its data, its compiled step."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mixln_jax import config as config_lib
+from mixln_jax import placement
+from mixln_jax.config import Config
+from mixln_jax.data.loader import Loader
+from mixln_jax.data.prepare import check_corpus, data_directory
+from mixln_jax.data.records import Corpus, open_corpus
+from mixln_jax.errors import InputError
+from mixln_jax.model.initial import abstract_sharded_params
+from mixln_jax.parallel.mesh import attach, make_mesh, num_batch_shards
+from mixln_jax.parallel.rules import batch_sharding, logical_rules
+from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.opening import OpenedRun, open_params
+from mixln_jax.training import step as step_lib
+from mixln_jax.training.evaluation import Evaluation, evaluate
+
+
+class Setup(NamedTuple):
+  """A config and what it stands for."""
+
+  config: Config
+  mesh: Mesh
+  corpus: Corpus
+  table: placement.Table
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+  """The contexts in which the model's logical axes mean something."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
+    yield
+
+
+def set_up(config: Config) -> Setup:
+  """Opens the data and the mesh of a config.
+
+  Raises:
+    InputError: config, data and devices contradict one another.
+  """
+  config_lib.validate(config)
+  mesh = make_mesh(config.mesh)
+  shards = num_batch_shards(mesh)
+  micro_batch = config.train.batch_size // config.train.micro_batches
+  sizes = {"train.batch_size / micro_batches": micro_batch, "evaluate.batch_size": config.evaluate.batch_size}
+  for field, size in sizes.items():
+    if size % shards:
+      raise InputError(
+        f"config.{field}={size} is not a multiple of the {shards} ways that config.mesh cuts a batch; change one"
+      )
+  corpus = open_corpus(data_directory(config), verify=config.data.verify)
+  check_corpus(corpus, config)
+  return Setup(config, mesh, corpus, placement.parse(config.model.placement, config.model.num_layers))
+
+
+def make_loader(setup: Setup, batch_size: int) -> Loader:
+  """The loader of a setup, for this process."""
+  data = setup.config.data
+  return Loader(
+    setup.corpus,
+    sequence_length=data.sequence_length,
+    batch_size=batch_size,
+    document_mask=data.document_mask,
+    seed=data.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_threads=data.num_threads,
+  )
+
+
+def open_run(folder: RunFolder, mesh: Mesh, step: int | None = None) -> OpenedRun:
+  """The config and parameters of a run, sharded over `mesh`."""
+  return open_params(folder, lambda config: abstract_sharded_params(config.model, mesh), step)
+
+
+def compile_train_step(setup: Setup, shardings: step_lib.TrainState) -> jax.stages.Compiled:
+  """The step as it will run: state donated, everything sharded, compiled ahead of time."""
+  config = setup.config
+  example = make_loader(setup, config.train.batch_size).example()
+  shape = (config.train.batch_size, config.data.sequence_length)
+  sharding = batch_sharding(setup.mesh)
+  batch = {name: jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding) for name, row in example.items()}
+  state = attach(step_lib.abstract_state(config), shardings)
+  step = jax.jit(step_lib.make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
+  with on_mesh(setup.mesh):
+    return step.lower(state, batch).compile()
+
+
+class Evaluator:
+  """Evaluates parameters on the validation set of a setup."""
+
+  def __init__(self, setup: Setup):
+    self._setup = setup
+    self._loader = make_loader(setup, setup.config.evaluate.batch_size)
+    self._step = jax.jit(step_lib.make_evaluate_step(setup.config))
+    self._bytes_per_token = np.array(setup.corpus.manifest.bytes_per_token)
+
+  def __call__(self, params: Any) -> Evaluation:
+    batches = self._loader.validation(self._setup.config.evaluate.max_tokens)
+    with on_mesh(self._setup.mesh):
+      return evaluate(self._step, params, batches, self._bytes_per_token, self._setup.mesh)

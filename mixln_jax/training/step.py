@@ -1,0 +1,134 @@
+"""The train state and the pure step that updates it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mixln_jax.config import Config
+from mixln_jax.model import Transformer, next_token_loss
+from mixln_jax.model.columns import Columns
+from mixln_jax.model.initial import abstract_params, initial_params
+from mixln_jax.parallel import rules
+from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """All that a step changes.
+
+  Attributes:
+    step: updates done, int32.
+    params: the parameters.
+    opt_state: optax's state.
+  """
+
+  step: Any
+  params: Any
+  opt_state: optax.OptState
+
+
+def init_state(config: Config) -> TrainState:
+  """The state before the first update. Call it under jit (see `state_shardings`)."""
+  params = initial_params(config.model, config.seed)
+  opt_state = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def abstract_state(config: Config) -> TrainState:
+  """Shapes and types of the state; nothing is computed."""
+  return jax.eval_shape(lambda: init_state(config))
+
+
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+  """The sharding of each tensor of the state: moments lie where their parameters do, the rest is replicated."""
+  params = rules.shardings(abstract_params(config.model), mesh)
+  replicated = rules.replicated(mesh)
+  opt_state = optax.tree.map_params(
+    make_optimizer(config),
+    lambda _, sharding: sharding,
+    abstract_state(config).opt_state,
+    params,
+    transform_non_params=lambda _: replicated,
+  )
+  return TrainState(replicated, params, opt_state)
+
+
+def loss_sum(
+  model: Transformer, params: Any, batch: Batch, columns: Columns | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Summed loss and count of one (micro-)batch."""
+
+  def apply(model: Transformer) -> tuple[jax.Array, jax.Array]:
+    hidden_BTD, _ = model.hidden(
+      batch["tokens_BT"],
+      columns=columns,
+      segment_ids_BT=batch.get("segment_ids_BT"),
+      positions_BT=batch.get("positions_BT"),
+    )
+    return next_token_loss(hidden_BTD, model.head_weights(), batch["labels_BT"], batch["weights_BT"])
+
+  return nn.apply(apply, model)({"params": params})
+
+
+def gradient_sum(
+  model: Transformer, params: Any, batch: Batch, micro_batches: int, columns: Columns | None
+) -> tuple[jax.Array, jax.Array, Any]:
+  """Loss sum, count and gradient of the loss sum, in fp32, added over the micro-batches."""
+
+  def of(micro: Batch) -> tuple[jax.Array, jax.Array, Any]:
+    (total, count), grads = jax.value_and_grad(lambda p: loss_sum(model, p, micro, columns), has_aux=True)(params)
+    return total, count, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+  if micro_batches == 1:
+    return of(batch)
+  # Row i goes to micro-batch i mod micro_batches, so that each device cuts up the rows it has.
+  micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), dict(batch))
+  zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+  sums, _ = jax.lax.scan(lambda sums, micro: (jax.tree.map(jnp.add, sums, of(micro)), None), zeros, micros)
+  return sums
+
+
+def make_train_step(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
+  """The pure step: `train_step(state, batch, columns=None, learning_rate=None) -> (state, metrics)`.
+
+  `columns` is the placement as data (default: config.model.placement), `learning_rate` the peak as data (default:
+  config.optimizer.learning_rate). Metrics: `loss` (nats a counted token), `gradient_norm` (of the mean loss, before
+  clipping), `learning_rate`, `tokens` (counted).
+  """
+  model = Transformer(config.model)
+  optimizer = make_optimizer(config)
+  schedule = learning_rate_schedule(config)
+
+  def train_step(
+    state: TrainState, batch: Batch, columns: Columns | None = None, learning_rate: jax.Array | None = None
+  ) -> tuple[TrainState, Metrics]:
+    total, count, grads = gradient_sum(model, state.params, batch, config.train.micro_batches, columns)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    rate = jnp.asarray(schedule(state.step), jnp.float32)
+    if learning_rate is not None:
+      rate = rate * (learning_rate / config.optimizer.learning_rate)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+    metrics = {
+      "loss": total / count,
+      "gradient_norm": optax.tree.norm(grads),
+      "learning_rate": rate,
+      "tokens": count,
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def make_evaluate_step(config: Config) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+  """`evaluate_step(params, batch) -> (loss sum, count)`."""
+  model = Transformer(config.model)
+  return lambda params, batch: loss_sum(model, params, batch)
