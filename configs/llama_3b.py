@@ -1,0 +1,21 @@
+"""LLaMA 3B: 2685.83 M parameters.
+
+Command:  python -m mixln_jax train --config=configs/llama_3b.py --workdir=DIR
+Hardware: 64 TPU v5e chips; 1.0e+20 model FLOPs, 5.7 h at 40 % utilisation (arithmetic, not measured).
+Result:   not published.
+Source:   arXiv 2412.13795; shape from the released configs; the paper trains none of this size, the schedule
+          follows its nearest.
+"""
+
+from mixln_jax.config import base
+
+
+def get_config():
+  config = base()
+  config.model.update(embed_dim=2560, mlp_dim=6848, num_layers=32, num_heads=32)
+  config.model.update(dtype="bfloat16", remat="full")
+  config.mesh.update(data=1, fsdp=-1)
+  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.train.num_steps = 50_000
+  config.optimizer.learning_rate = 5e-4
+  return config
