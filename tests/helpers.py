@@ -1,0 +1,42 @@
+"""What several tests need: small configs and random parameters."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax import config as config_lib
+from mixln_jax.model.initial import abstract_params
+
+
+def small_model(**fields):
+  """config.model of a small LLaMA."""
+  model = config_lib.base().model
+  model.update(vocab_size=61, embed_dim=24, mlp_dim=40, num_layers=4, num_heads=2)
+  model.update(**fields)
+  return model
+
+
+def random_params(model, seed=0):
+  """Parameters at which nothing is small: gains and biases far from their initial values, matrices of deviation 0.16.
+
+  The MLP's stored columns beyond its width are 0, as the model keeps them.
+  """
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = jax.tree_util.keystr(path)
+    if "norm" in name:
+      return jnp.asarray(rng.uniform(0.6, 1.4, leaf.shape), leaf.dtype)
+    shape = list(leaf.shape)
+    for part, axis in (("gate", 2), ("up", 2), ("down", 1)):
+      if part in name:
+        shape[axis] = model.mlp_dim
+    values = rng.normal(size=shape) * (1.0 if "bias" in name else 0.16)
+    return jnp.asarray(np.pad(values, [(0, a - b) for a, b in zip(leaf.shape, shape, strict=True)]), leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(model)))
+
+
+def random_tokens(model, batch=3, length=12, seed=1):
+  return jnp.asarray(np.random.default_rng(seed).integers(0, model.vocab_size, (batch, length)), jnp.int32)
