@@ -1,4 +1,10 @@
-"""Mix-LN on a laptop: deep and thin, so that the placement matters within minutes."""
+"""Mix-LN on a laptop: deep and thin, so that the placement matters within minutes.
+
+Command:  bash launch/local.sh, or python -m mixln_jax train --config=configs/tiny.py --workdir=DIR
+Hardware: TODO
+Result:   TODO
+Source:   ours; the embedded corpus (State of the Union messages, 1790 to 2026).
+"""
 
 from mixln_jax.config import base
 

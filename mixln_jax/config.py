@@ -44,10 +44,8 @@ class Field:
     """The allowed values in words, for messages and `--help`."""
     if self.choices:
       return "one of " + ", ".join(map(str, self.choices))
-    bounds = [f">= {self.minimum:g}"] * (self.minimum is not None) + [f"<= {self.maximum:g}"] * (
-      self.maximum is not None
-    )
-    return " ".join([type(self.default).__name__, *bounds])
+    bounds = [f"{sign} {bound}" for sign, bound in ((">=", self.minimum), ("<=", self.maximum)) if bound is not None]
+    return " and ".join([type(self.default).__name__, *bounds])
 
   def admits(self, value: Any) -> bool:
     if type(value) is not type(self.default):
@@ -212,17 +210,25 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
   """The config of a flat dictionary, as `flatten` and `config.json` have it.
 
   Raises:
-    InputError: a field is unknown or missing.
+    InputError: a field is unknown, missing, of the wrong type, or outside its range.
   """
+  check_fields(flat)
   config = base()
+  config.update_from_flattened_dict(flat)
+  return config
+
+
+def check_fields(flat: Mapping[str, Any]) -> None:
+  """Checks each field alone; raises InputError for the first that is wrong."""
   for name in flat:
     if name not in FIELDS:
       raise unknown_field(name)
   for name in FIELDS:
     if name not in flat:
       raise InputError(f"config.{name} is missing; the config was written by another version of mixln_jax")
-  config.update_from_flattened_dict(flat)
-  return config
+  for name, field in FIELDS.items():
+    if not field.admits(flat[name]):
+      raise InputError(f"config.{name}={flat[name]!r}: must be {field.allowed()} ({field.meaning})")
 
 
 def unknown_field(name: str) -> InputError:
@@ -247,11 +253,7 @@ def validate(config: Config) -> None:
   Raises:
     InputError: a field is unknown, missing, of the wrong type, outside its range, or contradicts another field.
   """
-  flat = flatten(config)
-  from_flat(flat)
-  for name, field in FIELDS.items():
-    if not field.admits(flat[name]):
-      raise InputError(f"config.{name}={flat[name]!r}: must be {field.allowed()} ({field.meaning})")
+  check_fields(flatten(config))
   _validate_model(config.model)
   _validate_training(config)
 

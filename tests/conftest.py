@@ -4,3 +4,72 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+import pytest
+
+from mixln_jax import config as config_lib
+from mixln_jax.data.prepare import prepare
+
+WORDS = [
+  "the",
+  "quick",
+  "brown",
+  "fox",
+  "jumps",
+  "over",
+  "the",
+  "lazy",
+  "dog",
+  "while",
+  "naïve",
+  "cafés",
+  "serve",
+  "tea",
+  "at",
+  "dawn",
+]
+
+
+def _document(index):
+  """A document of 3 to 60 words, the same for the same index."""
+  return " ".join(WORDS[(index * 7 + position * position) % len(WORDS)] for position in range(3 + index * 13 % 58))
+
+
+@pytest.fixture(scope="session")
+def documents():
+  return {f"{index:03d}.txt": _document(index) for index in range(120)}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory, documents):
+  """A folder of small text files."""
+  folder = tmp_path_factory.mktemp("source")
+  for name, text in documents.items():
+    (folder / name).write_text(text)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def make_config(source, tmp_path_factory):
+  """`make_config(**{"model.placement": "pre", …})`: a config of a small model on prepared byte records."""
+  root = tmp_path_factory.mktemp("records")
+  prepared = set()
+
+  def make(**changes):
+    config = config_lib.base()
+    config.model.update(vocab_size=259, embed_dim=16, mlp_dim=24, num_layers=2, num_heads=2, placement="mix:0.5")
+    config.data.update(source=str(source), tokenizer="bytes", sequence_length=32)
+    config.train.update(num_steps=6, batch_size=8)
+    config.optimizer.warmup_steps = 2
+    config.checkpoint.every_steps = 2
+    config.evaluate.update(every_steps=3, batch_size=8)
+    config.logging.tensorboard = False
+    config.update_from_flattened_dict(changes)
+    if not config.data.directory:
+      config.data.directory = str(root / f"{config.data.mode}{config.data.sequence_length}")
+      if config.data.directory not in prepared:
+        prepare(config, progress=False)
+        prepared.add(config.data.directory)
+    return config
+
+  return make
