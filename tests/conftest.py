@@ -1,33 +1,23 @@
 """Set-up of all tests: CPU, whatever the machine has, and quick compilation of the same programs."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
+import jax
 import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.data.prepare import prepare
 
-WORDS = [
-  "the",
-  "quick",
-  "brown",
-  "fox",
-  "jumps",
-  "over",
-  "the",
-  "lazy",
-  "dog",
-  "while",
-  "naïve",
-  "cafés",
-  "serve",
-  "tea",
-  "at",
-  "dawn",
-]
+# Many tests train the same small model: its programs are compiled once a session.
+CACHE = tempfile.TemporaryDirectory(prefix="mixln_jax_tests_", ignore_cleanup_errors=True)
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "naïve", "cafés", "serve", "tea")
 
 
 def _document(index):

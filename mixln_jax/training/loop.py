@@ -98,8 +98,9 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
     batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(point.step)))
     stop = stack.enter_context(stop_on_signals())
     reporter = Reporter(metrics, progress)
+    stopped_by: str | None = None
     try:
-      while step < num_steps and stop.requested_by is None:
+      while step < num_steps and stopped_by is None:
         profiler.before(step + 1)
         batch = global_batch(next(batches), setup.mesh)
         # Guarded: an array that slips over to the host here would stall every step.
@@ -108,11 +109,12 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
         step += 1
         reporter.dispatched(step, values)
         profiler.after(step, state)
+        stopped_by = stop.requested_by  # read once: a signal may come at any time
         evaluate_now = step == num_steps or _due(step, config.evaluate.every_steps)
         save_now = (
           step in (num_steps, *_decay_start(config))
           or _due(step, config.checkpoint.every_steps)
-          or stop.requested_by is not None
+          or stopped_by is not None
         )
         if not (evaluate_now or save_now):
           continue
@@ -129,7 +131,7 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
           checkpoints.save(step, _split(state), facts, loss)
         reporter.restart_clock()
       if step < num_steps:
-        status, message = STOPPED, f"by {stop.requested_by} after step {step}; run the same command to go on"
+        status, message = STOPPED, f"by {stopped_by} after step {step}; run the same command to go on"
     except NonFiniteError as error:
       status = NON_FINITE
       message = (

@@ -1,0 +1,310 @@
+"""The loop: exactly num_steps updates, and a run that was stopped anywhere equals one that never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixln_jax import config as config_lib
+from mixln_jax.errors import InputError
+from mixln_jax.parallel.mesh import make_mesh
+from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.metrics import read_lines
+from mixln_jax.training import loop
+from mixln_jax.training.setup import open_run
+from mixln_jax.training.stopping import StopRequest
+
+ROOT = Path(__file__).parents[2]
+
+
+def final_params(workdir, step=None):
+  folder = RunFolder(workdir)
+  params = open_run(folder, make_mesh(config_lib.base().mesh), step).params
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def curve(workdir):
+  """What metrics.jsonl says, less the speed; each (split, step) once, in order of steps."""
+  lines = read_lines(Path(workdir) / "metrics.jsonl")
+  keys = [(line["split"], line["step"]) for line in lines]
+  assert len(keys) == len(set(keys))
+  assert [step for split, step in keys if split == "train"] == list(
+    range(1, len([k for k in keys if k[0] == "train"]) + 1)
+  )
+  return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def assert_same_run(workdir, other):
+  assert curve(workdir) == curve(other)
+  first, second = final_params(workdir), final_params(other)
+  assert first.keys() == second.keys()
+  for name, leaf in first.items():
+    np.testing.assert_array_equal(leaf, second[name], err_msg=name)
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+  """`stop_after(n)`: the run that starts next is asked to stop once n of its steps have been dispatched."""
+
+  def arrange(count):
+    asked = []
+
+    class Counting(StopRequest):
+      @property
+      def requested_by(self):
+        asked.append(None)  # the loop asks once a step
+        return "SIGTERM" if len(asked) >= count else None
+
+      @requested_by.setter
+      def requested_by(self, value):
+        pass
+
+    monkeypatch.setattr("mixln_jax.training.stopping.StopRequest", Counting)
+
+  return arrange
+
+
+@pytest.fixture(scope="module")
+def untouched(make_config, tmp_path_factory):
+  """A run of six steps that nobody stopped."""
+  workdir = tmp_path_factory.mktemp("untouched") / "run"
+  outcome = loop.train(make_config(), workdir)
+  assert (outcome.status, outcome.step, outcome.last_checkpoint) == ("finished", 6, 6)
+  return workdir
+
+
+def test_a_run_leaves_its_facts(untouched, make_config):
+  assert config_lib.from_json((untouched / "config.json").read_text()) == make_config()
+  assert (untouched / "placement.txt").read_text() == "post pre\n"
+  table = (untouched / "parameters.txt").read_text()
+  assert "layers/query" in table
+  assert table.endswith(f"total {sum(leaf.size for leaf in final_params(untouched).values()):,}\n")
+  environment = json.loads((untouched / "environment.json").read_text())
+  assert environment["packages"]["jax"] == jax.__version__
+  assert environment["devices"] == ["cpu:cpu"]
+  outcome = json.loads((untouched / "outcome.json").read_text())
+  assert (outcome["status"], outcome["step"]) == ("finished", 6)
+  lines = read_lines(untouched / "metrics.jsonl")
+  assert [line["step"] for line in lines if line["split"] == "validation"] == [3, 6]
+  train = [line for line in lines if line["split"] == "train"]
+  assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+  assert {"loss", "learning_rate", "gradient_norm", "tokens_per_second"} <= train[0].keys()
+  assert outcome["validation"]["loss"] == lines[-1]["loss"]
+
+
+@pytest.mark.parametrize("dispatched", range(1, 6))
+def test_stopped_after_any_step_and_run_again_is_the_untouched_run(
+  dispatched, untouched, make_config, stop_after, tmp_path, monkeypatch
+):
+  stop_after(dispatched)
+  outcome = loop.train(make_config(), tmp_path / "run")
+  assert (outcome.status, outcome.step, outcome.last_checkpoint) == ("stopped", dispatched, dispatched)
+  monkeypatch.undo()
+  assert loop.train(make_config(), tmp_path / "run").status == "finished"
+  assert_same_run(tmp_path / "run", untouched)
+
+
+def test_a_crash_between_checkpoints_loses_nothing_but_time(untouched, make_config, tmp_path, monkeypatch):
+  """An exception in step 4 leaves lines of metrics behind the checkpoint of step 2; a torn one is added."""
+  calls = []
+  real = loop.global_batch
+
+  def crash(*arguments):
+    calls.append(None)
+    if len(calls) == 4:
+      raise RuntimeError("out of the blue")
+    return real(*arguments)
+
+  monkeypatch.setattr(loop, "global_batch", crash)
+  with pytest.raises(RuntimeError, match="out of the blue"):
+    loop.train(make_config(), tmp_path / "run")
+  monkeypatch.undo()
+  path = tmp_path / "run" / "metrics.jsonl"
+  assert read_lines(path)[-1]["step"] == 3 or read_lines(path)[-1]["step"] == 2
+  with path.open("a") as file:
+    file.write('{"step": 4, "spl')
+  assert loop.train(make_config(), tmp_path / "run").status == "finished"
+  assert_same_run(tmp_path / "run", untouched)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_run_again_is_the_untouched_run(untouched, make_config, tmp_path, killer):
+  """A real process and a real signal, sent while it trains."""
+  del untouched
+  recipe = tmp_path / "recipe.py"
+  config = make_config(**{"train.num_steps": 400, "checkpoint.every_steps": 20, "evaluate.every_steps": 150})
+  recipe.write_text(
+    "from mixln_jax.config import from_json\n\n\ndef get_config():\n"
+    f"  return from_json({config_lib.to_json(config)!r})\n"
+  )
+
+  def command(workdir):
+    return [sys.executable, "-m", "mixln_jax", "train", f"--config={recipe}", f"--workdir={workdir}"]
+
+  options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.DEVNULL}
+  subprocess.run(command(tmp_path / "a"), check=True, timeout=300, **options)
+  with subprocess.Popen(command(tmp_path / "b"), **options) as process:
+    metrics = tmp_path / "b" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 70) and time.monotonic() < deadline:
+      time.sleep(0.01)
+    process.send_signal(killer)
+    status = process.wait(timeout=60)
+  assert status == (75 if killer == signal.SIGTERM else -signal.SIGKILL)
+  assert len(read_lines(metrics)) < 400
+  subprocess.run(command(tmp_path / "b"), check=True, timeout=300, **options)
+  assert_same_run(tmp_path / "b", tmp_path / "a")
+
+
+def test_run_again_after_the_end_does_nothing(untouched, make_config):
+  before = (untouched / "metrics.jsonl").read_bytes(), final_params(untouched)
+  outcome = loop.train(make_config(), untouched)
+  assert (outcome.status, outcome.step) == ("finished", 6)
+  assert "already" in outcome.message
+  assert outcome.validation["step"] == 6
+  assert (untouched / "metrics.jsonl").read_bytes() == before[0]
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"model.placement": "pre"}, {"seed": 1}, {"data.seed": 3, "train.batch_size": 16}, {"optimizer.b2": 0.95}],
+  ids=str,
+)
+def test_another_config_in_the_same_workdir_is_refused_field_by_field(untouched, make_config, changes):
+  before = {path: path.stat().st_mtime_ns for path in untouched.rglob("*")}
+  with pytest.raises(InputError) as error:
+    loop.train(make_config(**changes), untouched)
+  for name, value in changes.items():
+    assert f"config.{name}: " in str(error.value)
+    assert f"{value!r} now" in str(error.value)
+  assert {path: path.stat().st_mtime_ns for path in untouched.rglob("*")} == before
+
+
+def test_what_can_not_change_the_result_may_change(untouched, make_config, tmp_path, capsys, stop_after, monkeypatch):
+  stop_after(4)
+  loop.train(make_config(), tmp_path / "run")
+  monkeypatch.undo()
+  changed = make_config(**{"checkpoint.every_steps": 5, "data.num_threads": 1})
+  assert loop.train(changed, tmp_path / "run").status == "finished"
+  assert "config.checkpoint.every_steps: 2 -> 5" in capsys.readouterr().out
+  assert_same_run(tmp_path / "run", untouched)
+
+
+def test_other_data_is_refused(make_config, tmp_path):
+  config = make_config()
+  loop.train(config, tmp_path / "run")
+  other = tmp_path / "source"
+  other.mkdir()
+  for index in range(120):
+    (other / f"{index:03d}.txt").write_text(f"another text {index}")
+  from mixln_jax.data.prepare import prepare
+
+  moved = make_config(**{"data.source": str(other), "data.directory": str(tmp_path / "other"), "train.num_steps": 6})
+  prepare(moved, progress=False)
+  moved.data.source = config.data.source
+  with pytest.raises(InputError, match="the run was trained on data"):
+    loop.train(moved, tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_refused(make_config, tmp_path):
+  (tmp_path / "thesis.tex").write_text("years of work")
+  with pytest.raises(InputError, match=r"not empty and holds no run \(it has 'thesis.tex'\)"):
+    loop.train(make_config(), tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_cosine_can_not_be_extended_and_a_constant_can(make_config, tmp_path):
+  cosine = make_config()
+  loop.train(cosine, tmp_path / "cosine")
+  with pytest.raises(InputError, match=r"num_steps 6 -> 9.*had learning rate .* would have been"):
+    loop.train(make_config(**{"train.num_steps": 9}), tmp_path / "cosine")
+  with pytest.raises(InputError, match="has done 6 steps already"):
+    loop.train(make_config(**{"train.num_steps": 4}), tmp_path / "cosine")
+
+  constant = {"optimizer.schedule": "constant", "optimizer.warmup_steps": 2}
+  loop.train(make_config(**constant), tmp_path / "constant")
+  outcome = loop.train(make_config(**constant, **{"train.num_steps": 9}), tmp_path / "constant")
+  assert (outcome.status, outcome.step) == ("finished", 9)
+  loop.train(make_config(**constant, **{"train.num_steps": 9}), tmp_path / "whole")
+  first, second = final_params(tmp_path / "constant"), final_params(tmp_path / "whole")
+  for name, leaf in first.items():
+    np.testing.assert_array_equal(leaf, second[name], err_msg=name)
+
+
+def test_a_decayed_wsd_run_goes_on_from_where_its_decay_began(make_config, tmp_path):
+  wsd = {"optimizer.schedule": "wsd", "optimizer.decay_steps": 3, "checkpoint.keep_last": 1, "checkpoint.keep_best": 0}
+  short, long = {**wsd, "train.num_steps": 8}, {**wsd, "train.num_steps": 12}
+  loop.train(make_config(**short), tmp_path / "run")
+  decayed = final_params(tmp_path / "run")
+  assert loop.train(make_config(**long), tmp_path / "run").status == "finished"
+  loop.train(make_config(**long), tmp_path / "whole")
+  first, second = final_params(tmp_path / "run"), final_params(tmp_path / "whole")
+  for name, leaf in first.items():
+    np.testing.assert_array_equal(leaf, second[name], err_msg=name)
+  # The decayed model is not lost.
+  kept = tmp_path / "run" / "superseded_at_5" / "8" / "params"
+  assert kept.is_dir()
+  assert decayed.keys() == first.keys()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(make_config, tmp_path, monkeypatch):
+  from mixln_jax.training import step as step_lib
+
+  real = step_lib.gradient_sum
+
+  def poisoned(model, params, batch, micro_batches, columns):
+    total, count, grads = real(model, params, batch, micro_batches, columns)
+    bad = jnp.where(batch["tokens_BT"].sum() % 3 == 0, jnp.nan, 1.0)
+    return total * bad, count, grads
+
+  monkeypatch.setattr(step_lib, "gradient_sum", poisoned)
+  outcome = loop.train(make_config(**{"train.num_steps": 40, "optimizer.warmup_steps": 2}), tmp_path / "run")
+  assert outcome.status == "non_finite"
+  assert "loss nan" in outcome.message
+  assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "non_finite"
+  lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+  assert lines[-1]["loss"] == "nan"
+  if outcome.last_checkpoint:
+    assert all(np.isfinite(leaf).all() for leaf in final_params(tmp_path / "run").values())
+
+
+def test_a_profile_of_chosen_steps(make_config, tmp_path):
+  loop.train(make_config(**{"profile.start_step": 2, "profile.num_steps": 2}), tmp_path / "run")
+  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_tensorboard_files_hold_the_metrics(make_config, tmp_path):
+  loop.train(make_config(**{"logging.tensorboard": True}), tmp_path / "run")
+  (events,) = (tmp_path / "run" / "tensorboard").glob("events.*")
+  content = events.read_bytes()
+  for tag in (b"train/loss", b"train/gradient_norm", b"validation/perplexity"):
+    assert tag in content
+
+
+def test_a_tracker_that_fails_never_stops_a_run(make_config, tmp_path, capsys, monkeypatch):
+  class Broken:
+    def __init__(self, *arguments):
+      pass
+
+    def write(self, *_):
+      raise OSError("no quota left")
+
+    def close(self):
+      raise OSError("no quota left")
+
+  monkeypatch.setattr(loop, "TensorBoardMirror", Broken)
+  config = make_config(**{"logging.tensorboard": True, "logging.wandb_project": "nowhere"})
+  assert loop.train(config, tmp_path / "run").status == "finished"
+  complaints = capsys.readouterr().err
+  assert complaints.count("no quota left") == 1
+  assert "WandbMirror is off" in complaints
+  assert len(curve(tmp_path / "run")) == 8

@@ -1,0 +1,133 @@
+"""The step: accumulation weighs tokens, the update is AdamW, bf16 parameters and moments are what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import random_params, random_tokens
+
+from mixln_jax.training.step import (
+  TrainState,
+  init_moments,
+  init_state,
+  make_optimizer,
+  make_train_step,
+)
+
+
+def unequal_batch(config, rows=8, length=12):
+  """Rows of very different numbers of counted positions; one has none."""
+  tokens = random_tokens(config.model, rows, length)
+  lengths = np.array([12, 1, 3, 7, 2, 11, 0, 5])[:rows]
+  weights = (np.arange(length)[None] + 1 < lengths[:, None]).astype(np.float32)
+  return {"tokens_BT": tokens, "labels_BT": jnp.roll(tokens, -1, 1), "weights_BT": jnp.asarray(weights)}
+
+
+def state_of(config, params):
+  moments = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
+  return TrainState(jnp.int32(3), params, moments)  # past the warm-up's first, empty update
+
+
+def run_step(config, params, batch, **arguments):
+  return jax.jit(make_train_step(config))(state_of(config, params), batch, **arguments)
+
+
+def close(actual, expected, tolerance=1e-6):
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, atol=tolerance, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_accumulation_equals_the_whole_batch_with_unequal_padding(make_config, micro_batches):
+  config = make_config()
+  params, batch = random_params(config.model), unequal_batch(config)
+  whole, metrics = run_step(config, params, batch)
+  config.train.micro_batches = micro_batches
+  cut, cut_metrics = run_step(config, params, batch)
+  close(cut.params, whole.params)
+  close(cut.opt_state, whole.opt_state)
+  for name in ("loss", "gradient_norm", "tokens"):
+    np.testing.assert_allclose(cut_metrics[name], metrics[name], rtol=2e-6)
+  assert metrics["tokens"] == 11 + 0 + 2 + 6 + 1 + 10 + 0 + 4
+
+
+def test_the_loss_is_the_mean_over_counted_tokens(make_config):
+  config = make_config()
+  params, batch = random_params(config.model), unequal_batch(config)
+  _, metrics = run_step(config, params, batch)
+  from mixln_jax.model import Transformer
+
+  logits = Transformer(config.model).apply({"params": params}, batch["tokens_BT"])
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels_BT"])
+  counted = batch["weights_BT"] > 0
+  np.testing.assert_allclose(metrics["loss"], losses[counted].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.05])
+def test_the_update_is_optax_adamw_with_decay_on_matrices_only(make_config, clip_norm):
+  config = make_config(
+    **{"optimizer.weight_decay": 0.3, "optimizer.clip_norm": clip_norm, "optimizer.schedule": "constant"}
+  )
+  params, batch = random_params(config.model), unequal_batch(config)
+  after, metrics = run_step(config, params, batch)
+
+  from mixln_jax.model import Transformer
+  from mixln_jax.training.step import loss_sum
+
+  def mean(p):
+    total, count = loss_sum(Transformer(config.model), p, batch)
+    return total / count
+
+  grads = jax.jit(jax.grad(mean))(params)
+  norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+  np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+  assert norm > 0.05  # so that the clip really cuts
+  grads = jax.tree.map(lambda g: g * min(1.0, clip_norm / norm), grads) if clip_norm else grads
+  mask = jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+  adamw = optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.3, mask=mask)
+  updates, _ = adamw.update(grads, adamw.init(params), params)
+  close(after.params, optax.apply_updates(params, updates), 2e-6)
+  assert metrics["learning_rate"] == np.float32(1e-3)
+
+
+def test_columns_and_learning_rate_as_data(make_config):
+  from mixln_jax.model import Columns
+  from mixln_jax.placement import parse
+
+  config = make_config(**{"model.placement": "pre"})
+  params, batch = random_params(config.model), unequal_batch(config)
+  other = make_config(**{"model.placement": "post", "optimizer.learning_rate": 4e-3})
+  expected, _ = run_step(other, params, batch)
+  columns = Columns.of_many([parse("pre", 2), parse("post", 2)])
+  step = make_train_step(config)
+  states = jax.tree.map(lambda x: jnp.stack([x, x]), state_of(config, params))
+  together, metrics = jax.jit(jax.vmap(step, in_axes=(0, None, 0, 0)))(states, batch, columns, jnp.array([1e-3, 4e-3]))
+  close(jax.tree.map(lambda x: x[1], together.params), expected.params)
+  assert metrics["loss"].shape == (2,)
+
+
+def test_the_first_update_of_a_warm_up_is_empty_and_the_count_grows(make_config):
+  config = make_config()
+  state = jax.jit(lambda: init_state(config))()
+  after, metrics = jax.jit(make_train_step(config))(state, unequal_batch(config))
+  close(after.params, state.params, 0)
+  assert metrics["learning_rate"] == 0
+  assert int(after.step) == 1
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state))
+
+
+@pytest.mark.parametrize(
+  ("param_dtype", "moment_dtype"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
+)
+def test_parameters_and_moments_keep_their_types(make_config, param_dtype, moment_dtype):
+  config = make_config(
+    **{"model.param_dtype": param_dtype, "model.dtype": "bfloat16", "optimizer.moment_dtype": moment_dtype}
+  )
+  state = jax.jit(lambda: init_state(config))()
+  step = jax.jit(make_train_step(config))
+  for _ in range(3):
+    state, _ = step(state, unequal_batch(config))
+  assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {param_dtype}
+  adam = optax.tree.get(state.opt_state, "ScaleByAdamState")
+  assert {str(x.dtype) for x in jax.tree.leaves((adam.mu, adam.nu))} == {moment_dtype}
