@@ -1,7 +1,10 @@
 """Command-line flags: absl and ml_collections, with errors that a person can act on."""
 
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -67,8 +70,13 @@ class CommandLine:
     Raises:
       InputError: it can't be read, or can't be meant.
     """
+    flag: Any = self._values["config"]
+    # ml_collections hands out an object that raises at its first use where there is no such file.
+    path = config_flags.get_config_filename(flag).split(":")[0]
+    if not Path(path).is_file():
+      raise InputError(f"--config={path}: no such file; the recipes lie in configs/")
     try:
-      config = self._values["config"].value
+      config = flag.value
     except (OSError, SyntaxError, KeyError, AttributeError, TypeError, ValueError, ImportError) as error:
       raise _flag_error(error) from error
     if not isinstance(config, ConfigDict):
@@ -97,4 +105,7 @@ def _flag_error(error: Exception) -> InputError:
   if isinstance(error, InputError):
     return error
   text = " ".join(str(error).split())
+  unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', text)
+  if unknown:
+    return config_lib.unknown_field(unknown.group(1))
   return InputError(f"{text or type(error).__name__}; see --help")

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Sets everything up and trains a model on this machine. Extra arguments go to the training command:
+#   bash launch/local.sh --config.model.placement=pre
+# Another recipe: bash launch/local.sh --config=configs/llama_9m.py ...
+# --print shows what would be done, and does nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+usage: bash launch/local.sh [--print] [--config=FILE] [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+Makes .venv and installs requirements.txt (once), prepares the corpus (once), and trains; a new run each time, under
+work/runs, unless --workdir names one to go on with. Defaults: --config=configs/tiny.py.
+The fields: .venv/bin/python -m mixln_jax train --help
+TEXT
+}
+
+print=false config=configs/tiny.py workdir="" overrides=()
+for argument in "$@"; do
+  case "$argument" in
+    --print) print=true ;;
+    --help | -h) usage && exit 0 ;;
+    --config=*) config=${argument#--config=} ;;
+    --workdir=*) workdir=${argument#--workdir=} ;;
+    *) overrides+=("$argument") ;;
+  esac
+done
+name=$(basename "${config%%:*}" .py)
+workdir=${workdir:-work/runs/$name-$(date +%Y%m%d-%H%M%S)}
+
+run() {
+  printf '+ %s\n' "$*"
+  "$print" || "$@"
+}
+
+# shellcheck source=launch/environment.sh
+source launch/environment.sh
+set_up_environment requirements.txt
+run .venv/bin/python -m mixln_jax prepare "--config=$config" ${overrides[@]+"${overrides[@]}"}
+run .venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"}

@@ -1,0 +1,161 @@
+"""The command line as a person meets it: help, overrides, and every bad input in one line with status 2."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixln_jax import commands
+from mixln_jax import config as config_lib
+from mixln_jax.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def recipe(make_config, tmp_path):
+  """A recipe file of the small config."""
+  path = tmp_path / "recipe.py"
+  text = config_lib.to_json(make_config())
+  path.write_text(f"from mixln_jax.config import from_json\n\n\ndef get_config():\n  return from_json({text!r})\n")
+  return path
+
+
+def refused(argv, capsys):
+  """The one line that a refused command prints."""
+  status = main([str(argument) for argument in argv])
+  output = capsys.readouterr()
+  lines = output.err.strip().splitlines()
+  assert status == 2, output
+  assert len(lines) == 1, output.err
+  assert lines[0].startswith("error: ")
+  return lines[0]
+
+
+def test_the_commands_are_listed_without_loading_jax():
+  code = "import sys; from mixln_jax.__main__ import main; main([]); sys.exit('jax' in sys.modules)"
+  result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+  listed = re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)
+  assert tuple(listed) == commands.COMMANDS
+  modules = {path.stem for path in (ROOT / "mixln_jax" / "commands").glob("*.py")} - {"__init__"}
+  assert modules == set(listed)
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_every_command_has_help(command, capsys):
+  with pytest.raises(SystemExit) as stop:
+    main([command, "--help"])
+  assert stop.value.code == 0
+  text = capsys.readouterr().out
+  assert commands.help_line(command) in text
+  if command in ("train", "prepare"):
+    assert all(f"--config.{name}=" in text for name in config_lib.FIELDS)
+
+
+def test_train_evaluate_generate_from_the_command_line(recipe, tmp_path, capsys):
+  workdir = tmp_path / "run"
+  overrides = [
+    "--config.model.placement=pre",
+    "--config.train.sample_tokens=5",
+    "--config.evaluate.official_compat=true",
+  ]
+  assert main(["train", f"--config={recipe}", f"--workdir={workdir}", *overrides]) == 0
+  output = capsys.readouterr().out
+  assert "placement  pre pre" in output
+  assert "official evaluator: loss" in output
+  assert re.search(r"step 6/6  loss [\d.]+  lr [\d.e-]+  grad [\d.]+  tok/s [\d,]+  mfu n/a  left 0:00:00", output)
+  assert re.search(r"validation loss [\d.]+, perplexity [\d.]+ \(step 6\)", output)
+  assert "sample     " in output
+  assert f"files      {workdir}" in output
+  assert json.loads((workdir / "config.json").read_text())["model.placement"] == "pre"
+
+  assert main(["evaluate", f"--workdir={workdir}", "--batch_size=3"]) == 0
+  result = json.loads(capsys.readouterr().out.splitlines()[-1])
+  trained = json.loads((workdir / "outcome.json").read_text())["validation"]
+  assert result["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+  assert result["unigram_entropy"] > 2
+
+  assert main(["generate", f"--workdir={workdir}", "--prompt=the quick", "--num_tokens=4", "--step=4"]) == 0
+  assert capsys.readouterr().out.startswith("the quick")
+  assert "has no checkpoint of that step; it has 4, 6" in refused(
+    ["evaluate", f"--workdir={workdir}", "--step=5"], capsys
+  )
+
+
+def test_doctor(tmp_path, capsys):
+  assert main(["doctor", f"--workdir={tmp_path}"]) == 0
+  output = capsys.readouterr().out
+  assert "device     cpu:0" in output
+  assert "all is well" in output
+  (tmp_path / "file").write_text("")
+  assert main(["doctor", f"--workdir={tmp_path / 'file' / 'folder'}"]) == 1
+  assert "can't be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    ("--config.model.placement=mixx:0.25", ["unknown placement 'mixx'", "did you mean 'mix'?", "choices:"]),
+    ("--config.model.placment=pre", ["config.model.placment: unknown field", "did you mean config.model.placement"]),
+    ("--config.modl.placement=pre", ["config.modl.placement", "did you mean config.model.placement?"]),
+    ("--config.train.num_steps=abc", ["config.train.num_steps", "abc"]),
+    ("--config.train.num_steps=1.5", ["config.train.num_steps"]),
+    ("--config.model.tied_embeddings=perhaps", ["config.model.tied_embeddings", "perhaps"]),
+    ("--config.optimizer.learning_rate=-1", ["config.optimizer.learning_rate=-1", ">= 0"]),
+    ("--config.model.num_heads=3", ["num_heads=3 does not divide", "embed_dim=16"]),
+    ("--config.model.remat=ful", ["config.model.remat='ful'", "one of none, full, dots"]),
+    ("--config.data.sequence_length=64", ["config.data.sequence_length=64 is over the 32 tokens"]),
+    ("--config.data.sequence_length=16", ["packed at 32"]),
+    ("--config.data.mode=pad", ["config.data.mode=pad", "in mode pack"]),
+    ("--config.data.tokenizer=sentencepiece", ["config.data.tokenizer='sentencepiece' did not make"]),
+    ("--config.data.tokenizer=/no/such.model", ["config.data.tokenizer='/no/such.model'", "can't be read"]),
+    ("--config.model.vocab_size=100", ["config.model.vocab_size=100 is under the 259 ids"]),
+    ("--config.data.directory=/no/such/folder", ["no records in /no/such/folder", "prepare"]),
+    ("--config.mesh.fsdp=2", ["config.mesh", "devices"]),
+    ("--workdri=x", ["workdri", "--help"]),
+    ("stray", ["unexpected argument 'stray'"]),
+  ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(argument, words, recipe, tmp_path, capsys):
+  workdir = tmp_path / "run"
+  line = refused(["train", f"--config={recipe}", f"--workdir={workdir}", argument], capsys)
+  for word in words:
+    assert word in line
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ("argv", "words"),
+  [
+    (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+    (["train", "--workdir=x"], "--config is required"),
+    (["train", "--config=configs/tiny.py"], "--workdir is required"),
+    (["train", "--config=configs/none.py", "--workdir=x"], "configs/none.py"),
+    (["train", "--config=configs/llama_130m.py:offical", "--workdir=x"], "unknown variant 'offical'"),
+    (["evaluate", "--workdir=/no/such/run"], "no run there"),
+    (["generate", "--workdir=/no/such/run", "--num_tokens=0"], "num_tokens"),
+    (["prepare", "--config=configs/tiny.py", "--config.data.source=/no/corpus"], "config.data.source='/no/corpus'"),
+  ],
+)
+def test_bad_commands(argv, words, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  assert words in refused(argv, capsys)
+
+
+def test_a_recipe_that_is_wrong_is_refused(tmp_path, capsys):
+  path = tmp_path / "recipe.py"
+  for text, words in (
+    ("def get_config():\n  return {}\n", "does not return a config"),
+    (
+      "from mixln_jax.config import base\n\n\ndef get_config():\n  c = base()\n  c.model.wdith = 3\n  return c\n",
+      "config.wdith: unknown field",
+    ),
+    ("def get_config(:\n", "invalid syntax"),
+    ("x = 1\n", "get_config"),
+  ):
+    path.write_text(text)
+    sys.modules.pop("config_config", None)  # ml_collections loads each recipe under this name
+    assert words in refused(["train", f"--config={path}", f"--workdir={tmp_path / 'run'}"], capsys)
