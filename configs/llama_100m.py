@@ -13,7 +13,7 @@ from mixln_jax.config import base
 def get_config():
   config = base()
   config.model.update(vocab_size=32_100, embed_dim=640, mlp_dim=1708, num_layers=12, num_heads=10)
-  config.model.dtype = "bfloat16"
+  config.model.update(dtype="bfloat16", remat="full")
   config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
   config.train.num_steps = 20_000
   return config

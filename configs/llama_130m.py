@@ -18,7 +18,7 @@ from mixln_jax.config import base
 def get_config(variant=""):
   config = base()
   config.model.update(embed_dim=768, mlp_dim=2048, num_layers=12, num_heads=12)
-  config.model.dtype = "bfloat16"
+  config.model.update(dtype="bfloat16", remat="full")
   config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
   config.train.num_steps = 20_000
   if variant == "official":

@@ -14,7 +14,7 @@ from mixln_jax.config import base
 def get_config():
   config = base()
   config.model.update(embed_dim=768, mlp_dim=2560, num_layers=24, num_heads=16)
-  config.model.dtype = "bfloat16"
+  config.model.update(dtype="bfloat16", remat="full")
   config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
   config.train.num_steps = 40_000
   return config

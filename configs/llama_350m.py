@@ -13,7 +13,7 @@ from mixln_jax.config import base
 def get_config():
   config = base()
   config.model.update(embed_dim=1024, mlp_dim=2736, num_layers=24, num_heads=16)
-  config.model.dtype = "bfloat16"
+  config.model.update(dtype="bfloat16", remat="full")
   config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
   config.train.num_steps = 60_000
   return config

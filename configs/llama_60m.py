@@ -13,6 +13,6 @@ from mixln_jax.config import base
 def get_config():
   config = base()
   config.model.update(embed_dim=512, mlp_dim=1376, num_layers=8, num_heads=8)
-  config.model.dtype = "bfloat16"
+  config.model.update(dtype="bfloat16", remat="full")
   config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
   return config

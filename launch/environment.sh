@@ -2,7 +2,7 @@
 # Sourced: makes .venv and installs a requirements file into it, once for each version of the file.
 # Callers define `run`, which prints a command and, unless they only print, runs it.
 
-# Newest Python first that is new enough; PYTHON overrides.
+# The first Python that is new enough; PYTHON overrides.
 find_python() {
   local candidate
   for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do

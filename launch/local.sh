@@ -17,14 +17,20 @@ TEXT
 }
 
 print=false config=configs/tiny.py workdir="" overrides=()
-for argument in "$@"; do
-  case "$argument" in
+while (($#)); do
+  case "$1" in
     --print) print=true ;;
     --help | -h) usage && exit 0 ;;
-    --config=*) config=${argument#--config=} ;;
-    --workdir=*) workdir=${argument#--workdir=} ;;
-    *) overrides+=("$argument") ;;
+    --config=*) config=${1#--config=} ;;
+    --workdir=*) workdir=${1#--workdir=} ;;
+    --config | --workdir)
+      (($# > 1)) || { echo "error: $1 needs a value, as in $1=…" >&2 && exit 2; }
+      printf -v "${1#--}" '%s' "$2"
+      shift
+      ;;
+    *) overrides+=("$1") ;;
   esac
+  shift
 done
 name=$(basename "${config%%:*}" .py)
 workdir=${workdir:-work/runs/$name-$(date +%Y%m%d-%H%M%S)}

@@ -1,5 +1,6 @@
 """Command-line flags: absl and ml_collections, with errors that a person can act on."""
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -33,8 +34,10 @@ class CommandLine:
     if required:
       self._required.append(name)
 
-  def integer(self, name: str, meaning: str, *, default: int | None = None, minimum: int | None = None) -> None:
-    flags.DEFINE_integer(name, default, meaning, lower_bound=minimum, flag_values=self._values)
+  def integer(
+    self, name: str, meaning: str, *, default: int | None = None, minimum: int | None = None, maximum: int | None = None
+  ) -> None:
+    flags.DEFINE_integer(name, default, meaning, minimum, maximum, flag_values=self._values)
 
   def number(self, name: str, meaning: str, *, default: float, minimum: float | None = None) -> None:
     flags.DEFINE_float(name, default, meaning, lower_bound=minimum, flag_values=self._values)
@@ -55,10 +58,13 @@ class CommandLine:
       config_flags.DEFINE_config_file("config", flag_values=self._values, sys_argv=["", *argv])
     try:
       rest = self._values(["", *argv])[1:]
-    except (flags.Error, TypeError, ValueError, KeyError, AttributeError, OSError, SyntaxError) as error:
+    except Exception as error:  # the parser runs the recipe
       raise _flag_error(error) from error
     if rest:
       raise InputError(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
+    for name, value in self._values.flag_values_dict().items():
+      if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{name}={value}: must be a finite number")
     for name in self._required:
       if self._values[name].value is None:
         raise InputError(f"--{name} is required; see --help")
@@ -77,7 +83,7 @@ class CommandLine:
       raise InputError(f"--config={path}: no such file; the recipes lie in configs/")
     try:
       config = flag.value
-    except (OSError, SyntaxError, KeyError, AttributeError, TypeError, ValueError, ImportError) as error:
+    except Exception as error:  # the recipe is somebody's Python: it can raise anything
       raise _flag_error(error) from error
     if not isinstance(config, ConfigDict):
       raise InputError(
@@ -104,8 +110,9 @@ class CommandLine:
 def _flag_error(error: Exception) -> InputError:
   if isinstance(error, InputError):
     return error
-  text = " ".join(str(error).split())
-  unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', text)
+  unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', str(error))
   if unknown:
     return config_lib.unknown_field(unknown.group(1))
+  # ml_collections puts whole tracebacks into some messages; the last line says what is wrong.
+  text = (str(error).strip().splitlines() or [""])[-1].strip()
   return InputError(f"{text or type(error).__name__}; see --help")

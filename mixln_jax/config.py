@@ -6,6 +6,7 @@ A recipe (`configs/*.py`) is `base()` and its differences. Nothing else in the p
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,6 +38,8 @@ class Field:
   meaning: str
   minimum: float | None = None
   maximum: float | None = None
+  above: float | None = None  # exclusive bounds
+  below: float | None = None
   choices: tuple[Any, ...] = ()
   on_resume: str = REFUSED
 
@@ -44,16 +47,22 @@ class Field:
     """The allowed values in words, for messages and `--help`."""
     if self.choices:
       return "one of " + ", ".join(map(str, self.choices))
-    bounds = [f"{sign} {bound}" for sign, bound in ((">=", self.minimum), ("<=", self.maximum)) if bound is not None]
-    return " and ".join([type(self.default).__name__, *bounds])
+    bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum), ("<", self.below))
+    return " and ".join([type(self.default).__name__, *(f"{sign} {b}" for sign, b in bounds if b is not None)])
 
   def admits(self, value: Any) -> bool:
     if type(value) is not type(self.default):
       return False
     if self.choices:
       return value in self.choices
-    # Written so that a NaN is outside every range.
-    return (self.minimum is None or value >= self.minimum) and (self.maximum is None or value <= self.maximum)
+    if isinstance(value, str):
+      return True
+    return math.isfinite(value) and (
+      (self.minimum is None or value >= self.minimum)
+      and (self.above is None or value > self.above)
+      and (self.maximum is None or value <= self.maximum)
+      and (self.below is None or value < self.below)
+    )
 
 
 FIELDS: Mapping[str, Field] = {
@@ -117,7 +126,7 @@ FIELDS: Mapping[str, Field] = {
   "train.num_steps": Field(10_000, "optimizer updates of the whole run", minimum=1, on_resume=CHECKED),
   "train.batch_size": Field(512, "global batch of one update, in sequences", minimum=1),
   "train.micro_batches": Field(
-    1, "the batch is cut into this many; their token sums are added before the one update", minimum=1
+    1, "the batch is cut into this many; their token sums are added before the one update", minimum=1, on_resume=FREE
   ),
   "train.sample_tokens": Field(0, "tokens of text to generate when the run ends; 0 = none", minimum=0, on_resume=FREE),
   # optimizer: AdamW
@@ -135,9 +144,9 @@ FIELDS: Mapping[str, Field] = {
     -1, "wsd: steps of the final decay; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED
   ),
   "optimizer.final_fraction": Field(0.1, "floor of the schedule as a fraction of the peak", minimum=0.0, maximum=1.0),
-  "optimizer.b1": Field(0.9, "Adam's decay of the first moment", minimum=0.0, maximum=1.0),
-  "optimizer.b2": Field(0.999, "Adam's decay of the second moment", minimum=0.0, maximum=1.0),
-  "optimizer.epsilon": Field(1e-8, "Adam's epsilon, outside the root", minimum=0.0),
+  "optimizer.b1": Field(0.9, "Adam's decay of the first moment", minimum=0.0, below=1.0),
+  "optimizer.b2": Field(0.999, "Adam's decay of the second moment", minimum=0.0, below=1.0),
+  "optimizer.epsilon": Field(1e-8, "Adam's epsilon, outside the root", above=0.0),
   "optimizer.weight_decay": Field(
     0.0, "decoupled weight decay of the matrices, embedding and head (never of gains and biases)", minimum=0.0
   ),
@@ -159,7 +168,6 @@ FIELDS: Mapping[str, Field] = {
     10_000_000,
     "counted tokens after which an evaluation stops at a record's end (the paper: 10M); 0 = all",
     minimum=0,
-    on_resume=FREE,
   ),
   "evaluate.official_compat": Field(
     False, "print beside it what the official evaluator would: n/(n+1) of the mean of batch means", on_resume=FREE
@@ -303,6 +311,12 @@ def _validate_training(config: Config) -> None:
   _contradiction(
     config.data.document_mask and config.data.mode != "pack",
     "config.data.document_mask=True needs config.data.mode=pack (padded records hold one document each)",
+  )
+  profile = config.profile
+  _contradiction(
+    profile.num_steps > 0 and profile.start_step + profile.num_steps - 1 > train.num_steps,
+    f"config.profile.start_step={profile.start_step} and num_steps={profile.num_steps} end after "
+    f"config.train.num_steps={train.num_steps}; lower one",
   )
   fills = [axis for axis in config.mesh if config.mesh[axis] == -1]
   _contradiction(

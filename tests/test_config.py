@@ -84,6 +84,8 @@ def bad_value(field):
     return "nonsense"
   if field.minimum is not None:
     return type(field.default)(field.minimum - 1)
+  if field.above is not None:
+    return field.above
   return None
 
 
@@ -92,7 +94,9 @@ def test_every_field_refuses_wrong_types_and_values(name):
   field = config_lib.FIELDS[name]
   wrong_type = 3 if isinstance(field.default, str) else "three"
   candidates = [wrong_type, *([bad_value(field)] if bad_value(field) is not None else [])]
-  candidates += [math.nan] if isinstance(field.default, float) else []
+  candidates += [math.nan, math.inf] if isinstance(field.default, float) else []
+  candidates += [field.below] if field.below is not None else []
+  candidates += [type(field.default)(field.maximum + 1)] if field.maximum is not None else []
   for value in candidates:
     with pytest.raises(InputError) as error:
       config_lib.from_flat(config_lib.flatten(config_lib.base()) | {name: value})
@@ -111,6 +115,7 @@ def test_every_field_refuses_wrong_types_and_values(name):
     ({"optimizer.warmup_steps": 10_000}, "config.optimizer.warmup_steps=10000 leaves no step"),
     ({"optimizer.schedule": "wsd", "optimizer.decay_steps": 9500}, "don't fit"),
     ({"data.document_mask": True, "data.mode": "pad"}, "needs config.data.mode=pack"),
+    ({"profile.start_step": 9999, "profile.num_steps": 3}, "config.profile.start_step=9999 and num_steps=3 end after"),
     ({"mesh.fsdp": -1}, "config.mesh.data and config.mesh.fsdp are all -1"),
     ({"mesh.tensor": 0}, "config.mesh.tensor=0"),
   ],

@@ -10,44 +10,57 @@ import sys
 import tempfile
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
-from mixln_jax.command_line import CommandLine
+# Only the standard library up here: this command is for machines on which the rest is missing.
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 OPTIONAL = {"wandb": "logging.wandb_project", "matplotlib": "figures", "torch": "making the golden values of the tests"}
 
 
 def main(argv: list[str]) -> int:
+  print(f"python     {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
+  problems = _check_packages()
+  if any("not installed" in problem for problem in problems):
+    return _conclude(problems)
+  from mixln_jax.command_line import CommandLine
+
   line = CommandLine(__doc__ or "")
   line.string("workdir", "a folder whose write access is tried", default="work")
   values = line.parse(argv)
-  print(f"python     {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
-  problems = [*_check_packages(), *_check_devices(), *_check_folder(Path(values.workdir).expanduser())]
+  problems += [*_check_devices(), *_check_folder(Path(values.workdir).expanduser())]
   for name, use in OPTIONAL.items():
     if importlib.util.find_spec(name) is None:
       print(f"optional   {name} is not installed (for {use})")
+  return _conclude(problems)
+
+
+def _conclude(problems: list[str]) -> int:
   for problem in problems:
     print(f"problem    {problem}", file=sys.stderr)
-  print(f"{len(problems)} problems" if problems else "all is well")
+  print(f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "all is well")
   return 1 if problems else 0
 
 
 def _check_packages() -> list[str]:
   problems = []
-  lines = (re.sub(r"\s+#.*", "", text).strip() for text in REQUIREMENTS.read_text().splitlines())
-  for requirement in (Requirement(text) for text in lines if text and not text.startswith(("#", "-"))):
+  lines = (re.sub(r"\s*#.*", "", line).strip() for line in REQUIREMENTS.read_text().splitlines())
+  for name, specifier in (re.fullmatch(r"([\w.-]+)(.*)", line).groups() for line in lines if line):  # pyright: ignore
     try:
-      version = importlib.metadata.version(requirement.name)
+      version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      problems.append(f"{requirement.name} is not installed; run `pip install -r requirements.txt`")
+      problems.append(f"{name} is not installed; run `pip install -r requirements.txt`")
       continue
-    print(f"package    {requirement.name} {version}")
-    if not requirement.specifier.contains(version, prereleases=True):
-      problems.append(
-        f"{requirement.name} {version} is outside {requirement.specifier}; run `pip install -r requirements.txt`"
-      )
+    print(f"package    {name} {version}")
+    if not _satisfies(version, specifier):
+      problems.append(f"{name} {version} is not {specifier}; run `pip install -r requirements.txt`")
   return problems
+
+
+def _satisfies(version: str, specifier: str) -> bool:
+  try:
+    from packaging.specifiers import SpecifierSet
+  except ImportError:
+    return True  # comes with JAX's own requirements; without it only presence is checked
+  return SpecifierSet(specifier).contains(version, prereleases=True)
 
 
 def _check_devices() -> list[str]:

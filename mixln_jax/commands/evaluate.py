@@ -3,12 +3,10 @@
 import json
 
 from mixln_jax.command_line import CommandLine
-from mixln_jax.config import validate
 from mixln_jax.data.loader import unigram_entropy
-from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
-from mixln_jax.training.setup import Evaluator, make_loader, open_run, set_up
+from mixln_jax.training.setup import Evaluator, make_loader, open_run, set_up, spread_over_all_devices
 
 
 def main(argv: list[str]) -> int:
@@ -18,15 +16,15 @@ def main(argv: list[str]) -> int:
   line.integer("batch_size", "sequences a batch; by default the run's", minimum=1)
   values = line.parse(argv)
   folder = RunFolder(values.workdir)
-  config = read_config(folder)
+  config = spread_over_all_devices(read_config(folder))
   if values.batch_size is not None:
     config.evaluate.batch_size = values.batch_size
-  validate(config)
-  run = open_run(folder, make_mesh(config.mesh), values.step)
-  setup = set_up(config)
+  setup = set_up(config, for_training=False)
+  run = open_run(folder, setup.mesh, values.step)
   evaluation = Evaluator(setup)(run.params)
   print(f"validation step {run.step}  {evaluation.describe(official_compat=True)}")
-  entropy = unigram_entropy(make_loader(setup, config.evaluate.batch_size).validation(config.evaluate.max_tokens))
+  rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
+  entropy = unigram_entropy(rows)
   print(f"unigram entropy of the same labels {entropy:.4f}; the model is {entropy - evaluation.loss:.4f} nats below it")
   print(json.dumps({"step": run.step, "unigram_entropy": entropy, **evaluation.metrics(official_compat=True)}))
   return 0

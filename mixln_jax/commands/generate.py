@@ -4,7 +4,7 @@ from mixln_jax.command_line import CommandLine
 from mixln_jax.inference.generate import generate_text
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
-from mixln_jax.training.setup import on_mesh, open_run, set_up
+from mixln_jax.training.setup import on_mesh, open_run, set_up, spread_over_all_devices
 
 
 def main(argv: list[str]) -> int:
@@ -13,11 +13,11 @@ def main(argv: list[str]) -> int:
   line.string("prompt", "text to go on from", default="")
   line.integer("num_tokens", "tokens to generate", default=100, minimum=1)
   line.number("temperature", "0 = always the likeliest token", default=0.8, minimum=0.0)
-  line.integer("seed", "seed of the sampling", default=0, minimum=0)
+  line.integer("seed", "seed of the sampling", default=0, minimum=0, maximum=2**32 - 1)
   line.integer("step", "which checkpoint; by default the newest", minimum=0)
   values = line.parse(argv)
   folder = RunFolder(values.workdir)
-  setup = set_up(read_config(folder))
+  setup = set_up(spread_over_all_devices(read_config(folder)), for_training=False)
   run = open_run(folder, setup.mesh, values.step)
   with on_mesh(setup.mesh):
     text = generate_text(

@@ -21,10 +21,8 @@ def main(argv: list[str]) -> int:
   outcome = loop.train(config, values.workdir)
   print(f"{outcome.status:<10} {outcome.message}", file=sys.stderr if outcome.status == loop.NON_FINITE else sys.stdout)
   if outcome.validation:
-    print(
-      f"validation loss {outcome.validation['loss']:.4f}, perplexity "
-      f"{outcome.validation['perplexity']:.3f} (step {outcome.validation['step']})"
-    )
+    loss, perplexity = (float(outcome.validation[name]) for name in ("loss", "perplexity"))
+    print(f"validation loss {loss:.4f}, perplexity {perplexity:.3f} (step {outcome.validation['step']})")
   if outcome.status == loop.FINISHED and config.train.sample_tokens:
     setup = set_up(config)
     run = open_run(RunFolder(values.workdir), setup.mesh)

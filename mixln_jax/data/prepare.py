@@ -28,7 +28,7 @@ def data_directory(config: Any) -> Path:
     return Path(data.directory).expanduser()
   source = (
     data.source
-    if data.source.startswith(corpus_lib.EMBEDDED)
+    if data.source in (corpus_lib.EMBEDDED, corpus_lib.EMBEDDED_PARAGRAPHS)
     else f"{Path(data.source).stem}-{_short_hash(data.source)}"
   )
   if data.tokenizer == tokenizer_lib.SENTENCEPIECE:
@@ -59,7 +59,7 @@ def prepare(config: Any, *, progress: bool = True) -> records_lib.Corpus:
     corpus = records_lib.open_corpus(folder, verify=config.data.verify)
     _check_reusable(corpus, config, source_sha256)
     return corpus
-  if folder.exists() and any(folder.iterdir()):
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(
       f"config.data.directory={str(folder)!r} is not empty and holds no records; choose another, nothing was written"
     )
@@ -74,7 +74,12 @@ def prepare(config: Any, *, progress: bool = True) -> records_lib.Corpus:
   tokenizer = _make_tokenizer(config, train)
   partial = folder.with_name(f".{folder.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
+  try:
+    partial.mkdir(parents=True)
+  except OSError as error:
+    raise InputError(
+      f"config.data.directory={str(folder)!r}: can't be made ({error.strerror}); choose another"
+    ) from error
   splits = {"train": train, "validation": validation}
   _write(partial, config, tokenizer, splits, source_sha256=source_sha256, progress=progress)
   if folder.exists():
@@ -131,7 +136,6 @@ def _write(
     tokenizer=tokenizer.name,
     tokenizer_sha256=tokenizer_lib.content_hash(tokenizer),
     vocab_size=tokenizer.vocab_size,
-    pad_id=tokenizer_lib.PAD,
     sequence_length=length,
     mode=config.data.mode,
     bytes_per_token=tuple(tokenizer.bytes_per_token()),
@@ -145,8 +149,6 @@ def _check_reusable(corpus: records_lib.Corpus, config: Any, source_sha256: str)
   problem = None
   if manifest.source_sha256 != source_sha256:
     problem = f"they were made from another text than config.data.source={config.data.source!r} has now"
-  elif manifest.mode != config.data.mode:
-    problem = f"they are in mode {manifest.mode}, not config.data.mode={config.data.mode}"
   elif manifest.sequence_length != config.data.sequence_length:
     problem = (
       f"they hold {manifest.sequence_length} tokens, not config.data.sequence_length={config.data.sequence_length}"
@@ -172,6 +174,11 @@ def check_corpus(corpus: records_lib.Corpus, config: Any) -> None:
       f"config.data.sequence_length={data.sequence_length} is over the {manifest.sequence_length} "
       f"tokens of {where}; lower it, or prepare longer records"
     )
+  if data.source != manifest.source:
+    raise InputError(
+      f"config.data.source={data.source!r}, but {where} were made from {manifest.source!r}; set it to that, "
+      "or prepare in another folder"
+    )
   if data.mode != manifest.mode:
     raise InputError(
       f"config.data.mode={data.mode}, but {where} are in mode {manifest.mode}; prepare them again in another folder"
@@ -186,8 +193,10 @@ def check_corpus(corpus: records_lib.Corpus, config: Any) -> None:
       f"config.model.vocab_size={config.model.vocab_size} is under the {manifest.vocab_size} ids of "
       f"the tokenizer of {where}; raise it"
     )
-  if data.tokenizer in (tokenizer_lib.BYTES, tokenizer_lib.SENTENCEPIECE):
-    matches = data.tokenizer == manifest.tokenizer
+  if data.tokenizer == tokenizer_lib.SENTENCEPIECE:  # trained to exactly config.model.vocab_size
+    matches = manifest.tokenizer == data.tokenizer and manifest.vocab_size == config.model.vocab_size
+  elif data.tokenizer == tokenizer_lib.BYTES:
+    matches = manifest.tokenizer == data.tokenizer
   else:
     matches = tokenizer_lib.content_hash(tokenizer_lib.read_tokenizer(data.tokenizer)) == manifest.tokenizer_sha256
   if not matches:

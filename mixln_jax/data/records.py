@@ -113,7 +113,6 @@ class Manifest:
   tokenizer: str
   tokenizer_sha256: str
   vocab_size: int
-  pad_id: int
   sequence_length: int
   mode: str
   bytes_per_token: tuple[int, ...]  # [vocab_size]
@@ -121,8 +120,9 @@ class Manifest:
 
   @property
   def fingerprint(self) -> str:
-    """Hash over all of it: what a run's data is."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+    """Hash over all of it but the name of the source, which may move: what a run's data is."""
+    content = {name: value for name, value in dataclasses.asdict(self).items() if name != "source"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
   def to_json(self) -> str:
     return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, **dataclasses.asdict(self)}, indent=1) + "\n"
@@ -228,6 +228,8 @@ def _read_manifest(folder: Path) -> Manifest:
     raise _changed(path, f"has format {form}, this version reads format {FORMAT}")
   if fingerprint != manifest.fingerprint:
     raise _changed(path, "was changed by hand: its fingerprint does not match its contents")
+  if max(split.largest_id for split in splits.values()) >= manifest.vocab_size:
+    raise _changed(path, f"has ids beyond its vocabulary of {manifest.vocab_size}")
   for shard in (shard for split in splits.values() for shard in split.shards):
     if Path(shard.file).name != shard.file:
       raise _changed(path, f"names a shard outside its folder ({shard.file!r})")

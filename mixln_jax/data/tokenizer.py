@@ -91,7 +91,7 @@ class SentencePieceTokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-  """Trains a byte-pair SentencePiece model with byte fallback; lossless: decode(encode(text)) == text.
+  """Trains a byte-pair SentencePiece model with byte fallback, which gives any text back but its "▁" and NULs.
 
   Raises:
     InputError: the corpus is too small for `vocab_size` pieces.

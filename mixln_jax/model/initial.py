@@ -32,17 +32,22 @@ def abstract_sharded_params(config: Config, mesh: Mesh) -> Any:
 
 
 def count_params(config: Config) -> int:
-  """Number of parameters at their logical width: columns that only pad the MLP are not counted."""
+  """Number of parameters that the model has: without columns that only pad the MLP, and gains that no norm uses."""
   shapes = nn.unbox(abstract_params(config))
-  paths = param_paths(shapes)
-  return sum(int(np.prod(_logical_shape(path, leaf.shape, config))) for path, leaf in _pairs(paths, shapes))
+  pairs = zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True)
+  stored = sum(int(np.prod(_logical_shape(path, leaf.shape, config))) for path, leaf in pairs)
+  table = placement.parse(config.placement, config.num_layers)
+  unused = sum(
+    table.num_gains(sublayer) - row.num_gains for sublayer in placement.SUBLAYERS for row in table.rows(sublayer)
+  )
+  return stored - unused * config.embed_dim
 
 
 def deviations(config: Config) -> dict[str, float | np.ndarray]:
   """Standard deviation of each initial matrix of config.model: a number, or one a layer [L]."""
   table = placement.parse(config.placement, config.num_layers)
   result: dict[str, float | np.ndarray] = {}
-  for path, _ in _pairs(*(2 * [param_paths(nn.unbox(abstract_params(config)))])):
+  for path in jax.tree.leaves(param_paths(nn.unbox(abstract_params(config)))):
     if not is_matrix(path):
       continue
     result[path] = config.embedding_deviation if path == "embedding" else config.init_deviation
@@ -82,7 +87,3 @@ def _logical_shape(path: str, shape: tuple[int, ...], config: Config) -> tuple[i
   if path not in MLP_AXES:
     return shape
   return tuple(config.mlp_dim if axis == MLP_AXES[path] else size for axis, size in enumerate(shape))
-
-
-def _pairs(first: Any, second: Any) -> list[tuple[Any, Any]]:
-  return list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))

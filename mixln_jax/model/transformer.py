@@ -200,8 +200,8 @@ class Transformer(nn.Module):
       one was given. What nobody reads of them is not computed.
     """
     c = self.config
-    if cache is not None and positions_BT is None:
-      raise ValueError("positions_BT is needed with a cache: the position of each token says where its key is written")
+    if cache is not None:
+      _check_cache(cache, tokens_BT, positions_BT, segment_ids_BT)
     if positions_BT is None:
       positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     columns = Columns.of(placement.parse(c.placement, c.num_layers)) if columns is None else columns
@@ -257,6 +257,15 @@ class Transformer(nn.Module):
       carry, layer_taps = layer.apply({"params": params}, carry, varying, shared)
       taps.append(layer_taps)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *taps)
+
+
+def _check_cache(cache: Cache, tokens_BT: jax.Array, positions_BT: Any, segment_ids_BT: Any) -> None:
+  if positions_BT is None:
+    raise ValueError("positions_BT is needed with a cache: the position of each token says where its key is written")
+  if segment_ids_BT is not None:
+    raise ValueError("segment_ids_BT can't be given with a cache: a cache holds one document a row")
+  if tokens_BT.shape[1] > cache["k"].shape[2]:
+    raise ValueError(f"{tokens_BT.shape[1]} tokens don't fit into a cache of {cache['k'].shape[2]} slots")
 
 
 def project_to_logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:

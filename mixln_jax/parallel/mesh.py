@@ -31,7 +31,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   ici = [filled[axis] for axis in AXES]
   dcn = [filled[f"dcn_{axis}"] for axis in AXES]
   if math.prod(dcn) > 1:
-    grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices)
+    try:
+      grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices)
+    except ValueError as error:
+      raise InputError(f"config.mesh.dcn_*: these devices don't form such slices ({error}); set them to 1") from error
   else:
     grid = mesh_utils.create_device_mesh(ici, devices)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -57,11 +60,6 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
   """This process's rows of a batch as global arrays [B, T], sharded by rows."""
   sharding = rules.batch_sharding(mesh)
   return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
-
-
-def num_batch_shards(mesh: Mesh) -> int:
-  """How many ways the rows of a batch are cut."""
-  return math.prod(mesh.shape[axis] for axis in rules.RULES["batch"] or ())
 
 
 def attach(abstract: Any, shardings: Any) -> Any:

@@ -1,10 +1,13 @@
 """Which mesh axes each logical axis is sharded over: one table for parameters and activations."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mixln_jax.errors import InputError
 
 # logical axis -> mesh axes (None = replicated). Parameters first, then activations.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -32,21 +35,37 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
   Raises:
     ValueError: a leaf names a logical axis without a rule (flax would leave it unsharded in silence).
+    InputError: the mesh does not divide a tensor.
   """
   specs = nn.get_partition_spec(boxed)
-
-  def check(spec: PartitionSpec) -> None:
+  for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
     for axis in spec:
       if axis is not None and axis not in RULES:
-        raise ValueError(f"logical axis {axis!r} has no rule in mixln_jax/parallel/rules.py; known: {', '.join(RULES)}")
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        known = ", ".join(RULES)
+        raise ValueError(f"{name}: axis {axis!r} has no rule in parallel/rules.py; known: {known}")
+  result = nn.logical_to_mesh_sharding(specs, mesh, logical_rules())
+  for (path, leaf), sharding in zip(
+    jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(result), strict=True
+  ):
+    check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, sharding)
+  return result
 
-  for spec in _leaves(specs):
-    check(spec)
-  return nn.logical_to_mesh_sharding(specs, mesh, logical_rules())
+
+def check_divides(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
+  """Raises InputError, naming the tensor, its size and the axes, where a sharding can't cut it into equal pieces."""
+  for size, axes in zip(shape, sharding.spec, strict=False):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    ways = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    if size % ways:
+      raise InputError(
+        f"config.mesh.{' × '.join(axes)}={ways} does not divide the {size} of {name} {shape}; "
+        "change the mesh, or that size"
+      )
 
 
-def _leaves(specs: Any) -> list[PartitionSpec]:
-  return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+def _is_spec(x: Any) -> bool:
+  return isinstance(x, PartitionSpec)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -19,7 +19,15 @@ METRIC = "validation_loss"
 class Checkpoints:
   """The checkpoints of one run."""
 
-  def __init__(self, folder: Path, *, keep_last: int, keep_best: int, keep_steps: Sequence[int] = ()):
+  def __init__(
+    self,
+    folder: Path,
+    *,
+    keep_last: int = 1,
+    keep_best: int = 0,
+    keep_steps: Sequence[int] = (),
+    read_only: bool = False,
+  ):
     """Keeps the `keep_last` newest, the `keep_best` of lowest validation loss, and those of `keep_steps`."""
     managers = checkpoint_managers
     policies: list[Any] = [managers.LatestN(keep_last), managers.CustomSteps(list(keep_steps))]
@@ -33,6 +41,7 @@ class Checkpoints:
       best_mode="min",
       preservation_policy=managers.AnyPreservationPolicy(policies),
       save_decision_policy=managers.FixedIntervalPolicy(1),
+      read_only=read_only,
     )
     self._manager = ocp.CheckpointManager(folder, options=options)
 

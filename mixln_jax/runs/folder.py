@@ -10,13 +10,16 @@ checkpoints/       one folder a step
 tensorboard/  profile/
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from mixln_jax.errors import InputError
 
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
-CHECKPOINTS, TENSORBOARD, PROFILE = "checkpoints", "tensorboard", "profile"
+CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
 PACKAGES = (
   "jax",
   "jaxlib",
@@ -54,15 +57,16 @@ class RunFolder:
   def has_run(self) -> bool:
     return (self / CONFIG).is_file()
 
-  def create(self) -> None:
-    """Makes the folder for a new run.
+  def create(self, config_json: str) -> None:
+    """Makes the folder for a new run and writes its config, which makes it one.
 
     Raises:
       InputError: the path is not a folder, can't be written, or holds something else.
     """
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-      occupied = [entry.name for entry in self.path.iterdir()]
+      # What a process that died while it wrote the config left behind is no reason to refuse.
+      occupied = [entry.name for entry in self.path.iterdir() if entry.name != f".{CONFIG}.partial"]
     except OSError as error:
       raise InputError(
         f"--workdir={self.path}: can't be used ({error.strerror}); choose a folder that you can write to"
@@ -72,8 +76,29 @@ class RunFolder:
         f"--workdir={self.path}: not empty and holds no run (it has {sorted(occupied)[0]!r}); choose "
         "another folder, nothing was written"
       )
-    if not os.access(self.path, os.W_OK):
-      raise InputError(f"--workdir={self.path}: not writable; choose another folder")
+    try:
+      self.write(CONFIG, config_json)
+    except OSError as error:
+      raise InputError(f"--workdir={self.path}: not writable ({error.strerror}); choose another folder") from error
+
+  def unused(self, name: str) -> Path:
+    """A path in the folder that does not exist: `name`, or `name_2`, …"""
+    candidates = (self / (name if number == 1 else f"{name}_{number}") for number in itertools.count(1))
+    return next(path for path in candidates if not path.exists())
+
+  @contextlib.contextmanager
+  def lock(self) -> Iterator[None]:
+    """Keeps a second process of this machine from writing to the run; the system frees the lock of one that died.
+
+    Raises:
+      InputError: another process holds it.
+    """
+    with (self / LOCK).open("a") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError as error:
+        raise InputError(f"--workdir={self.path}: another process trains there; wait for it, or stop it") from error
+      yield
 
   def read(self, name: str) -> str:
     """A file of facts.
@@ -122,11 +147,12 @@ def _git_revision() -> str | None:
     return None
 
 
-def parameter_table(params: Any) -> str:
-  """parameters.txt: a line a tensor (name, shape, type, sharding, size), and the total.
+def parameter_table(params: Any, count: int) -> str:
+  """parameters.txt: a line a tensor (name, shape, type, sharding, size) as stored, and the model's own count.
 
   Args:
     params: a tree of arrays, or of shapes with shardings.
+    count: parameters that the model has, without what is only stored (columns that pad the MLP, unused gains).
   """
   rows = [("name", "shape", "dtype", "sharding", "size")]
   total = 0
@@ -137,4 +163,4 @@ def parameter_table(params: Any) -> str:
     total += leaf.size
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-  return "\n".join([*lines, f"total {total:,}"]) + "\n"
+  return "\n".join([*lines, f"stored {total:,}", f"parameters {count:,}"]) + "\n"

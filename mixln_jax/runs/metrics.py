@@ -1,7 +1,9 @@
 """metrics.jsonl, the truth, and its mirrors, which can never stop a run."""
 
+import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +27,7 @@ class TensorBoardMirror:
     """`purge_step`: TensorBoard hides what an earlier process wrote from this step on."""
     import tensorboardX
 
-    self._writer = tensorboardX.SummaryWriter(logdir=str(folder), purge_step=purge_step or None)
+    self._writer = tensorboardX.SummaryWriter(logdir=str(folder), purge_step=purge_step)
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     for name, value in values.items():
@@ -38,10 +40,20 @@ class TensorBoardMirror:
 class WandbMirror:
   """Weights & Biases, where it is installed."""
 
-  def __init__(self, project: str, name: str, config: Mapping[str, Any]):
+  def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
     import wandb  # pyright: ignore[reportMissingImports]
 
-    self._run = wandb.init(project=project, name=name, config=dict(config), resume="allow", id=name)
+    # Without a key wandb.init would ask for one, and a run would wait for the answer.
+    has_key = "WANDB_API_KEY" in os.environ or Path("~/.netrc").expanduser().exists()
+    identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    self._run = wandb.init(
+      project=project,
+      name=folder.name,
+      id=identity,
+      resume="allow",
+      config=dict(config),
+      mode="online" if has_key else "offline",
+    )
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
@@ -59,7 +71,7 @@ class Metrics:
     Raises:
       InputError: a line other than the last one is not JSON.
     """
-    kept = [line for line in read_lines(path) if line["step"] <= start_step] if path.exists() and start_step else []
+    kept = [line for line in read_lines(path) if line["step"] <= start_step] if start_step else []
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
     partial.replace(path)
@@ -99,12 +111,12 @@ def _json_number(value: float) -> float | str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-  """All whole lines of a metrics.jsonl; a torn last line is left out.
+  """All whole lines of a metrics.jsonl (none where there is no file); a torn last line is left out.
 
   Raises:
     InputError: another line is not JSON.
   """
-  lines = path.read_text().splitlines(keepends=True)
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   result = []
   for number, line in enumerate(lines, start=1):
     try:

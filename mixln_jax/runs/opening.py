@@ -14,7 +14,6 @@ class OpenedRun(NamedTuple):
   config: Config
   step: int
   params: Any
-  facts: dict[str, Any]
 
 
 def read_config(folder: RunFolder) -> Config:
@@ -43,7 +42,7 @@ def open_params(folder: RunFolder, abstract_of: Callable[[Config], Any], step: i
     InputError: there is no such run or checkpoint, or it is damaged.
   """
   config = read_config(folder)
-  checkpoints = Checkpoints(folder / CHECKPOINTS, keep_last=1, keep_best=0)
+  checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
   try:
     steps = checkpoints.all_steps()
     if not steps:
@@ -52,6 +51,6 @@ def open_params(folder: RunFolder, abstract_of: Callable[[Config], Any], step: i
       raise InputError(f"--step={step}: the run has no checkpoint of that step; it has {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     params = checkpoints.restore(step, {"params": abstract_of(config)})["params"]
-    return OpenedRun(config, step, params, checkpoints.facts(step))
+    return OpenedRun(config, step, params)
   finally:
     checkpoints.close()

@@ -60,26 +60,22 @@ def _exp(loss: float) -> float:
 
 
 def evaluate(
-  evaluate_step: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]],
+  evaluate_step: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]],
   params: Any,
   batches: Iterable[Batch],
-  bytes_per_token: np.ndarray,
   mesh: Mesh,
 ) -> Evaluation:
   """Runs the batches and adds up.
 
   Args:
-    evaluate_step: compiled `make_evaluate_step`.
+    evaluate_step: compiled `make_evaluate_step`; its sums are over the global batch.
     params: parameters on the mesh.
     batches: this process's rows of each batch; rows of weight 0 fill up the last one.
-    bytes_per_token: UTF-8 bytes of each id, [V]; ids beyond it are never labels.
     mesh: where the batches go.
   """
-  pending, num_bytes = [], 0
-  for batch in batches:
-    pending.append(evaluate_step(params, global_batch(batch, mesh)))
-    num_bytes += int(bytes_per_token[batch["labels_BT"][batch["weights_BT"] > 0]].sum())
-  sums, counts = np.array(jax.device_get(pending), np.float64).T
-  loss, tokens = sums.sum() / counts.sum(), counts.sum()
+  pending = [evaluate_step(params, global_batch(batch, mesh)) for batch in batches]
+  sums, counts, num_bytes = np.array(jax.device_get(pending), np.float64).T
+  loss = sums.sum() / counts.sum()
+  bits_per_byte = sums.sum() / math.log(2) / num_bytes.sum()
   official = (sums / counts).sum() / (len(sums) + 1)
-  return Evaluation(float(loss), float(sums.sum() / math.log(2) / num_bytes), int(tokens), float(official))
+  return Evaluation(float(loss), float(bits_per_byte), int(counts.sum()), float(official))

@@ -6,6 +6,7 @@ checkpoint never holds a state whose loss was not finite, and never lacks the ev
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,12 +58,12 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   started = time.monotonic()
   setup = set_up(config)
   folder = RunFolder(workdir)
-  if folder.has_run:
-    old_config = read_config(folder)
-  else:
-    folder.create()
-    old_config = config
-  with contextlib.closing(_checkpoints(config, folder)) as checkpoints:
+  old_config = read_config(folder) if folder.has_run else config
+  if not folder.has_run:
+    folder.create(config_lib.to_json(config))
+  with folder.lock(), contextlib.closing(_checkpoints(config, folder)) as checkpoints:
+    if not checkpoints.all_steps() and not read_lines(folder / folder_lib.METRICS):
+      old_config = config  # nothing was trained: a first start that failed pins nothing
     point = resume_point(old_config, config, checkpoints.all_steps(), str(folder.path))
     if point.step:
       _check_facts(checkpoints.facts(point.step), setup, folder)
@@ -76,7 +77,8 @@ def train(config: Config, workdir: str | Path) -> Outcome:
 def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: ResumePoint) -> tuple[str, int, str]:
   """The loop itself. Returns how it ended, the last step, and a message."""
   config, num_steps = setup.config, setup.config.train.num_steps
-  checkpoints.move_after(point.step, folder / f"superseded_at_{point.step}")
+  (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
+  checkpoints.move_after(point.step, folder.unused(f"superseded_at_{point.step}"))
   shardings = step_lib.state_shardings(config, setup.mesh)
   _announce(setup, folder, point)
   state = _start_state(setup, shardings, checkpoints, point.step)
@@ -127,13 +129,15 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
           progress.say(
             f"validation step {step}  {validation.describe(official_compat=config.evaluate.official_compat)}"
           )
+          if not math.isfinite(loss):
+            raise NonFiniteError(step, f"validation loss {loss}")
         if save_now:
           checkpoints.save(step, _split(state), facts, loss)
         reporter.restart_clock()
       if step < num_steps:
         status, message = STOPPED, f"by {stopped_by} after step {step}; run the same command to go on"
     except NonFiniteError as error:
-      status = NON_FINITE
+      status, step = NON_FINITE, error.step
       message = (
         f"{error}: not finite, so the run ended; its checkpoints are whole. Lower config.optimizer.learning_rate, "
         "or set config.optimizer.clip_norm, in another --workdir"
@@ -196,7 +200,7 @@ def _split(state: step_lib.TrainState) -> dict[str, Any]:
 def _write_facts(setup: Setup, folder: RunFolder, params: Any) -> None:
   folder.write(folder_lib.CONFIG, config_lib.to_json(setup.config))
   folder.write(folder_lib.PLACEMENT, setup.table.strip + "\n")
-  folder.write(folder_lib.PARAMETERS, folder_lib.parameter_table(params))
+  folder.write(folder_lib.PARAMETERS, folder_lib.parameter_table(params, count_params(setup.config.model)))
   folder.write_json(folder_lib.ENVIRONMENT, folder_lib.environment())
 
 
@@ -204,17 +208,18 @@ def _open_metrics(setup: Setup, folder: RunFolder, start_step: int) -> Metrics:
   metrics = Metrics(folder / folder_lib.METRICS, start_step)
   logging = setup.config.logging
   if logging.tensorboard:
-    metrics.add_mirror(TensorBoardMirror, folder / folder_lib.TENSORBOARD, start_step + 1 if start_step else 0)
+    metrics.add_mirror(TensorBoardMirror, folder / folder_lib.TENSORBOARD, start_step + 1)
   if logging.wandb_project:
-    metrics.add_mirror(WandbMirror, logging.wandb_project, folder.path.name, config_lib.flatten(setup.config))
+    metrics.add_mirror(WandbMirror, logging.wandb_project, folder.path, config_lib.flatten(setup.config))
   return metrics
 
 
 def _progress(setup: Setup, start_step: int) -> Progress:
   config, devices = setup.config, setup.mesh.devices.flat
   peak = peak_flops(devices[0])
-  flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
-  return Progress(start_step, config.train.num_steps, flops_per_token, peak and peak * len(devices))
+  length = config.data.sequence_length
+  flops_per_step = train_flops_per_token(config.model, length) * config.train.batch_size * length
+  return Progress(start_step, config.train.num_steps, flops_per_step, peak and peak * len(devices))
 
 
 def _announce(setup: Setup, folder: RunFolder, point: ResumePoint) -> None:

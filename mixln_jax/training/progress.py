@@ -2,8 +2,10 @@
 
 import datetime
 import math
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 
 import jax
@@ -13,37 +15,53 @@ from mixln_jax.runs.metrics import Metrics
 
 
 class NonFiniteError(FloatingPointError):
-  """A loss or a gradient is not finite."""
+  """A loss or a gradient norm is not finite.
+
+  Attributes:
+    step: the step that it was seen at.
+  """
+
+  def __init__(self, step: int, what: str):
+    super().__init__(f"step {step}: {what}")
+    self.step = step
 
 
 class Progress:
   """A bar in a terminal, one dense line a step in a log."""
 
-  def __init__(self, start_step: int, num_steps: int, flops_per_token: float, peak_flops: float | None):
-    """`peak_flops`: FLOP/s of all devices together, or None where it is not known."""
+  def __init__(self, start_step: int, num_steps: int, flops_per_step: float, peak_flops: float | None):
+    """Starts to show.
+
+    Args:
+      start_step: updates done before.
+      num_steps: updates of the whole run.
+      flops_per_step: model FLOPs of one update, of all its positions, padding included.
+      peak_flops: FLOP/s of all devices together, or None where it is not known.
+    """
     self._num_steps = num_steps
-    self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+    self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
     bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
     self._bar = bar
+    self._durations: deque[float] = deque(maxlen=100)  # of the last steps, for the time that is left
 
-  def utilization(self, tokens_per_second: float) -> str:
+  def utilization(self, seconds: float) -> str:
     """Model-FLOPs utilisation (arXiv 2204.02311), or n/a on a device whose peak is not known."""
     if self._peak_flops is None:
       return "n/a"
-    return f"{self._flops_per_token * tokens_per_second / self._peak_flops:.1%}"
+    return f"{self._flops_per_step / seconds / self._peak_flops:.1%}"
 
   def step(self, step: int, values: Mapping[str, float], seconds: float) -> None:
     """One step: its metrics, and how long it took."""
-    rate = values["tokens_per_second"]
     shown = (
       f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  grad {values['gradient_norm']:.3f}  "
-      f"tok/s {rate:,.0f}  mfu {self.utilization(rate)}"
+      f"tok/s {values['tokens_per_second']:,.0f}  mfu {self.utilization(seconds)}"
     )
     if self._bar is not None:
       self._bar.set_postfix_str(shown, refresh=False)
       self._bar.update()
       return
-    left = datetime.timedelta(seconds=round(seconds * (self._num_steps - step)))
+    self._durations.append(seconds)
+    left = datetime.timedelta(seconds=round(statistics.fmean(self._durations) * (self._num_steps - step)))
     print(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {shown}  left {left}", flush=True)
 
   def say(self, line: str) -> None:
@@ -87,7 +105,7 @@ class Reporter:
     self._metrics.write(step, "train", values)
     self._progress.step(step, values, seconds)
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-      raise NonFiniteError(f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}")
+      raise NonFiniteError(step, f"loss {values['loss']}, gradient norm {values['gradient_norm']}")
 
   def restart_clock(self) -> None:
     """After a pause that is not part of a step."""

@@ -15,10 +15,9 @@ from mixln_jax.config import Config
 from mixln_jax.data.loader import Loader
 from mixln_jax.data.prepare import check_corpus, data_directory
 from mixln_jax.data.records import Corpus, open_corpus
-from mixln_jax.errors import InputError
 from mixln_jax.model.initial import abstract_sharded_params
-from mixln_jax.parallel.mesh import attach, make_mesh, num_batch_shards
-from mixln_jax.parallel.rules import batch_sharding, logical_rules
+from mixln_jax.parallel.mesh import attach, make_mesh
+from mixln_jax.parallel.rules import batch_sharding, check_divides, logical_rules
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import OpenedRun, open_params
 from mixln_jax.training import step as step_lib
@@ -41,29 +40,31 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
     yield
 
 
-def set_up(config: Config) -> Setup:
+def set_up(config: Config, *, for_training: bool = True) -> Setup:
   """Opens the data and the mesh of a config.
+
+  Args:
+    config: is validated.
+    for_training: also checks what only training needs, the size of its batch.
 
   Raises:
     InputError: config, data and devices contradict one another.
   """
   config_lib.validate(config)
   mesh = make_mesh(config.mesh)
-  shards = num_batch_shards(mesh)
-  micro_batch = config.train.batch_size // config.train.micro_batches
-  sizes = {"train.batch_size / micro_batches": micro_batch, "evaluate.batch_size": config.evaluate.batch_size}
+  abstract_sharded_params(config.model, mesh)  # for its checks
+  sizes = {"evaluate.batch_size": config.evaluate.batch_size}
+  if for_training:
+    sizes["train.batch_size / micro_batches"] = config.train.batch_size // config.train.micro_batches
   for field, size in sizes.items():
-    if size % shards:
-      raise InputError(
-        f"config.{field}={size} is not a multiple of the {shards} ways that config.mesh cuts a batch; change one"
-      )
+    check_divides(f"config.{field}", (size, config.data.sequence_length), batch_sharding(mesh))
   corpus = open_corpus(data_directory(config), verify=config.data.verify)
   check_corpus(corpus, config)
   return Setup(config, mesh, corpus, placement.parse(config.model.placement, config.model.num_layers))
 
 
-def make_loader(setup: Setup, batch_size: int) -> Loader:
-  """The loader of a setup, for this process."""
+def make_loader(setup: Setup, batch_size: int, *, all_rows: bool = False) -> Loader:
+  """The loader of a setup: this process's rows of each batch, or `all_rows`."""
   data = setup.config.data
   return Loader(
     setup.corpus,
@@ -71,10 +72,17 @@ def make_loader(setup: Setup, batch_size: int) -> Loader:
     batch_size=batch_size,
     document_mask=data.document_mask,
     seed=data.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=0 if all_rows else jax.process_index(),
+    process_count=1 if all_rows else jax.process_count(),
     num_threads=data.num_threads,
   )
+
+
+def spread_over_all_devices(config: Config) -> Config:
+  """The config of a run, for this machine instead of the one that trained it: parameters and rows over all devices."""
+  here = config.copy_and_resolve_references()
+  here.mesh.update(dict.fromkeys(here.mesh, 1) | {"fsdp": -1})
+  return here
 
 
 def open_run(folder: RunFolder, mesh: Mesh, step: int | None = None) -> OpenedRun:
@@ -101,10 +109,11 @@ class Evaluator:
   def __init__(self, setup: Setup):
     self._setup = setup
     self._loader = make_loader(setup, setup.config.evaluate.batch_size)
-    self._step = jax.jit(step_lib.make_evaluate_step(setup.config))
-    self._bytes_per_token = np.array(setup.corpus.manifest.bytes_per_token)
+    table_V = np.zeros(setup.config.model.vocab_size, np.float32)
+    table_V[: setup.corpus.manifest.vocab_size] = setup.corpus.manifest.bytes_per_token
+    self._step = jax.jit(step_lib.make_evaluate_step(setup.config, table_V))
 
   def __call__(self, params: Any) -> Evaluation:
     batches = self._loader.validation(self._setup.config.evaluate.max_tokens)
     with on_mesh(self._setup.mesh):
-      return evaluate(self._step, params, batches, self._bytes_per_token, self._setup.mesh)
+      return evaluate(self._step, params, batches, self._setup.mesh)

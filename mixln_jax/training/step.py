@@ -7,6 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -19,6 +20,7 @@ from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, m
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -128,7 +130,13 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, Metrics]]
   return train_step
 
 
-def make_evaluate_step(config: Config) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-  """`evaluate_step(params, batch) -> (loss sum, count)`."""
+def make_evaluate_step(config: Config, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch], Sums]:
+  """`evaluate_step(params, batch) -> (loss sum, count, bytes)`, bytes those that the counted labels stand for."""
   model = Transformer(config.model)
-  return lambda params, batch: loss_sum(model, params, batch)
+
+  def evaluate_step(params: Any, batch: Batch) -> Sums:
+    total, count = loss_sum(model, params, batch)
+    # A float sum is exact: a batch of 2^24 bytes would take a million tokens.
+    return total, count, jnp.sum(jnp.asarray(bytes_per_token_V)[batch["labels_BT"]] * batch["weights_BT"])
+
+  return evaluate_step

@@ -206,6 +206,11 @@ def test_jsonl_sources(tmp_path):
   path = tmp_path / "c.jsonl"
   path.write_text('{"text": "one"}\n{"text": "two\\nlines"}\n')
   assert [document.text for document in corpus_lib.documents(str(path))] == ["one", "two\nlines"]
+  path.write_text('{"text": "a\u2028b"}\n\n', encoding="utf-8")  # U+2028 ends no line of JSON
+  assert [document.text for document in corpus_lib.documents(str(path))] == ["a\u2028b"]
+  path.write_text('{"text": "\\ud800"}\n')
+  with pytest.raises(InputError, match=r"line 1 of .* valid Unicode"):
+    list(corpus_lib.documents(str(path)))
   path.write_text('{"text": "one"}\n{"txt": "two"}\n')
   with pytest.raises(InputError, match="line 2 of"):
     list(corpus_lib.documents(str(path)))

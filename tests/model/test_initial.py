@@ -65,6 +65,12 @@ def test_scaled_init_scales_the_output_matrices_of_its_layers_only(name, factors
     np.testing.assert_allclose(scaled[path], expected, rtol=1e-6, err_msg=path)
 
 
+def test_a_gain_that_no_norm_uses_is_not_counted():
+  counts = {name: count_params(small_model(placement=name)) for name in ("pre", "sandwich", "sandwich*2,post*2")}
+  assert counts["sandwich"] - counts["pre"] == 4 * 2 * 24
+  assert counts["sandwich*2,post*2"] - counts["pre"] == 2 * 2 * 24
+
+
 def test_deviations_gains_and_types():
   model = small_model(
     vocab_size=4000, embed_dim=96, num_heads=4, embedding_deviation=0.632, qkv_bias=True, param_dtype="bfloat16"

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from mixln_jax import config as config_lib
+from mixln_jax.data.prepare import prepare
 from mixln_jax.errors import InputError
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import read_lines
 from mixln_jax.training import loop
+from mixln_jax.training import step as step_lib
 from mixln_jax.training.setup import open_run
 from mixln_jax.training.stopping import StopRequest
 
@@ -86,7 +88,8 @@ def test_a_run_leaves_its_facts(untouched, make_config):
   assert (untouched / "placement.txt").read_text() == "post pre\n"
   table = (untouched / "parameters.txt").read_text()
   assert "layers/query" in table
-  assert table.endswith(f"total {sum(leaf.size for leaf in final_params(untouched).values()):,}\n")
+  count = sum(leaf.size for leaf in final_params(untouched).values())
+  assert table.endswith(f"stored {count:,}\nparameters {count:,}\n")
   environment = json.loads((untouched / "environment.json").read_text())
   assert environment["packages"]["jax"] == jax.__version__
   assert environment["devices"] == ["cpu:cpu"]
@@ -135,8 +138,7 @@ def test_a_crash_between_checkpoints_loses_nothing_but_time(untouched, make_conf
   assert_same_run(tmp_path / "run", untouched)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("killer", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_process_run_again_is_the_untouched_run(untouched, make_config, tmp_path, killer):
   """A real process and a real signal, sent while it trains."""
   del untouched
@@ -200,19 +202,20 @@ def test_what_can_not_change_the_result_may_change(untouched, make_config, tmp_p
 
 
 def test_other_data_is_refused(make_config, tmp_path):
-  config = make_config()
-  loop.train(config, tmp_path / "run")
-  other = tmp_path / "source"
-  other.mkdir()
+  """The same source, whose text has changed since the run began."""
+  source = tmp_path / "source"
+  source.mkdir()
   for index in range(120):
-    (other / f"{index:03d}.txt").write_text(f"another text {index}")
-  from mixln_jax.data.prepare import prepare
-
-  moved = make_config(**{"data.source": str(other), "data.directory": str(tmp_path / "other"), "train.num_steps": 6})
-  prepare(moved, progress=False)
-  moved.data.source = config.data.source
+    (source / f"{index:03d}.txt").write_text(f"some text {index} " * 5)
+  changes = {"data.source": str(source), "optimizer.schedule": "constant"}
+  first = make_config(**changes, **{"data.directory": str(tmp_path / "first")})
+  prepare(first, progress=False)
+  loop.train(first, tmp_path / "run")
+  (source / "000.txt").write_text("another text")
+  second = make_config(**changes, **{"data.directory": str(tmp_path / "second"), "train.num_steps": 9})
+  prepare(second, progress=False)
   with pytest.raises(InputError, match="the run was trained on data"):
-    loop.train(moved, tmp_path / "run")
+    loop.train(second, tmp_path / "run")
 
 
 def test_a_folder_that_is_no_run_is_refused(make_config, tmp_path):
@@ -227,8 +230,9 @@ def test_a_cosine_can_not_be_extended_and_a_constant_can(make_config, tmp_path):
   loop.train(cosine, tmp_path / "cosine")
   with pytest.raises(InputError, match=r"num_steps 6 -> 9.*had learning rate .* would have been"):
     loop.train(make_config(**{"train.num_steps": 9}), tmp_path / "cosine")
-  with pytest.raises(InputError, match="has done 6 steps already"):
-    loop.train(make_config(**{"train.num_steps": 4}), tmp_path / "cosine")
+  for fewer in (4, 5):
+    with pytest.raises(InputError, match="has done 6 steps already"):
+      loop.train(make_config(**{"train.num_steps": fewer}), tmp_path / "cosine")
 
   constant = {"optimizer.schedule": "constant", "optimizer.warmup_steps": 2}
   loop.train(make_config(**constant), tmp_path / "constant")
@@ -256,25 +260,53 @@ def test_a_decayed_wsd_run_goes_on_from_where_its_decay_began(make_config, tmp_p
   assert decayed.keys() == first.keys()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(make_config, tmp_path, monkeypatch):
-  from mixln_jax.training import step as step_lib
+@pytest.mark.parametrize("bad_step", [1, 3, 4, 6])
+def test_a_loss_that_is_not_finite_ends_the_run(make_config, tmp_path, monkeypatch, bad_step):
+  make_real = step_lib.make_train_step
 
-  real = step_lib.gradient_sum
+  def make_poisoned(config):
+    def train_step(state, batch):
+      good = make_real(config)(state, batch)
+      bad = state.step + 1 == bad_step
+      return good[0], good[1] | {"loss": jnp.where(bad, jnp.nan, good[1]["loss"])}
 
-  def poisoned(model, params, batch, micro_batches, columns):
-    total, count, grads = real(model, params, batch, micro_batches, columns)
-    bad = jnp.where(batch["tokens_BT"].sum() % 3 == 0, jnp.nan, 1.0)
-    return total * bad, count, grads
+    return train_step
 
-  monkeypatch.setattr(step_lib, "gradient_sum", poisoned)
-  outcome = loop.train(make_config(**{"train.num_steps": 40, "optimizer.warmup_steps": 2}), tmp_path / "run")
-  assert outcome.status == "non_finite"
-  assert "loss nan" in outcome.message
+  monkeypatch.setattr(step_lib, "make_train_step", make_poisoned)
+  outcome = loop.train(make_config(), tmp_path / "run")
+  assert (outcome.status, outcome.step) == ("non_finite", bad_step)
+  assert f"step {bad_step}: loss nan" in outcome.message
   assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "non_finite"
-  lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-  assert lines[-1]["loss"] == "nan"
-  if outcome.last_checkpoint:
-    assert all(np.isfinite(leaf).all() for leaf in final_params(tmp_path / "run").values())
+  last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+  assert (last["step"], last["loss"]) == (bad_step, "nan")
+  expected = 2 * ((bad_step - 1) // 2)  # the newest checkpoint before it
+  assert (outcome.last_checkpoint or 0) == expected
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_before_its_checkpoint(make_config, tmp_path, capsys):
+  config = make_config(
+    **{"optimizer.learning_rate": 1e38, "optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
+  )
+  config.train.num_steps = 1
+  outcome = loop.train(config, tmp_path / "run")
+  assert (outcome.status, outcome.step, outcome.last_checkpoint) == ("non_finite", 1, None)
+  assert "validation loss" in outcome.message
+  assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["split"] == "validation"
+
+
+def test_a_second_process_is_kept_out(make_config, tmp_path):
+  folder = RunFolder(tmp_path / "run")
+  config = make_config()
+  folder.create(config_lib.to_json(config))
+  with folder.lock(), pytest.raises(InputError, match="another process trains there"):
+    loop.train(config, tmp_path / "run")
+  assert loop.train(config, tmp_path / "run").status == "finished"
+
+
+def test_a_first_start_that_failed_pins_nothing(make_config, tmp_path):
+  RunFolder(tmp_path / "run").create(config_lib.to_json(make_config(**{"train.batch_size": 16})))
+  assert loop.train(make_config(), tmp_path / "run").status == "finished"
+  assert config_lib.from_json((tmp_path / "run" / "config.json").read_text()) == make_config()
 
 
 def test_a_profile_of_chosen_steps(make_config, tmp_path):

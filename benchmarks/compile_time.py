@@ -1,0 +1,62 @@
+"""Compile time of the training step against depth, scanned and as a plain Python loop.
+
+    python -m benchmarks.compile_time [--repeats=5] [--out=benchmarks/results/compile_time.json]
+
+One layer's program is compiled once under the scan, so its time should hardly depend on the depth. Depths are
+interleaved and repeated; the table quotes medians and ratios to the smallest depth of the same kind.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mixln_jax import config as config_lib
+from mixln_jax.training.step import abstract_state, make_train_step
+
+CASES = [("scan", 12), ("scan", 24), ("scan", 96), ("loop", 12), ("loop", 24)]
+
+
+def compile_seconds(kind: str, num_layers: int, placement: str) -> float:
+  """Seconds to trace, lower and compile the step of a 96-wide model, with nothing cached."""
+  config = config_lib.base()
+  config.model.update(vocab_size=2048, embed_dim=96, mlp_dim=256, num_heads=4, num_layers=num_layers)
+  config.model.update(placement=placement, unroll=1 if kind == "scan" else 0)
+  rows: Any = jax.ShapeDtypeStruct((16, 128), jnp.int32)
+  batch = {"tokens_BT": rows, "labels_BT": rows, "weights_BT": jax.ShapeDtypeStruct((16, 128), jnp.float32)}
+  jax.clear_caches()
+  started = time.perf_counter()
+  jax.jit(make_train_step(config), donate_argnums=0).lower(abstract_state(config), batch).compile()
+  return time.perf_counter() - started
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--placement", default="mix:0.25")
+  parser.add_argument("--out", type=Path)
+  arguments = parser.parse_args()
+  seconds: dict[str, list[float]] = {f"{kind} {depth}": [] for kind, depth in CASES}
+  for _ in range(arguments.repeats):
+    for kind, depth in CASES:
+      seconds[f"{kind} {depth}"].append(compile_seconds(kind, depth, arguments.placement))
+  print(f"{'case':<10}{'median s':>10}{'min':>8}{'max':>8}{'ratio':>8}")
+  medians = {case: statistics.median(times) for case, times in seconds.items()}
+  for case, times in seconds.items():
+    ratio = medians[case] / medians[f"{case.split()[0]} 12"]
+    print(f"{case:<10}{medians[case]:>10.2f}{min(times):>8.2f}{max(times):>8.2f}{ratio:>8.2f}")
+  if arguments.out:
+    machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "jax": jax.__version__}
+    result = {"placement": arguments.placement, "seconds": seconds, "medians": medians, "machine": machine}
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,89 @@
+"""Trains a small model on a mesh and says what came of it; run as a script, in a process of its own with 8 devices."""
+
+import json
+import sys
+import tempfile
+import zlib
+
+import jax
+import numpy as np
+
+from mixln_jax import config as config_lib
+from mixln_jax.errors import InputError
+from mixln_jax.parallel.mesh import attach, global_batch
+from mixln_jax.runs.checkpoint import Checkpoints
+from mixln_jax.training import step as step_lib
+from mixln_jax.training.setup import Evaluator, compile_train_step, make_loader, set_up
+
+MESHES = {
+  "data 8": {"data": -1},
+  "fsdp 8": {"data": 1, "fsdp": 8},
+  "fsdp 4, tensor 2": {"data": 1, "fsdp": -1, "tensor": 2},
+  "data 2, fsdp 2, sequence 2": {"data": 2, "fsdp": 2, "sequence": 2},
+}
+REFUSED = {
+  "heads": {"data": 1, "tensor": 8},
+  "slices": {"data": 4, "dcn_data": 2},
+  "devices": {"data": 3},
+}
+
+
+def run(config_json, mesh):
+  config = config_lib.from_json(config_json)
+  config.mesh.update(mesh)
+  setup = set_up(config)
+  shardings = step_lib.state_shardings(config, setup.mesh)
+  state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
+  initial = {
+    jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+  }
+  shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+  share = sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
+  train_step = compile_train_step(setup, shardings)
+  losses = []
+  for batch in make_loader(setup, config.train.batch_size).train():
+    state, metrics = train_step(state, global_batch(batch, setup.mesh))
+    losses.append(float(metrics["loss"]))
+    if len(losses) == 4:
+      break
+  return {
+    "initial": initial,
+    "losses": losses,
+    "validation": Evaluator(setup)(state.params)._asdict(),
+    "share_of_one_device": share / sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+    "restored": restored_elsewhere(config_json, state.params),
+  }
+
+
+def restored_elsewhere(config_json, params):
+  """Whether a checkpoint of params comes back bit-equal when it is restored sharded over all devices."""
+  config = config_lib.from_json(config_json)
+  config.mesh.update(data=1, fsdp=-1)
+  target = step_lib.state_shardings(config, set_up(config).mesh).params
+  with tempfile.TemporaryDirectory() as folder:
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(4, {"params": params}, {})
+    abstract = attach(jax.eval_shape(lambda p: p, params), target)
+    restored = checkpoints.restore(4, {"params": abstract})["params"]
+    checkpoints.close()
+  pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True))
+  return all(np.array_equal(a, b) and b.sharding.mesh.shape["fsdp"] == jax.device_count() for a, b in pairs)
+
+
+def refusal(config_json, mesh):
+  config = config_lib.from_json(config_json)
+  config.mesh.update(mesh)
+  try:
+    set_up(config)
+  except InputError as error:
+    return str(error)
+  return "not refused"
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_num_cpu_devices", 8)
+  text = sys.stdin.read()
+  result = {name: run(text, mesh) for name, mesh in MESHES.items()}
+  result["refused"] = {name: refusal(text, mesh) for name, mesh in REFUSED.items()}
+  print(json.dumps(result))

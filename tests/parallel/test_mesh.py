@@ -1,0 +1,96 @@
+"""One program, any mesh: the same initial bits, the same samples, the same losses, really sharded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from mixln_jax import config as config_lib
+from mixln_jax.errors import InputError
+from mixln_jax.parallel.mesh import make_mesh
+from mixln_jax.parallel.rules import shardings
+from parallel import on_mesh
+
+SCRIPT = Path(on_mesh.__file__)
+
+
+@pytest.fixture(scope="module")
+def config_json(make_config):
+  changes = {
+    "model.vocab_size": 264,
+    "model.mlp_dim": 21,
+    "model.mlp_pad_to": 8,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "train.batch_size": 16,
+    "train.micro_batches": 2,
+    "evaluate.batch_size": 16,
+  }
+  return config_lib.to_json(make_config(**changes))
+
+
+@pytest.fixture(scope="module")
+def on_eight(config_json):
+  result = subprocess.run(
+    [sys.executable, str(SCRIPT)],
+    input=config_json,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])},
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr[-3000:]
+  return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def on_one(config_json):
+  return on_mesh.run(config_json, {"data": -1})
+
+
+@pytest.mark.parametrize("mesh", on_mesh.MESHES)
+def test_equal_to_one_device(on_eight, on_one, mesh):
+  assert on_eight[mesh]["initial"] == on_one["initial"]
+  np.testing.assert_allclose(on_eight[mesh]["losses"], on_one["losses"], rtol=1e-5)
+  assert on_one["losses"][-1] < on_one["losses"][0]
+  for name, value in on_one["validation"].items():
+    np.testing.assert_allclose(on_eight[mesh]["validation"][name], value, rtol=1e-5, err_msg=name)
+  assert on_eight[mesh]["restored"]
+
+
+def test_the_state_is_really_sharded(on_eight):
+  share = {mesh: on_eight[mesh]["share_of_one_device"] for mesh in on_mesh.MESHES}
+  assert share["data 8"] == 1
+  assert share["fsdp 8"] < 0.14  # an eighth, and the gains
+  assert share["fsdp 4, tensor 2"] < 0.14
+  assert share["data 2, fsdp 2, sequence 2"] < 0.52
+
+
+def test_what_a_mesh_does_not_divide_is_named(on_eight):
+  refused = on_eight["refused"]
+  assert "config.mesh.tensor=8 does not divide the 4 of layers/query" in refused["heads"] or (
+    "config.mesh.tensor=8 does not divide the 2 of layers/key" in refused["heads"]
+  )
+  assert "config.mesh.dcn_*: these devices don't form such slices" in refused["slices"]
+  assert "config.mesh (data=3): the axes ask for a multiple of 3 devices, but there are 8" in refused["devices"]
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 1, "fsdp": 2}])
+def test_more_devices_than_there_are_is_refused(sizes):
+  mesh = config_lib.base().mesh
+  mesh.update(sizes)
+  with pytest.raises(InputError, match=r"devices, but there are 1"):
+    make_mesh(mesh)
+
+
+def test_a_logical_axis_without_a_rule_is_refused():
+  boxed = {"w": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4,), "float32"), ("embde",))}
+  with pytest.raises(ValueError, match="w: axis 'embde' has no rule"):
+    shardings(boxed, make_mesh(config_lib.base().mesh))
