@@ -7,6 +7,7 @@ checkpoint never holds a state whose loss was not finite, and never lacks the ev
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +79,9 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
   """The loop itself. Returns how it ended, the last step, and a message."""
   config, num_steps = setup.config, setup.config.train.num_steps
   (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
-  checkpoints.move_after(point.step, folder.unused(f"superseded_at_{point.step}"))
+  superseded = folder.unused(f"superseded_at_{point.step}")
+  if checkpoints.move_after(point.step, superseded):
+    shutil.copy(folder / folder_lib.METRICS, superseded)
   shardings = step_lib.state_shardings(config, setup.mesh)
   _announce(setup, folder, point)
   state = _start_state(setup, shardings, checkpoints, point.step)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,9 +256,13 @@ def test_a_decayed_wsd_run_goes_on_from_where_its_decay_began(make_config, tmp_p
   for name, leaf in first.items():
     np.testing.assert_array_equal(leaf, second[name], err_msg=name)
   # The decayed model is not lost.
-  kept = tmp_path / "run" / "superseded_at_5" / "8" / "params"
-  assert kept.is_dir()
-  assert decayed.keys() == first.keys()
+  kept = tmp_path / "run" / "superseded_at_5"
+  assert [line["step"] for line in read_lines(kept / "metrics.jsonl") if line["split"] == "train"][-1] == 8
+  (tmp_path / "old").mkdir()
+  shutil.copy(tmp_path / "run" / "config.json", tmp_path / "old")
+  shutil.copytree(kept / "8", tmp_path / "old" / "checkpoints" / "8")
+  for name, leaf in final_params(tmp_path / "old").items():
+    np.testing.assert_array_equal(leaf, decayed[name], err_msg=name)
 
 
 @pytest.mark.parametrize("bad_step", [1, 3, 4, 6])
