@@ -44,4 +44,6 @@ run() {
 source launch/environment.sh
 set_up_environment requirements.txt
 run .venv/bin/python -m mixln_jax prepare "--config=$config" ${overrides[@]+"${overrides[@]}"}
-run .venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"}
+train=(.venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"})
+printf '+ %s\n' "${train[*]}"
+"$print" || exec "${train[@]}" # so that a signal to this script reaches the training

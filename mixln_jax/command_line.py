@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mixln_jax import config as config_lib
@@ -49,6 +49,7 @@ class CommandLine:
       InputError: a flag or config field is unknown, missing, or has a wrong value.
       SystemExit: for --help, after printing it.
     """
+    logging.set_verbosity(logging.ERROR)  # orbax warns of options that are meant; what fails is raised
     if any(argument in ("--help", "-h", "-help") for argument in argv):
       print(self._help())
       sys.exit(0)
@@ -65,6 +66,8 @@ class CommandLine:
     for name, value in self._values.flag_values_dict().items():
       if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"--{name}={value}: must be a finite number")
+      if isinstance(value, str) and not _is_text(value):
+        raise InputError(f"--{name}={value!r}: not valid UTF-8")
     for name in self._required:
       if self._values[name].value is None:
         raise InputError(f"--{name} is required; see --help")
@@ -105,6 +108,14 @@ class CommandLine:
     if self._with_config:
       lines += ["", "config fields, with their defaults before the recipe:", config_lib.describe()]
     return "\n".join(lines)
+
+
+def _is_text(value: str) -> bool:
+  try:
+    value.encode()
+  except UnicodeEncodeError:  # bytes of the command line that are not UTF-8 come as lone surrogates
+    return False
+  return True
 
 
 def _flag_error(error: Exception) -> InputError:

@@ -30,6 +30,9 @@ FREE = "free"  # it computes the same thing, at most rounded differently
 CHECKED = "checked"  # allowed where the steps already done would have been the same
 
 
+LARGEST_INT = 2**31 - 1  # what an array can count
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
   """One config field. Its type is the type of its default."""
@@ -42,6 +45,10 @@ class Field:
   below: float | None = None
   choices: tuple[Any, ...] = ()
   on_resume: str = REFUSED
+
+  def __post_init__(self) -> None:
+    if type(self.default) is int and self.maximum is None:
+      object.__setattr__(self, "maximum", LARGEST_INT)
 
   def allowed(self) -> str:
     """The allowed values in words, for messages and `--help`."""

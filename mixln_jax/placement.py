@@ -200,17 +200,16 @@ def _alpha(segment: _Segment, placement: str) -> float:
 
 
 def _expand_segments(segments: list[_Segment], num_layers: int, placement: str) -> list[Layer]:
-  layers: list[Layer] = []
   for segment in segments:
     if segment.name == MIX:
       raise _error(
         placement, f"{segment.text!r} is a whole placement and can't be a segment; write it out, as in 'post*3,pre*9'"
       )
-    for _ in range(segment.count or 1):
-      layers.append(_layer(segment, segment.name, len(layers), num_layers))
-  if len(layers) != num_layers:
+  counts = [segment.count or 1 for segment in segments]
+  if sum(counts) != num_layers:
     raise _error(
       placement,
-      f"its segments make {len(layers)} layers but config.model.num_layers={num_layers}; the counts must add up to it",
+      f"its segments make {sum(counts)} layers but config.model.num_layers={num_layers}; the counts must add up to it",
     )
-  return layers
+  expanded = [segment for segment, count in zip(segments, counts, strict=True) for _ in range(count)]
+  return [_layer(segment, segment.name, index, num_layers) for index, segment in enumerate(expanded)]

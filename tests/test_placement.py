@@ -48,6 +48,7 @@ def test_the_papers_post_layer_counts(alpha, num_layers, expected):
     ("mix:", ["from 0 to 1"]),
     ("pre:0.3", ["'pre' takes no argument", "'0.3'"]),
     ("post*3,pre*8", ["11 layers", "num_layers=12"]),
+    ("post*999999999999", ["999999999999 layers", "num_layers=12"]),  # counted, not expanded
     ("post*0,pre*12", ["'post*0'", "above 0"]),
     ("post*x", ["'post*x'", "above 0"]),
     ("pre+scaled_int", ["unknown modifier 'scaled_int'", "did you mean 'scaled_init'?"]),

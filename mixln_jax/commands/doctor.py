@@ -17,6 +17,9 @@ OPTIONAL = {"wandb": "logging.wandb_project", "matplotlib": "figures", "torch": 
 
 
 def main(argv: list[str]) -> int:
+  if any(argument in ("--help", "-h") for argument in argv):
+    print(f"{__doc__}\nflags:\n  --workdir=…\n      a folder whose write access is tried (default: work)")
+    sys.exit(0)
   print(f"python     {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
   problems = _check_packages()
   if any("not installed" in problem for problem in problems):

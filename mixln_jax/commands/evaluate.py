@@ -6,7 +6,7 @@ from mixln_jax.command_line import CommandLine
 from mixln_jax.data.loader import unigram_entropy
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
-from mixln_jax.training.setup import Evaluator, make_loader, open_run, set_up, spread_over_all_devices
+from mixln_jax.training.setup import Evaluator, check_batch, make_loader, open_run, set_up, spread_over_all_devices
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +19,8 @@ def main(argv: list[str]) -> int:
   config = spread_over_all_devices(read_config(folder))
   if values.batch_size is not None:
     config.evaluate.batch_size = values.batch_size
-  setup = set_up(config, for_training=False)
+  setup = set_up(config)
+  check_batch(setup, "--batch_size", config.evaluate.batch_size)
   run = open_run(folder, setup.mesh, values.step)
   evaluation = Evaluator(setup)(run.params)
   print(f"validation step {run.step}  {evaluation.describe(official_compat=True)}")

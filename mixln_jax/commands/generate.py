@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
   line.integer("step", "which checkpoint; by default the newest", minimum=0)
   values = line.parse(argv)
   folder = RunFolder(values.workdir)
-  setup = set_up(spread_over_all_devices(read_config(folder)), for_training=False)
+  setup = set_up(spread_over_all_devices(read_config(folder)))
   run = open_run(folder, setup.mesh, values.step)
   with on_mesh(setup.mesh):
     text = generate_text(

@@ -88,17 +88,17 @@ def _paragraphs(files: Iterator[Document]) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-  # Split at "\n" alone: str.splitlines also splits at signs that JSON strings may hold.
-  for number, line in enumerate(_decode(path).split("\n"), start=1):
-    if not line.strip():
-      continue
-    try:
-      text = json.loads(line)["text"]
-      # Named by content: a document that stands twice is never on both sides of the split.
-      name = hashlib.sha256(text.encode()).hexdigest()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise InputError(
-        f'config.data.source: line {number} of {path} is not a JSON object with a text of valid Unicode in "text"; '
-        "mend or remove it"
-      ) from error
-    yield Document(name, text)
+  with path.open("rb") as file:
+    for number, line in enumerate(file, start=1):
+      if not line.strip():
+        continue
+      try:
+        text = json.loads(line)["text"]
+        # Named by content: a document that stands twice is never on both sides of the split.
+        name = hashlib.sha256(text.encode()).hexdigest()
+      except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+          f'config.data.source: line {number} of {path} is not a JSON object with a text of valid Unicode in "text"; '
+          "mend or remove it"
+        ) from error
+      yield Document(name, text)

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from mixln_jax.data.records import Corpus, Record, decode_record, token_dtype
+from mixln_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 
@@ -84,7 +85,7 @@ class Loader:
     iterator = iter(batches.to_iter_dataset(self._read_options))
     grain.experimental.set_next_index(iterator, start_step)
     try:
-      yield from iterator
+      yield from self._readable(iterator)
     finally:
       iterator.close()
 
@@ -98,7 +99,7 @@ class Loader:
     rows = self._rows("validation").map(self._decode)
     pending: list[Batch] = []
     counted = 0
-    for row in rows:
+    for row in self._readable(iter(rows)):
       pending.append(row)
       counted += int(row["weights_BT"].sum())
       enough = 0 < max_tokens <= counted
@@ -109,6 +110,20 @@ class Loader:
         return
     if pending:
       yield self._local_rows(pending)
+
+  def _readable(self, rows: Iterator[Batch]) -> Iterator[Batch]:
+    """The same rows or batches; one that can't be read is an error that says what to do."""
+    while True:
+      try:
+        row = next(rows)
+      except StopIteration:
+        return
+      except RuntimeError as error:  # what ArrayRecord raises for a damaged file
+        raise InputError(
+          f"{self._corpus.folder}: a record can't be read ({' '.join(str(error).split())[:200]}); "
+          "--config.data.verify=true names the shard that changed"
+        ) from error
+      yield row
 
   def _local_rows(self, rows: list[Batch]) -> Batch:
     """This process's rows of a global batch, which is filled up with rows of zeros."""

@@ -23,6 +23,7 @@ def generate(
   *,
   temperature: float = 0.0,
   seed: int = 0,
+  num_ids: int | None = None,
 ) -> np.ndarray:
   """Goes on with prompts of any lengths, as one batch.
 
@@ -33,6 +34,7 @@ def generate(
     num_tokens: how many to add.
     temperature: 0 = the likeliest token.
     seed: of the sampling.
+    num_ids: only ids below it are sampled; by default all rows of the head (a tokenizer may have fewer ids).
 
   Returns:
     The added ids, [B, num_tokens].
@@ -45,15 +47,23 @@ def generate(
     row[: len(prompt)] = prompt
   return np.asarray(
     _generate(
-      FrozenConfigDict(config), num_tokens, params, tokens, lengths, jnp.float32(temperature), jax.random.key(seed)
+      FrozenConfigDict(config),
+      num_tokens,
+      num_ids or config.vocab_size,
+      params,
+      tokens,
+      lengths,
+      jnp.float32(temperature),
+      jax.random.key(seed),
     )
   )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
   config: Config,
   num_tokens: int,
+  num_ids: int,
   params: Any,
   tokens_BT: jax.Array,
   lengths_B: jax.Array,
@@ -64,6 +74,7 @@ def _generate(
   batch, prompt_length = tokens_BT.shape
 
   def choose(logits_BV: jax.Array, key: jax.Array) -> jax.Array:
+    logits_BV = logits_BV[:, :num_ids]
     sampled = jax.random.categorical(key, logits_BV / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, sampled, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
@@ -95,8 +106,9 @@ def generate_text(
   seed: int = 0,
 ) -> str:
   """Text that goes on from `prompt`, up to the end of a document; from the start of a document where it is empty."""
-  ids = generate(
-    config, params, [[tokenizer.eos_id, *tokenizer.encode(prompt)]], num_tokens, temperature=temperature, seed=seed
-  )[0]
+  prompts = [[tokenizer.eos_id, *tokenizer.encode(prompt)]]
+  ids = generate(config, params, prompts, num_tokens, temperature=temperature, seed=seed, num_ids=tokenizer.vocab_size)[
+    0
+  ]
   ends = np.flatnonzero(ids == tokenizer.eos_id)
   return tokenizer.decode(ids[: ends[0]].tolist() if len(ends) else ids.tolist())

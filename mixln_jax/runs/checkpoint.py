@@ -80,15 +80,11 @@ class Checkpoints:
         "remove it to go on from the one before"
       ) from error
 
-  def move_after(self, step: int, target: Path) -> bool:
-    """Moves the checkpoints later than `step` away, into `target`; whether there were any."""
-    later = [s for s in self.all_steps() if s > step]
-    for s in later:
-      target.mkdir(parents=True, exist_ok=True)
-      (Path(self._manager.directory) / str(s)).rename(target / str(s))
-    if later:
-      self._manager.reload()
-    return bool(later)
+  def move_after(self, step: int, target: Path) -> None:
+    """Moves the checkpoints later than `step` into the folder `target`."""
+    for later in (s for s in self.all_steps() if s > step):
+      (Path(self._manager.directory) / str(later)).rename(target / str(later))
+    self._manager.reload()
 
   def wait(self) -> None:
     """Waits until all is written; raises what went wrong in the background."""

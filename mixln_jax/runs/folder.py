@@ -91,13 +91,18 @@ class RunFolder:
     """Keeps a second process of this machine from writing to the run; the system frees the lock of one that died.
 
     Raises:
-      InputError: another process holds it.
+      InputError: another process holds it, or the folder can't be written.
     """
-    with (self / LOCK).open("a") as file:
+    with contextlib.ExitStack() as stack:
       try:
+        file = stack.enter_context((self / LOCK).open("a"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError as error:
+      except BlockingIOError as error:
         raise InputError(f"--workdir={self.path}: another process trains there; wait for it, or stop it") from error
+      except OSError as error:
+        raise InputError(
+          f"--workdir={self.path}: can't be locked ({error.strerror}); choose a folder that you can write to"
+        ) from error
       yield
 
   def read(self, name: str) -> str:

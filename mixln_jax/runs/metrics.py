@@ -1,10 +1,11 @@
 """metrics.jsonl, the truth, and its mirrors, which can never stop a run."""
 
-import hashlib
 import json
 import math
+import netrc
 import os
 import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,16 +44,17 @@ class WandbMirror:
   def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
     import wandb  # pyright: ignore[reportMissingImports]
 
-    # Without a key wandb.init would ask for one, and a run would wait for the answer.
-    has_key = "WANDB_API_KEY" in os.environ or Path("~/.netrc").expanduser().exists()
-    identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    # The run's identity over there lies in its folder: a folder that is moved stays one run, a new one is another.
+    path = folder / "wandb_id.txt"
+    if not path.exists():
+      path.write_text(uuid.uuid4().hex[:16])
     self._run = wandb.init(
       project=project,
       name=folder.name,
-      id=identity,
+      id=path.read_text(),
       resume="allow",
       config=dict(config),
-      mode="online" if has_key else "offline",
+      mode=None if "WANDB_MODE" in os.environ or _has_wandb_key() else "offline",
     )
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -60,6 +62,16 @@ class WandbMirror:
 
   def close(self) -> None:
     self._run.finish()
+
+
+def _has_wandb_key() -> bool:
+  """Whether wandb.init would find a key; without one it would ask, and a run would wait for the answer."""
+  if "WANDB_API_KEY" in os.environ:
+    return True
+  try:
+    return netrc.netrc().authenticators("api.wandb.ai") is not None
+  except (OSError, netrc.NetrcParseError):
+    return False
 
 
 class Metrics:
@@ -114,15 +126,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
   """All whole lines of a metrics.jsonl (none where there is no file); a torn last line is left out.
 
   Raises:
-    InputError: another line is not JSON.
+    InputError: another line is not an object with a step and a split.
   """
-  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  lines = path.read_bytes().split(b"\n") if path.exists() else []
   result = []
   for number, line in enumerate(lines, start=1):
     try:
-      result.append(json.loads(line))
-    except json.JSONDecodeError as error:
-      if number == len(lines):
+      value = json.loads(line)
+    except ValueError as error:
+      if number == len(lines):  # torn, or nothing after the last newline
         break
       raise InputError(f"{path}: line {number} is not JSON; mend or remove the file") from error
+    if not isinstance(value, dict) or not {"step", "split"} <= value.keys():
+      raise InputError(f"{path}: line {number} has no step and split; mend or remove the file")
+    result.append(value)
   return result

@@ -31,7 +31,7 @@ from mixln_jax.runs.opening import read_config
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.progress import NonFiniteError, Progress, Reporter
 from mixln_jax.training.resume import ResumePoint, resume_point
-from mixln_jax.training.setup import Evaluator, Setup, compile_train_step, make_loader, set_up
+from mixln_jax.training.setup import Evaluator, Setup, check_batch, compile_train_step, make_loader, set_up
 from mixln_jax.training.stopping import stop_on_signals
 
 FINISHED, STOPPED, NON_FINITE = "finished", "stopped", "non_finite"
@@ -58,6 +58,9 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   """
   started = time.monotonic()
   setup = set_up(config)
+  micro_batch = config.train.batch_size // config.train.micro_batches
+  check_batch(setup, "config.train.batch_size / micro_batches", micro_batch)
+  check_batch(setup, "config.evaluate.batch_size", config.evaluate.batch_size)
   folder = RunFolder(workdir)
   old_config = read_config(folder) if folder.has_run else config
   if not folder.has_run:
@@ -79,9 +82,11 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
   """The loop itself. Returns how it ended, the last step, and a message."""
   config, num_steps = setup.config, setup.config.train.num_steps
   (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
-  superseded = folder.unused(f"superseded_at_{point.step}")
-  if checkpoints.move_after(point.step, superseded):
-    shutil.copy(folder / folder_lib.METRICS, superseded)
+  if checkpoints.latest_step() != (point.step or None):
+    superseded = folder.unused(f"superseded_at_{point.step}")
+    superseded.mkdir()
+    shutil.copy(folder / folder_lib.METRICS, superseded)  # first: once the checkpoints are gone, nobody asks for it
+    checkpoints.move_after(point.step, superseded)
   shardings = step_lib.state_shardings(config, setup.mesh)
   _announce(setup, folder, point)
   state = _start_state(setup, shardings, checkpoints, point.step)

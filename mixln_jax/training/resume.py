@@ -47,7 +47,7 @@ def resume_point(old: Config, new: Config, steps: Sequence[int], workdir: str) -
   newest = max(steps, default=0)
   if all(config_lib.FIELDS[name].on_resume == config_lib.FREE for name, _, _ in differences):
     return ResumePoint(newest, changes)
-  if new.train.num_steps <= newest:
+  if new.train.num_steps <= newest and new.train.num_steps != old.train.num_steps:
     raise InputError(
       f"config.train.num_steps={new.train.num_steps}: the run in {workdir} has done {newest} steps "
       "already; raise it, or use another --workdir"

@@ -15,6 +15,7 @@ from mixln_jax.config import Config
 from mixln_jax.data.loader import Loader
 from mixln_jax.data.prepare import check_corpus, data_directory
 from mixln_jax.data.records import Corpus, open_corpus
+from mixln_jax.errors import InputError
 from mixln_jax.model.initial import abstract_sharded_params
 from mixln_jax.parallel.mesh import attach, make_mesh
 from mixln_jax.parallel.rules import batch_sharding, check_divides, logical_rules
@@ -40,12 +41,8 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
     yield
 
 
-def set_up(config: Config, *, for_training: bool = True) -> Setup:
+def set_up(config: Config) -> Setup:
   """Opens the data and the mesh of a config.
-
-  Args:
-    config: is validated.
-    for_training: also checks what only training needs, the size of its batch.
 
   Raises:
     InputError: config, data and devices contradict one another.
@@ -53,14 +50,14 @@ def set_up(config: Config, *, for_training: bool = True) -> Setup:
   config_lib.validate(config)
   mesh = make_mesh(config.mesh)
   abstract_sharded_params(config.model, mesh)  # for its checks
-  sizes = {"evaluate.batch_size": config.evaluate.batch_size}
-  if for_training:
-    sizes["train.batch_size / micro_batches"] = config.train.batch_size // config.train.micro_batches
-  for field, size in sizes.items():
-    check_divides(f"config.{field}", (size, config.data.sequence_length), batch_sharding(mesh))
   corpus = open_corpus(data_directory(config), verify=config.data.verify)
   check_corpus(corpus, config)
   return Setup(config, mesh, corpus, placement.parse(config.model.placement, config.model.num_layers))
+
+
+def check_batch(setup: Setup, name: str, size: int) -> None:
+  """Refuses a batch of `size` rows that the mesh can't cut; raises InputError naming it."""
+  check_divides(name, (size, setup.config.data.sequence_length), batch_sharding(setup.mesh))
 
 
 def make_loader(setup: Setup, batch_size: int, *, all_rows: bool = False) -> Loader:
@@ -79,9 +76,16 @@ def make_loader(setup: Setup, batch_size: int, *, all_rows: bool = False) -> Loa
 
 
 def spread_over_all_devices(config: Config) -> Config:
-  """The config of a run, for this machine instead of the one that trained it: parameters and rows over all devices."""
+  """The config of a run for the devices of this machine, whatever mesh trained it.
+
+  Parameters are sharded over all devices where those divide them, else replicated.
+  """
   here = config.copy_and_resolve_references()
   here.mesh.update(dict.fromkeys(here.mesh, 1) | {"fsdp": -1})
+  try:
+    abstract_sharded_params(here.model, make_mesh(here.mesh))
+  except InputError:
+    here.mesh.update(data=-1, fsdp=1)
   return here
 
 

@@ -35,6 +35,7 @@ def test_temperature_and_seed():
   np.testing.assert_array_equal(generate(model, params, [[3]] * 2, 20, temperature=2.0, seed=5), hot)
   assert not np.array_equal(hot[0], hot[1])
   assert not np.array_equal(generate(model, params, [[3]] * 2, 20, temperature=2.0, seed=6), hot)
+  assert generate(model, params, [[3]] * 8, 30, temperature=5.0, num_ids=7).max() == 6
   with pytest.raises(ValueError, match="a prompt is empty"):
     generate(model, params, [[3], []], 2)
 

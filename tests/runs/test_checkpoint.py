@@ -75,6 +75,7 @@ def test_later_checkpoints_are_moved_not_lost(checkpoints, tmp_path):
   for step in (1, 2, 3):
     one.save(step, trees(step), {})
   one.wait()
+  (tmp_path / "moved").mkdir()
   one.move_after(1, tmp_path / "moved")
   assert one.all_steps() == [1]
   assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == ["2", "3"]
@@ -99,7 +100,13 @@ def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
   metrics.write(3, "train", {"loss": 0.1})
   metrics.close()
   assert [(line["step"], line["loss"]) for line in read_lines(path)] == [(1, 1.0), (2, 0.5), (3, 0.1)]
-  path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+  path.write_text('{"step": 1, "split": "train"}\nnonsense\n{"step": 2}\n')
+  with pytest.raises(InputError, match="line 2 is not JSON"):
+    read_lines(path)
+  path.write_text('{"step": 1, "split": "train"}\n3\n')
+  with pytest.raises(InputError, match="line 2 has no step and split"):
+    read_lines(path)
+  path.write_bytes(b'{"step": 1, "split": "train"}\n\xff\xfe\n{}\n')
   with pytest.raises(InputError, match="line 2 is not JSON"):
     read_lines(path)
   Metrics(path, 0).close()

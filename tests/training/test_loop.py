@@ -192,6 +192,28 @@ def test_another_config_in_the_same_workdir_is_refused_field_by_field(untouched,
   assert {path: path.stat().st_mtime_ns for path in untouched.rglob("*")} == before
 
 
+def test_a_schedule_stated_as_it_was_is_no_change(untouched, make_config, tmp_path):
+  shutil.copytree(untouched, tmp_path / "run")
+  same = make_config(**{"optimizer.decay_steps": 5})  # of a wsd schedule; this is a cosine
+  assert loop.train(same, tmp_path / "run").step == 6
+
+
+def test_a_shard_that_changed_is_named_as_unreadable(make_config, tmp_path):
+  """Sizes agree, so that opening does not see it; the reader does, and nothing is trained on it."""
+  config = make_config(**{"data.directory": str(tmp_path / "records")})
+  prepare(config, progress=False)
+  (shard,) = (tmp_path / "records").glob("train-*")
+  data = bytearray(shard.read_bytes())
+  for position in range(2000, len(data) // 4):
+    data[position] ^= 0x5A
+  shard.write_bytes(bytes(data))
+  with pytest.raises(InputError, match=r"a record can't be read .*config.data.verify"):
+    loop.train(config, tmp_path / "run")
+  config.data.verify = True
+  with pytest.raises(InputError, match=rf"{shard.name} has another checksum"):
+    loop.train(config, tmp_path / "other")
+
+
 def test_what_can_not_change_the_result_may_change(untouched, make_config, tmp_path, capsys, stop_after, monkeypatch):
   stop_after(4)
   loop.train(make_config(), tmp_path / "run")
