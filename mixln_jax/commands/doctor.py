@@ -44,6 +44,8 @@ def _conclude(problems: list[str]) -> int:
 
 
 def _check_packages() -> list[str]:
+  if not REQUIREMENTS.is_file():
+    return [f"{REQUIREMENTS} is missing, so packages were not checked; run from a clone of the repository"]
   problems = []
   lines = (re.sub(r"\s*#.*", "", line).strip() for line in REQUIREMENTS.read_text().splitlines())
   for name, specifier in (re.fullmatch(r"([\w.-]+)(.*)", line).groups() for line in lines if line):  # pyright: ignore
