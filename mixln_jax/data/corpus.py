@@ -32,10 +32,13 @@ def documents(source: str) -> Iterator[Document]:
     InputError: the source does not exist, can't be read, or holds no text.
   """
   count = 0
-  for document in _read(source):
-    if document.text.strip():
-      count += 1
-      yield document
+  try:
+    for document in _read(source):
+      if document.text.strip():
+        count += 1
+        yield document
+  except OSError as error:
+    raise InputError(f"config.data.source={source!r}: can't be read ({error.strerror}); mend or replace it") from error
   if count == 0:
     raise InputError(f"config.data.source={source!r}: the corpus is empty; it needs at least one document with text")
 
@@ -75,7 +78,7 @@ def _read_folder(folder: Path) -> Iterator[Document]:
 def _decode(path: Path) -> str:
   try:
     return path.read_bytes().decode("utf-8")
-  except (OSError, UnicodeDecodeError) as error:
+  except UnicodeDecodeError as error:
     raise InputError(f"config.data.source: {path} can't be read as UTF-8 text ({error}); mend or remove it") from error
 
 

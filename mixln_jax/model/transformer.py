@@ -192,7 +192,7 @@ class Transformer(nn.Module):
       keep_L: 0 where a layer is removed (its output is its input), else 1.
       segment_ids_BT: attention stays inside equal ids (give positions that restart with them).
       positions_BT: position of each token; by default 0 … T-1.
-      cache: keys and values of earlier positions (`init_cache`); needs positions_BT.
+      cache: keys and values of earlier positions (`empty_cache`); needs positions_BT.
 
     Returns:
       The final hidden states [B, T, D] in config.model.dtype, after the final norm; and the taps: `embedded_BTD`, the

@@ -1,8 +1,8 @@
 """The loop.
 
 Order of operations of one update: batch of the step -> dispatch the step -> read and report the metrics of the step
-before. After steps that are due: report the step itself, evaluate, save a checkpoint (in that order, so that a
-checkpoint never holds a state whose loss was not finite, and never lacks the evaluation of its step).
+before. After steps that are due: report the step itself, evaluate, save a checkpoint (in that order, so that what was
+seen not to be finite is never saved, and a checkpoint never lacks the evaluation of its step).
 """
 
 import contextlib
@@ -147,8 +147,8 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
     except NonFiniteError as error:
       status, step = NON_FINITE, error.step
       message = (
-        f"{error}: not finite, so the run ended; its checkpoints are whole. Lower config.optimizer.learning_rate, "
-        "or set config.optimizer.clip_norm, in another --workdir"
+        f"{error}: not finite, so the run ended. Lower config.optimizer.learning_rate, or set "
+        "config.optimizer.clip_norm, in another --workdir"
       )
     checkpoints.wait()
   return status, step, message

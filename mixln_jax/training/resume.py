@@ -81,6 +81,6 @@ def _why_not(old: Config, new: Config, newest: int, workdir: str) -> str:
   return (
     f"the run in {workdir} can't go on with {fields}: step {step + 1} of the {newest} already done had learning rate "
     f"{before[step]:.4g}, with the new {new.optimizer.schedule} schedule it would have been "
-    f"{after[step]:.4g}; only the "
-    "schedules constant and wsd, with config.optimizer.warmup_steps stated, can be extended; use another --workdir"
+    f"{after[step]:.4g}; only the schedules constant and wsd, with config.optimizer.warmup_steps stated, can be "
+    "extended; use another --workdir"
   )

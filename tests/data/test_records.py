@@ -214,6 +214,13 @@ def test_jsonl_sources(tmp_path):
   path.write_text('{"text": "one"}\n{"txt": "two"}\n')
   with pytest.raises(InputError, match="line 2 of"):
     list(corpus_lib.documents(str(path)))
+  unreadable = tmp_path / "unreadable.jsonl"  # a file that opens, and whose first read fails
+  unreadable.symlink_to("/proc/self/mem")
+  with pytest.raises(InputError, match="can't be read"):
+    list(corpus_lib.documents(str(unreadable)))
+  (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+  with pytest.raises(InputError, match=r"can't be read \(No such file"):
+    list(corpus_lib.documents(str(tmp_path)))
   with pytest.raises(InputError, match="not a corpus"):
     list(corpus_lib.documents(str(tmp_path / "nothing")))
 

@@ -132,7 +132,7 @@ def test_a_crash_between_checkpoints_loses_nothing_but_time(untouched, make_conf
     loop.train(make_config(), tmp_path / "run")
   monkeypatch.undo()
   path = tmp_path / "run" / "metrics.jsonl"
-  assert read_lines(path)[-1]["step"] == 3 or read_lines(path)[-1]["step"] == 2
+  assert read_lines(path)[-1]["step"] == 3
   with path.open("a") as file:
     file.write('{"step": 4, "spl')
   assert loop.train(make_config(), tmp_path / "run").status == "finished"
