@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from mixln_jax.parallel.mesh import attach, make_mesh
 from mixln_jax.parallel.rules import batch_sharding, logical_rules
@@ -48,18 +49,22 @@ def load(recipe: str) -> Any:
   return module.get_config()
 
 
+def abstract_batch(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, types and shardings of a training batch."""
+  shape, sharding = (config.train.batch_size, config.data.sequence_length), batch_sharding(mesh)
+  types = {"tokens_BT": jnp.int32, "labels_BT": jnp.int32, "weights_BT": jnp.float32}
+  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
+
+
 def memory(recipe: str, topology: str) -> dict[str, Any]:
   """GB a chip, and the seconds that the compiler took."""
   config = load(recipe)
   mesh = make_mesh(config.mesh, topologies.get_topology_desc(topology, platform="tpu").devices)
   shardings = state_shardings(config, mesh)
-  shape, sharding = (config.train.batch_size, config.data.sequence_length), batch_sharding(mesh)
-  types = {"tokens_BT": jnp.int32, "labels_BT": jnp.int32, "weights_BT": jnp.float32}
-  batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
   step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
   started = time.perf_counter()
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
-    compiled = step.lower(attach(abstract_state(config), shardings), batch).compile()
+    compiled = step.lower(attach(abstract_state(config), shardings), abstract_batch(config, mesh)).compile()
   analysis: Any = compiled.memory_analysis()
   return {
     "recipe": recipe,

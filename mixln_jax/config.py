@@ -99,6 +99,17 @@ FIELDS: Mapping[str, Field] = {
   "model.unroll": Field(1, "layers a step of the scan over layers; 0 = a plain Python loop", minimum=0, on_resume=FREE),
   "model.norm_epsilon": Field(1e-6, "added to the mean square inside every RMSNorm's root", minimum=0.0),
   "model.rope_base": Field(10_000.0, "base of the rotary position embedding", minimum=1.0),
+  "model.rope_scaling": Field(
+    "none", "llama3: lower the low frequencies for a longer context, as Llama 3.1 does", choices=("none", "llama3")
+  ),
+  "model.rope_factor": Field(8.0, "llama3: what the lowest frequencies are divided by", minimum=1.0),
+  "model.rope_low_frequency_factor": Field(
+    1.0, "llama3: up to this many turns in the original length, a frequency is divided", above=0.0
+  ),
+  "model.rope_high_frequency_factor": Field(
+    4.0, "llama3: from this many turns in the original length on, a frequency is kept", above=0.0
+  ),
+  "model.rope_original_length": Field(8192, "llama3: length that the model was first trained at", minimum=1),
   "model.tied_embeddings": Field(False, "the head is the embedding, transposed"),
   "model.qkv_bias": Field(False, "biases on the query, key and value projections"),
   "model.init_deviation": Field(0.02, "standard deviation of the initial matrices and of the head", minimum=0.0),
@@ -289,6 +300,11 @@ def _validate_model(model: Config) -> None:
     head_dim(model) % 2 != 0,
     f"the width of a head is {head_dim(model)}, but RoPE rotates halves and needs an even one; change "
     f"config.model.num_heads={model.num_heads}, or set config.model.head_dim",
+  )
+  _contradiction(
+    model.rope_scaling != "none" and model.rope_low_frequency_factor >= model.rope_high_frequency_factor,
+    f"config.model.rope_low_frequency_factor={model.rope_low_frequency_factor} must be below "
+    f"config.model.rope_high_frequency_factor={model.rope_high_frequency_factor}",
   )
   _contradiction(
     model.num_heads % num_kv_heads(model) != 0,

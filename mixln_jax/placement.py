@@ -1,10 +1,11 @@
 """What a norm placement is: names, grammar, and the table that the model reads (Python and NumPy only).
 
 A placement is data. A string such as `mix:0.25` becomes a table with one row per layer and sublayer, and each row holds
-the constants of the one sublayer rule (`model/residual.py`):
+the columns of the one sublayer rule (`model/residual.py`):
 
-    s = c_res * x + c_out * N_mid(f(c_in * N_in(x)))
-    y = N_out(s) where there is an N_out, else s
+    r = N_in(x) if residual_from_normed else x
+    s = c_res * g(r) + c_out * N_mid(f(c_in * N_in(x)))
+    y = N_out(s) where there is an N_out, else g(s)
 
 Grammar:
 
@@ -13,13 +14,14 @@ Grammar:
     name      := a key of ROWS, or `mix`; one name without a count stands for all layers
     modifier  := a key of MODIFIERS; it binds to its own segment
 
-To add a placement whose constants fit the rule, add one line to ROWS and one to the README's table.
+To add a placement whose columns fit the rule, add one line to ROWS and one to the README's table.
 """
 
 import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,15 +34,27 @@ NORMS = ("norm_in", "norm_mid", "norm_out")  # in order of application, which is
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """The constants of the sublayer rule for one sublayer of one layer."""
+  """The columns of the sublayer rule for one sublayer of one layer."""
 
   norm_in: bool = False
   norm_mid: bool = False
   norm_out: bool = False
+  residual_from_normed: bool = False
   c_in: float = 1.0
   c_out: float = 1.0
   c_res: float = 1.0
-  output_deviation: float = 1.0  # factor on the initial deviation of the sublayer's last matrix
+  vector_c_res: bool = False  # c_res is times a learned vector [D]
+  vector_c_out: bool = False  # c_out is times a learned vector [D]
+  scalar_c_out: bool = False  # c_out is times a learned scalar
+  gpas: bool = False  # g(h) = h - silu(a) * stop_gradient(h), a learned and shared by the layer's sublayers; else h
+  qk_norm: bool = False  # attention: RMSNorm of each head's query and key, before RoPE
+  qk_norm_full: bool = False  # attention: RMSNorm over all heads' queries, and keys, together
+  v_norm: bool = False  # attention: RMSNorm of each head's value
+  # Initial weights.
+  xavier: bool = False  # deviation sqrt(2 / (fan_in + fan_out)) instead of config.model.init_deviation
+  branch_gain: float = 1.0  # factor on the deviation of value and output, or of all three matrices of the MLP
+  output_deviation: float = 1.0  # factor on the deviation of the sublayer's last matrix
+  initial_c_out: float = 1.0  # first value of a learned c_out
 
   @property
   def num_gains(self) -> int:
@@ -92,23 +106,81 @@ class Table:
     return cls(tuple(Layer(d["name"], Row(**d["attention"]), Row(**d["mlp"])) for d in layers))
 
 
-def _same(row: Row) -> Callable[[int], Row]:
-  return lambda _: row
+Rows = tuple[Row, Row]  # of attention and MLP
 
 
-# name -> (0-based layer index -> the row of both sublayers). Sources: docs in the README's table of placements.
-ROWS: Mapping[str, Callable[[int], Row]] = {
-  "pre": _same(Row(norm_in=True)),
-  "post": _same(Row(norm_out=True)),
-  "sandwich": _same(Row(norm_in=True, norm_mid=True)),
-  "peri": _same(Row(norm_in=True, norm_mid=True)),
-  "reordered": _same(Row(norm_mid=True)),
-  "lns": lambda index: Row(norm_in=True, c_in=1.0 / math.sqrt(index + 1)),
+def _both(row: Row) -> Callable[[int, int], Rows]:
+  return lambda _index, _num_layers: (row, row)
+
+
+def _lns(index: int, _: int) -> Rows:
+  row = Row(norm_in=True, c_in=1.0 / math.sqrt(index + 1))
+  return row, row
+
+
+def _deepnorm(_: int, num_layers: int) -> Rows:
+  """DeepNet for L decoder layers (arXiv 2203.00555, figure 2): α = (2L)^¼, β = (8L)^-¼."""
+  row = Row(norm_out=True, c_res=(2 * num_layers) ** 0.25, xavier=True, branch_gain=(8 * num_layers) ** -0.25)
+  return row, row
+
+
+def _deepnorm_as_published(_: int, num_layers: int) -> Rows:
+  """What the official Mix-LN code calls DeepNorm: α is right for 32 layers only, and β's exponent lacks its sign."""
+  row = Row(norm_out=True, c_res=2.8284271247461903, xavier=True, branch_gain=(8 * num_layers) ** 0.25)
+  return row, row
+
+
+def _keel(index: int, num_layers: int) -> Rows:
+  """Keel (arXiv 2601.19895): N_out(α x + f(N_in(x))), α = 2L; the first attention is Pre-LN, the first MLP has no α."""
+  row = Row(norm_in=True, norm_out=True, c_res=2.0 * num_layers)
+  return (row, row) if index else (Row(norm_in=True), replace(row, c_res=1.0))
+
+
+def _layerscale(_: int, num_layers: int) -> Rows:
+  """LayerScale with the first values of its source by depth (CaiT, arXiv 2103.17239, §2): 0.1, 1e-5, 1e-6."""
+  first = 0.1 if num_layers <= 18 else 1e-5 if num_layers <= 24 else 1e-6
+  row = Row(norm_in=True, vector_c_out=True, initial_c_out=first)
+  return row, row
+
+
+def _hybrid(*, first_is_pre: bool) -> Callable[[int, int], Rows]:
+  """HybridNorm (arXiv 2503.04598, eq. 6 and 7): QKV-norm in attention, and an MLP whose residual is normalised too."""
+  attention = Row(qk_norm=True, v_norm=True)
+  mlp = Row(norm_in=True, residual_from_normed=True)
+  first = (replace(attention, norm_in=True), Row(norm_in=True)) if first_is_pre else (attention, mlp)
+  return lambda index, _: (attention, mlp) if index else first
+
+
+# name -> (0-based layer index, number of layers -> the rows of its attention and MLP). Sources: the README's table.
+ROWS: Mapping[str, Callable[[int, int], Rows]] = {
+  "pre": _both(Row(norm_in=True)),
+  "post": _both(Row(norm_out=True)),
+  "sandwich": _both(Row(norm_in=True, norm_mid=True)),
+  "peri": _both(Row(norm_in=True, norm_mid=True)),
+  "reordered": _both(Row(norm_mid=True)),
+  "lns": _lns,
+  "deepnorm": _deepnorm,
+  "deepnorm_as_published": _deepnorm_as_published,
+  "keel": _keel,
+  "admin": _both(Row(norm_out=True, vector_c_res=True)),
+  "layerscale": _layerscale,
+  "skipinit": _both(Row(norm_in=True, scalar_c_out=True, initial_c_out=0.0)),
+  "hybrid": _hybrid(first_is_pre=False),
+  "hybrid_first": _hybrid(first_is_pre=True),
 }
 
-# name -> (row, number of layers of the whole model) -> row
-MODIFIERS: Mapping[str, Callable[[Row, int], Row]] = {
-  "scaled_init": lambda row, num_layers: dataclasses.replace(row, output_deviation=1.0 / math.sqrt(2 * num_layers)),
+
+def _scaled_init(attention: Row, mlp: Row, num_layers: int) -> Rows:
+  factor = 1.0 / math.sqrt(2 * num_layers)
+  return replace(attention, output_deviation=factor), replace(mlp, output_deviation=factor)
+
+
+# name -> (row of attention, row of the MLP, number of layers of the whole model -> both rows)
+MODIFIERS: Mapping[str, Callable[[Row, Row, int], Rows]] = {
+  "scaled_init": _scaled_init,
+  "gpas": lambda attention, mlp, _: (replace(attention, gpas=True), replace(mlp, gpas=True)),
+  "qk_norm": lambda attention, mlp, _: (replace(attention, qk_norm=True), mlp),
+  "qk_norm_full": lambda attention, mlp, _: (replace(attention, qk_norm_full=True), mlp),
 }
 
 MIX = "mix"
@@ -171,18 +243,23 @@ def _parse_segment(text: str, placement: str) -> _Segment:
   return _Segment(text.strip(), name, argument if colon else None, int(count_text) if star else None, tuple(modifiers))
 
 
-def _layer(segment: _Segment, name: str, index: int, num_layers: int) -> Layer:
-  row = ROWS[name](index)
+def _layer(segment: _Segment, name: str, index: int, num_layers: int, placement: str) -> Layer:
+  attention, mlp = ROWS[name](index, num_layers)
   for modifier in segment.modifiers:
-    row = MODIFIERS[modifier](row, num_layers)
-  return Layer("+".join((name, *segment.modifiers)), attention=row, mlp=row)
+    attention, mlp = MODIFIERS[modifier](attention, mlp, num_layers)
+  if attention.qk_norm and attention.qk_norm_full:
+    raise _error(
+      placement, f"{segment.text!r} would normalise queries and keys per head and over all heads; choose one of the two"
+    )
+  return Layer("+".join((name, *segment.modifiers)), attention, mlp)
 
 
 def _expand_single(segment: _Segment, num_layers: int, placement: str) -> list[Layer]:
   if segment.name != MIX:
-    return [_layer(segment, segment.name, index, num_layers) for index in range(num_layers)]
+    return [_layer(segment, segment.name, index, num_layers, placement) for index in range(num_layers)]
   num_post = num_post_layers(_alpha(segment, placement), num_layers)
-  return [_layer(segment, "post" if index < num_post else "pre", index, num_layers) for index in range(num_layers)]
+  names = ["post" if index < num_post else "pre" for index in range(num_layers)]
+  return [_layer(segment, name, index, num_layers, placement) for index, name in enumerate(names)]
 
 
 def _alpha(segment: _Segment, placement: str) -> float:
@@ -212,4 +289,4 @@ def _expand_segments(segments: list[_Segment], num_layers: int, placement: str) 
       f"its segments make {sum(counts)} layers but config.model.num_layers={num_layers}; the counts must add up to it",
     )
   expanded = [segment for segment, count in zip(segments, counts, strict=True) for _ in range(count)]
-  return [_layer(segment, segment.name, index, num_layers) for index, segment in enumerate(expanded)]
+  return [_layer(segment, segment.name, index, num_layers, placement) for index, segment in enumerate(expanded)]

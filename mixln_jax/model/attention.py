@@ -1,14 +1,35 @@
 """Rotary position embedding, attention, and its key-value cache."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mixln_jax import config as config_lib
+from mixln_jax.config import Config
 
-def rope_table(positions_BT: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of RoPE's angles (arXiv 2104.09864, eq. 15), fp32, each [B, T, 1, head_dim / 2]."""
-  frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+def rope_frequencies(model: Config) -> jax.Array:
+  """RoPE's angle for one position, [head_dim / 2], fp32 (arXiv 2104.09864, eq. 15).
+
+  With `rope_scaling="llama3"`, frequencies whose wavelength is longer than the length that the model was first trained
+  at are divided by `rope_factor`, short ones are kept, and between `rope_low_frequency_factor` and
+  `rope_high_frequency_factor` wavelengths a context the two are blended (Llama 3.1, arXiv 2407.21783, §3.4.2, as its
+  released code does it).
+  """
+  width = config_lib.head_dim(model)
+  frequencies = model.rope_base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+  if model.rope_scaling == "none":
+    return frequencies
+  low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
+  turns = model.rope_original_length * frequencies / (2 * math.pi)  # in the length of the first training
+  kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+  return frequencies * (kept + (1 - kept) / model.rope_factor)
+
+
+def rope_table(positions_BT: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of RoPE's angles, fp32, each [B, T, 1, head_dim / 2]."""
   angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles), jnp.sin(angles)
 

@@ -10,8 +10,11 @@ import numpy as np
 from mixln_jax.placement import NORMS, SUBLAYERS, Row, Table
 
 NUMBERS = ("c_in", "c_out", "c_res")
+LEARNED = ("vector_c_res", "vector_c_out", "scalar_c_out")
+FLAGS = (*NORMS, "residual_from_normed", *LEARNED, "gpas")
+HEAD_NORMS = ("qk_norm", "qk_norm_full", "v_norm")
 # What `Columns` holds for each sublayer, besides `num_gains`; gain_* says which of the sublayer's gains a norm uses.
-NAMES = (*NORMS, *NUMBERS, *(f"gain_{norm}" for norm in NORMS))
+NAMES = (*FLAGS, *HEAD_NORMS, *NUMBERS, *(f"gain_{norm}" for norm in NORMS))
 
 
 class Columns(flax.struct.PyTreeNode):
@@ -62,3 +65,16 @@ def _value(row: Row, name: str) -> Any:
   if name.startswith("gain_"):
     return row.gain_index(name.removeprefix("gain_"))
   return getattr(row, name)
+
+
+def used_by_layer(table: Table) -> dict[str, np.ndarray]:
+  """Which layers use each parameter of `layers/` that not every placement has: name -> bool [L]."""
+  used = {"gpas": table.column("attention", "gpas") | table.column("mlp", "gpas")}
+  for sublayer in SUBLAYERS:
+    num_gains_L = np.array([row.num_gains for row in table.rows(sublayer)])
+    used |= {f"{sublayer}_norm": num_gains_L >= 1, f"{sublayer}_norm_2": num_gains_L >= 2}
+    used |= {f"{sublayer}_{name}": table.column(sublayer, name) for name in LEARNED}
+  head_norms = (("qk_norm", ("query_norm", "key_norm")), ("qk_norm_full", ("query_norm_full", "key_norm_full")))
+  for column, names in (*head_norms, ("v_norm", ("value_norm",))):
+    used |= dict.fromkeys(names, table.column("attention", column))
+  return used

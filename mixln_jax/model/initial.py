@@ -1,6 +1,9 @@
 """Initial weights, drawn by name and layer: the same numbers on any mesh, in any order, for any placement."""
 
+import hashlib
+import math
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,11 +14,15 @@ from jax.sharding import Mesh
 
 from mixln_jax import placement
 from mixln_jax.config import Config
+from mixln_jax.model.columns import used_by_layer
 from mixln_jax.model.transformer import Transformer, is_matrix, param_paths
 from mixln_jax.parallel import rules
 from mixln_jax.parallel.mesh import attach
 
-OUTPUT_SUBLAYERS = {"layers/output": "attention", "layers/down": "mlp"}  # the last matrix of each sublayer
+SUBLAYER_OF: dict[str, str] = {
+  **dict.fromkeys(("query", "key", "value", "output"), "attention"),
+  **dict.fromkeys(("gate", "up", "down"), "mlp"),
+}
 MLP_AXES = {"layers/gate": 2, "layers/up": 2, "layers/down": 1}  # which axis of [L, …] is the MLP's width
 
 
@@ -32,44 +39,70 @@ def abstract_sharded_params(config: Config, mesh: Mesh) -> Any:
 
 
 def count_params(config: Config) -> int:
-  """Number of parameters that the model has: without columns that only pad the MLP, and gains that no norm uses."""
+  """Number of parameters that the model has: without columns that only pad the MLP, and what a layer does not use."""
   shapes = nn.unbox(abstract_params(config))
-  pairs = zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True)
-  stored = sum(int(np.prod(_logical_shape(path, leaf.shape, config))) for path, leaf in pairs)
-  table = placement.parse(config.placement, config.num_layers)
-  unused = sum(
-    table.num_gains(sublayer) - row.num_gains for sublayer in placement.SUBLAYERS for row in table.rows(sublayer)
-  )
-  return stored - unused * config.embed_dim
+  used = used_by_layer(placement.parse(config.placement, config.num_layers))
+  count = 0
+  for path, leaf in zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True):
+    shape = _logical_shape(path, leaf.shape, config)
+    name = path.removeprefix("layers/")
+    count += math.prod(shape[1:]) * int(used[name].sum()) if name in used else math.prod(shape)
+  return count
 
 
 def deviations(config: Config) -> dict[str, float | np.ndarray]:
   """Standard deviation of each initial matrix of config.model: a number, or one a layer [L]."""
   table = placement.parse(config.placement, config.num_layers)
   result: dict[str, float | np.ndarray] = {}
-  for path in jax.tree.leaves(param_paths(nn.unbox(abstract_params(config)))):
-    if not is_matrix(path):
-      continue
-    result[path] = config.embedding_deviation if path == "embedding" else config.init_deviation
-    if path in OUTPUT_SUBLAYERS:
-      factors_L = table.column(OUTPUT_SUBLAYERS[path], "output_deviation")
-      result[path] = config.init_deviation * factors_L
+  shapes = nn.unbox(abstract_params(config))
+  for path, leaf in zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True):
+    name = path.removeprefix("layers/")
+    if name in SUBLAYER_OF:
+      fans = config.embed_dim + math.prod(_logical_shape(path, leaf.shape, config)[1:]) // config.embed_dim
+      result[path] = _matrix_deviations(table, name, config.init_deviation, math.sqrt(2 / fans))
+    elif is_matrix(path):
+      result[path] = config.embedding_deviation if path == "embedding" else config.init_deviation
   return result
 
 
+def _matrix_deviations(table: placement.Table, name: str, normal: float, xavier: float) -> np.ndarray:
+  """Deviation of one matrix in each layer [L], as the rows of its sublayer ask for."""
+  sublayer = SUBLAYER_OF[name]
+  deviations_L = np.where(table.column(sublayer, "xavier"), xavier, normal)
+  if name not in ("query", "key"):
+    deviations_L = deviations_L * table.column(sublayer, "branch_gain")
+  if name in ("output", "down"):
+    deviations_L = deviations_L * table.column(sublayer, "output_deviation")
+  return deviations_L
+
+
+def _first_value(path: str, table: placement.Table) -> float | np.ndarray:
+  """What a parameter that is not drawn starts from: one number, or one a layer [L]."""
+  if path.endswith(("_bias", "gpas")):
+    return 0.0
+  if path.endswith("_c_out"):
+    sublayer = path.removeprefix("layers/").split("_")[0]
+    column = path.removeprefix(f"layers/{sublayer}_")
+    return np.where(table.column(sublayer, column), table.column(sublayer, "initial_c_out"), 1.0)
+  return 1.0
+
+
 def initial_params(config: Config, seed: int | jax.Array) -> Any:
-  """The initial parameters of config.model: normal matrices, gains of 1, biases of 0. Call it under jit.
+  """The initial parameters of config.model: normal matrices, gains of 1, biases of 0, what else a placement learns from
+  its table. Call it under jit. (`admin` wants a profiling pass after it: `model/admin.py`.)
 
   Each leaf is drawn from `fold_in(fold_in(key(seed), crc32(path)), layer)`, so equal seeds give equal numbers whatever
   the placement, the mesh or the order in which modules declare them.
   """
   shapes = nn.unbox(abstract_params(config))
   scales = deviations(config)
+  table = placement.parse(config.placement, config.num_layers)
   key = jax.random.key(seed)
 
   def draw(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     if not is_matrix(path):
-      return jnp.zeros(leaf.shape, leaf.dtype) if path.endswith("_bias") else jnp.ones(leaf.shape, leaf.dtype)
+      first = jnp.asarray(_first_value(path, table), leaf.dtype)
+      return jnp.broadcast_to(first.reshape(first.shape + (1,) * (leaf.ndim - first.ndim)), leaf.shape)
     shape = _logical_shape(path, leaf.shape, config)
     leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     if not path.startswith("layers/"):
@@ -87,3 +120,24 @@ def _logical_shape(path: str, shape: tuple[int, ...], config: Config) -> tuple[i
   if path not in MLP_AXES:
     return shape
   return tuple(config.mlp_dim if axis == MLP_AXES[path] else size for axis, size in enumerate(shape))
+
+
+def bit_sums(params: Any) -> dict[str, jax.Array]:
+  """The sum of each tensor's bit patterns, modulo 2^32: name -> uint32. Exact, so equal for equal numbers on any mesh.
+
+  Call it under jit, so that sharded tensors are reduced where they lie.
+  """
+
+  def total(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+  return {
+    path: total(leaf) for path, leaf in zip(jax.tree.leaves(param_paths(params)), jax.tree.leaves(params), strict=True)
+  }
+
+
+def hash_of_sums(sums: Mapping[str, Any]) -> str:
+  """One short hash of `bit_sums`."""
+  lines = "".join(f"{name} {int(value)}\n" for name, value in sorted(sums.items()))
+  return hashlib.sha256(lines.encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 def rms_norm(
   x_BTD: jax.Array,
-  gain_D: jax.Array,
+  gain_D: jax.Array | None,
   *,
   epsilon: float,
   on: bool | jax.Array = True,
@@ -19,7 +19,7 @@ def rms_norm(
 
   Args:
     x_BTD: activations of any floating type.
-    gain_D: learned gain.
+    gain_D: learned gain; None where `on` is False.
     epsilon: added to the mean square, inside the root.
     on: whether to normalise; a Python bool or a traced scalar.
     scale: factor on the result; a Python number or a traced scalar.
@@ -28,7 +28,7 @@ def rms_norm(
     fp32 array of x's shape.
   """
   x_BTD = x_BTD.astype(jnp.float32)
-  if on is False:
+  if on is False or gain_D is None:
     return x_BTD if _is_one(scale) else x_BTD * scale
   factor_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True) + epsilon)
   gain_D = gain_D.astype(jnp.float32)

@@ -5,14 +5,16 @@ Dimensions, worn as suffixes:
   T query position   F width of the MLP, as stored       G key-value heads     V vocabulary
   S key position     K width of a head
 
-The parameter tree, whatever the placement (second gains exist only where a layer has two norms a sublayer):
+The parameter tree, whatever the placement (what stands in brackets exists only where a layer of the placement uses it):
   embedding [V, D]
   layers/  attention_norm[_2] [L, D]   query [L, D, H, K]   key, value [L, D, G, K]   output [L, H, K, D]
-           mlp_norm[_2] [L, D]         gate, up [L, D, F]   down [L, F, D]            (query|key|value)_bias
+           mlp_norm[_2] [L, D]         gate, up [L, D, F]   down [L, F, D]            [(query|key|value)_bias]
+           [(query|key|value)_norm [L, K]]  [query_norm_full [L, H, K], key_norm_full [L, G, K]]  [gpas [L]]
+           [(attention|mlp)_vector_c_res, …_vector_c_out [L, D], …_scalar_c_out [L]]
   final_norm [D]   head [D, V] (absent where embeddings are tied)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,12 +26,13 @@ from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import Config
 from mixln_jax.model import attention as attention_lib
-from mixln_jax.model.columns import Columns
+from mixln_jax.model.columns import LEARNED, Columns
 from mixln_jax.model.norm import rms_norm
-from mixln_jax.model.residual import sublayer
+from mixln_jax.model.residual import OutNorm, settle, sublayer
 
 Cache = dict[str, jax.Array]
 ACTIVATIONS = ("batch", "length", "activation_embed")
+MATRICES = ("embedding", "head", "query", "key", "value", "output", "gate", "up", "down")
 
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -61,43 +64,85 @@ class Layer(nn.Module):
     names = [f"{sublayer_name}_norm" + (f"_{i + 1}" if i else "") for i in range(columns[f"{sublayer_name}.num_gains"])]
     return [self.tensor(name, (self.config.embed_dim,), ("norm",)) for name in names]
 
+  def learned(self, sublayer_name: str, columns: dict[str, Any]) -> dict[str, jax.Array]:
+    """What the sublayer rule learns besides gains."""
+    shapes = {name: (self.config.embed_dim,) if name.startswith("vector") else () for name in LEARNED}
+    return {
+      name: self.tensor(f"{sublayer_name}_{name}", shape, ("norm",) * len(shape))
+      for name, shape in shapes.items()
+      if columns[f"{sublayer_name}.{name}"] is not False
+    }
+
   @nn.compact
   def __call__(
-    self, carry: tuple[jax.Array, Cache | None], varying: dict[str, Any], shared: dict[str, Any]
+    self, carry: tuple[tuple[jax.Array, OutNorm], Cache | None], varying: dict[str, Any], shared: dict[str, Any]
   ) -> tuple[Any, Any]:
     """Applies the layer.
 
+    The carry is the last sum [B, T, D] with the N_out that it still lacks: a layer's last norm is applied at the start
+    of the next one. The backward pass needs what stood before a norm, which is then what the scan keeps of a layer
+    anyway: a layer that ends with a norm costs neither memory nor recomputation more than one that does not.
+
     Args:
-      carry: residual stream [B, T, D], and the key-value cache of all layers or None.
+      carry: ((sum, the N_out that it lacks or None), the key-value cache of all layers or None).
       varying: this layer's `columns` that vary, its `index`, and `keep` (or None): 0 removes the layer.
       shared: what all layers read: `rope`, `mask`, `positions`.
 
     Returns:
       The carry after the layer, and its taps.
     """
-    x_BTD, cache = carry
+    last, cache = carry
     columns = dict(self.constant) | varying["columns"]
+    epsilon = self.config.norm_epsilon
     new_cache = cache
 
     def attend(h_BTD: jax.Array) -> jax.Array:
       nonlocal new_cache
-      out_BTD, new_cache = self.attend(h_BTD, cache, varying["index"], shared)
+      out_BTD, new_cache = self.attend(h_BTD, cache, columns, varying["index"], shared)
       return out_BTD
 
-    y_BTD = x_BTD
-    for name, branch in (("attention", attend), ("mlp", self.mlp)):
-      row = {key.removeprefix(f"{name}."): value for key, value in columns.items() if key.startswith(f"{name}.")}
-      with jax.named_scope(name):
-        y_BTD = sublayer(
-          y_BTD, branch, self.gains(name, columns), row, epsilon=self.config.norm_epsilon, dtype=self.config.dtype
-        )
-      y_BTD = nn.with_logical_constraint(y_BTD, ACTIVATIONS)
-    if varying["keep"] is not None:
-      y_BTD = jnp.where(varying["keep"] != 0, y_BTD, x_BTD)
-    return (y_BTD, new_cache), {"stream_BTD": y_BTD}
+    uses_gpas = any(columns[f"{name}.gpas"] is not False for name in placement.SUBLAYERS)
+    gpas = {"gpas": self.tensor("gpas", (), ())} if uses_gpas else {}
+    x_BTD = settle(*last, epsilon=epsilon)
+    sum_BTD, out_norm, attention_taps = self.sublayer("attention", attend, x_BTD, columns, gpas)
+    x_BTD = settle(sum_BTD, out_norm, epsilon=epsilon)
+    sum_BTD, out_norm, mlp_taps = self.sublayer("mlp", self.mlp, x_BTD, columns, gpas)
+    after: Any = (sum_BTD, None if last[1] is None else self.as_data(out_norm))
+    if (keep := varying["keep"]) is not None:
+      after = jax.tree.map(lambda new, old: jnp.where(keep != 0, new, old), after, last)
+    return (after, new_cache), attention_taps | mlp_taps | {"stream_BTD": settle(*after, epsilon=epsilon)}
+
+  def as_data(self, out_norm: OutNorm) -> OutNorm:
+    """An N_out, or none, in the shape that the carry has."""
+    if out_norm is None:
+      return jnp.ones(self.config.embed_dim, self.config.param_dtype), jnp.asarray(False)
+    return out_norm[0], jnp.asarray(out_norm[1])
+
+  def sublayer(
+    self,
+    name: str,
+    branch: Callable[[jax.Array], jax.Array],
+    x_BTD: jax.Array,
+    columns: dict[str, Any],
+    gpas: dict[str, jax.Array],
+  ) -> tuple[jax.Array, OutNorm, dict[str, jax.Array]]:
+    """The sublayer rule with this layer's columns and parameters: the sum, the N_out that it lacks, its taps."""
+    row = {key.removeprefix(f"{name}."): value for key, value in columns.items() if key.startswith(f"{name}.")}
+    gains, learned = self.gains(name, columns), self.learned(name, columns) | gpas
+    with jax.named_scope(name):
+      sum_BTD, out_norm, terms = sublayer(
+        x_BTD, branch, gains, learned, row, epsilon=self.config.norm_epsilon, dtype=self.config.dtype
+      )
+    taps = {f"{name}_{term}": value for term, value in terms.items()}
+    return nn.with_logical_constraint(sum_BTD, ACTIVATIONS), out_norm, taps
 
   def attend(
-    self, x_BTD: jax.Array, cache: Cache | None, layer: jax.Array | int, shared: dict[str, Any]
+    self,
+    x_BTD: jax.Array,
+    cache: Cache | None,
+    columns: dict[str, Any],
+    layer: jax.Array | int,
+    shared: dict[str, Any],
   ) -> tuple[jax.Array, Cache | None]:
     c = self.config
     kv_heads, width = config_lib.num_kv_heads(c), config_lib.head_dim(c)
@@ -107,9 +152,25 @@ class Layer(nn.Module):
       out_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, weight_DHK)
       return out_BTHK + self.matrix(f"{name}_bias", (heads, width), (axis, "head_dim")) if c.qkv_bias else out_BTHK
 
-    q_BTHK = attention_lib.rotate(project("query", c.num_heads, "heads"), shared["rope"])
-    k_BSGK = attention_lib.rotate(project("key", kv_heads, "kv_heads"), shared["rope"])
-    v_BSGK = project("value", kv_heads, "kv_heads")
+    def norm(name: str, x_BTHK: jax.Array, column: str) -> jax.Array:
+      """RMSNorm of each head alone, or with a `_full` column over all heads together; where the column has it."""
+      if (on := columns[f"attention.{column}"]) is False:
+        return x_BTHK
+      heads = x_BTHK.shape[-2]
+      if not column.endswith("_full"):
+        gain_K = self.tensor(f"{name}_norm", (width,), ("head_dim",))
+        return rms_norm(x_BTHK, gain_K, epsilon=c.norm_epsilon, on=on).astype(x_BTHK.dtype)
+      axes = ("heads" if name == "query" else "kv_heads", "head_dim")
+      gain_HK = self.tensor(f"{name}_norm_full", (heads, width), axes)
+      flat = rms_norm(x_BTHK.reshape(*x_BTHK.shape[:-2], -1), gain_HK.reshape(-1), epsilon=c.norm_epsilon, on=on)
+      return flat.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+
+    def normed(name: str, x_BTHK: jax.Array) -> jax.Array:
+      return norm(name, norm(name, x_BTHK, "qk_norm_full"), "qk_norm")
+
+    q_BTHK = attention_lib.rotate(normed("query", project("query", c.num_heads, "heads")), shared["rope"])
+    k_BSGK = attention_lib.rotate(normed("key", project("key", kv_heads, "kv_heads")), shared["rope"])
+    v_BSGK = norm("value", project("value", kv_heads, "kv_heads"), "v_norm")
     if cache is not None:
       cache, k_BSGK, v_BSGK = attention_lib.update_cache(cache, layer, k_BSGK, v_BSGK, shared["positions"])
     out_BTHK = attention_lib.attention(q_BTHK, k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype), shared["mask"])
@@ -196,8 +257,9 @@ class Transformer(nn.Module):
 
     Returns:
       The final hidden states [B, T, D] in config.model.dtype, after the final norm; and the taps: `embedded_BTD`, the
-      residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm); `cache`, where
-      one was given. What nobody reads of them is not computed.
+      residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm); for attention
+      and MLP the two terms of the sublayer rule's sum, `attention_residual_LBTD`, `attention_branch_LBTD`,
+      `mlp_residual_LBTD`, `mlp_branch_LBTD`; `cache`, where one was given. What nobody reads is not computed.
     """
     c = self.config
     if cache is not None:
@@ -206,7 +268,7 @@ class Transformer(nn.Module):
       positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     columns = Columns.of(placement.parse(c.placement, c.num_layers)) if columns is None else columns
     shared = {
-      "rope": attention_lib.rope_table(positions_BT, config_lib.head_dim(c), c.rope_base),
+      "rope": attention_lib.rope_table(positions_BT, attention_lib.rope_frequencies(c)),
       "mask": attention_lib.attention_mask(positions_BT, segment_ids_BT, cache),
       "positions": positions_BT,
     }
@@ -214,12 +276,19 @@ class Transformer(nn.Module):
     x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATIONS)
     taps: dict[str, Any] = {"embedded_BTD": x_BTD}
     run_stack = self.loop if c.unroll == 0 and not self.is_initializing() else self.scan
-    (x_BTD, new_cache), layer_taps = run_stack((x_BTD, cache), columns, keep_L, shared)
-    taps["stream_LBTD"] = layer_taps["stream_BTD"]
+    (last, new_cache), layer_taps = run_stack(((x_BTD, self.nothing_owed(columns)), cache), columns, keep_L, shared)
+    x_BTD = settle(*last, epsilon=c.norm_epsilon)
+    taps |= {name.replace("_BTD", "_LBTD"): tap for name, tap in layer_taps.items()}
     if cache is not None:
       taps["cache"] = new_cache
     hidden_BTD = rms_norm(x_BTD, self.final_norm, epsilon=c.norm_epsilon).astype(c.dtype)
     return hidden_BTD, taps
+
+  def nothing_owed(self, columns: Columns) -> OutNorm:
+    """The N_out that the embedding lacks: none, in the shape that the carry has."""
+    if dict(columns.constant).get("mlp.norm_out") is False:
+      return None
+    return jnp.ones(self.config.embed_dim, self.config.param_dtype), jnp.asarray(False)
 
   def layer_class(self) -> type[Layer]:
     if self.config.remat == "none":
@@ -282,7 +351,7 @@ def empty_cache(config: Config, batch: int, num_slots: int) -> Cache:
 
 def is_matrix(path: str) -> bool:
   """Whether a parameter is a matrix, the embedding or the head: drawn at random, and what weight decay is for."""
-  return not path.endswith(("_norm", "_norm_2", "_bias"))
+  return path.split("/")[-1] in MATRICES
 
 
 def param_paths(params: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ config.json        the config, one flat field a line
 placement.txt      the strip, first layer first: post post post pre …
 parameters.txt     name, shape, type, sharding and size of each tensor
 environment.json   versions, devices, git revision, command
+initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
 metrics.jsonl      the truth: one object a line, each (split, step) once
 outcome.json       why the run ended, and with what
 checkpoints/       one folder a step
@@ -29,6 +30,7 @@ from mixln_jax.errors import InputError
 
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
+INITIAL_WEIGHTS = "initial_weights.json"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
 PACKAGES = (
   "jax",

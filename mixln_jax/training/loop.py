@@ -9,26 +9,32 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from mixln_jax import config as config_lib
-from mixln_jax import placement
 from mixln_jax.config import Config
-from mixln_jax.errors import InputError
 from mixln_jax.model.flops import train_flops_per_token
-from mixln_jax.model.initial import count_params
+from mixln_jax.model.initial import bit_sums, count_params, hash_of_sums
 from mixln_jax.parallel.devices import peak_flops
-from mixln_jax.parallel.mesh import attach, global_batch
+from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import Metrics, TensorBoardMirror, WandbMirror, read_lines
 from mixln_jax.runs.opening import read_config
 from mixln_jax.training import step as step_lib
+from mixln_jax.training.checkpoints import (
+  check_facts,
+  decay_start,
+  facts_of,
+  initial_state,
+  open_checkpoints,
+  restore_state,
+  split,
+)
 from mixln_jax.training.progress import NonFiniteError, Progress, Reporter
 from mixln_jax.training.resume import ResumePoint, resume_point
 from mixln_jax.training.setup import Evaluator, Setup, check_batch, compile_train_step, make_loader, set_up
@@ -65,12 +71,12 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   old_config = read_config(folder) if folder.has_run else config
   if not folder.has_run:
     folder.create(config_lib.to_json(config))
-  with folder.lock(), contextlib.closing(_checkpoints(config, folder)) as checkpoints:
+  with folder.lock(), contextlib.closing(open_checkpoints(config, folder)) as checkpoints:
     if not checkpoints.all_steps() and not read_lines(folder / folder_lib.METRICS):
       old_config = config  # nothing was trained: a first start that failed pins nothing
     point = resume_point(old_config, config, checkpoints.all_steps(), str(folder.path))
-    if point.step:
-      _check_facts(checkpoints.facts(point.step), setup, folder)
+    if point.step in checkpoints.all_steps():
+      check_facts(checkpoints.facts(point.step), setup, folder)
     if point.step == config.train.num_steps:
       status, step, message = FINISHED, point.step, f"all {point.step} steps were done already"
     else:
@@ -82,20 +88,20 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
   """The loop itself. Returns how it ended, the last step, and a message."""
   config, num_steps = setup.config, setup.config.train.num_steps
   (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
-  if checkpoints.latest_step() != (point.step or None):
+  if any(later > point.step for later in checkpoints.all_steps()):
     superseded = folder.unused(f"superseded_at_{point.step}")
     superseded.mkdir()
     shutil.copy(folder / folder_lib.METRICS, superseded)  # first: once the checkpoints are gone, nobody asks for it
     checkpoints.move_after(point.step, superseded)
   shardings = step_lib.state_shardings(config, setup.mesh)
   _announce(setup, folder, point)
-  state = _start_state(setup, shardings, checkpoints, point.step)
+  if point.step in checkpoints.all_steps():
+    state = restore_state(config, shardings, checkpoints, point.step)
+  else:
+    state = initial_state(setup, shardings)
+    _report_initial_weights(folder, state.params)
   _write_facts(setup, folder, state.params)
-  facts = {
-    "config": config_lib.flatten(config),
-    "placement": setup.table.to_json(),
-    "fingerprint": setup.corpus.manifest.fingerprint,
-  }
+  facts = facts_of(config, setup.corpus.manifest.fingerprint)
   evaluator = Evaluator(setup)
   step, status, message = point.step, FINISHED, f"all {num_steps} steps are done"
   with contextlib.ExitStack() as stack:
@@ -122,7 +128,7 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
         stopped_by = stop.requested_by  # read once: a signal may come at any time
         evaluate_now = step == num_steps or _due(step, config.evaluate.every_steps)
         save_now = (
-          step in (num_steps, *_decay_start(config))
+          step in (num_steps, *decay_start(config))
           or _due(step, config.checkpoint.every_steps)
           or stopped_by is not None
         )
@@ -140,7 +146,7 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
           if not math.isfinite(loss):
             raise NonFiniteError(step, f"validation loss {loss}")
         if save_now:
-          checkpoints.save(step, _split(state), facts, loss)
+          checkpoints.save(step, split(state), facts, loss)
         reporter.restart_clock()
       if step < num_steps:
         status, message = STOPPED, f"by {stopped_by} after step {step}; run the same command to go on"
@@ -158,51 +164,12 @@ def _due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _decay_start(config: Config) -> tuple[int, ...]:
-  """Where a wsd schedule starts to decay: its checkpoint is kept, since a longer run goes on from there."""
-  if config.optimizer.schedule != "wsd":
-    return ()
-  return (config.train.num_steps - config_lib.decay_steps(config),)
-
-
-def _checkpoints(config: Config, folder: RunFolder) -> Checkpoints:
-  return Checkpoints(
-    folder / folder_lib.CHECKPOINTS,
-    keep_last=config.checkpoint.keep_last,
-    keep_best=config.checkpoint.keep_best,
-    keep_steps=_decay_start(config),
-  )
-
-
-def _check_facts(facts: Mapping[str, Any], setup: Setup, folder: RunFolder) -> None:
-  """Refuses to go on with other data, or with a placement that means something else than it did."""
-  fingerprint = setup.corpus.manifest.fingerprint
-  if facts["fingerprint"] != fingerprint:
-    raise InputError(
-      f"--workdir={folder.path}: the run was trained on data {facts['fingerprint'][:12]}…, but "
-      f"{setup.corpus.folder} is {fingerprint[:12]}…; set config.data.directory to the run's, or use another --workdir"
-    )
-  if placement.Table.from_json(facts["placement"]) != setup.table:
-    raise InputError(
-      f"--workdir={folder.path}: config.model.placement={setup.config.model.placement!r} means another table in this "
-      "version of mixln_jax than in the checkpoint; use the version that wrote it"
-    )
-
-
-def _start_state(
-  setup: Setup, shardings: step_lib.TrainState, checkpoints: Checkpoints, step: int
-) -> step_lib.TrainState:
-  """The state of a checkpoint, or the initial one; created sharded either way."""
-  config = setup.config
-  if step == 0:
-    return jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
-  abstract = attach(step_lib.abstract_state(config), shardings)
-  trees = checkpoints.restore(step, _split(abstract))
-  return step_lib.TrainState(params=trees["params"], **trees["rest"])
-
-
-def _split(state: step_lib.TrainState) -> dict[str, Any]:
-  return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+def _report_initial_weights(folder: RunFolder, params: Any) -> None:
+  """Prints one hash of the initial weights and writes it with the sum behind it of each tensor: runs that start from
+  the same numbers show the same, on any mesh."""
+  sums = {name: int(value) for name, value in jax.device_get(jax.jit(bit_sums)(params)).items()}
+  print(f"weights    initial, hash {hash_of_sums(sums)}")
+  folder.write_json(folder_lib.INITIAL_WEIGHTS, {"hash": hash_of_sums(sums), "bit_sums": sums})
 
 
 def _write_facts(setup: Setup, folder: RunFolder, params: Any) -> None:

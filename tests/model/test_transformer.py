@@ -259,14 +259,18 @@ def test_the_taps_are_the_stream_and_cost_nothing_unread():
   assert forward(read=True) - forward(read=False) > 0.5 * taps["stream_LBTD"].nbytes
 
 
-def test_a_uniform_placement_compiles_to_no_select_and_a_mixture_selects():
-  def selects(name):
+def test_a_norm_that_is_data_never_selects_between_tensors():
+  def selects(name, shape):
     model = small_model(placement=name)
     params, tokens = random_params(model), random_tokens(model)
     text = jax.jit(lambda p: Transformer(model).apply({"params": p}, tokens)).lower(params).as_text()
-    return text.count("stablehlo.select")
+    return sum("stablehlo.select" in line and f"tensor<{shape}xf32>" in line for line in text.splitlines())
 
-  assert selects("pre") == selects("post") < selects("mix:0.5")
+  # A mixture gates the norm's factor of each row and its gain; pre has nothing to gate.
+  assert selects("mix:0.5", "3x12x1") > 0
+  assert selects("pre", "3x12x1") == 0
+  for name in ("post", "mix:0.5", "lns*2,post*1,reordered*1"):
+    assert selects(name, "3x12x24") == selects("pre", "3x12x24"), name  # the embedding's look-up has one
 
 
 def test_the_module_hashes_by_its_config():

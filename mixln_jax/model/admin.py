@@ -1,0 +1,70 @@
+"""Admin's profiling pass: where its learned residual scales start (Liu et al., arXiv 2004.08249, §4.2)."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from mixln_jax import placement
+from mixln_jax.config import Config
+from mixln_jax.model.transformer import Transformer
+
+TERMS = ("residual_LBTD", "branch_LBTD")  # of the sublayer rule's sum
+ROWS = 8  # of the batch; a scale is one number, estimated from every counted entry of ROWS × T × D
+
+
+def sublayers_to_profile(config: Config) -> list[tuple[int, str]]:
+  """(layer, sublayer) of each sublayer of config.model with a learned residual scale, in order of application."""
+  table = placement.parse(config.placement, config.num_layers)
+  return [
+    (index, name)
+    for index, layer in enumerate(table.layers)
+    for name in placement.SUBLAYERS
+    if getattr(layer, name).vector_c_res
+  ]
+
+
+def profile_admin(config: Config, params: Any, tokens_BT: jax.Array, weights_BT: jax.Array | None = None) -> Any:
+  """The parameters with Admin's residual scales ω set from one batch. Call it under jit.
+
+  Counting the sublayers that have one: ω_1 = 1 and ω_{i+1}² = Var[ω_i ⊙ x_i] + Var[f_i(x_i)], as the authors' code has
+  it. x_i depends on all scales before it, so they are found in order, each from a forward pass with those before it
+  set: as many passes of the one scanned program as there are scales.
+
+  Args:
+    config: config.model.
+    params: its initial parameters.
+    tokens_BT: a few rows of tokens.
+    weights_BT: 1 where a position counts, else 0; by default all do.
+  """
+  sublayers = sublayers_to_profile(config)
+  weights_BT1 = (jnp.ones(tokens_BT.shape) if weights_BT is None else weights_BT)[..., None]
+  model = Transformer(config)
+
+  def variance(x_BTD: jax.Array) -> jax.Array:
+    count = weights_BT1.sum() * x_BTD.shape[-1]
+    mean = (x_BTD * weights_BT1).sum() / count
+    return (jnp.square(x_BTD - mean) * weights_BT1).sum() / count
+
+  def next_scales(layers: Any) -> dict[str, jax.Array]:
+    """The ω that each sublayer asks of the next one, [L] for attention and MLP, given the scales of now."""
+    _, taps = cast(Any, model.apply({"params": {**params, "layers": layers}}, tokens_BT, method="hidden"))
+    variance_L = {name: jax.vmap(variance)(tap) for name, tap in taps.items() if name.endswith(TERMS)}
+    return {name: jnp.sqrt(sum(variance_L[f"{name}_{term}"] for term in TERMS)) for name in placement.SUBLAYERS}
+
+  # Passes are numbered by the scale that they set; where it lies is data, so that one loop body serves all.
+  is_mlp = jnp.array([name == "mlp" for _, name in sublayers])
+  layer = jnp.array([index for index, _ in sublayers])
+
+  def set_scale(i: jax.Array, layers: Any) -> Any:
+    scales = next_scales(layers)
+    omega = jnp.where(is_mlp[i - 1], scales["mlp"][layer[i - 1]], scales["attention"][layer[i - 1]])
+    updated = dict(layers)
+    for name, here in (("attention", ~is_mlp[i]), ("mlp", is_mlp[i])):
+      vector_LD = layers[f"{name}_vector_c_res"]
+      updated[f"{name}_vector_c_res"] = vector_LD.at[layer[i]].set(
+        jnp.where(here, omega.astype(vector_LD.dtype), vector_LD[layer[i]])
+      )
+    return updated
+
+  return {**params, "layers": jax.lax.fori_loop(1, len(sublayers), set_scale, dict(params["layers"]))}

@@ -1,0 +1,143 @@
+"""What a checkpoint of a run holds, and the state that a run starts or goes on from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from mixln_jax import config as config_lib
+from mixln_jax import placement
+from mixln_jax.config import Config
+from mixln_jax.errors import InputError
+from mixln_jax.model import admin
+from mixln_jax.model.initial import abstract_params
+from mixln_jax.parallel.mesh import attach, make_mesh
+from mixln_jax.parallel.rules import replicated
+from mixln_jax.runs import folder as folder_lib
+from mixln_jax.runs.checkpoint import Checkpoints
+from mixln_jax.runs.folder import RunFolder
+from mixln_jax.training import step as step_lib
+from mixln_jax.training.optimizer import init_moments, make_optimizer
+from mixln_jax.training.setup import Setup, make_loader
+
+
+def open_checkpoints(config: Config, folder: RunFolder) -> Checkpoints:
+  """The checkpoints of a run, kept as its config says."""
+  return Checkpoints(
+    folder / folder_lib.CHECKPOINTS,
+    keep_last=config.checkpoint.keep_last,
+    keep_best=config.checkpoint.keep_best,
+    keep_steps=decay_start(config),
+  )
+
+
+def decay_start(config: Config) -> tuple[int, ...]:
+  """Where a wsd schedule starts to decay: its checkpoint is kept, since a longer run goes on from there."""
+  if config.optimizer.schedule != "wsd":
+    return ()
+  return (config.train.num_steps - config_lib.decay_steps(config),)
+
+
+def facts_of(config: Config, fingerprint: str | None) -> dict[str, Any]:
+  """What a checkpoint says of itself. `fingerprint`: of the data that it was trained on; None = of none here."""
+  table = placement.parse(config.model.placement, config.model.num_layers)
+  return {"config": config_lib.flatten(config), "placement": table.to_json(), "fingerprint": fingerprint}
+
+
+def check_facts(facts: Mapping[str, Any], setup: Setup, folder: RunFolder) -> None:
+  """Refuses to go on with other data, or with a placement that means something else than it did."""
+  fingerprint = setup.corpus.manifest.fingerprint
+  if facts["fingerprint"] not in (fingerprint, None):
+    raise InputError(
+      f"--workdir={folder.path}: the run was trained on data {facts['fingerprint'][:12]}…, but "
+      f"{setup.corpus.folder} is {fingerprint[:12]}…; set config.data.directory to the run's, or use another --workdir"
+    )
+  if placement.Table.from_json(facts["placement"]) != setup.table:
+    raise InputError(
+      f"--workdir={folder.path}: config.model.placement={setup.config.model.placement!r} means another table in this "
+      "version of mixln_jax than in the checkpoint; use the version that wrote it"
+    )
+
+
+def split(state: step_lib.TrainState) -> dict[str, Any]:
+  """The trees that a checkpoint stores: parameters can be read alone."""
+  return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+
+
+def restore_state(
+  config: Config, shardings: step_lib.TrainState, checkpoints: Checkpoints, step: int
+) -> step_lib.TrainState:
+  """The state of a checkpoint, created sharded."""
+  abstract = attach(step_lib.abstract_state(config), shardings)
+  trees = checkpoints.restore(step, split(abstract))
+  return step_lib.TrainState(params=trees["params"], **trees["rest"])
+
+
+def initial_state(setup: Setup, shardings: step_lib.TrainState) -> step_lib.TrainState:
+  """The state before the first update, created sharded; Admin's scales are profiled on rows of the first batch."""
+  config = setup.config
+  state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
+  if not admin.sublayers_to_profile(config.model):
+    return state
+  rows = _first_rows(setup, admin.ROWS)
+  everywhere = replicated(setup.mesh)
+  tokens_BT, weights_BT = (
+    jax.make_array_from_callback(rows[name].shape, everywhere, rows[name].__getitem__)
+    for name in ("tokens_BT", "weights_BT")
+  )
+  # Without logical rules: every device sees all of these few rows.
+  profile = jax.jit(
+    lambda params, tokens, weights: admin.profile_admin(config.model, params, tokens, weights),
+    out_shardings=shardings.params,
+  )
+  with jax.set_mesh(setup.mesh):
+    return state.replace(params=profile(state.params, tokens_BT, weights_BT))
+
+
+def _first_rows(setup: Setup, count: int) -> dict[str, np.ndarray]:
+  """The first rows of step 0's batch, the same on every process."""
+  batches = make_loader(setup, setup.config.train.batch_size, all_rows=True).train(0)
+  try:
+    return {name: rows[:count] for name, rows in next(batches).items()}
+  finally:
+    batches.close()
+
+
+def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
+  """Makes a run whose first checkpoint, of step 0, holds the given parameters and a fresh optimizer.
+
+  `train` with the same config goes on from there.
+
+  Args:
+    config: the run's config.
+    params: a tree of arrays of the shapes of config.model, on the host.
+    workdir: where to make the run; absent or empty.
+
+  Raises:
+    InputError: the folder is in use, or the mesh does not divide a tensor.
+  """
+  config_lib.validate(config)
+  mesh = make_mesh(config.mesh)
+  shardings = step_lib.state_shardings(config, mesh)
+  expected = nn.unbox(abstract_params(config.model))
+  if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
+    raise ValueError("params are not of the shapes of config.model")
+  folder = RunFolder(workdir)
+  if folder.has_run:
+    raise InputError(f"--workdir={folder.path} holds a run already; give a folder that does not exist")
+  placed = jax.device_put(params, shardings.params)
+
+  def state_of(params: Any) -> step_lib.TrainState:
+    moments = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
+    return step_lib.TrainState(jax.numpy.zeros((), jax.numpy.int32), params, moments)
+
+  state = jax.jit(state_of, out_shardings=shardings, donate_argnums=0)(placed)
+  folder.create(config_lib.to_json(config))
+  with folder.lock():
+    checkpoints = open_checkpoints(config, folder)
+    checkpoints.save(0, split(state), facts_of(config, None))
+    checkpoints.close()
+  return folder
