@@ -24,10 +24,11 @@ class CommandLine:
     self._with_config = False
     self._required: list[str] = []
 
-  def config(self) -> None:
+  def config(self, *, required: bool = True) -> None:
     """Adds --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE."""
     self._with_config = True
-    self._required.append("config")
+    if required:
+      self._required.append("config")
 
   def string(self, name: str, meaning: str, *, default: str | None = None, required: bool = False) -> None:
     flags.DEFINE_string(name, default, meaning, flag_values=self._values)
@@ -98,7 +99,8 @@ class CommandLine:
   def _help(self) -> str:
     lines = [self._doc.strip(), "", "flags:"]
     if self._with_config:
-      lines.append("  --config=FILE.py[:VARIANT]\n      the recipe, for instance configs/tiny.py (required)")
+      need = " (required)" if "config" in self._required else ""
+      lines.append("  --config=FILE.py[:VARIANT]\n      the recipe, for instance configs/tiny.py" + need)
     for name, flag in self._values.flags_by_module_dict().items():
       del name
       for one in flag:

@@ -144,7 +144,7 @@ def _layerscale(_: int, num_layers: int) -> Rows:
 
 
 def _hybrid(*, first_is_pre: bool) -> Callable[[int, int], Rows]:
-  """HybridNorm (arXiv 2503.04598, eq. 6 and 7): QKV-norm in attention, and an MLP whose residual is normalised too."""
+  """HybridNorm (arXiv 2503.04598): QKV-norm in attention, and an MLP whose residual is normalised too."""
   attention = Row(qk_norm=True, v_norm=True)
   mlp = Row(norm_in=True, residual_from_normed=True)
   first = (replace(attention, norm_in=True), Row(norm_in=True)) if first_is_pre else (attention, mlp)

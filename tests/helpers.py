@@ -17,8 +17,8 @@ def small_model(**fields):
   return model
 
 
-def random_params(model, seed=0):
-  """Parameters at which nothing is small: gains and biases far from their initial values, matrices of deviation 0.16.
+def random_params(model, seed=0, columns=None):
+  """Parameters at which nothing is small: what is learned far from its initial value, matrices of deviation 0.16.
 
   The MLP's stored columns beyond its width are 0, as the model keeps them.
   """
@@ -26,7 +26,9 @@ def random_params(model, seed=0):
 
   def draw(path, leaf):
     name = jax.tree_util.keystr(path)
-    if "norm" in name:
+    if "gpas" in name:
+      return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+    if "norm" in name or "_c_" in name:
       return jnp.asarray(rng.uniform(0.6, 1.4, leaf.shape), leaf.dtype)
     shape = list(leaf.shape)
     for part, axis in (("gate", 2), ("up", 2), ("down", 1)):
@@ -35,7 +37,7 @@ def random_params(model, seed=0):
     values = rng.normal(size=shape) * (1.0 if "bias" in name else 0.16)
     return jnp.asarray(np.pad(values, [(0, a - b) for a, b in zip(leaf.shape, shape, strict=True)]), leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(model)))
+  return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(model, columns)))
 
 
 def random_tokens(model, batch=3, length=12, seed=1):

@@ -159,3 +159,52 @@ def test_a_recipe_that_is_wrong_is_refused(tmp_path, capsys):
     path.write_text(text)
     sys.modules.pop("config_config", None)  # ml_collections loads each recipe under this name
     assert words in refused(["train", f"--config={path}", f"--workdir={tmp_path / 'run'}"], capsys)
+
+
+def test_weights_go_out_and_come_back_as_a_run_that_trains_on(recipe, tmp_path, capsys):
+  run, out, back = tmp_path / "run", tmp_path / "out", tmp_path / "back"
+  assert main(["train", f"--config={recipe}", f"--workdir={run}"]) == 0
+  assert "no stock decoder" in refused(["convert", f"--workdir={run}", f"--output={out}"], capsys)
+  assert not out.exists()
+  assert main(["convert", f"--workdir={run}", f"--output={out}", "--layout=official", "--shard_gb=1e-5"]) == 0
+  assert len(list(out.glob("*.safetensors"))) > 1
+  arguments = ["convert", f"--workdir={back}", f"--input={out}"]
+  assert "--config is required" in refused(arguments, capsys)
+  assert main([*arguments, f"--config={recipe}"]) == 0
+  assert "placement  post pre" in capsys.readouterr().out
+  for folder in (run, back):
+    assert main(["evaluate", f"--workdir={folder}"]) == 0
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+  assert [line.pop("step") for line in lines] == [6, 0]
+  assert lines[0] == lines[1]
+  assert main(["train", f"--workdir={back}"]) == 0  # as it was configured
+  output = capsys.readouterr().out
+  assert "step 6/6" in output
+  assert "weights    initial" not in output  # they were imported
+  first = json.loads((back / "metrics.jsonl").read_text().splitlines()[0])
+  assert first["loss"] < json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+  assert "holds a run already" in refused([*arguments, f"--config={recipe}"], capsys)
+  missing = ["train", f"--workdir={tmp_path / 'none'}"]
+  assert "--config is required for a new run" in refused(missing, capsys)
+
+
+def test_admin_starts_from_a_profile_and_the_run_says_the_hash_of_its_weights(recipe, tmp_path, capsys):
+  import numpy as np
+
+  from mixln_jax.interop.safetensors_folder import SafetensorsFolder
+
+  arguments = [f"--config={recipe}", "--config.train.num_steps=1", "--config.optimizer.warmup_steps=0"]
+  arguments += ["--config.optimizer.learning_rate=0.0"]
+  hashes = []
+  for number in (1, 2):
+    workdir, out = tmp_path / f"run{number}", tmp_path / f"out{number}"
+    assert main(["train", *arguments, f"--workdir={workdir}", "--config.model.placement=admin"]) == 0
+    hashes.append(re.search(r"weights    initial, hash (\w{16})", capsys.readouterr().out).group(1))
+    assert json.loads((workdir / "initial_weights.json").read_text())["hash"] == hashes[-1]
+    assert main(["convert", f"--workdir={workdir}", f"--output={out}", "--layout=official"]) == 0
+  assert hashes[0] == hashes[1]
+  tensors = SafetensorsFolder(out)
+  scales = [tensors[f"model.layers.{layer}.{name}.vector_c_res"] for layer in (0, 1) for name in ("self_attn", "mlp")]
+  assert all(np.ptp(scale) == 0 for scale in scales)
+  assert scales[0][0] == 1
+  assert len({float(scale[0]) for scale in scales}) == 4

@@ -53,6 +53,10 @@ def test_the_papers_post_layer_counts(alpha, num_layers, expected):
     ("post*x", ["'post*x'", "above 0"]),
     ("pre+scaled_int", ["unknown modifier 'scaled_int'", "did you mean 'scaled_init'?"]),
     ("mix:0.5,pre*6", ["'mix:0.5' is a whole placement"]),
+    ("pre+qk_norm+qk_norm_full", ["'pre+qk_norm+qk_norm_full'", "choose one"]),
+    ("hybrid*6+qk_norm_full,pre*6", ["'hybrid*6+qk_norm_full'", "choose one"]),
+    ("deepnrom", ["unknown placement 'deepnrom'", "did you mean 'deepnorm'?"]),
+    ("post*3+gpsa,pre*9", ["unknown modifier 'gpsa'", "did you mean 'gpas'?", "choices: scaled_init, gpas"]),
     ("", ["unknown placement ''"]),
     ("Pre", ["unknown placement 'Pre'", "did you mean 'pre'?"]),
   ],
@@ -84,6 +88,30 @@ def test_gains_are_numbered_in_order_of_application():
 def test_scaled_init_is_bound_to_its_segment():
   table = parse("post*3,pre*9+scaled_init", 12)
   np.testing.assert_allclose(table.column("mlp", "output_deviation"), [1] * 3 + [24**-0.5] * 9)
+
+
+def test_constants_of_the_sources():
+  table = parse("deepnorm", 24)  # arXiv 2203.00555, figure 2
+  np.testing.assert_allclose(table.column("mlp", "c_res"), [2.6321] * 24, rtol=1e-4)
+  np.testing.assert_allclose(table.column("attention", "branch_gain"), [0.2686] * 24, rtol=1e-3)
+  published = parse("deepnorm_as_published", 12)
+  np.testing.assert_allclose(published.column("mlp", "c_res"), [2.8284271247461903] * 12)
+  np.testing.assert_allclose(published.column("mlp", "branch_gain"), [3.1302] * 12, rtol=1e-4)
+  keel = parse("keel", 3)
+  np.testing.assert_array_equal(keel.column("attention", "c_res"), [1, 6, 6])
+  np.testing.assert_array_equal(keel.column("mlp", "c_res"), [1, 6, 6])
+  np.testing.assert_array_equal(keel.column("attention", "norm_out"), [False, True, True])
+  first = parse("hybrid_first", 3)
+  np.testing.assert_array_equal(first.column("attention", "norm_in"), [True, False, False])
+  np.testing.assert_array_equal(first.column("mlp", "residual_from_normed"), [False, True, True])
+  assert first.column("attention", "v_norm").all()
+
+
+def test_a_modifier_binds_to_its_segment():
+  table = parse("post*2,pre*2+gpas", 4)
+  np.testing.assert_array_equal(table.column("mlp", "gpas"), [False, False, True, True])
+  assert parse("mix:0.5+gpas", 4).column("attention", "gpas").all()
+  assert not parse("pre+qk_norm", 4).column("mlp", "qk_norm").any()
 
 
 names = st.sampled_from(sorted(ROWS))

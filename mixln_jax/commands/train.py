@@ -3,8 +3,10 @@
 import sys
 
 from mixln_jax.command_line import CommandLine
+from mixln_jax.errors import InputError
 from mixln_jax.inference.generate import generate_text
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.opening import read_config
 from mixln_jax.training import loop
 from mixln_jax.training.setup import on_mesh, open_run, set_up
 from mixln_jax.training.stopping import STOPPED_STATUS
@@ -14,10 +16,15 @@ STATUSES = {loop.FINISHED: 0, loop.STOPPED: STOPPED_STATUS, loop.NON_FINITE: 1}
 
 def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
-  line.config()
-  line.string("workdir", "the run's folder; a run that is there goes on", required=True)
+  line.config(required=False)
+  line.string(
+    "workdir", "the run's folder; a run that is there goes on, without --config as it was configured", required=True
+  )
   values = line.parse(argv)
-  config = line.config_value()
+  folder = RunFolder(values.workdir)
+  if values.config is None and not folder.has_run:
+    raise InputError("--config is required for a new run, and --workdir holds none; see --help")
+  config = read_config(folder) if values.config is None else line.config_value()
   outcome = loop.train(config, values.workdir)
   print(f"{outcome.status:<10} {outcome.message}", file=sys.stderr if outcome.status == loop.NON_FINITE else sys.stdout)
   if outcome.validation:
@@ -25,9 +32,9 @@ def main(argv: list[str]) -> int:
     print(f"validation loss {loss:.4f}, perplexity {perplexity:.3f} (step {outcome.validation['step']})")
   if outcome.status == loop.FINISHED and config.train.sample_tokens:
     setup = set_up(config)
-    run = open_run(RunFolder(values.workdir), setup.mesh)
+    run = open_run(folder, setup.mesh)
     with on_mesh(setup.mesh):
       text = generate_text(run.config.model, run.params, setup.corpus.tokenizer, "", config.train.sample_tokens)
     print(f"sample     {text!r}")
-  print(f"files      {RunFolder(values.workdir).path}")
+  print(f"files      {folder.path}")
   return STATUSES[outcome.status]

@@ -1,4 +1,4 @@
-"""Admin's profiling pass: where its learned residual scales start (Liu et al., arXiv 2004.08249, §4.2)."""
+"""Admin's profiling pass: where its learned residual scales start (Liu et al., arXiv 2004.08249)."""
 
 from typing import Any, cast
 

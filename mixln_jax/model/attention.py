@@ -15,7 +15,7 @@ def rope_frequencies(model: Config) -> jax.Array:
 
   With `rope_scaling="llama3"`, frequencies whose wavelength is longer than the length that the model was first trained
   at are divided by `rope_factor`, short ones are kept, and between `rope_low_frequency_factor` and
-  `rope_high_frequency_factor` wavelengths a context the two are blended (Llama 3.1, arXiv 2407.21783, §3.4.2, as its
+  `rope_high_frequency_factor` wavelengths a context the two are blended (Llama 3.1, arXiv 2407.21783, as its
   released code does it).
   """
   width = config_lib.head_dim(model)

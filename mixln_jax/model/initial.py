@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mixln_jax import placement
 from mixln_jax.config import Config
-from mixln_jax.model.columns import used_by_layer
+from mixln_jax.model.columns import Columns, used_by_layer
 from mixln_jax.model.transformer import Transformer, is_matrix, param_paths
 from mixln_jax.parallel import rules
 from mixln_jax.parallel.mesh import attach
@@ -26,10 +26,17 @@ SUBLAYER_OF: dict[str, str] = {
 MLP_AXES = {"layers/gate": 2, "layers/up": 2, "layers/down": 1}  # which axis of [L, …] is the MLP's width
 
 
-def abstract_params(config: Config) -> Any:
-  """Shapes, types and logical axes of the parameters of config.model, boxed as linen has them; nothing is computed."""
+def abstract_params(config: Config, columns: Columns | None = None) -> Any:
+  """Shapes, types and logical axes of the parameters of config.model, boxed as linen has them; nothing is computed.
+
+  Args:
+    config: config.model.
+    columns: of one of several placements that share the tree (`Columns.of_many`), which has what any of them uses; by
+      default those of config.placement.
+  """
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  return jax.eval_shape(lambda t: Transformer(config).init(jax.random.key(0), t)["params"], tokens)
+  init = Transformer(config).init
+  return jax.eval_shape(lambda t: init(jax.random.key(0), t, columns=columns)["params"], tokens)
 
 
 def abstract_sharded_params(config: Config, mesh: Mesh) -> Any:
@@ -44,7 +51,7 @@ def count_params(config: Config) -> int:
   used = used_by_layer(placement.parse(config.placement, config.num_layers))
   count = 0
   for path, leaf in zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True):
-    shape = _logical_shape(path, leaf.shape, config)
+    shape = logical_shape(path, leaf.shape, config)
     name = path.removeprefix("layers/")
     count += math.prod(shape[1:]) * int(used[name].sum()) if name in used else math.prod(shape)
   return count
@@ -58,7 +65,7 @@ def deviations(config: Config) -> dict[str, float | np.ndarray]:
   for path, leaf in zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True):
     name = path.removeprefix("layers/")
     if name in SUBLAYER_OF:
-      fans = config.embed_dim + math.prod(_logical_shape(path, leaf.shape, config)[1:]) // config.embed_dim
+      fans = config.embed_dim + math.prod(logical_shape(path, leaf.shape, config)[1:]) // config.embed_dim
       result[path] = _matrix_deviations(table, name, config.init_deviation, math.sqrt(2 / fans))
     elif is_matrix(path):
       result[path] = config.embedding_deviation if path == "embedding" else config.init_deviation
@@ -103,7 +110,7 @@ def initial_params(config: Config, seed: int | jax.Array) -> Any:
     if not is_matrix(path):
       first = jnp.asarray(_first_value(path, table), leaf.dtype)
       return jnp.broadcast_to(first.reshape(first.shape + (1,) * (leaf.ndim - first.ndim)), leaf.shape)
-    shape = _logical_shape(path, leaf.shape, config)
+    shape = logical_shape(path, leaf.shape, config)
     leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     if not path.startswith("layers/"):
       return (jax.random.normal(leaf_key, shape) * scales[path]).astype(leaf.dtype)
@@ -116,7 +123,8 @@ def initial_params(config: Config, seed: int | jax.Array) -> Any:
   return jax.tree.map(draw, param_paths(shapes), shapes)
 
 
-def _logical_shape(path: str, shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
+def logical_shape(path: str, shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
+  """The shape of a stored parameter without the columns that only pad the MLP."""
   if path not in MLP_AXES:
     return shape
   return tuple(config.mlp_dim if axis == MLP_AXES[path] else size for axis, size in enumerate(shape))

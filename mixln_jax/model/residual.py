@@ -8,7 +8,7 @@ Every sublayer f (attention or MLP) of every layer is
 
 and a placement (`mixln_jax/placement.py`) is the table of its columns. Pre-LN has only N_in, Post-LN only N_out
 (Xiong et al., arXiv 2002.04745), Mix-LN both by depth (arXiv 2412.13795, eq. 5). g is the identity, or with `gpas`
-g(h) = h - silu(a) * stop_gradient(h) (arXiv 2506.22049, eq. 4), which stands where its source has it: on the residual
+g(h) = h - silu(a) * stop_gradient(h) (arXiv 2506.22049), which stands where its source has it: on the residual
 where there is an N_out, else on the sum.
 """
 

@@ -5,6 +5,7 @@ Other formulations on purpose: complex rotations, one head at a time, an explici
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +23,32 @@ def rotate(x, base):  # x: [B, T, K]
   return jnp.concatenate([turned.real, turned.imag], -1)
 
 
-def attention(x, p, model):
+def attention(x, p, model, norms=()):
+  """`norms`: of "qk" (per head), "full" (over all heads) and "v"."""
   head_dim = p["query"].shape[-1]
   group = p["query"].shape[1] // p["key"].shape[1]
   length = x.shape[1]
+  projected = {}
+  for name in ("query", "key", "value"):
+    heads = [x @ p[name][:, h] for h in range(p[name].shape[1])]
+    if "query_bias" in p:
+      heads = [head + p[f"{name}_bias"][h] for h, head in enumerate(heads)]
+    if "full" in norms and name != "value":
+      size = len(heads) * head_dim
+      mean_square = sum(jnp.sum(head * head, -1, keepdims=True) for head in heads) / size
+      root = jnp.sqrt(mean_square + model.norm_epsilon)
+      heads = [head / root * p[f"{name}_norm_full"][h] for h, head in enumerate(heads)]
+    if ("v" if name == "value" else "qk") in norms:
+      heads = [norm(head, p[f"{name}_norm"], model.norm_epsilon) for head in heads]
+    projected[name] = heads
   out = 0.0
   for head in range(p["query"].shape[1]):
-    q, k, v = (x @ p[name][:, h] for name, h in (("query", head), ("key", head // group), ("value", head // group)))
-    if "query_bias" in p:
-      q, k, v = q + p["query_bias"][head], k + p["key_bias"][head // group], v + p["value_bias"][head // group]
+    q, k = projected["query"][head], projected["key"][head // group]
     q, k = rotate(q, model.rope_base), rotate(k, model.rope_base)
     scores = q @ jnp.swapaxes(k, 1, 2) / math.sqrt(head_dim)
     scores = jnp.where(jnp.arange(length)[:, None] < jnp.arange(length)[None, :], -jnp.inf, scores)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    out = out + (weights / weights.sum(-1, keepdims=True)) @ v @ p["output"][head]
+    out = out + (weights / weights.sum(-1, keepdims=True)) @ projected["value"][head // group] @ p["output"][head]
   return out
 
 
@@ -44,24 +57,60 @@ def mlp(x, p):
   return (gate / (1 + jnp.exp(-gate)) * (x @ p["up"])) @ p["down"]
 
 
-def layer(x, p, kind, number, model):
-  """`kind` is the layer's word in the strip, `number` counts layers from 1."""
-  sublayers = (("attention_norm", lambda h: attention(h, p, model)), ("mlp_norm", lambda h: mlp(h, p)))
-  for gain, f in sublayers:
+# kind -> x after a sublayer f. n and n2 are its first and second norm, w what else it learns, g is GPAS or nothing.
+SUBLAYERS = {
+  "pre": lambda x, f, n, n2, g, w, at: g(x + f(n(x))),
+  "post": lambda x, f, n, n2, g, w, at: n(g(x) + f(x)),
+  "sandwich": lambda x, f, n, n2, g, w, at: g(x + n2(f(n(x)))),
+  "peri": lambda x, f, n, n2, g, w, at: g(x + n2(f(n(x)))),
+  "reordered": lambda x, f, n, n2, g, w, at: g(x + n(f(x))),
+  "lns": lambda x, f, n, n2, g, w, at: g(x + f(n(x) / math.sqrt(at.number))),
+  "deepnorm": lambda x, f, n, n2, g, w, at: n((2 * at.total) ** 0.25 * g(x) + f(x)),
+  "deepnorm_as_published": lambda x, f, n, n2, g, w, at: n(math.sqrt(8) * g(x) + f(x)),
+  "admin": lambda x, f, n, n2, g, w, at: n(w["vector_c_res"] * g(x) + f(x)),
+  "layerscale": lambda x, f, n, n2, g, w, at: g(x + w["vector_c_out"] * f(n(x))),
+  "skipinit": lambda x, f, n, n2, g, w, at: g(x + w["scalar_c_out"] * f(n(x))),
+  "keel": lambda x, f, n, n2, g, w, at: (
+    n2(2 * at.total * g(x) + f(n(x)))
+    if at.number > 1
+    else g(x + f(n(x)))
+    if at.name == "attention"
+    else n2(g(x) + f(n(x)))
+  ),
+  "hybrid": lambda x, f, n, n2, g, w, at: g(x + f(x)) if at.name == "attention" else g(n(x) + f(n(x))),
+  "hybrid_first": lambda x, f, n, n2, g, w, at: (
+    g(x + f(n(x))) if at.number == 1 else SUBLAYERS["hybrid"](x, f, n, n2, g, w, at)
+  ),
+}
 
-    def n(h, which=gain):
-      return norm(h, p[which], model.norm_epsilon)
 
-    def n2(h, which=gain + "_2"):
-      return norm(h, p[which], model.norm_epsilon)
+class At(NamedTuple):
+  number: int  # of the layer, from 1
+  total: int  # layers
+  name: str  # of the sublayer
 
-    x = {
-      "pre": lambda x, f=f, n=n: x + f(n(x)),
-      "post": lambda x, f=f, n=n: n(x + f(x)),
-      "sandwich": lambda x, f=f, n=n, n2=n2: x + n2(f(n(x))),
-      "reordered": lambda x, f=f, n=n: x + n(f(x)),
-      "lns": lambda x, f=f, n=n: x + f(n(x) / math.sqrt(number)),
-    }[kind](x)
+
+def layer(x, p, kind, number, total, model):
+  """`kind` is the layer's word in the strip."""
+  base, *modifiers = kind.split("+")
+  norms = ("qk", "v") if base.startswith("hybrid") else ()
+  norms += tuple({"qk_norm": "qk", "qk_norm_full": "full"}[m] for m in modifiers if m.startswith("qk"))
+
+  def g(h):
+    if "gpas" not in modifiers:
+      return h
+    return h - p["gpas"] / (1 + jnp.exp(-p["gpas"])) * jax.lax.stop_gradient(h)
+
+  for name, f in (("attention", lambda h: attention(h, p, model, norms)), ("mlp", lambda h: mlp(h, p))):
+
+    def n(h, name=name):
+      return norm(h, p[f"{name}_norm"], model.norm_epsilon)
+
+    def n2(h, name=name):
+      return norm(h, p[f"{name}_norm_2"], model.norm_epsilon)
+
+    w = {key.removeprefix(f"{name}_"): value for key, value in p.items() if key.startswith(f"{name}_")}
+    x = SUBLAYERS[base](x, f, n, n2, g, w, At(number, total, name))
   return x
 
 
@@ -71,7 +120,7 @@ def logits(params, tokens, kinds, model):
   x = params["embedding"][tokens]
   for index, kind in enumerate(kinds):
     p = jax.tree.map(lambda w, index=index: w[index], params["layers"])
-    x = layer(x, p, kind, index + 1, model)
+    x = layer(x, p, kind, index + 1, len(kinds), model)
   head = params["embedding"].T if "head" not in params else params["head"]
   return norm(x, params["final_norm"], model.norm_epsilon) @ head
 

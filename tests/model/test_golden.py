@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixln_jax import config as config_lib
-from mixln_jax import placement
+from configs import llama_9m
+from mixln_jax.interop import hf
 from mixln_jax.model import Transformer
 from mixln_jax.training.step import TrainState, init_moments, loss_sum, make_optimizer, make_train_step
 
@@ -22,53 +22,15 @@ FILES = {
   "mix_2_of_4": "mix:0.5",
   "post_post_post_pre": "post*3,pre*1",
   "sandwich": "sandwich",
-}
-# Which of the official gains a layer's first and second gain are, for attention and MLP.
-GAINS = {
-  "pre": (("input_layernorm",), ("post_attention_layernorm",)),
-  "post": (("post_attention_layernorm",), ("post_feedforward_layernorm",)),
-  "sandwich": (
-    ("input_layernorm", "post_attention_layernorm"),
-    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-  ),
+  "deeppost_as_coded": "deepnorm_as_published",
 }
 
 
-def to_tree(tensors, kinds, heads):
-  """Official names and layout -> our tree."""
-
-  def stack(name, transform):
-    return jnp.stack([transform(tensors[f"model.layers.{i}.{name}.weight"]) for i in range(len(kinds))])
-
-  def per_head(w):  # [H K, D] -> [D, H, K]
-    return w.T.reshape(w.shape[1], heads, -1)
-
-  layers = {
-    "query": stack("self_attn.q_proj", per_head),
-    "key": stack("self_attn.k_proj", per_head),
-    "value": stack("self_attn.v_proj", per_head),
-    "output": stack("self_attn.o_proj", lambda w: w.T.reshape(heads, -1, w.shape[0])),
-    "gate": stack("mlp.gate_proj", lambda w: w.T),
-    "up": stack("mlp.up_proj", lambda w: w.T),
-    "down": stack("mlp.down_proj", lambda w: w.T),
-  }
-  for sublayer, which in (("attention_norm", 0), ("mlp_norm", 1)):
-    for position in range(len(GAINS[kinds[0]][which])):
-      names = [GAINS[kind][which][position] for kind in kinds]
-      rows = [tensors[f"model.layers.{i}.{name}.weight"] for i, name in enumerate(names)]
-      layers[sublayer + ("_2" if position else "")] = jnp.stack(rows)
-  return {
-    "embedding": tensors["model.embed_tokens.weight"],
-    "layers": layers,
-    "final_norm": tensors["model.norm.weight"],
-    "head": tensors["lm_head.weight"].T,
-  }
-
-
-def load(name, unroll):
+def load(name, unroll=1):
   data = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
   meta = json.loads(bytes(data["meta"]))
-  config = config_lib.base()
+  config = llama_9m.get_config()
+  config.train.micro_batches = 1
   config.model.update(
     vocab_size=meta["vocab_size"],
     embed_dim=meta["hidden_size"],
@@ -78,22 +40,21 @@ def load(name, unroll):
     placement=FILES[name],
     unroll=unroll,
   )
-  kinds = placement.parse(FILES[name], meta["num_hidden_layers"]).strip.split()
-
-  def tree(prefix):
-    tensors = {key.removeprefix(prefix): data[key] for key in data.files if key.startswith(prefix)}
-    return jax.tree.map(jnp.asarray, to_tree(tensors, kinds, meta["num_attention_heads"]))
-
   ids, mask = data["input_ids"], data["loss_mask"]
   labels, weights = np.roll(ids, -1, 1), np.roll(mask, -1, 1)
   weights[:, -1] = 0
   batch = {"tokens_BT": jnp.asarray(ids), "labels_BT": jnp.asarray(labels), "weights_BT": jnp.asarray(weights)}
-  return data, config, tree("weight/"), tree("grad/"), batch
+  return data, config, hf.import_weights(tensors(data, "weight/"), config.model), batch
 
 
-@pytest.mark.parametrize(("name", "unroll"), [("mix_1_of_4", 0), *((name, 1) for name in FILES)])
+def tensors(data, prefix):
+  return {key.removeprefix(prefix): data[key] for key in data.files if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize("unroll", [1, 0])
+@pytest.mark.parametrize("name", FILES)
 def test_forward_and_gradients(name, unroll):
-  data, config, params, grads, batch = load(name, unroll)
+  data, config, params, batch = load(name, unroll)
   model = Transformer(config.model)
   logits = jax.jit(model.apply)({"params": params}, batch["tokens_BT"])
   np.testing.assert_allclose(logits, data["logits"], atol=2e-5)
@@ -109,13 +70,15 @@ def test_forward_and_gradients(name, unroll):
 
   value, actual = jax.jit(jax.value_and_grad(mean))(params)
   np.testing.assert_allclose(value, data["loss"], atol=2e-5)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(grads), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+  exported, expected = hf.export_weights(actual, config.model), tensors(data, "grad/")
+  assert exported.keys() == expected.keys()
+  for tensor, gradient in expected.items():
+    np.testing.assert_allclose(exported[tensor], gradient, atol=1e-4 * np.abs(gradient).max(), err_msg=tensor)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_ten_updates_of_the_train_step(name):
-  data, config, params, _, batch = load(name, unroll=1)
+  data, config, params, batch = load(name)
   adam = json.loads(bytes(data["meta"]))["adam"]
   config.train.num_steps = adam["steps"]
   config.optimizer.update(

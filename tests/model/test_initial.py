@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import small_model
 
-from mixln_jax.model.initial import count_params, initial_params
+from mixln_jax.model.initial import bit_sums, count_params, hash_of_sums, initial_params
 
 
 def draw(model, seed=0):
@@ -83,3 +83,43 @@ def test_deviations_gains_and_types():
   assert (params["layers/attention_norm"] == 1).all()
   assert (params["final_norm"] == 1).all()
   assert not params["layers/query_bias"].any()
+
+
+@pytest.mark.parametrize(("name", "sign"), [("deepnorm", -1), ("deepnorm_as_published", 1)])
+def test_deepnets_gains_are_xavier_with_beta_on_value_output_and_mlp(name, sign):
+  model = small_model(placement=name, embed_dim=96, mlp_dim=200, num_heads=4, num_kv_heads=2)
+  params, beta = flat(draw(model)), 32.0 ** (sign * 0.25)
+  widths = {"query": 96 + 96, "key": 96 + 48, "value": 96 + 48, "output": 96 + 96} | dict.fromkeys(
+    ("gate", "up", "down"), 96 + 200
+  )
+  for matrix, fans in widths.items():
+    expected = (1.0 if matrix in ("query", "key") else beta) * np.sqrt(2 / fans)
+    np.testing.assert_allclose(
+      params[f"layers/{matrix}"].std(axis=(1, 2, 3)[: params[f"layers/{matrix}"].ndim - 1]), expected, rtol=0.06
+    )
+  np.testing.assert_allclose(params["head"].std(), 0.02, rtol=0.06)
+
+
+@pytest.mark.parametrize(("num_layers", "first"), [(12, 0.1), (18, 0.1), (24, 1e-5), (32, 1e-6)])
+def test_learned_scales_start_as_their_sources_say(num_layers, first):
+  model = small_model(placement=f"layerscale*{num_layers - 3},skipinit*1,admin*1,pre*1+gpas", num_layers=num_layers)
+  params = flat(draw(model))
+  for sublayer in ("attention", "mlp"):
+    np.testing.assert_allclose(params[f"layers/{sublayer}_vector_c_out"][:-3], first, rtol=1e-6)
+    np.testing.assert_array_equal(params[f"layers/{sublayer}_scalar_c_out"][-3], 0)
+    np.testing.assert_array_equal(params[f"layers/{sublayer}_vector_c_res"][-2], 1)
+  np.testing.assert_array_equal(params["layers/gpas"], 0)
+  plain = count_params(small_model(placement="pre", num_layers=num_layers))
+  assert count_params(model) - plain == 2 * 24 * (num_layers - 3) + 2 + 2 * 24 + 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_hash_is_an_exact_sum_of_bits(dtype):
+  params = draw(small_model(param_dtype=dtype))
+  sums = {name: int(value) for name, value in jax.jit(bit_sums)(params).items()}
+  for name, leaf in flat(params).items():
+    bits = leaf.view(np.uint32 if dtype == "float32" else np.uint16)
+    assert sums[name] == int(bits.astype(object).sum()) % 2**32, name
+  assert hash_of_sums(sums) == hash_of_sums(dict(reversed(sums.items())))
+  params["layers"]["down"] = params["layers"]["down"].at[3, 1, 2].multiply(-1)
+  assert hash_of_sums(jax.jit(bit_sums)(params)) != hash_of_sums(sums)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
+from mixln_jax.model.initial import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.training import step as step_lib
@@ -38,6 +39,7 @@ def run(config_json, mesh):
     jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes())
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
   }
+  initial_hash = hash_of_sums(jax.jit(bit_sums)(state.params))
   shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
   share = sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
   train_step = compile_train_step(setup, shardings)
@@ -49,6 +51,7 @@ def run(config_json, mesh):
       break
   return {
     "initial": initial,
+    "hash": initial_hash,
     "losses": losses,
     "validation": Evaluator(setup)(state.params)._asdict(),
     "share_of_one_device": share / sum(leaf.nbytes for leaf in jax.tree.leaves(state)),

@@ -28,6 +28,7 @@ def config_json(make_config):
     "model.mlp_pad_to": 8,
     "model.num_heads": 4,
     "model.num_kv_heads": 2,
+    "model.placement": "post*1+qk_norm_full,sandwich*1+gpas",
     "train.batch_size": 16,
     "train.micro_batches": 2,
     "evaluate.batch_size": 16,
@@ -58,6 +59,7 @@ def on_one(config_json):
 @pytest.mark.parametrize("mesh", on_mesh.MESHES)
 def test_equal_to_one_device(on_eight, on_one, mesh):
   assert on_eight[mesh]["initial"] == on_one["initial"]
+  assert on_eight[mesh]["hash"] == on_one["hash"]
   np.testing.assert_allclose(on_eight[mesh]["losses"], on_one["losses"], rtol=1e-5)
   assert on_one["losses"][-1] < on_one["losses"][0]
   for name, value in on_one["validation"].items():

@@ -7,6 +7,8 @@ import optax
 import pytest
 from helpers import random_params, random_tokens
 
+from mixln_jax.model import Columns
+from mixln_jax.placement import parse
 from mixln_jax.training.step import (
   TrainState,
   init_moments,
@@ -16,9 +18,9 @@ from mixln_jax.training.step import (
 )
 
 
-def unequal_batch(config, rows=8, length=12):
+def unequal_batch(config, rows=8, length=12, seed=1):
   """Rows of very different numbers of counted positions; one has none."""
-  tokens = random_tokens(config.model, rows, length)
+  tokens = random_tokens(config.model, rows, length, seed)
   lengths = np.array([12, 1, 3, 7, 2, 11, 0, 5])[:rows]
   weights = (np.arange(length)[None] + 1 < lengths[:, None]).astype(np.float32)
   return {"tokens_BT": tokens, "labels_BT": jnp.roll(tokens, -1, 1), "weights_BT": jnp.asarray(weights)}
@@ -91,20 +93,35 @@ def test_the_update_is_optax_adamw_with_decay_on_matrices_only(make_config, clip
   assert metrics["learning_rate"] == np.float32(1e-3)
 
 
-def test_columns_and_learning_rate_as_data(make_config):
-  from mixln_jax.model import Columns
-  from mixln_jax.placement import parse
+def test_five_placements_as_one_program_equal_five_runs(make_config):
+  names, rates = ("pre", "post", "mix:0.5", "deepnorm", "lns"), (1e-3, 4e-3, 2e-3, 1e-3, 3e-3)
+  config = make_config(**{"model.placement": "pre", "train.num_steps": 20})
+  batches = [unequal_batch(config, seed=seed) for seed in range(10)]
 
-  config = make_config(**{"model.placement": "pre"})
-  params, batch = random_params(config.model), unequal_batch(config)
-  other = make_config(**{"model.placement": "post", "optimizer.learning_rate": 4e-3})
-  expected, _ = run_step(other, params, batch)
-  columns = Columns.of_many([parse("pre", 2), parse("post", 2)])
-  step = make_train_step(config)
-  states = jax.tree.map(lambda x: jnp.stack([x, x]), state_of(config, params))
-  together, metrics = jax.jit(jax.vmap(step, in_axes=(0, None, 0, 0)))(states, batch, columns, jnp.array([1e-3, 4e-3]))
-  close(jax.tree.map(lambda x: x[1], together.params), expected.params)
-  assert metrics["loss"].shape == (2,)
+  def ten_steps(config, state, **data):
+    step, losses = jax.jit(make_train_step(config)), []
+    for batch in batches:
+      state, metrics = step(state, batch, **data)
+      losses.append(metrics["loss"])
+    return state, np.array(losses)
+
+  alone, starts = [], []
+  for name, rate in zip(names, rates, strict=True):
+    one = make_config(**{"model.placement": name, "optimizer.learning_rate": rate, "train.num_steps": 20})
+    starts.append(jax.jit(lambda one=one: init_state(one))())
+    alone.append(ten_steps(one, starts[-1]))
+
+  columns = Columns.of_many([parse(name, 2) for name in names])
+  step = jax.jit(jax.vmap(make_train_step(config), in_axes=(0, None, 0, 0)))
+  states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+  losses = []
+  for batch in batches:
+    states, metrics = step(states, batch, columns, jnp.array(rates))
+    losses.append(metrics["loss"])
+  for index, (state, expected) in enumerate(alone):
+    np.testing.assert_allclose(np.array(losses)[:, index], expected, rtol=1e-5, err_msg=names[index])
+    close(jax.tree.map(lambda leaf, index=index: leaf[index], states.params), state.params, 1e-5)
+  assert len({round(float(losses[-1][index]), 4) for index in range(5)}) == 5
 
 
 def test_the_first_update_of_a_warm_up_is_empty_and_the_count_grows(make_config):

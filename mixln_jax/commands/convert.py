@@ -1,0 +1,76 @@
+"""Convert weights: a run to a safetensors folder (--output), or such a folder to a run (--input)."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mixln_jax import config as config_lib
+from mixln_jax import placement
+from mixln_jax.command_line import CommandLine
+from mixln_jax.config import Config
+from mixln_jax.errors import InputError
+from mixln_jax.interop import hf
+from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
+from mixln_jax.model.initial import count_params
+from mixln_jax.parallel.mesh import make_mesh
+from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.opening import read_config
+from mixln_jax.training.checkpoints import begin_from
+from mixln_jax.training.setup import open_run, spread_over_all_devices
+
+LAYOUTS = ("stock", "official")
+
+
+def main(argv: list[str]) -> int:
+  line = CommandLine(__doc__ or "")
+  line.config(required=False)
+  line.string("workdir", "the run: what is read with --output, what is made with --input", required=True)
+  line.string("output", "folder to write: config.json and safetensors")
+  line.string("input", "folder to read: a LLaMA, Qwen 2 or 3, OLMo 2, or official Mix-LN checkpoint in safetensors")
+  line.string("placement", "with --input: the norm placement, where its config.json does not say it")
+  line.string(
+    "layout",
+    "with --output: stock, a directory that transformers loads, or official, the Mix-LN code's names with the "
+    "placement in config.json",
+    default="stock",
+  )
+  line.integer("step", "with --output: which checkpoint; by default the newest", minimum=0)
+  line.number("shard_gb", "with --output: largest file", default=5.0, minimum=1e-6)
+  values = line.parse(argv)
+  if (values.input is None) == (values.output is None):
+    raise InputError("give --output=FOLDER to write a run's weights, or --input=FOLDER to make a run of a checkpoint")
+  if values.layout not in LAYOUTS:
+    raise InputError(f"--layout={values.layout!r}: must be one of {', '.join(LAYOUTS)}")
+  if values.output is not None:
+    _write(RunFolder(values.workdir), values.output, values.step, values.layout, values.shard_gb)
+    return 0
+  if values.config is None:
+    raise InputError("--config is required with --input: the recipe that the new run goes on with; see --help")
+  _read(line.config_value(), values.workdir, values.input, values.placement)
+  return 0
+
+
+def _write(folder: RunFolder, output: str, step: int | None, layout: str, shard_gb: float) -> None:
+  config = spread_over_all_devices(read_config(folder))
+  description = hf.hf_config(config.model, config.data.sequence_length, official=layout == "official")
+  run = open_run(folder, make_mesh(config.mesh), step)
+  tensors = hf.export_weights(jax.tree.map(np.asarray, run.params), config.model)
+  files = write_folder(output, tensors, description, int(shard_gb * 1e9))
+  print(f"read       {folder.path}, step {run.step}")
+  print(
+    f"wrote      {Path(output).expanduser()}: {description['model_type']}, {count_params(config.model) / 1e6:.2f} M "
+    f"parameters in {files} file{'s' * (files > 1)}"
+  )
+
+
+def _read(config: Config, workdir: str, source: str, placement_string: str | None) -> None:
+  tensors = SafetensorsFolder(source)
+  config.model.update(hf.model_fields(tensors.config(), placement_string))
+  if not config.model.placement:
+    raise InputError("--placement is required: the checkpoint's config.json does not say where its norms stand")
+  config_lib.validate(config)
+  folder = begin_from(config, hf.import_weights(tensors, config.model), workdir)
+  print(f"placement  {placement.parse(config.model.placement, config.model.num_layers).strip}")
+  print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {tensors.path}")
+  print(f"wrote      {folder.path}, step 0; `train --workdir` goes on from it")

@@ -1,0 +1,343 @@
+"""Weights and configs in Hugging Face's layout: LLaMA, Qwen 2 and 3, OLMo 2, and the official Mix-LN code's.
+
+Names are LLaMA's. The gains of a layer take their names from where its placement has norms, as the official Mix-LN
+code, Gemma 2 and OLMo 2 have them: before attention `input_layernorm`, after it `post_attention_layernorm`, after the
+MLP `post_feedforward_layernorm`, and before the MLP `pre_feedforward_layernorm`, or LLaMA's `post_attention_layernorm`
+in a layer that has no norm after attention.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from mixln_jax import config as config_lib
+from mixln_jax import placement
+from mixln_jax.config import Config
+from mixln_jax.errors import InputError
+from mixln_jax.model.columns import used_by_layer
+from mixln_jax.model.initial import abstract_params, logical_shape
+from mixln_jax.model.transformer import param_paths
+from mixln_jax.placement import Layer, Row
+
+# our name -> their module in a layer. Matrices are stored transposed there: [out, in].
+MATRICES = {
+  "query": "self_attn.q_proj",
+  "key": "self_attn.k_proj",
+  "value": "self_attn.v_proj",
+  "output": "self_attn.o_proj",
+  "gate": "mlp.gate_proj",
+  "up": "mlp.up_proj",
+  "down": "mlp.down_proj",
+}
+INPUT_AXES = {"output": 2}  # leading axes of our matrix, without the layer's, that their last axis stands for; else 1
+OUTSIDE = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+VECTORS = {
+  "query_bias": "self_attn.q_proj.bias",
+  "key_bias": "self_attn.k_proj.bias",
+  "value_bias": "self_attn.v_proj.bias",
+  "query_norm": "self_attn.q_norm.weight",
+  "key_norm": "self_attn.k_norm.weight",
+  "value_norm": "self_attn.v_norm.weight",
+  "query_norm_full": "self_attn.q_norm.weight",
+  "key_norm_full": "self_attn.k_norm.weight",
+  "gpas": "gpas_block.gate",  # GPAS's own name
+  **{f"attention_{name}": f"self_attn.{name}" for name in ("vector_c_res", "vector_c_out", "scalar_c_out")},
+  **{f"mlp_{name}": f"mlp.{name}" for name in ("vector_c_res", "vector_c_out", "scalar_c_out")},
+}
+IGNORED = ("rotary_emb.inv_freq",)  # a buffer of old versions
+
+
+class Tensor(NamedTuple):
+  """One of their tensors and where it lies in our tree."""
+
+  name: str  # theirs
+  path: str
+  layer: int | None  # index along our leading axis
+  shape: tuple[int, ...]  # ours, without the layer's axis and without columns that only pad the MLP
+  input_axes: int  # of a matrix; 0 for what is stored in our order, flattened
+
+  @property
+  def their_shape(self) -> tuple[int, ...]:
+    if not self.input_axes:
+      return (math.prod(self.shape),) if self.path != "embedding" and self.shape else self.shape
+    return math.prod(self.shape[self.input_axes :]), math.prod(self.shape[: self.input_axes])
+
+  def to_ours(self, array: np.ndarray) -> np.ndarray:
+    return (array.T if self.input_axes else array).reshape(self.shape)
+
+  def to_theirs(self, array: np.ndarray) -> np.ndarray:
+    if not self.input_axes:
+      return array.reshape(self.their_shape)
+    return np.asarray(array.reshape(self.their_shape[::-1]).T, order="C")
+
+
+def norm_names(layer: Layer) -> dict[str, str]:
+  """Their name of each gain that a layer uses: `attention_norm`, … -> `input_layernorm`, …"""
+  names = {}
+  after_attention = layer.attention.norm_mid or layer.attention.norm_out
+  before_mlp = "pre_feedforward_layernorm" if after_attention else "post_attention_layernorm"
+  for sublayer, before, after in (
+    ("attention", "input_layernorm", "post_attention_layernorm"),
+    ("mlp", before_mlp, "post_feedforward_layernorm"),
+  ):
+    row: Row = getattr(layer, sublayer)
+    for norm, name in (("norm_in", before), ("norm_mid", after), ("norm_out", after)):
+      if (index := row.gain_index(norm)) is not None:
+        names[f"{sublayer}_norm" + (f"_{index + 1}" if index else "")] = name
+  return names
+
+
+def tensors_of(model: Config) -> Iterator[Tensor]:
+  """Every tensor of config.model in their layout."""
+  table = placement.parse(model.placement, model.num_layers)
+  used = used_by_layer(table)
+  shapes = nn.unbox(abstract_params(model))
+  for path, leaf in zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True):
+    shape, name = logical_shape(path, leaf.shape, model), path.removeprefix("layers/")
+    if path in OUTSIDE:
+      yield Tensor(OUTSIDE[path], path, None, shape, int(path == "head"))
+      continue
+    for index, layer in enumerate(table.layers):
+      if name in used and not used[name][index]:
+        continue
+      if name in MATRICES:
+        theirs, input_axes = f"{MATRICES[name]}.weight", INPUT_AXES.get(name, 1)
+      else:
+        gains = {ours: f"{gain}.weight" for ours, gain in norm_names(layer).items()}
+        theirs, input_axes = (VECTORS | gains)[name], 0
+      yield Tensor(f"model.layers.{index}.{theirs}", path, index, shape[1:], input_axes)
+
+
+def import_weights(tensors: Mapping[str, Any], model: Config) -> Any:
+  """Their tensors as our parameter tree.
+
+  Args:
+    tensors: arrays by their names (`model.layers.0.self_attn.q_proj.weight`); read one at a time.
+    model: config.model; its placement says which gains each layer has.
+
+  Returns:
+    A tree of NumPy arrays in config.model.param_dtype, for `jax.device_put` onto any sharding.
+
+  Raises:
+    InputError: a tensor is missing, of another shape, or stands for nothing in this model.
+  """
+  left = {name for name in tensors if not name.endswith(IGNORED)}
+  tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), nn.unbox(abstract_params(model)))
+  for name in used_by_layer(placement.parse(model.placement, model.num_layers)):
+    if name in tree["layers"]:
+      tree["layers"][name][...] = name != "gpas"  # where a layer has none
+  for tensor in tensors_of(model):
+    array = np.asarray(_find(tensors, tensor, model))
+    if array.shape != tensor.their_shape:
+      raise InputError(f"{tensor.name}: has shape {array.shape}, but config.model makes it {tensor.their_shape}")
+    left.discard(tensor.name)
+    where = tuple(slice(0, size) for size in tensor.shape)
+    if tensor.layer is None:
+      tree[tensor.path][where] = tensor.to_ours(array)
+    else:
+      tree["layers"][tensor.path.removeprefix("layers/")][(tensor.layer, *where)] = tensor.to_ours(array)
+  if model.tied_embeddings and OUTSIDE["head"] in left:
+    left.discard(OUTSIDE["head"])
+    if not np.array_equal(np.asarray(tensors[OUTSIDE["head"]]), np.asarray(tensors[OUTSIDE["embedding"]])):
+      raise InputError("lm_head.weight differs from the embedding; set config.model.tied_embeddings=False")
+  if left:
+    raise InputError(
+      f"{len(left)} tensors stand for nothing in config.model (placement {model.placement!r}), for instance "
+      f"{', '.join(sorted(left)[:3])}; the placement, the depth or an option differs"
+    )
+  return tree
+
+
+def _find(tensors: Mapping[str, Any], tensor: Tensor, model: Config) -> Any:
+  if tensor.name not in tensors:
+    siblings = [name for name in tensors if tensor.layer is not None and f".{tensor.layer}." in name and "norm" in name]
+    hint = f"; the norms there are {', '.join(sorted(siblings))}" if siblings and "norm" in tensor.name else ""
+    raise InputError(
+      f"{tensor.name} is missing, which config.model (placement {model.placement!r}) has{hint}; the placement, the "
+      "depth or an option differs"
+    )
+  return tensors[tensor.name]
+
+
+def export_weights(params: Any, model: Config) -> dict[str, np.ndarray]:
+  """Our parameters, or a tree of the same shapes such as their gradient, as tensors in their layout.
+
+  What a layer does not use, and columns that only pad the MLP, are left out.
+  """
+  result = {}
+  for tensor in tensors_of(model):
+    leaf = params["layers"][tensor.path.removeprefix("layers/")] if tensor.layer is not None else params[tensor.path]
+    array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+    result[tensor.name] = tensor.to_theirs(array[tuple(slice(0, size) for size in tensor.shape)])
+  return result
+
+
+# config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One of transformers' decoders that this model can be."""
+
+  architecture: str
+  model_type: str
+  row: Row  # of every attention sublayer; the MLP's is the same without norms of heads
+  qkv_bias: bool = False
+
+
+FAMILIES = (
+  Family("LlamaForCausalLM", "llama", Row(norm_in=True)),
+  Family("Qwen2ForCausalLM", "qwen2", Row(norm_in=True), qkv_bias=True),
+  Family("Qwen3ForCausalLM", "qwen3", Row(norm_in=True, qk_norm=True)),
+  Family("Olmo2ForCausalLM", "olmo2", Row(norm_mid=True, qk_norm_full=True)),
+)
+PLACEMENTS = {"llama": "pre", "qwen2": "pre", "qwen3": "pre+qk_norm", "olmo2": "reordered+qk_norm_full"}
+# Options of their configs that this model lacks, and the values with which they do nothing.
+UNSUPPORTED = {
+  "attention_bias": (False, None),
+  "mlp_bias": (False, None),
+  "use_sliding_window": (False, None),
+  "clip_qkv": (None,),
+  "partial_rotary_factor": (1.0, None),
+  "quantization_config": (None,),
+  "hidden_act": ("silu", None),
+}
+OFFICIAL_TYPE = "mixln_llama"  # no type of transformers', which would build a Pre-LN LLaMA of it
+
+
+def model_fields(hf: Mapping[str, Any], placement_string: str | None = None) -> dict[str, Any]:
+  """The fields of config.model that a config.json stands for.
+
+  Args:
+    hf: the JSON object.
+    placement_string: the placement; by default what the file says (a checkpoint of the official code does not).
+
+  Raises:
+    InputError: the model is of another kind, or has an option that this one lacks.
+  """
+  kind = hf.get("model_type")
+  if kind not in (*PLACEMENTS, OFFICIAL_TYPE):
+    raise InputError(f"config.json: model_type={kind!r} is not supported; supported: {', '.join(PLACEMENTS)}")
+  for name, harmless in UNSUPPORTED.items():
+    if hf.get(name) not in harmless:
+      raise InputError(f"config.json: {name}={hf[name]!r} is not supported; this model has {harmless[0]!r}")
+  if any(layer != "full_attention" for layer in hf.get("layer_types") or ()):
+    raise InputError("config.json: layer_types has layers without full attention, which are not supported")
+  heads = _required(hf, "num_attention_heads")
+  head_dim = hf.get("head_dim") or 0
+  fields = {
+    "vocab_size": _required(hf, "vocab_size"),
+    "embed_dim": _required(hf, "hidden_size"),
+    "mlp_dim": _required(hf, "intermediate_size"),
+    "num_layers": _required(hf, "num_hidden_layers"),
+    "num_heads": heads,
+    "num_kv_heads": hf.get("num_key_value_heads") or heads,
+    "head_dim": 0 if head_dim * heads == hf["hidden_size"] else head_dim,
+    "norm_epsilon": float(hf.get("rms_norm_eps", 1e-6)),
+    "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
+    "qkv_bias": bool(hf.get("qkv_bias", kind == "qwen2")),
+    "placement": placement_string or hf.get("norm_placement") or PLACEMENTS.get(kind, ""),
+  }
+  return fields | _rope_fields(hf)
+
+
+def _required(hf: Mapping[str, Any], name: str) -> int:
+  if not isinstance(hf.get(name), int):
+    raise InputError(f"config.json: {name}={hf.get(name)!r} is not a whole number")
+  return hf[name]
+
+
+def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+  """RoPE's fields, from the keys of transformers 4 or 5."""
+  rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+  fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))}
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind == "default":
+    return fields
+  if kind != "llama3":
+    raise InputError(f"config.json: RoPE scaling {kind!r} is not supported; supported: default, llama3")
+  return fields | {
+    "rope_scaling": "llama3",
+    "rope_factor": float(rope["factor"]),
+    "rope_low_frequency_factor": float(rope["low_freq_factor"]),
+    "rope_high_frequency_factor": float(rope["high_freq_factor"]),
+    "rope_original_length": int(rope["original_max_position_embeddings"]),
+  }
+
+
+def family_of(model: Config) -> Family | None:
+  """The stock decoder that computes what config.model computes, or None."""
+  layers = placement.parse(model.placement, model.num_layers).layers
+  for family in FAMILIES:
+    mlp = dataclasses.replace(family.row, qk_norm=False, qk_norm_full=False)
+    rows = [(_of_inference(layer.attention), _of_inference(layer.mlp)) for layer in layers]
+    if model.qkv_bias == family.qkv_bias and all(row == (family.row, mlp) for row in rows):
+      return family
+  return None
+
+
+def _of_inference(row: Row) -> Row:
+  """A row without what only decides initial weights."""
+  return dataclasses.replace(row, xavier=False, branch_gain=1.0, output_deviation=1.0, initial_c_out=1.0)
+
+
+def hf_config(model: Config, max_length: int, *, official: bool = False) -> dict[str, Any]:
+  """The config.json of config.model.
+
+  Args:
+    model: config.model.
+    max_length: positions that the model was trained on.
+    official: write it in the layout of the official Mix-LN code, and its placement with it; transformers refuses such a
+      directory, since it would build a Pre-LN LLaMA of it.
+
+  Raises:
+    InputError: no stock decoder computes this placement, and `official` was not asked for.
+  """
+  family = family_of(model)
+  if family is None and not official:
+    known = ", ".join(sorted({f"{name!r}" for name in PLACEMENTS.values()}))
+    raise InputError(
+      f"config.model.placement={model.placement!r} is no stock decoder of transformers (those are {known}), which "
+      "would load these weights as another model; --layout=official writes them with their placement"
+    )
+  result: dict[str, Any] = {
+    "architectures": ["MixLNForCausalLM" if official or family is None else family.architecture],
+    "model_type": OFFICIAL_TYPE if official or family is None else family.model_type,
+    "vocab_size": model.vocab_size,
+    "hidden_size": model.embed_dim,
+    "intermediate_size": model.mlp_dim,
+    "num_hidden_layers": model.num_layers,
+    "num_attention_heads": model.num_heads,
+    "num_key_value_heads": config_lib.num_kv_heads(model),
+    "head_dim": config_lib.head_dim(model),
+    "hidden_act": "silu",
+    "rms_norm_eps": model.norm_epsilon,
+    "rope_theta": model.rope_base,
+    "rope_scaling": _rope_scaling(model),
+    "max_position_embeddings": max_length,
+    "tie_word_embeddings": model.tied_embeddings,
+    "attention_bias": False,
+    "torch_dtype": model.param_dtype,
+  }
+  if official:
+    table = placement.parse(model.placement, model.num_layers)
+    result |= {"norm_placement": model.placement, "norm_placement_of_layers": table.strip.split()}
+    result |= {"qkv_bias": model.qkv_bias}
+  return result
+
+
+def _rope_scaling(model: Config) -> dict[str, Any] | None:
+  if model.rope_scaling == "none":
+    return None
+  return {
+    "rope_type": "llama3",
+    "factor": model.rope_factor,
+    "low_freq_factor": model.rope_low_frequency_factor,
+    "high_freq_factor": model.rope_high_frequency_factor,
+    "original_max_position_embeddings": model.rope_original_length,
+  }

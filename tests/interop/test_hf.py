@@ -1,0 +1,174 @@
+"""Against transformers: weights and configs come in and go out with equal logits; other models are refused."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import random_params, random_tokens, small_model
+
+from mixln_jax import config as config_lib
+from mixln_jax.errors import InputError
+from mixln_jax.interop import hf
+from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
+from mixln_jax.model import Transformer
+
+GOLDEN = Path(__file__).parents[1] / "data" / "transformers"
+NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+
+
+def load(name):
+  data = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+  tensors = {key.removeprefix("weight/"): data[key] for key in data.files if key.startswith("weight/")}
+  config = json.loads(bytes(data["config"]))
+  model = config_lib.base().model
+  model.update(hf.model_fields(config))
+  return data, config, tensors, model
+
+
+def test_every_family_has_its_values():
+  assert {load(name)[1]["model_type"] for name in NAMES} == {family.model_type for family in hf.FAMILIES}
+  assert len(NAMES) == 7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_those_of_transformers(name):
+  data, _, tensors, model = load(name)
+  params = hf.import_weights(tensors, model)
+  logits = jax.jit(Transformer(model).apply)({"params": params}, data["tokens"])
+  np.testing.assert_allclose(logits, data["logits"], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shard_bytes", [10**9, 2000])
+def test_what_comes_in_goes_out(name, shard_bytes, tmp_path):
+  _, config, tensors, model = load(name)
+  params = hf.import_weights(tensors, model)
+  written = hf.hf_config(model, 64)
+  files = write_folder(tmp_path / "out", hf.export_weights(params, model), written, shard_bytes)
+  assert (files > 3) == (shard_bytes == 2000)
+  folder = SafetensorsFolder(tmp_path / "out")
+  assert dict(folder).keys() == tensors.keys()
+  for tensor, array in tensors.items():
+    np.testing.assert_array_equal(folder[tensor], array, err_msg=tensor)
+  again = config_lib.base().model
+  again.update(hf.model_fields(folder.config()))
+  assert again == model
+  assert written["model_type"] == config["model_type"]
+
+
+@pytest.mark.parametrize(
+  "name", ["mix:0.5", "sandwich*1,post*3", "keel*2,admin*2", "hybrid*2,layerscale*1,skipinit*1", "reordered+gpas"]
+)
+def test_any_other_placement_needs_the_official_layout_and_says_what_it_is(name, tmp_path):
+  model = small_model(placement=name, mlp_pad_to=32, num_kv_heads=1)
+  params = random_params(model)
+  with pytest.raises(InputError, match=r"no stock decoder.*--layout=official"):
+    hf.hf_config(model, 64)
+  write_folder(tmp_path, hf.export_weights(params, model), hf.hf_config(model, 64, official=True), 10**9)
+  folder = SafetensorsFolder(tmp_path)
+  assert folder.config()["model_type"] not in hf.PLACEMENTS
+  again = config_lib.base().model
+  again.update(hf.model_fields(folder.config()), mlp_pad_to=32)
+  assert again.placement == name
+  tokens = random_tokens(model)
+  expected = Transformer(model).apply({"params": params}, tokens)
+  imported = hf.import_weights(folder, again)
+  np.testing.assert_array_equal(Transformer(again).apply({"params": imported}, tokens), expected)
+
+
+def test_initial_weights_and_learned_constants_are_no_part_of_being_stock():
+  assert hf.family_of(small_model(placement="pre+scaled_init")).model_type == "llama"
+  assert hf.family_of(small_model(placement="mix:0")).model_type == "llama"
+  for name in ("lns", "post", "pre*3,post*1", "reordered", "pre+gpas", "pre*2,pre*2+qk_norm"):
+    assert hf.family_of(small_model(placement=name)) is None, name
+
+
+def test_the_official_names_follow_where_a_layer_has_its_norms():
+  def norms(name):
+    return sorted(
+      tensor.split(".")[-2]
+      for tensor in hf.export_weights(random_params(small_model(placement=name)), small_model(placement=name))
+      if tensor.startswith("model.layers.0.") and tensor.endswith("layernorm.weight")
+    )
+
+  assert norms("pre") == ["input_layernorm", "post_attention_layernorm"]
+  assert norms("post") == norms("mix:0.25") == ["post_attention_layernorm", "post_feedforward_layernorm"]
+  assert norms("sandwich") == sorted([*norms("pre"), "pre_feedforward_layernorm", "post_feedforward_layernorm"])
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"layers\.1\.mlp\.up_proj\.weight is missing"),
+    (lambda t: t.update({"model.norm.weight": np.ones(3)}), r"model\.norm\.weight: has shape \(3,\).*\(16,\)"),
+    (lambda t: t.update({"model.layers.2.x": np.ones(3)}), r"1 tensors stand for nothing.*model\.layers\.2\.x"),
+    (
+      lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(16)}),
+      r"stand for nothing.*q_proj\.bias",
+    ),
+    (
+      lambda t: t.update(
+        {"model.layers.1.post_feedforward_layernorm.weight": t.pop("model.layers.1.input_layernorm.weight")}
+      ),
+      r"layers\.1\.input_layernorm\.weight is missing.*placement 'pre'.*norms there are.*post_feedforward_layernorm",
+    ),
+  ],
+)
+def test_tensors_of_another_model_are_named(change, words):
+  _, _, tensors, model = load("llama")
+  change(tensors)
+  with pytest.raises(InputError, match=words):
+    hf.import_weights(tensors, model)
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"model_type": "gpt2"}, r"model_type='gpt2'.*llama"),
+    ({"attention_bias": True}, "attention_bias=True"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu'.*silu"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "'yarn' is not supported"),
+    ({"hidden_size": None}, "hidden_size=None"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention"),
+  ],
+)
+def test_configs_of_another_model_are_refused(change, words):
+  _, config, _, _ = load("llama")
+  with pytest.raises(InputError, match=words):
+    hf.model_fields({**config, **change})
+
+
+def test_rope_is_read_as_transformers_4_wrote_it():
+  _, config, _, model = load("llama_3_rope")
+  rope = config.pop("rope_parameters")
+  old = {**config, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+  fields = hf.model_fields(old)
+  assert all(model[name] == value for name, value in fields.items())
+  assert model.rope_scaling == "llama3"
+
+
+def test_a_head_beside_tied_embeddings_must_equal_them():
+  _, _, tensors, model = load("llama_tied")
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  hf.import_weights(tensors, model)
+  tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+  with pytest.raises(InputError, match="tied_embeddings=False"):
+    hf.import_weights(tensors, model)
+
+
+def test_damaged_folders_are_named(tmp_path):
+  _, _, tensors, model = load("llama")
+  with pytest.raises(InputError, match=r"neither model\.safetensors nor"):
+    SafetensorsFolder(tmp_path)
+  write_folder(tmp_path / "out", tensors, hf.hf_config(model, 64), 2000)
+  with pytest.raises(InputError, match="not empty"):
+    write_folder(tmp_path / "out", tensors, {}, 2000)
+  shard = sorted((tmp_path / "out").glob("*.safetensors"))[1]
+  shard.write_bytes(shard.read_bytes()[:100])
+  with pytest.raises(InputError, match=shard.name):
+    SafetensorsFolder(tmp_path / "out")
+  shard.unlink()
+  with pytest.raises(InputError, match=shard.name):
+    SafetensorsFolder(tmp_path / "out")

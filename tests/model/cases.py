@@ -1,0 +1,69 @@
+"""The placements that the model's tests go through, and what several of them do with a model."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import random_params, random_tokens, small_model
+from ml_collections import FrozenConfigDict
+
+from mixln_jax.model import Transformer, next_token_loss
+from mixln_jax.placement import ROWS
+from model import reference
+
+UNIFORM = (*ROWS, "pre+gpas", "sandwich+gpas", "pre+qk_norm")
+STRIPS = {
+  **{name: " ".join([name] * 4) for name in UNIFORM},
+  "mix:0.25": "post pre pre pre",
+  "mix:0.5": "post post pre pre",
+  "mix:0.5+gpas": "post+gpas post+gpas pre+gpas pre+gpas",
+  "pre*1,sandwich*2,post*1": "pre sandwich sandwich post",
+  "lns*2,post*1,reordered*1": "lns lns post reordered",
+  "keel*2,admin*1,layerscale*1": "keel keel admin layerscale",
+  "hybrid_first*2,skipinit*1,deepnorm*1+gpas": "hybrid_first hybrid_first skipinit deepnorm+gpas",
+  "pre*1+qk_norm,reordered*2+qk_norm_full,hybrid*1": "pre+qk_norm reordered+qk_norm_full reordered+qk_norm_full hybrid",
+}
+CORE = ("pre", "post", "mix:0.25", "mix:0.5", "hybrid_first*2,skipinit*1,deepnorm*1+gpas")
+
+
+def mean_loss(model, params, tokens, **arguments):
+  def apply(transformer):
+    hidden, _ = transformer.hidden(tokens, **arguments)
+    labels = jnp.roll(tokens, -1, axis=1)
+    weights = jnp.ones(tokens.shape).at[:, -1].set(0)
+    total, count = next_token_loss(hidden, transformer.head_weights(), labels, weights)
+    return total / count
+
+  return nn.apply(apply, Transformer(model))({"params": params})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens, arguments):
+  return Transformer(model).apply({"params": params}, tokens, **arguments)
+
+
+def apply(model, params, tokens, **arguments):
+  """`Transformer(model).apply`, under jit."""
+  return logits_of(FrozenConfigDict(model), params, tokens, arguments)
+
+
+def reference_logits(model, params, tokens, kinds):
+  return reference.logits(params, tokens, tuple(kinds), FrozenConfigDict(model))
+
+
+@functools.cache
+def reference_case(name):
+  """Parameters, tokens, and what the reference makes of them."""
+  model = small_model(placement=name)
+  params, tokens = random_params(model), random_tokens(model)
+  kinds = tuple(STRIPS[name].split())
+  loss, gradient = reference.loss_and_gradient(params, tokens, kinds, FrozenConfigDict(model))
+  return params, tokens, reference_logits(model, params, tokens, kinds), loss, gradient
+
+
+def assert_trees_close(actual, expected, tolerance):
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    scale = np.abs(b).max()  # a learned scalar's gradient is a sum of large terms that cancel: hence the floor
+    np.testing.assert_allclose(a, b, atol=tolerance * max(scale, 2e-2), rtol=0, err_msg=jax.tree_util.keystr(path))
