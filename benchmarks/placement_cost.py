@@ -229,20 +229,19 @@ def main() -> None:
   parser.add_argument("--remat", nargs="*", choices=REMAT, default=REMAT)
   parser.add_argument("--out", type=Path)
   arguments = parser.parse_args()
-  done = json.loads(arguments.out.read_text())["rows"] if arguments.out and arguments.out.is_file() else []
-  rows = []
-  for remat in arguments.remat:
-    for name in arguments.only or CASES:
-      started = time.perf_counter()
-      found = [row for row in done if (row["case"], row["remat"]) == (name, remat)]
-      rows.append(found[0] if found else measure(name, remat))
-      print(f"{remat}, {name}: {time.perf_counter() - started:.0f} s", flush=True)
-      if arguments.out:
-        versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
-        arguments.out.write_text(
-          json.dumps({"versions": versions, "topology": TOPOLOGY, "rows": rows}, indent=1) + "\n"
-        )
-  show(rows)
+  stored = json.loads(arguments.out.read_text())["rows"] if arguments.out and arguments.out.is_file() else []
+  rows = {(row["remat"], row["case"]): row for row in stored}  # measured before: a run that was stopped goes on
+  for key in ((remat, name) for remat in arguments.remat for name in arguments.only or CASES):
+    if key in rows:
+      continue
+    started = time.perf_counter()
+    rows[key] = measure(key[1], key[0])
+    print(f"{key[0]}, {key[1]}: {time.perf_counter() - started:.0f} s", flush=True)
+    if arguments.out:
+      versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+      result = {"versions": versions, "topology": TOPOLOGY, "rows": list(rows.values())}
+      arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+  show(list(rows.values()))
 
 
 if __name__ == "__main__":

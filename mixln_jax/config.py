@@ -118,10 +118,34 @@ FIELDS: Mapping[str, Field] = {
   ),
   # data
   "data.source": Field(
-    "sotu", "corpus: sotu (embedded), sotu:paragraphs, or a path to a folder of .txt files or a .jsonl file"
+    "sotu",
+    "corpus: sotu or sotu:paragraphs (embedded); a path, folder or glob, local or gs://, of text, JSON lines (plain, "
+    ".gz, .zst) or Parquet files; tfds:NAME:SPLIT; hf:NAME:SPLIT",
+  ),
+  "data.validation_source": Field(
+    "", "corpus to validate on; empty = documents of data.source are held out by their hash"
+  ),
+  "data.validation_share": Field(
+    0.05, "share of the documents that is held out where there is no validation source", above=0.0, below=1.0
+  ),
+  "data.text_field": Field("text", "field of JSON, Parquet, tfds and hf documents that holds the text"),
+  "data.max_bad_share": Field(
+    0.01,
+    "share of documents that may be unusable (not JSON, no text, not Unicode, too long); they are skipped and counted",
+    minimum=0.0,
+    maximum=1.0,
+    on_resume=FREE,
   ),
   "data.tokenizer": Field(
-    "sentencepiece", "sentencepiece (trained on the corpus), bytes, or a path to a SentencePiece .model file"
+    "sentencepiece",
+    "sentencepiece (trained on the corpus), bytes, the path of a SentencePiece .model file or a tokenizer.json, or "
+    "hf:NAME",
+  ),
+  "data.on_the_fly": Field(
+    False, "no prepared records: tokenize the documents of a tfds or hf source while training (data.mode=pad)"
+  ),
+  "data.mixture": Field(
+    "", "train on several folders of records by weight, as in work/data/a:0.7,work/data/b:0.3; empty = data.directory"
   ),
   "data.directory": Field(
     "", "folder of the prepared records; empty = work/data/NAME, NAME made from the fields of data", on_resume=FREE
@@ -140,6 +164,9 @@ FIELDS: Mapping[str, Field] = {
     False, "check the records' checksums when they are opened, not only their sizes", on_resume=FREE
   ),
   "data.num_threads": Field(2, "threads that read records", minimum=1, on_resume=FREE),
+  "data.num_workers": Field(
+    0, "processes that read records (and tokenize, on the fly); 0 = only threads", minimum=0, on_resume=FREE
+  ),
   # train
   "train.num_steps": Field(10_000, "optimizer updates of the whole run", minimum=1, on_resume=CHECKED),
   "train.batch_size": Field(512, "global batch of one update, in sequences", minimum=1),
@@ -330,6 +357,14 @@ def _validate_training(config: Config) -> None:
     optimizer.schedule == "wsd" and warmup + decay_steps(config) > train.num_steps,
     f"config.optimizer.decay_steps={decay_steps(config)} and warmup_steps={warmup} don't fit in "
     f"config.train.num_steps={train.num_steps}; lower one",
+  )
+  _contradiction(
+    config.data.on_the_fly and config.data.mode != "pad",
+    "config.data.on_the_fly=True needs config.data.mode=pad (packing joins documents, which `prepare` does)",
+  )
+  _contradiction(
+    config.data.on_the_fly and config.data.mixture != "",
+    "config.data.on_the_fly=True and config.data.mixture can't be combined; prepare the records of the mixture",
   )
   _contradiction(
     config.data.document_mask and config.data.mode != "pack",

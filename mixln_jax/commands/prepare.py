@@ -1,20 +1,37 @@
 """Turn text into records of tokens: tokenizer, shards and a manifest; what is there is reused."""
 
 from mixln_jax.command_line import CommandLine
-from mixln_jax.data.prepare import prepare
+from mixln_jax.data.prepare import prepare, train_tokenizer
+from mixln_jax.errors import InputError
 
 
 def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
   line.config()
-  line.parse(argv)
-  corpus = prepare(line.config_value())
+  line.integer("workers", "processes; by default one a core", minimum=1)
+  line.string(
+    "train_tokenizer",
+    "only train a tokenizer on the corpus and write it here: a .model file (SentencePiece) or a .json (tokenizers)",
+  )
+  line.integer("tokenizer_size", "its vocabulary", default=32_000, minimum=259)
+  values = line.parse(argv)
+  config = line.config_value()
+  if values.train_tokenizer is not None:
+    tokenizer = train_tokenizer(config, values.train_tokenizer, values.tokenizer_size)
+    print(f"tokenizer  {values.train_tokenizer}, {tokenizer.vocab_size:,} ids; set config.data.tokenizer to it")
+    return 0
+  if config.data.on_the_fly or config.data.mixture:
+    field = "on_the_fly" if config.data.on_the_fly else "mixture"
+    raise InputError(f"config.data.{field} is set, so there is nothing to prepare; leave it out to prepare a source")
+  corpus = prepare(config, workers=values.workers)
   manifest = corpus.manifest
   for name, split in manifest.splits.items():
     print(
       f"{name:<10} {split.documents:,} documents, {split.tokens:,} tokens, {split.counted:,} "
       f"predicted, {split.records:,} records"
     )
+  for reason, count in manifest.skipped.items():
+    print(f"skipped    {count:,} documents: {reason}")
   print(f"tokenizer  {manifest.tokenizer}, {manifest.vocab_size:,} ids")
   print(
     f"records    {corpus.folder}, mode {manifest.mode}, {manifest.sequence_length} tokens each, "

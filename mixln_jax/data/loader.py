@@ -4,17 +4,45 @@ Resuming needs no state, and any number of processes or threads sees the same sa
 shuffled globally first, and then each process takes its rows.
 """
 
+import functools
 import hashlib
+import os
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
-from mixln_jax.data.records import Corpus, Record, decode_record, token_dtype
+from mixln_jax.data.records import Manifest, Record
+from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+
+
+class Data(Protocol):
+  """What a loader reads: a folder of records, several of them, or documents that are tokenized on the way."""
+
+  @property
+  def folder(self) -> Path:
+    """What messages name."""
+    ...
+
+  @property
+  def manifest(self) -> Manifest: ...
+
+  @property
+  def tokenizer(self) -> Tokenizer: ...
+
+  def rows(self, split: str) -> grain.MapDataset[Record]:
+    """The records of a split, in their order."""
+    ...
+
+  def training(self, seed: int) -> grain.MapDataset[Record]:
+    """The training records for ever, in a new order each epoch; the n-th is a function of the seed and n."""
+    ...
 
 
 def example(record: Record, sequence_length: int, *, document_mask: bool) -> Batch:
@@ -47,7 +75,7 @@ class Loader:
 
   def __init__(
     self,
-    corpus: Corpus,
+    data: Data,
     *,
     sequence_length: int,
     batch_size: int,
@@ -56,34 +84,33 @@ class Loader:
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
+    num_workers: int = 0,
   ):
-    """Args beyond the obvious: `batch_size` is global, and must be a multiple of `process_count`."""
+    """Args beyond the obvious: `batch_size` is global, and must be a multiple of `process_count`; `num_workers`: reads
+    ahead in so many processes, besides the threads of each."""
     if batch_size % process_count:
       raise ValueError(f"batch_size={batch_size} is not a multiple of process_count={process_count}")
-    self._corpus = corpus
-    self._sequence_length = sequence_length
-    self._document_mask = document_mask
+    self._data = data
     self._batch_size = batch_size
-    self._seed = int.from_bytes(hashlib.sha256(f"{corpus.manifest.fingerprint} {seed}".encode()).digest()[:4], "big")
+    self._seed = int.from_bytes(hashlib.sha256(f"{data.manifest.fingerprint} {seed}".encode()).digest()[:4], "big")
     self._process_index, self._process_count = process_index, process_count
     self._read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4)
-
-  def _rows(self, split: str) -> Any:
-    source: Any = grain.sources.ArrayRecordDataSource(self._corpus.shard_paths(split))
-    return grain.MapDataset.source(source)
-
-  def _decode(self, data: bytes) -> Batch:
-    manifest = self._corpus.manifest
-    record = decode_record(data, manifest.sequence_length, token_dtype(manifest.vocab_size))
-    return example(record, self._sequence_length, document_mask=self._document_mask)
+    self._num_workers = num_workers
+    self._example = functools.partial(example, sequence_length=sequence_length, document_mask=document_mask)
 
   def train(self, start_step: int = 0) -> Generator[Batch]:
     """Endless training batches from step `start_step` on, this process's rows; a new global order each epoch."""
-    rows = self._rows("train").seed(self._seed).shuffle().repeat()
-    rows = rows[self._process_index :: self._process_count].map(self._decode)
+    rows = self._data.training(self._seed)[self._process_index :: self._process_count].map(self._example)
     batches = rows.batch(self._batch_size // self._process_count, drop_remainder=True)
-    iterator = iter(batches.to_iter_dataset(self._read_options))
-    grain.experimental.set_next_index(iterator, start_step)
+    dataset: Any = batches[start_step:].to_iter_dataset(self._read_options)
+    if self._num_workers:
+      if not flags.FLAGS.is_parsed():  # grain reads flags of its own in its workers
+        flags.FLAGS.mark_as_parsed()
+      dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2),
+        worker_init_fn=_start_worker,
+      )
+    iterator = iter(dataset)
     try:
       yield from self._readable(iterator)
     finally:
@@ -96,7 +123,7 @@ class Loader:
       max_tokens: stop after the record with which this many counted tokens are reached; 0 = never. Cut at a record,
         not at a batch, so that the set does not depend on the batch size.
     """
-    rows = self._rows("validation").map(self._decode)
+    rows = self._data.rows("validation").map(self._example)
     pending: list[Batch] = []
     counted = 0
     for row in self._readable(iter(rows)):
@@ -120,7 +147,7 @@ class Loader:
         return
       except RuntimeError as error:  # what ArrayRecord raises for a damaged file
         raise InputError(
-          f"{self._corpus.folder}: a record can't be read ({' '.join(str(error).split())[:200]}); "
+          f"{self._data.folder}: a record can't be read ({' '.join(str(error).split())[:200]}); "
           "--config.data.verify=true names the shard that changed"
         ) from error
       yield row
@@ -135,7 +162,14 @@ class Loader:
 
   def example(self) -> Batch:
     """One training row: names, shapes [T] and types of what a batch holds."""
-    return self._rows("train").map(self._decode)[0]
+    row = self._data.rows("train").map(self._example)[0]
+    assert row is not None  # nothing filters
+    return row
+
+
+def _start_worker(*_: int) -> None:
+  """No worker may take the accelerator from the run that it reads for."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def unigram_entropy(batches: Iterable[Batch]) -> float:

@@ -1,24 +1,38 @@
-"""Text to records: what `prepare` does."""
+"""Text to records: what `prepare` does.
 
+A corpus is cut into parts (`corpus.parts_of`), and each part becomes one shard a split, written by whichever process is
+free. Nothing depends on how many there are. What is finished stays: a run that was killed goes on with the parts that
+are missing, and ends with the same bytes.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data import records as records_lib
 from mixln_jax.data import tokenizer as tokenizer_lib
+from mixln_jax.data.corpus import Bad, Document, Part
+from mixln_jax.data.files import File
 from mixln_jax.errors import InputError
 
 DEFAULT_ROOT = Path("work/data")
-WRITERS: dict[str, Callable[[Iterable[list[int]], int, int], Iterator[records_lib.Record]]] = {
-  "pack": records_lib.packed_records,
-  "pad": records_lib.padded_records,
-}
+PLAN, PARTS, LOCK, SOURCE_STATE = "plan.json", "parts", ".lock", ".source_state"
+EXAMPLES = 3  # of bad documents that a part remembers
 
 
 def data_directory(config: Any) -> Path:
@@ -29,7 +43,7 @@ def data_directory(config: Any) -> Path:
   source = (
     data.source
     if data.source in (corpus_lib.EMBEDDED, corpus_lib.EMBEDDED_PARAGRAPHS)
-    else f"{Path(data.source).stem}-{_short_hash(data.source)}"
+    else f"{Path(data.source).stem.strip('*.') or 'corpus'}-{_short_hash(data.source + data.validation_source)}"
   )
   if data.tokenizer == tokenizer_lib.SENTENCEPIECE:
     tokenizer = f"bpe{config.model.vocab_size}"
@@ -44,140 +58,486 @@ def _short_hash(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def prepare(config: Any, *, progress: bool = True) -> records_lib.Corpus:
+class Job(NamedTuple):
+  """One part to write: all that a worker needs to know."""
+
+  part: Part
+  number: int
+  total: int  # parts of the whole corpus
+  split: str | None  # None = the documents' hash decides
+  folder: Path
+  sequence_length: int
+  mode: str
+  text_field: str
+  validation_share: float
+  tokenizer: str  # its kind; its content lies in the folder
+
+  @property
+  def result(self) -> Path:
+    return self.folder / PARTS / f"{self.number:05d}.json"
+
+
+def prepare(config: Any, *, progress: bool = True, workers: int | None = None) -> records_lib.Corpus:
   """Writes the records of config.data, or reuses those that are there, and opens them.
 
   The folder appears whole or not at all: it is written beside its place and renamed.
 
+  Args:
+    config: the run's config.
+    progress: show a progress bar in a terminal.
+    workers: processes; by default one a core, as far as there are parts.
+
   Raises:
     InputError: the corpus or the tokenizer can't be used, or the folder holds other records.
   """
-  folder = data_directory(config)
-  documents = list(corpus_lib.documents(config.data.source))
-  source_sha256 = _documents_hash(documents)
+  folder, data = data_directory(config), config.data
+  sources = [(data.source, "train" if data.validation_source else None)]
+  if data.validation_source:
+    sources.append((data.validation_source, "validation"))
+  parts = [(part, split) for source, split in sources for part in corpus_lib.parts_of(source)]
+  state = _source_state([part for part, _ in parts])
   if (folder / records_lib.MANIFEST).is_file():
-    corpus = records_lib.open_corpus(folder, verify=config.data.verify)
-    _check_reusable(corpus, config, source_sha256)
-    return corpus
+    return _reuse(folder, config, parts, state)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(
       f"config.data.directory={str(folder)!r} is not empty and holds no records; choose another, nothing was written"
     )
-  train = [document for document in documents if not corpus_lib.is_validation(document.name)]
-  validation = [document for document in documents if corpus_lib.is_validation(document.name)]
-  if not train or not validation:
-    missing = "validation" if train else "training"
-    raise InputError(
-      f"config.data.source={config.data.source!r}: no document is left for {missing} of {len(documents)} "
-      f"({corpus_lib.VALIDATION_SHARE:.0%} are held out by the hash of their names); give a corpus of more documents"
-    )
-  tokenizer = _make_tokenizer(config, train)
   partial = folder.with_name(f".{folder.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
+  with _locked(partial, folder):
+    _start_or_go_on(partial, _plan(config, parts, state))
+    tokenizer = _stored_tokenizer(partial, config, parts)
+    jobs = [
+      Job(
+        part,
+        number,
+        len(parts),
+        split,
+        partial,
+        data.sequence_length,
+        data.mode,
+        data.text_field,
+        data.validation_share,
+        tokenizer.name,
+      )
+      for number, (part, split) in enumerate(parts)
+    ]
+    results = _run(jobs, workers or os.cpu_count() or 1, progress=progress)
+    _check_results(results, config, partial)
+    _finish(partial, folder, config, tokenizer, results, state)
+  return records_lib.open_corpus(folder)
+
+
+# Parts
+
+
+class _SplitOfPart:
+  """Documents of one split of one part, on their way into its shard."""
+
+  def __init__(self, job: Job, split: str, tokenizer: tokenizer_lib.Tokenizer):
+    path = job.folder / f"{split}-{job.number:05d}-of-{job.total:05d}.array_record"
+    self._tokenizer = tokenizer
+    self._writer = records_lib.ShardWriter(path, records_lib.token_dtype(tokenizer.vocab_size))
+    self._packer = records_lib.PACKERS[job.mode](job.sequence_length, tokenizer_lib.PAD)
+    self._documents = self._tokens = 0
+
+  def add(self, document: Document) -> None:
+    ids = [*self._tokenizer.encode(document.text), self._tokenizer.eos_id]
+    if max(ids) >= self._tokenizer.vocab_size or min(ids) < 0:
+      raise InputError(
+        f"config.data.tokenizer: gives id {max(ids)} for document {document.name!r}, beyond its vocabulary of "
+        f"{self._tokenizer.vocab_size}; choose another"
+      )
+    self._documents += 1
+    self._tokens += len(ids)
+    for record in self._packer.add(ids):
+      self._writer.write(record)
+
+  def finish(self) -> records_lib.Split:
+    for record in self._packer.finish():
+      self._writer.write(record)
+    shards = self._writer.finish()
+    return records_lib.Split(self._documents, self._tokens, self._writer.counted, self._writer.largest_id, shards)
+
+
+def write_part(job: Job, count: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+  """Writes the shards of one part, and its result last, which says that it is done.
+
+  Args:
+    job: the part.
+    count: called with the number of documents done since the last call.
+
+  Returns:
+    Its `splits`, the `sha256` of its documents, and how many it `skipped`, with a few examples of `where`.
+  """
+  path = job.folder / records_lib.TOKENIZER
+  tokenizer = tokenizer_lib.load_tokenizer(job.tokenizer, path.read_bytes(), str(path))
+  splits = {split: _SplitOfPart(job, split, tokenizer) for split in records_lib.SPLITS}
+  skipped: Counter[str] = Counter()
+  where: list[str] = []
+  digest = hashlib.sha256()
+  for document in corpus_lib.read(job.part, job.text_field):
+    if isinstance(document, Bad):
+      skipped[document.reason] += 1
+      if len(where) < EXAMPLES:
+        where.append(f"{document.reason}: {document.where}")
+      continue
+    digest.update(json.dumps(document).encode())
+    splits[job.split or _split_of(document, job.validation_share)].add(document)
+    count(1)
+  result = {
+    "splits": {name: dataclasses.asdict(split.finish()) for name, split in splits.items()},
+    "sha256": digest.hexdigest(),
+    "skipped": skipped,
+    "where": where,
+  }
+  _write_whole(job.result, json.dumps(result))
+  return result
+
+
+def _split_of(document: Document, validation_share: float) -> str:
+  return "validation" if corpus_lib.is_validation(document.name, validation_share) else "train"
+
+
+def _write_whole(path: Path, text: str) -> None:
+  """Writes a file so that it is there whole or not at all."""
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  partial.write_text(text)
+  partial.replace(path)
+
+
+_counter: Any = None  # of a worker process: documents done by all of them
+
+
+def _start_worker(counter: Any, parent: int) -> None:
+  global _counter
+  _counter = counter
+
+  def watch() -> None:  # a worker whose parent was killed would wait for work for ever
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(job: Job) -> dict[str, Any]:
+  def count(documents: int) -> None:
+    with _counter.get_lock():
+      _counter.value += documents
+
+  return write_part(job, count)
+
+
+def _result_of(job: Job) -> dict[str, Any] | None:
+  """What a part gave that was done by an earlier process; None where it was not, or its shards are gone."""
+  if not job.result.is_file():
+    return None
+  result = json.loads(job.result.read_text())
+  shards = [shard for split in result["splits"].values() for shard in split["shards"]]
+  paths = [job.folder / shard["file"] for shard in shards]
+  whole = all(
+    path.is_file() and path.stat().st_size == shard["bytes"] for path, shard in zip(paths, shards, strict=True)
+  )
+  return result if whole else None
+
+
+def _run(jobs: Sequence[Job], workers: int, *, progress: bool) -> list[dict[str, Any]]:
+  """The results of all jobs, in their order; those that are done already are read."""
+  done = {job.number: result for job in jobs if (result := _result_of(job))}
+  todo = [job for job in jobs if job.number not in done]
+  if done:
+    print(f"goes on     {len(done)} of {len(jobs)} parts were done already")
+  bar = tqdm(desc="prepare", unit=" documents", disable=None if progress else True)
+  with bar:
+    if min(workers, len(todo)) <= 1:
+
+      def count(documents: int) -> None:
+        bar.update(documents)
+
+      return [done.get(job.number) or write_part(job, count) for job in jobs]
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q")
+    with concurrent.futures.ProcessPoolExecutor(
+      min(workers, len(todo)), context, initializer=_start_worker, initargs=(counter, os.getpid())
+    ) as pool:
+      futures = {pool.submit(_work, job): job.number for job in todo}
+      try:
+        while waiting := [future for future in futures if not future.done()]:
+          concurrent.futures.wait(waiting, timeout=0.5, return_when=concurrent.futures.FIRST_EXCEPTION)
+          bar.set_postfix_str(f"{len(jobs) - len(waiting)} of {len(jobs)} parts")
+          bar.update(counter.value - bar.n)
+          failed = [future for future in futures if future.done() and future.exception()]
+          if failed:
+            break
+        done |= {number: future.result() for future, number in futures.items() if future.done()}
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+      return [done[job.number] for job in jobs]
+
+
+# The whole
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, folder: Path) -> Iterator[None]:
+  """Makes the folder of what is not finished, and keeps a second process out of it."""
   try:
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / PARTS).mkdir(exist_ok=True)
+    lock = (partial / LOCK).open("a")
   except OSError as error:
     raise InputError(
       f"config.data.directory={str(folder)!r}: can't be made ({error.strerror}); choose another"
     ) from error
-  splits = {"train": train, "validation": validation}
-  _write(partial, config, tokenizer, splits, source_sha256=source_sha256, progress=progress)
-  if folder.exists():
-    folder.rmdir()
-  partial.rename(folder)
-  return records_lib.open_corpus(folder)
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise InputError(f"config.data.directory={str(folder)!r}: another process prepares it; wait for it") from error
+    yield
 
 
-def _documents_hash(documents: list[corpus_lib.Document]) -> str:
-  digest = hashlib.sha256()
-  for document in documents:
-    digest.update(json.dumps(document).encode())
-  return digest.hexdigest()
+def _source_state(parts: Sequence[Part]) -> str:
+  """Hash over the names, sizes and times of a corpus's files: equal where surely nothing changed."""
+  files = sorted({path for part in parts if part.kind not in ("tfds", "hf") for path in part.paths})
+  stats = [(path, *File(path).stat()) for path in files]
+  return hashlib.sha256(json.dumps([stats, [dataclasses.astuple(part) for part in parts]]).encode()).hexdigest()
 
 
-def _make_tokenizer(config: Any, train: list[corpus_lib.Document]) -> tokenizer_lib.Tokenizer:
+def _plan(config: Any, parts: Sequence[tuple[Part, str | None]], state: str) -> str:
+  """What decides the bytes of the records, as text: work that was begun under another plan is not gone on with."""
+  names = ("tokenizer", "sequence_length", "mode", "text_field", "validation_share")
+  settings = {name: config.data[name] for name in names} | {"vocab_size": config.model.vocab_size}
+  described = [[dataclasses.asdict(part), split] for part, split in parts]
+  return json.dumps({"format": records_lib.FORMAT, **settings, "state": state, "parts": described})
+
+
+def _start_or_go_on(partial: Path, plan: str) -> None:
+  path = partial / PLAN
+  if path.is_file() and path.read_text() == plan:
+    return
+  for entry in partial.iterdir():
+    if entry.name not in (LOCK, PARTS):
+      entry.unlink()
+  for entry in (partial / PARTS).iterdir():
+    entry.unlink()
+  _write_whole(path, plan)
+
+
+def _stored_tokenizer(partial: Path, config: Any, parts: Sequence[tuple[Part, str | None]]) -> tokenizer_lib.Tokenizer:
+  """The tokenizer of config.data, made once and kept with the work."""
   name = config.data.tokenizer
-  if name == tokenizer_lib.BYTES:
-    return tokenizer_lib.ByteTokenizer()
+  path = partial / records_lib.TOKENIZER
   if name == tokenizer_lib.SENTENCEPIECE:
-    return tokenizer_lib.train_sentencepiece((document.text for document in train), config.model.vocab_size)
-  return tokenizer_lib.read_tokenizer(name)
+    if path.is_file():
+      return tokenizer_lib.SentencePieceTokenizer(path.read_bytes(), str(path))
+    tokenizer = tokenizer_lib.train_sentencepiece(_training_texts(config, parts), config.model.vocab_size)
+  elif name == tokenizer_lib.BYTES:
+    tokenizer = tokenizer_lib.ByteTokenizer()
+  else:
+    tokenizer = tokenizer_lib.read_tokenizer(name)
+  partial_path = partial / f".{records_lib.TOKENIZER}"
+  partial_path.write_bytes(tokenizer.content)
+  partial_path.replace(path)
+  return tokenizer
 
 
-def _write(
+def _training_texts(config: Any, parts: Iterable[tuple[Part, str | None]]) -> Iterator[str]:
+  """Text of the training split, as much as a tokenizer is trained on."""
+
+  def texts() -> Iterator[str]:
+    for part, split in parts:
+      for document in corpus_lib.read(part, config.data.text_field):
+        if isinstance(document, Bad):
+          continue
+        if (split or _split_of(document, config.data.validation_share)) == "train":
+          yield document.text
+
+  return tokenizer_lib.first_bytes(texts())
+
+
+def train_tokenizer(config: Any, path: str, size: int) -> tokenizer_lib.Tokenizer:
+  """Trains a tokenizer on the training split of config.data, and writes it.
+
+  Args:
+    config: the run's config.
+    path: where to; a .model file is SentencePiece's, a .json file `tokenizers`'.
+    size: its vocabulary.
+
+  Raises:
+    InputError: the path has another ending, or exists, or the corpus is too small.
+  """
+  target = Path(path).expanduser()
+  makers = {".model": tokenizer_lib.train_sentencepiece, ".json": tokenizer_lib.train_hugging_face}
+  if target.suffix not in makers:
+    raise InputError(f"--train_tokenizer={path}: must end in .model (SentencePiece) or .json (tokenizers)")
+  if target.exists():
+    raise InputError(f"--train_tokenizer={path}: is there already; give another path, or use it")
+  parts = [
+    (part, "train" if config.data.validation_source else None) for part in corpus_lib.parts_of(config.data.source)
+  ]
+  tokenizer = makers[target.suffix](_training_texts(config, parts), size)
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(tokenizer.content)
+  except OSError as error:
+    raise InputError(f"--train_tokenizer={path}: can't be written ({error.strerror})") from error
+  return tokenizer
+
+
+def _check_results(results: Sequence[dict[str, Any]], config: Any, partial: Path) -> None:
+  """Refuses a corpus with too many bad documents, or one of whose splits is empty; removes what was written of it."""
+  documents = {name: sum(result["splits"][name]["documents"] for result in results) for name in records_lib.SPLITS}
+  good, bad = sum(documents.values()), sum(sum(result["skipped"].values()) for result in results)
+  source = f"config.data.source={config.data.source!r}"
+  problem = None
+  if bad > config.data.max_bad_share * (good + bad):
+    examples = [where for result in results for where in result["where"]][:EXAMPLES]
+    problem = (
+      f"{source}: {bad} of {good + bad} documents can't be used ({'; '.join(examples)}), more than "
+      f"config.data.max_bad_share={config.data.max_bad_share:g} allows; mend the corpus, or raise it"
+    )
+  elif not good:
+    problem = f"{source}: the corpus is empty; it needs at least one document with text"
+  elif not all(documents.values()):
+    missing = "training" if documents["validation"] else "validation"
+    problem = (
+      f"{source}: no document is left for {missing} of {good} ({config.data.validation_share:.1%} are held out by the "
+      "hash of their names); give more documents, or config.data.validation_source"
+    )
+  if problem:
+    shutil.rmtree(partial)
+    raise InputError(problem)
+
+
+def _finish(
+  partial: Path,
   folder: Path,
   config: Any,
   tokenizer: tokenizer_lib.Tokenizer,
-  splits: dict[str, list[corpus_lib.Document]],
-  *,
-  source_sha256: str,
-  progress: bool,
+  results: Sequence[dict[str, Any]],
+  state: str,
 ) -> None:
-  (folder / records_lib.TOKENIZER).write_bytes(tokenizer.content)
-  length, dtype = config.data.sequence_length, records_lib.token_dtype(tokenizer.vocab_size)
-  written = {}
-  for split, documents in splits.items():
-    writer = records_lib.SplitWriter(folder, split, dtype)
-    tokens = 0
-
-    def encoded(documents: list[corpus_lib.Document] = documents, split: str = split) -> Iterator[list[int]]:
-      nonlocal tokens
-      for document in tqdm(documents, desc=f"prepare {split}", unit=" documents", disable=None if progress else True):
-        ids = [*tokenizer.encode(document.text), tokenizer.eos_id]
-        tokens += len(ids)
-        yield ids
-
-    for record in WRITERS[config.data.mode](encoded(), length, tokenizer_lib.PAD):
-      writer.write(record)
-    written[split] = writer.finish(len(documents), tokens)
+  """Writes the manifest, and renames the folder to what it is from now on."""
+  skipped: Counter[str] = Counter()
+  for result in results:
+    skipped.update(result["skipped"])
   manifest = records_lib.Manifest(
     source=config.data.source,
-    source_sha256=source_sha256,
+    validation_source=config.data.validation_source,
+    validation_share=config.data.validation_share,
+    source_sha256=_documents_hash(result["sha256"] for result in results),
+    skipped=dict(sorted(skipped.items())),
     tokenizer=tokenizer.name,
     tokenizer_sha256=tokenizer_lib.content_hash(tokenizer),
     vocab_size=tokenizer.vocab_size,
-    sequence_length=length,
+    sequence_length=config.data.sequence_length,
     mode=config.data.mode,
     bytes_per_token=tuple(tokenizer.bytes_per_token()),
-    splits=written,
+    splits={name: _merge([result["splits"][name] for result in results]) for name in records_lib.SPLITS},
   )
-  (folder / records_lib.MANIFEST).write_text(manifest.to_json())
+  for entry in partial.glob(".*.array_record.*"):  # of processes that were killed
+    entry.unlink()
+  (partial / SOURCE_STATE).write_text(state)
+  (partial / records_lib.MANIFEST).write_text(manifest.to_json())
+  if folder.exists():
+    folder.rmdir()
+  partial.rename(folder)
+  shutil.rmtree(folder / PARTS)
+  for name in (PLAN, LOCK):
+    (folder / name).unlink()
 
 
-def _check_reusable(corpus: records_lib.Corpus, config: Any, source_sha256: str) -> None:
-  manifest = corpus.manifest
-  problem = None
-  if manifest.source_sha256 != source_sha256:
-    problem = f"they were made from another text than config.data.source={config.data.source!r} has now"
-  elif manifest.sequence_length != config.data.sequence_length:
-    problem = (
-      f"they hold {manifest.sequence_length} tokens, not config.data.sequence_length={config.data.sequence_length}"
-    )
-  if problem:
+def _documents_hash(digests: Iterable[str]) -> str:
+  return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _merge(splits: Sequence[dict[str, Any]]) -> records_lib.Split:
+  return records_lib.Split(
+    documents=sum(split["documents"] for split in splits),
+    tokens=sum(split["tokens"] for split in splits),
+    counted=sum(split["counted"] for split in splits),
+    largest_id=max(split["largest_id"] for split in splits),
+    shards=tuple(records_lib.Shard(**shard) for split in splits for shard in split["shards"]),
+  )
+
+
+def _reuse(folder: Path, config: Any, parts: Sequence[tuple[Part, str | None]], state: str) -> records_lib.Corpus:
+  """Opens the records that are there, where they are those of this corpus.
+
+  Raises:
+    InputError: they are of other text, or don't fit the config.
+  """
+  corpus = records_lib.open_corpus(folder, verify=config.data.verify)
+  path = folder / SOURCE_STATE
+  if not path.is_file() or path.read_text() != state:  # files that were touched: do they still say the same?
+    digests = []
+    for part, _ in parts:
+      digest = hashlib.sha256()
+      for document in corpus_lib.read(part, config.data.text_field):
+        if isinstance(document, Document):
+          digest.update(json.dumps(document).encode())
+      digests.append(digest.hexdigest())
+    if _documents_hash(digests) != corpus.manifest.source_sha256:
+      raise InputError(
+        f"the records in {corpus.folder} can't be reused: they were made from another text than "
+        f"config.data.source={config.data.source!r} has now; set config.data.directory to a new folder, nothing was "
+        "written"
+      )
+  if corpus.manifest.sequence_length != config.data.sequence_length:
     raise InputError(
-      f"the records in {corpus.folder} can't be reused: {problem}; set config.data.directory to a "
-      "new folder, nothing was written"
+      f"the records in {corpus.folder} can't be reused: they hold {corpus.manifest.sequence_length} tokens, not "
+      f"config.data.sequence_length={config.data.sequence_length}; set config.data.directory to a new folder, nothing "
+      "was written"
     )
   check_corpus(corpus, config)
+  return corpus
 
 
 def check_corpus(corpus: records_lib.Corpus, config: Any) -> None:
   """Refuses records that don't fit the config that wants to read them.
 
   Raises:
-    InputError: the sequence length, mode, vocabulary or tokenizer contradict the records.
+    InputError: the source, sequence length, mode, vocabulary or tokenizer contradict the records.
   """
   manifest, data = corpus.manifest, config.data
   where = f"the records in {corpus.folder}"
+  for field in ("source", "validation_source", "validation_share"):
+    if data[field] != getattr(manifest, field):
+      raise InputError(
+        f"config.data.{field}={data[field]!r}, but {where} were made with {getattr(manifest, field)!r}; set it to "
+        "that, or prepare in another folder"
+      )
+  check_shape(manifest, config, where)
+  if data.tokenizer == tokenizer_lib.SENTENCEPIECE:  # trained to exactly config.model.vocab_size
+    matches = manifest.tokenizer == data.tokenizer and manifest.vocab_size == config.model.vocab_size
+  elif data.tokenizer == tokenizer_lib.BYTES:
+    matches = manifest.tokenizer == data.tokenizer
+  elif data.tokenizer.startswith(tokenizer_lib.HUB):  # not fetched again: the folder has its own
+    matches = manifest.tokenizer == tokenizer_lib.HUGGING_FACE
+  else:
+    matches = tokenizer_lib.content_hash(tokenizer_lib.read_tokenizer(data.tokenizer)) == manifest.tokenizer_sha256
+  if not matches:
+    raise InputError(
+      f"config.data.tokenizer={data.tokenizer!r} did not make {where} (theirs: {manifest.tokenizer}, "
+      f"sha256 {manifest.tokenizer_sha256[:12]}…); set it to theirs, or prepare again"
+    )
+
+
+def check_shape(manifest: records_lib.Manifest, config: Any, where: str) -> None:
+  """Refuses records whose length, mode or vocabulary don't fit the config.
+
+  Args:
+    manifest: of the records.
+    config: the run's config.
+    where: what to call them.
+  """
+  data = config.data
   if data.sequence_length > manifest.sequence_length:
     raise InputError(
       f"config.data.sequence_length={data.sequence_length} is over the {manifest.sequence_length} "
       f"tokens of {where}; lower it, or prepare longer records"
-    )
-  if data.source != manifest.source:
-    raise InputError(
-      f"config.data.source={data.source!r}, but {where} were made from {manifest.source!r}; set it to that, "
-      "or prepare in another folder"
     )
   if data.mode != manifest.mode:
     raise InputError(
@@ -192,15 +552,4 @@ def check_corpus(corpus: records_lib.Corpus, config: Any) -> None:
     raise InputError(
       f"config.model.vocab_size={config.model.vocab_size} is under the {manifest.vocab_size} ids of "
       f"the tokenizer of {where}; raise it"
-    )
-  if data.tokenizer == tokenizer_lib.SENTENCEPIECE:  # trained to exactly config.model.vocab_size
-    matches = manifest.tokenizer == data.tokenizer and manifest.vocab_size == config.model.vocab_size
-  elif data.tokenizer == tokenizer_lib.BYTES:
-    matches = manifest.tokenizer == data.tokenizer
-  else:
-    matches = tokenizer_lib.content_hash(tokenizer_lib.read_tokenizer(data.tokenizer)) == manifest.tokenizer_sha256
-  if not matches:
-    raise InputError(
-      f"config.data.tokenizer={data.tokenizer!r} did not make {where} (theirs: {manifest.tokenizer}, "
-      f"sha256 {manifest.tokenizer_sha256[:12]}…); set it to theirs, or prepare again"
     )

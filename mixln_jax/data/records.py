@@ -6,17 +6,20 @@ A record holds T tokens (position t predicts t + 1), how many of them are real, 
     length: uint32; positions from it on are padding
     starts: T bits, most significant first
 
-Padded records hold one document each, truncated and padded. Packed records cut the concatenated documents every T - 1
-tokens and overlap by one, so that each token but the first is predicted exactly once.
+Padded records hold one document each, truncated and padded. Packed records cut the concatenated documents of a part of
+the corpus every T - 1 tokens and overlap by one, so that each of its tokens but the first is predicted exactly once.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -25,9 +28,8 @@ from mixln_jax.errors import InputError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.bin"
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
-RECORDS_PER_SHARD = 65_536
 
 
 class Record(NamedTuple):
@@ -55,32 +57,50 @@ def decode_record(data: bytes, sequence_length: int, dtype: np.dtype) -> Record:
   return Record(tokens, length, np.unpackbits(bits, count=sequence_length).astype(bool))
 
 
-def padded_records(documents: Iterable[list[int]], sequence_length: int, pad_id: int) -> Iterator[Record]:
+class Padder:
   """One record a document: truncated to T tokens, padded at the right; the rest of the document is dropped."""
-  starts = np.arange(sequence_length) == 0
-  for ids in documents:
-    kept = ids[:sequence_length]
-    tokens = np.full(sequence_length, pad_id, np.int64)
-    tokens[: len(kept)] = kept
-    yield Record(tokens, len(kept), starts)
+
+  def __init__(self, sequence_length: int, pad_id: int):
+    self._length, self._pad_id = sequence_length, pad_id
+    self._starts = np.arange(sequence_length) == 0
+
+  def add(self, ids: Sequence[int]) -> Iterator[Record]:
+    """The records that are full after one more document."""
+    kept = np.asarray(ids[: self._length], np.int64)
+    yield Record(np.pad(kept, (0, self._length - len(kept)), constant_values=self._pad_id), len(kept), self._starts)
+
+  def finish(self) -> Iterator[Record]:
+    """What is left."""
+    return iter(())
 
 
-def packed_records(documents: Iterable[list[int]], sequence_length: int, pad_id: int) -> Iterator[Record]:
+class Packer:
   """The documents end to end, cut every T - 1 tokens into records that overlap by one; the last one is padded."""
-  tokens = np.empty(0, np.int64)
-  starts = np.empty(0, bool)
-  for ids in documents:
-    tokens = np.concatenate((tokens, np.asarray(ids, np.int64)))
-    starts = np.concatenate((starts, np.arange(len(ids)) == 0))
+
+  def __init__(self, sequence_length: int, pad_id: int):
+    self._length, self._pad_id = sequence_length, pad_id
+    self._tokens, self._starts = np.empty(0, np.int64), np.empty(0, bool)
+
+  def add(self, ids: Sequence[int]) -> Iterator[Record]:
+    """The records that are full after one more document."""
+    tokens = np.concatenate((self._tokens, np.asarray(ids, np.int64)))
+    starts = np.concatenate((self._starts, np.arange(len(ids)) == 0))
     begin = 0
-    while begin + sequence_length <= len(tokens):
-      window = slice(begin, begin + sequence_length)
-      yield Record(tokens[window], sequence_length, starts[window])
-      begin += sequence_length - 1
-    tokens, starts = tokens[begin:], starts[begin:]
-  if len(tokens) > 1:
-    missing = sequence_length - len(tokens)
-    yield Record(np.pad(tokens, (0, missing), constant_values=pad_id), len(tokens), np.pad(starts, (0, missing)))
+    while begin + self._length <= len(tokens):
+      window = slice(begin, begin + self._length)
+      yield Record(tokens[window], self._length, starts[window])
+      begin += self._length - 1
+    self._tokens, self._starts = tokens[begin:], starts[begin:]
+
+  def finish(self) -> Iterator[Record]:
+    """What is left; a single token, which predicts nothing, is not."""
+    length = len(self._tokens)
+    if length > 1:
+      missing = (0, self._length - length)
+      yield Record(np.pad(self._tokens, missing, constant_values=self._pad_id), length, np.pad(self._starts, missing))
+
+
+PACKERS = {"pad": Padder, "pack": Packer}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +129,10 @@ class Manifest:
   """What a folder of records is. Written last, so a folder with a manifest is whole."""
 
   source: str
+  validation_source: str
+  validation_share: float  # of the source's documents, where there is no validation source
   source_sha256: str  # over the names and texts of all documents
+  skipped: dict[str, int]  # reason -> documents that could not be used
   tokenizer: str
   tokenizer_sha256: str
   vocab_size: int
@@ -120,8 +143,9 @@ class Manifest:
 
   @property
   def fingerprint(self) -> str:
-    """Hash over all of it but the name of the source, which may move: what a run's data is."""
-    content = {name: value for name, value in dataclasses.asdict(self).items() if name != "source"}
+    """Hash over all of it but the names of the sources, which may move: what a run's data is."""
+    names = ("source", "validation_source")
+    content = {name: value for name, value in dataclasses.asdict(self).items() if name not in names}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
   def to_json(self) -> str:
@@ -138,43 +162,41 @@ class Corpus(NamedTuple):
   def shard_paths(self, split: str) -> list[str]:
     return [str(self.folder / shard.file) for shard in self.manifest.splits[split].shards]
 
+  def rows(self, split: str) -> grain.MapDataset[Record]:
+    """The records of a split, in their order."""
+    source: Any = grain.sources.ArrayRecordDataSource(self.shard_paths(split))
+    dtype, length = token_dtype(self.manifest.vocab_size), self.manifest.sequence_length
+    return grain.MapDataset.source(source).map(functools.partial(decode_record, sequence_length=length, dtype=dtype))
 
-class SplitWriter:
-  """Writes one split's shards and counts what goes into them."""
+  def training(self, seed: int) -> grain.MapDataset[Record]:
+    """The training records for ever, in a new order each epoch; the n-th is a function of the seed and n."""
+    return self.rows("train").seed(seed).shuffle().repeat()
 
-  def __init__(self, folder: Path, split: str, dtype: np.dtype):
-    self._folder, self._split, self._dtype = folder, split, dtype
-    self._counts: list[int] = []
+
+class ShardWriter:
+  """Writes one shard, which appears whole or not at all, and counts what goes into it."""
+
+  def __init__(self, path: Path, dtype: np.dtype):
+    self._path, self._dtype = path, dtype
+    self._partial = path.with_name(f".{path.name}.{os.getpid()}")
     self._writer: Any = None
-    self.counted = 0
-    self.largest_id = 0
+    self.records = self.counted = self.largest_id = 0
 
   def write(self, record: Record) -> None:
-    if self._writer is None or self._counts[-1] == RECORDS_PER_SHARD:
-      self._close()
-      self._writer = array_record_module.ArrayRecordWriter(str(self._path(len(self._counts))), "group_size:1")
-      self._counts.append(0)
+    if self._writer is None:
+      self._writer = array_record_module.ArrayRecordWriter(str(self._partial), "group_size:1")
     self._writer.write(encode_record(record, self._dtype))
-    self._counts[-1] += 1
+    self.records += 1
     self.counted += max(0, record.length - 1)
     self.largest_id = max(self.largest_id, int(record.tokens.max()))
 
-  def finish(self, documents: int, tokens: int) -> Split:
-    self._close()
-    shards = []
-    for index, records in enumerate(self._counts):
-      path = self._path(index).rename(
-        self._folder / f"{self._split}-{index:05d}-of-{len(self._counts):05d}.array_record"
-      )
-      shards.append(Shard(path.name, records, path.stat().st_size, file_sha256(path)))
-    return Split(documents, tokens, self.counted, self.largest_id, tuple(shards))
-
-  def _path(self, index: int) -> Path:
-    return self._folder / f"{self._split}-{index:05d}"
-
-  def _close(self) -> None:
-    if self._writer is not None:
-      self._writer.close()
+  def finish(self) -> tuple[Shard, ...]:
+    """The shard; none where nothing was written."""
+    if self._writer is None:
+      return ()
+    self._writer.close()
+    self._partial.replace(self._path)
+    return (Shard(self._path.name, self.records, self._path.stat().st_size, file_sha256(self._path)),)
 
 
 def file_sha256(path: Path) -> str:

@@ -2,17 +2,29 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+# Rust's threads and forked or spawned workers don't mix, and `prepare` has processes of its own.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sentencepiece
+import tokenizers
 
 from mixln_jax.errors import InputError
 
 PAD, EOS, UNKNOWN = 0, 1, 2  # as T5 has them
 BYTES = "bytes"
 SENTENCEPIECE = "sentencepiece"
+HUGGING_FACE = "tokenizers"  # a tokenizer.json
+HUB = "hf:"  # prefix of a name on the Hugging Face hub
+TRAINING_BYTES = 256 << 20  # of text that a tokenizer is trained on, from the corpus's beginning
+# What tokenizers on the hub call the token that ends a document, likeliest first.
+END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
@@ -90,6 +102,96 @@ class SentencePieceTokenizer:
     return len(model.IdToPiece(index).replace("▁", " ").encode("utf-8"))
 
 
+class HuggingFaceTokenizer:
+  """A tokenizer.json of the `tokenizers` library, byte-level or SentencePiece-like."""
+
+  name = HUGGING_FACE
+
+  def __init__(self, content: bytes, origin: str):
+    """Raises InputError where `content`, read from `origin`, is no such file, or can't end a document."""
+    self.content = content
+    try:
+      self._model = tokenizers.Tokenizer.from_str(content.decode())
+      self._description = json.loads(content)
+    except Exception as error:  # the library raises bare Exceptions
+      raise InputError(f"tokenizer {origin}: not a tokenizer.json ({error})") from error
+    self._model.no_truncation()
+    self._model.no_padding()
+    ids = self._model.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(ids.values()) + 1
+    added = self._description.get("added_tokens") or ()
+    self._special = {entry["id"] for entry in added if entry["special"]}
+    self._verbatim = {entry["id"] for entry in added if not entry["special"]}
+    ends = [ids[token] for token in END_TOKENS if ids.get(token) in self._special]
+    if not ends:
+      known = ", ".join(END_TOKENS)
+      raise InputError(f"tokenizer {origin}: has none of the special tokens {known} to end a document with")
+    self.eos_id = ends[0]
+    self._byte_level = '"ByteLevel"' in json.dumps(self._description.get("decoder"))
+    if not self._byte_level and "▁" not in json.dumps(self._description, ensure_ascii=False):
+      raise InputError(
+        f"tokenizer {origin}: neither byte-level nor SentencePiece-like, so the bytes that a token stands for are not "
+        "known; choose another"
+      )
+
+  def encode(self, text: str) -> list[int]:
+    return self._model.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+  def bytes_per_token(self) -> list[int]:
+    return [self._bytes_of(i) for i in range(self.vocab_size)]
+
+  def _bytes_of(self, index: int) -> int:
+    token = self._model.id_to_token(index)
+    if token is None or index in self._special:
+      return 0
+    if index in self._verbatim:
+      return len(token.encode())
+    if self._byte_level:  # its alphabet has one character a byte
+      return len(token)
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+      return 1
+    return len(token.replace("▁", " ").encode())
+
+
+def first_bytes(texts: Iterable[str], limit: int = TRAINING_BYTES) -> Iterator[str]:
+  """The first texts, up to about `limit` bytes of them."""
+  total = 0
+  for text in texts:
+    yield text
+    total += len(text.encode())
+    if total >= limit:
+      return
+
+
+def train_hugging_face(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+  """Trains a byte-level byte-pair encoding, which gives any text back.
+
+  Raises:
+    InputError: the corpus is too small for `vocab_size` tokens.
+  """
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  model = tokenizers.Tokenizer(models.BPE())
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+  model.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+  trainer: Any = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=["<pad>", "</s>", "<unk>"],  # PAD, EOS, UNKNOWN
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  model.train_from_iterator(texts, trainer)
+  result = HuggingFaceTokenizer(model.to_str().encode(), "just trained")
+  if result.vocab_size != vocab_size:
+    raise InputError(
+      f"--tokenizer_size={vocab_size}: this corpus gives {result.vocab_size} tokens at most; lower it to that"
+    )
+  return result
+
+
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
   """Trains a byte-pair SentencePiece model with byte fallback, which gives any text back but its "▁" and NULs.
 
@@ -137,21 +239,33 @@ def load_tokenizer(name: str, content: bytes, origin: str) -> Tokenizer:
     return ByteTokenizer()
   if name == SENTENCEPIECE:
     return SentencePieceTokenizer(content, origin)
-  raise InputError(f"tokenizer {origin}: unknown kind {name!r}; choices: {BYTES}, {SENTENCEPIECE}")
+  if name == HUGGING_FACE:
+    return HuggingFaceTokenizer(content, origin)
+  raise InputError(f"tokenizer {origin}: unknown kind {name!r}; choices: {BYTES}, {SENTENCEPIECE}, {HUGGING_FACE}")
 
 
-def read_tokenizer(path: str) -> SentencePieceTokenizer:
-  """A SentencePiece model file.
+def read_tokenizer(path: str) -> Tokenizer:
+  """The tokenizer that `config.data.tokenizer` names: a SentencePiece .model file, a tokenizer.json, or `hf:NAME`.
 
   Raises:
-    InputError: the file can't be read or is not a SentencePiece model.
+    InputError: it can't be read or is no tokenizer.
   """
+  if path.startswith(HUB):
+    try:
+      return HuggingFaceTokenizer(tokenizers.Tokenizer.from_pretrained(path.removeprefix(HUB)).to_str().encode(), path)
+    except InputError:
+      raise
+    except Exception as error:  # no network, no such name, no permission
+      reason = " ".join(str(error).split())[:200]
+      raise InputError(
+        f"config.data.tokenizer={path!r}: can't be fetched ({reason}); download its tokenizer.json and give its path"
+      ) from error
   try:
     content = Path(path).expanduser().read_bytes()
   except OSError as error:
-    choices = f"{SENTENCEPIECE} (trained on the corpus), {BYTES}, or the path of a SentencePiece .model file"
+    choices = f"{SENTENCEPIECE} (trained on the corpus), {BYTES}, {HUB}NAME, or the path of a .model or tokenizer.json"
     raise InputError(f"config.data.tokenizer={path!r}: can't be read ({error.strerror}); give {choices}") from error
-  return SentencePieceTokenizer(content, path)
+  return HuggingFaceTokenizer(content, path) if path.endswith(".json") else SentencePieceTokenizer(content, path)
 
 
 def content_hash(tokenizer: Tokenizer) -> str:

@@ -203,10 +203,9 @@ def _announce(setup: Setup, folder: RunFolder, point: ResumePoint) -> None:
   mesh = " × ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1) or "one device"
   print(f"placement  {setup.table.strip}")
   print(f"model      {count_params(model) / 1e6:.2f} M parameters, {model.num_layers} layers × {model.embed_dim}")
-  print(
-    f"data       {setup.corpus.folder}, {manifest.splits['train'].counted:,} training tokens, "
-    f"fingerprint {manifest.fingerprint[:12]}"
-  )
+  train = manifest.splits["train"]
+  size = f"{train.counted:,} training tokens" if train.counted else f"{train.documents:,} documents on the fly"
+  print(f"data       {setup.corpus.folder}, {size}, fingerprint {manifest.fingerprint[:12]}")
   print(f"devices    {len(devices)} × {devices[0].device_kind}, mesh: {mesh}")
   print(f"run        {folder.path}" + (f", goes on from step {point.step}" if point.step else ""))
   for change in point.changes:

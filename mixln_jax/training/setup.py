@@ -12,9 +12,8 @@ from jax.sharding import Mesh
 from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import Config
-from mixln_jax.data.loader import Loader
-from mixln_jax.data.prepare import check_corpus, data_directory
-from mixln_jax.data.records import Corpus, open_corpus
+from mixln_jax.data.loader import Data, Loader
+from mixln_jax.data.opening import open_data
 from mixln_jax.errors import InputError
 from mixln_jax.model.initial import abstract_sharded_params
 from mixln_jax.parallel.mesh import attach, make_mesh
@@ -30,7 +29,7 @@ class Setup(NamedTuple):
 
   config: Config
   mesh: Mesh
-  corpus: Corpus
+  corpus: Data
   table: placement.Table
 
 
@@ -50,9 +49,7 @@ def set_up(config: Config) -> Setup:
   config_lib.validate(config)
   mesh = make_mesh(config.mesh)
   abstract_sharded_params(config.model, mesh)  # for its checks
-  corpus = open_corpus(data_directory(config), verify=config.data.verify)
-  check_corpus(corpus, config)
-  return Setup(config, mesh, corpus, placement.parse(config.model.placement, config.model.num_layers))
+  return Setup(config, mesh, open_data(config), placement.parse(config.model.placement, config.model.num_layers))
 
 
 def check_batch(setup: Setup, name: str, size: int) -> None:
@@ -72,6 +69,7 @@ def make_loader(setup: Setup, batch_size: int, *, all_rows: bool = False) -> Loa
     process_index=0 if all_rows else jax.process_index(),
     process_count=1 if all_rows else jax.process_count(),
     num_threads=data.num_threads,
+    num_workers=data.num_workers,
   )
 
 

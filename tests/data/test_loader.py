@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from mixln_jax.data.loader import Loader, example, unigram_entropy
+from mixln_jax.data.mixture import open_mixture
+from mixln_jax.data.opening import open_data
+from mixln_jax.data.prepare import prepare
 from mixln_jax.data.records import Record, open_corpus
+from mixln_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,17 @@ def test_the_order_depends_on_seed_and_step_alone(corpus):
   for start in (1, records // 8, records // 8 + 1, steps - 1):
     np.testing.assert_array_equal(batches(corpus, steps - start, start), expected[start:])
   assert rows(batches(corpus, 4, seed=1)) != rows(expected[:4])
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_processes_that_read_ahead_do_not_move_a_sample(corpus, workers):
+  records = corpus.manifest.splits["train"].records
+  start = records // 8 - 2  # across an epoch boundary
+  expected = batches(corpus, 5, start)
+  np.testing.assert_array_equal(batches(corpus, 5, start, num_workers=workers), expected)
+  mine = batches(corpus, 5, start, num_workers=workers, process_index=1, process_count=2)
+  for part, whole in zip(mine, expected, strict=True):
+    np.testing.assert_array_equal(part, whole[1::2])
 
 
 def test_each_epoch_holds_every_record_once_in_a_new_order(corpus):
@@ -118,3 +133,105 @@ def test_unigram_entropy():
   expected = -(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3))
   np.testing.assert_allclose(unigram_entropy([batch]), expected)
   np.testing.assert_allclose(unigram_entropy([batch, batch]), expected)
+
+
+@pytest.fixture(scope="module")
+def two(make_config, tmp_path_factory):
+  """Two corpora, of other documents; all records of the second hold an "@"."""
+  folders = []
+  for number in (0, 1):
+    root = tmp_path_factory.mktemp(f"corpus{number}")
+    (root / "text").mkdir()
+    for index in range(60):
+      (root / "text" / f"{index}.txt").write_text(("plain words " if number == 0 else "@@@@ @@@@ ") * (5 + index % 4))
+    changes = {"data.source": str(root / "text"), "data.directory": str(root / "records"), "data.mode": "pad"}
+    prepare(make_config(**changes), progress=False)
+    folders.append(root / "records")
+  return folders
+
+
+def test_a_mixture_draws_by_weight_and_is_addressed_by_step_too(two):
+  mixture = open_mixture(f"{two[0]}:3,{two[1]}:1", verify=True)
+  expected = batches(mixture, 40)
+  at = 3 + ord("@")
+  shares = [(row == at).any() for batch in expected for row in batch]
+  assert abs(np.mean(shares) - 0.25) < 0.01
+  np.testing.assert_array_equal(batches(mixture, 10, start=30), expected[30:])
+  parts = [batches(mixture, 10, process_index=i, process_count=2) for i in (0, 1)]
+  for step in range(10):
+    assert rows([part[step] for part in parts]) == rows(expected[step])
+  other = open_mixture(f"{two[0]}:1,{two[1]}:1", verify=False)
+  assert other.manifest.fingerprint != mixture.manifest.fingerprint
+  assert mixture.manifest.splits["train"].records == sum(
+    open_corpus(folder).manifest.splits["train"].records for folder in two
+  )
+  held_out = [w.any() for batch in loader(mixture, batch_size=4).validation() for w in batch["weights_BT"]]
+  assert sum(held_out) == mixture.manifest.splits["validation"].records
+
+
+def test_malformed_mixtures_are_refused(two, corpus):
+  for text, words in (
+    (f"{two[0]}", "must be FOLDER:WEIGHT"),
+    (f"{two[0]}:0", "weight above 0"),
+    (f"{two[0]}:nan,{two[1]}:1", "weight above 0"),
+    (f"{two[0]}:1,{corpus.folder}:1", "mode 'pack'"),
+    (f"{two[0]}:1,/nowhere:1", "no records in /nowhere"),
+  ):
+    with pytest.raises(InputError, match=words):
+      open_mixture(text, verify=False)
+
+
+@pytest.fixture(scope="module")
+def on_the_fly(make_config, tmp_path_factory):
+  """A config that trains straight from a data set of documents, two of which can't be used."""
+  datasets = pytest.importorskip("datasets")
+  folder = tmp_path_factory.mktemp("documents")
+  texts = [f"document {index} " * (1 + index % 5) for index in range(50)] + ["", None]
+  both = {"train": datasets.Dataset.from_dict({"text": texts}), "test": datasets.Dataset.from_dict({"text": texts[:9]})}
+  datasets.DatasetDict(both).save_to_disk(folder / "set")
+  changes = {
+    "data.source": f"hf:{folder / 'set'}:train",
+    "data.validation_source": f"hf:{folder / 'set'}:test",
+    "data.on_the_fly": True,
+    "data.mode": "pad",
+    "data.directory": str(folder / "unused"),
+  }
+  return make_config(**changes), texts
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_documents_on_the_fly_come_in_the_same_order_as_their_records(on_the_fly, workers, tmp_path):
+  config, texts = on_the_fly
+  data = open_data(config)
+  steps = len(texts) // 8 + 3
+  expected = batches(data, steps)
+  np.testing.assert_array_equal(batches(data, 4, start=steps - 4, num_workers=workers), expected[-4:])
+  prepared = config.copy_and_resolve_references()
+  prepared.data.update(on_the_fly=False, directory=str(tmp_path / "records"), max_bad_share=0.1)
+  records = prepare(prepared, progress=False)
+  assert records.manifest.skipped == {"no text": 2}
+  seen = np.concatenate(expected)[: len(texts)]  # an epoch: each document once, the two bad ones empty
+  assert rows(seen[(seen != 0).any(axis=1)]) == rows(np.stack([record.tokens for record in records.rows("train")]))
+
+
+def test_training_and_evaluation_on_the_fly(on_the_fly, tmp_path, capsys):
+  from mixln_jax.training.loop import train
+
+  config, texts = on_the_fly
+  outcome = train(config, tmp_path / "run")
+  assert outcome.step == 6
+  assert outcome.validation["tokens"] == sum(min(len(text) + 1, 32) - 1 for text in texts[:9])
+  assert "52 documents on the fly" in capsys.readouterr().out
+
+
+def test_what_on_the_fly_can_not_do_is_refused(on_the_fly):
+  config, _ = on_the_fly
+  for changes, words in (
+    ({"source": "sotu"}, "not addressed by number"),
+    ({"validation_source": ""}, "validation_source is needed"),
+    ({"tokenizer": "sentencepiece"}, "trained by `prepare`"),
+  ):
+    other = config.copy_and_resolve_references()
+    other.data.update(changes)
+    with pytest.raises(InputError, match=words):
+      open_data(other)

@@ -9,12 +9,12 @@ import pytest
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data.prepare import prepare
 from mixln_jax.data.records import (
+  Packer,
+  Padder,
   Record,
   decode_record,
   encode_record,
   open_corpus,
-  packed_records,
-  padded_records,
   token_dtype,
 )
 from mixln_jax.errors import InputError
@@ -37,7 +37,7 @@ def test_packed_records_hold_every_token_once(make_config, documents):
   corpus = open_corpus(prepare_folder(make_config()))
   tokenizer, manifest = corpus.tokenizer, corpus.manifest
   for split, held_out in (("train", False), ("validation", True)):
-    names = [name for name in sorted(documents) if corpus_lib.is_validation(name) == held_out]
+    names = [name for name in sorted(documents) if corpus_lib.is_validation(name, 0.05) == held_out]
     stream, starts = [], []
     for name in names:
       ids = [*tokenizer.encode(documents[name]), tokenizer.eos_id]
@@ -59,7 +59,7 @@ def test_packed_records_hold_every_token_once(make_config, documents):
 
 def test_padded_records_hold_one_truncated_document_each(make_config, documents):
   corpus = open_corpus(prepare_folder(make_config(**{"data.mode": "pad"})))
-  names = [name for name in sorted(documents) if not corpus_lib.is_validation(name)]
+  names = [name for name in sorted(documents) if not corpus_lib.is_validation(name, 0.05)]
   records = read_records(corpus, "train")
   assert len(records) == len(names)
   for name, record in zip(names, records, strict=True):
@@ -89,12 +89,16 @@ def test_a_record_round_trips_in_the_smallest_type(vocab_size, bytes_a_token):
   np.testing.assert_array_equal(again.starts, record.starts)
 
 
+def records_of(packer, documents):
+  return [record for ids in documents for record in packer.add(ids)] + list(packer.finish())
+
+
 def test_documents_shorter_than_a_record_and_empty_ones():
-  packed = list(packed_records([[5], [6, 7], [8]], 4, 0))
+  packed = records_of(Packer(4, 0), [[5], [6, 7], [8]])
   assert [list(r.tokens) for r in packed] == [[5, 6, 7, 8]]
-  packed = list(packed_records([[5], [6, 7], [8], [9]], 4, 0))
+  packed = records_of(Packer(4, 0), [[5], [6, 7], [8], [9]])
   assert [(list(r.tokens), r.length) for r in packed] == [([5, 6, 7, 8], 4), ([8, 9, 0, 0], 2)]
-  assert [r.length for r in padded_records([[5], [6, 7, 8, 9, 1]], 3, 0)] == [1, 3]
+  assert [r.length for r in records_of(Padder(3, 0), [[5], [6, 7, 8, 9, 1]])] == [1, 3]
 
 
 def test_prepare_twice_reuses_and_gives_the_same_bytes(make_config, tmp_path):
@@ -185,9 +189,10 @@ def test_a_changed_tokenizer_is_refused(make_config, tmp_path):
 @pytest.mark.parametrize(
   ("content", "words"),
   [
-    ({}, "the corpus is empty"),
-    ({"a.txt": "  \n"}, "the corpus is empty"),
-    ({"a.txt": b"\xff\xfe"}, "can't be read as UTF-8"),
+    ({}, "no corpus there"),
+    ({"a.pkl": b"cos\nsystem\n."}, "no corpus there"),
+    ({"a.txt": "  \n"}, r"1 of 1 documents can't be used \(no text: .*a\.txt\)"),
+    ({"a.txt": b"good \xff", "b.txt": "fine"}, r"1 of 2 documents .*not Unicode: .*a\.txt, byte 5"),
     ({"a.txt": "one document"}, "no document is left for"),
   ],
 )
@@ -200,36 +205,3 @@ def test_an_unusable_corpus_is_refused(content, words, make_config, tmp_path):
   with pytest.raises(InputError, match=words):
     prepare(config, progress=False)
   assert not (tmp_path / "records").exists()
-
-
-def test_jsonl_sources(tmp_path):
-  path = tmp_path / "c.jsonl"
-  path.write_text('{"text": "one"}\n{"text": "two\\nlines"}\n')
-  assert [document.text for document in corpus_lib.documents(str(path))] == ["one", "two\nlines"]
-  path.write_text('{"text": "a\u2028b"}\n\n', encoding="utf-8")  # U+2028 ends no line of JSON
-  assert [document.text for document in corpus_lib.documents(str(path))] == ["a\u2028b"]
-  path.write_text('{"text": "\\ud800"}\n')
-  with pytest.raises(InputError, match=r"line 1 of .* valid Unicode"):
-    list(corpus_lib.documents(str(path)))
-  path.write_text('{"text": "one"}\n{"txt": "two"}\n')
-  with pytest.raises(InputError, match="line 2 of"):
-    list(corpus_lib.documents(str(path)))
-  unreadable = tmp_path / "unreadable.jsonl"  # a file that opens, and whose first read fails
-  unreadable.symlink_to("/proc/self/mem")
-  with pytest.raises(InputError, match="can't be read"):
-    list(corpus_lib.documents(str(unreadable)))
-  (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
-  with pytest.raises(InputError, match=r"can't be read \(No such file"):
-    list(corpus_lib.documents(str(tmp_path)))
-  with pytest.raises(InputError, match="not a corpus"):
-    list(corpus_lib.documents(str(tmp_path / "nothing")))
-
-
-def test_the_embedded_corpus_and_its_split():
-  names = [document.name for document in corpus_lib.documents("sotu")]
-  assert len(names) == 249
-  held_out = {name for name in names if corpus_lib.is_validation(name)}
-  assert len(held_out) == 19  # by hash: 5 % of 249 on average
-  paragraphs = list(corpus_lib.documents("sotu:paragraphs"))
-  assert {p.name for p in paragraphs if corpus_lib.is_validation(p.name)} == held_out
-  assert len(paragraphs) > 10_000

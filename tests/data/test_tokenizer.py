@@ -4,16 +4,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixln_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, read_tokenizer, train_sentencepiece
+from mixln_jax.data.tokenizer import (
+  ByteTokenizer,
+  HuggingFaceTokenizer,
+  SentencePieceTokenizer,
+  load_tokenizer,
+  read_tokenizer,
+  train_hugging_face,
+  train_sentencepiece,
+)
 from mixln_jax.errors import InputError
 
 TEXT = "the quick brown fox\njumps over the lazy dog; 1234 naïve cafés\n\n" * 20
 TRAINED = train_sentencepiece([TEXT], 300)
+BYTE_LEVEL = train_hugging_face([TEXT], 300)
+ALL = pytest.mark.parametrize(
+  "tokenizer", [ByteTokenizer(), TRAINED, BYTE_LEVEL], ids=["bytes", "sentencepiece", "tokenizers"]
+)
 
 
 # A lone surrogate is not text: it has no UTF-8. A NUL ends SentencePiece's strings, "▁" is its own sign for a space.
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0▁"), max_size=60))
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), TRAINED], ids=["bytes", "sentencepiece"])
+@ALL
 def test_any_text_round_trips_and_its_bytes_add_up(tokenizer, text):
   ids = tokenizer.encode(text)
   assert tokenizer.decode(ids) == text
@@ -22,7 +34,7 @@ def test_any_text_round_trips_and_its_bytes_add_up(tokenizer, text):
   assert all(0 < i < tokenizer.vocab_size and i != tokenizer.eos_id for i in ids)
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), TRAINED], ids=["bytes", "sentencepiece"])
+@ALL
 def test_special_ids(tokenizer):
   assert tokenizer.eos_id == 1
   assert tokenizer.bytes_per_token()[:3] == [0, 0, 0]
@@ -30,7 +42,34 @@ def test_special_ids(tokenizer):
   assert tokenizer.decode([1, *tokenizer.encode("tea"), 0]) == "tea"
 
 
+@ALL
+def test_a_tokenizer_is_read_back_from_its_content(tokenizer):
+  again = load_tokenizer(tokenizer.name, tokenizer.content, "here")
+  assert again.encode(TEXT) == tokenizer.encode(TEXT)
+  assert again.vocab_size == tokenizer.vocab_size
+
+
+def test_a_sentencepiece_like_tokenizer_json_knows_its_bytes(tmp_path):
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+  pieces = ["<pad>", "</s>", "<unk>", "<0xC3>", "<0xAF>", "▁", "▁the", "n", "a", "na"]
+  vocab = {piece: index for index, piece in enumerate(pieces)}
+  model = Tokenizer(models.BPE(vocab, [("n", "a")], unk_token="<unk>", byte_fallback=True))
+  model.pre_tokenizer = pre_tokenizers.Metaspace()
+  model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+  model.add_special_tokens(["</s>"])
+  model.add_tokens(["é "])
+  path = tmp_path / "tokenizer.json"
+  path.write_text(model.to_str())
+  tokenizer = read_tokenizer(str(path))
+  assert tokenizer.eos_id == 1
+  assert tokenizer.vocab_size == 11
+  assert tokenizer.bytes_per_token() == [5, 0, 5, 1, 1, 1, 4, 1, 1, 2, 3]
+
+
 def test_training_is_deterministic_and_the_content_is_the_model():
+  assert train_hugging_face([TEXT], 300).content == BYTE_LEVEL.content
+  assert HuggingFaceTokenizer(BYTE_LEVEL.content, "here").encode(TEXT) == BYTE_LEVEL.encode(TEXT)
   again = train_sentencepiece([TEXT], 300)
   assert again.content == TRAINED.content
   assert SentencePieceTokenizer(TRAINED.content, "here").encode(TEXT) == TRAINED.encode(TEXT)
@@ -40,7 +79,16 @@ def test_what_can_not_be_a_tokenizer_is_refused(tmp_path):
   path = tmp_path / "x.model"
   with pytest.raises(InputError, match=r"config.data.tokenizer=.*can't be read"):
     read_tokenizer(str(path))
-  path.write_bytes(b"not a model")
+  json_path = tmp_path / "tokenizer.json"
+  json_path.write_text("{}")
+  with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer\.json"):
+    read_tokenizer(str(json_path))
+  json_path.write_text(BYTE_LEVEL.content.decode().replace("</s>", "<end>"))
+  with pytest.raises(InputError, match="none of the special tokens </s>"):
+    read_tokenizer(str(json_path))
+  with pytest.raises(InputError, match=r"--tokenizer_size=9000: this corpus gives \d+ tokens at most"):
+    train_hugging_face([TEXT], 9000)
+  path.write_bytes(b"cos\nsystem\n(S'echo'\ntR.")  # a pickle
   with pytest.raises(InputError, match="not a SentencePiece model"):
     read_tokenizer(str(path))
   with pytest.raises(InputError, match=r"config.model.vocab_size=9000: no SentencePiece model of that size"):
