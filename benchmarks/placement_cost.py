@@ -16,6 +16,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -231,6 +232,9 @@ def main() -> None:
   arguments = parser.parse_args()
   stored = json.loads(arguments.out.read_text())["rows"] if arguments.out and arguments.out.is_file() else []
   rows = {(row["remat"], row["case"]): row for row in stored}  # measured before: a run that was stopped goes on
+  versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+  if rows and json.loads(arguments.out.read_text())["versions"] != versions:
+    sys.exit(f"{arguments.out} was measured with other versions than {versions}; give another --out")
   for key in ((remat, name) for remat in arguments.remat for name in arguments.only or CASES):
     if key in rows:
       continue
@@ -238,7 +242,6 @@ def main() -> None:
     rows[key] = measure(key[1], key[0])
     print(f"{key[0]}, {key[1]}: {time.perf_counter() - started:.0f} s", flush=True)
     if arguments.out:
-      versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
       result = {"versions": versions, "topology": TOPOLOGY, "rows": list(rows.values())}
       arguments.out.write_text(json.dumps(result, indent=1) + "\n")
   show(list(rows.values()))

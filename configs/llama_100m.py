@@ -8,13 +8,13 @@ Source:   arXiv 2412.13795; shape from the released configs; the paper trains no
           follows its nearest.
 """
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config():
   config = base()
   config.model.update(vocab_size=32_100, embed_dim=640, mlp_dim=1708, num_layers=12, num_heads=10)
   config.model.update(dtype="bfloat16", remat="full")
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   config.train.num_steps = 20_000
   return config

@@ -13,13 +13,13 @@ parameters, gradients and Adam's moments in bfloat16. It is there to compare; it
 
 import math
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config(variant=""):
   config = base()
   config.model.update(embed_dim=768, mlp_dim=2048, num_layers=12, num_heads=12, dtype="bfloat16", remat="full")
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   config.train.num_steps = 20_000
   if variant == "official":
     config.model.update(param_dtype="bfloat16", embedding_deviation=math.sqrt(2 / 5))

@@ -9,7 +9,7 @@ Source:   arXiv 2412.13795; Table 7 says 100K steps, but 5 B tokens fit 50K step
           evaluation script loads step 50001: hence 50K. Their script warms up for 1 %, the table says 10 %.
 """
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config():
@@ -17,7 +17,7 @@ def get_config():
   config.model.update(embed_dim=2048, mlp_dim=5461, num_layers=24, num_heads=32)
   config.model.update(dtype="bfloat16", remat="full", mlp_pad_to=128)
   config.mesh.update(data=1, fsdp=-1)
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   config.train.num_steps = 50_000
   config.optimizer.learning_rate = 5e-4
   return config

@@ -9,13 +9,13 @@ Source:   arXiv 2412.13795; 40K steps, Table 7. The table's width 1024 is a slip
           config has 768.
 """
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config():
   config = base()
   config.model.update(embed_dim=768, mlp_dim=2560, num_layers=24, num_heads=16)
   config.model.update(dtype="bfloat16", remat="full")
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   config.train.num_steps = 40_000
   return config

@@ -8,13 +8,13 @@ Result:   no figure in the paper. The LayerNorm Scaling paper (arXiv 2502.05795)
 Source:   arXiv 2412.13795; 60K steps, from the authors' run scripts; not in the paper.
 """
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config():
   config = base()
   config.model.update(embed_dim=1024, mlp_dim=2736, num_layers=24, num_heads=16)
   config.model.update(dtype="bfloat16", remat="full")
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   config.train.num_steps = 60_000
   return config

@@ -8,7 +8,7 @@ Source:   arXiv 2412.13795; shape from the released configs; the paper trains no
           follows its nearest.
 """
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config():
@@ -16,7 +16,7 @@ def get_config():
   config.model.update(embed_dim=2560, mlp_dim=6848, num_layers=32, num_heads=32)
   config.model.update(dtype="bfloat16", remat="full")
   config.mesh.update(data=1, fsdp=-1)
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   config.train.num_steps = 50_000
   config.optimizer.learning_rate = 5e-4
   return config

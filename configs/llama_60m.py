@@ -8,12 +8,12 @@ Source:   arXiv 2412.13795; shape from the released configs; the paper trains no
           follows its nearest.
 """
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config():
   config = base()
   config.model.update(embed_dim=512, mlp_dim=1376, num_layers=8, num_heads=8)
   config.model.update(dtype="bfloat16", remat="full")
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   return config

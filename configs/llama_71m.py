@@ -8,12 +8,12 @@ Result:   Table 1: perplexity 33.12 with mix:0.25, 34.77 with pre, 35.18 with po
 Source:   arXiv 2412.13795; 10K steps, Table 7.
 """
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config():
   config = base()
   config.model.update(embed_dim=512, mlp_dim=1368, num_layers=12, num_heads=8)
   config.model.update(dtype="bfloat16", remat="full")
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   return config

@@ -8,7 +8,7 @@ Source:   arXiv 2412.13795; 13K steps, Table 7; the released script says 150K wi
           curve may lie inside the warm-up.
 """
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config():
@@ -17,7 +17,7 @@ def get_config():
   config.model.placement = "mix:0.0625"
   config.model.update(dtype="bfloat16", remat="full")
   config.mesh.update(data=1, fsdp=-1)
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   config.train.num_steps = 13_000
   config.optimizer.learning_rate = 5e-4
   return config

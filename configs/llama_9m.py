@@ -8,12 +8,12 @@ Source:   arXiv 2412.13795; shape from the released configs; the paper trains no
           follows its nearest.
 """
 
-from mixln_jax.config import base
+from mixln_jax.config import C4, base
 
 
 def get_config():
   config = base()
   config.model.update(embed_dim=128, mlp_dim=352, num_layers=4, num_heads=4)
-  config.data.update(source="work/c4/c4.jsonl", tokenizer="work/c4/spiece.model", mode="pad")
+  config.data.update(C4)
   config.train.micro_batches = 4
   return config

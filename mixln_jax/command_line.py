@@ -58,6 +58,10 @@ class CommandLine:
       config_lib.check_overrides(argv)
       # Overrides become flags only where the parser can see them: hence sys_argv.
       config_flags.DEFINE_config_file("config", flag_values=self._values, sys_argv=["", *argv])
+      if not self._values["config"].present and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        override = next((argument for argument in argv if argument.startswith("--config.")), None)
+        if override:
+          raise InputError(f"{override}: fields can be overridden only where --config=FILE.py names the recipe")
     try:
       rest = self._values(["", *argv])[1:]
     except Exception as error:  # the parser runs the recipe
@@ -73,6 +77,14 @@ class CommandLine:
       if self._values[name].value is None:
         raise InputError(f"--{name} is required; see --help")
     return self._values
+
+  def was_given(self, name: str) -> bool:
+    """Whether a flag stands on the command line."""
+    return bool(self._values[name].present)
+
+  def overrides(self) -> dict[str, Any]:
+    """The config fields that stand on the command line, by name."""
+    return dict(config_flags.get_override_values(self._values["config"]))
 
   def config_value(self) -> config_lib.Config:
     """The config that --config and its overrides make, validated.

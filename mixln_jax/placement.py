@@ -22,6 +22,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -199,7 +200,8 @@ class _Segment:
 
 def num_post_layers(alpha: float, num_layers: int) -> int:
   """How many leading layers of Mix-LN are Post-LN: ⌊αL + ½⌋ (arXiv 2412.13795, §3; halves round up)."""
-  return math.floor(alpha * num_layers + 0.5)
+  # In exact decimals: 0.7 × 45 is 31.5, and in binary a little less.
+  return math.floor(Fraction(repr(alpha)) * num_layers + Fraction(1, 2))
 
 
 def parse(placement: str, num_layers: int) -> Table:

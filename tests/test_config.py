@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixln_jax import config as config_lib
-from mixln_jax.data import prepare
+from mixln_jax.data import records
 from mixln_jax.errors import InputError
 from mixln_jax.model.initial import abstract_params, count_params
 from mixln_jax.model.transformer import REMAT_POLICIES
@@ -150,7 +150,7 @@ def test_json_round_trip_and_differences():
 
 def test_what_the_config_lists_is_what_the_code_has():
   assert set(config_lib.REMAT_POLICIES) == {"none", *REMAT_POLICIES}
-  assert set(config_lib.RECORD_MODES) == set(prepare.WRITERS)
+  assert set(config_lib.RECORD_MODES) == set(records.PACKERS)
   assert {name for name in config_lib.FIELDS if name.startswith("mesh.")} == {
     f"mesh.{prefix}{axis}" for prefix in ("", "dcn_") for axis in AXES
   }

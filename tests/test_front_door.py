@@ -184,8 +184,37 @@ def test_weights_go_out_and_come_back_as_a_run_that_trains_on(recipe, tmp_path, 
   first = json.loads((back / "metrics.jsonl").read_text().splitlines()[0])
   assert first["loss"] < json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
   assert "holds a run already" in refused([*arguments, f"--config={recipe}"], capsys)
+  assert main(["train", f"--config={recipe}", f"--workdir={back}"]) == 0  # the recipe is what was imported
+  assert "all 6 steps were done already" in capsys.readouterr().out
+  other = ["convert", f"--workdir={tmp_path / 'other'}", f"--input={out}", f"--config={recipe}"]
+  wrong = refused([*other, "--config.model.placement=pre"], capsys)
+  assert "the checkpoint says 'mix:0.5'; say it with --placement" in wrong
+  assert "--step has no meaning with --input" in refused([*other, "--step=3"], capsys)
+  both = ["convert", f"--workdir={run}", f"--output={tmp_path / 'x'}"]
+  assert "--placement has no meaning with --output" in refused([*both, "--placement=pre"], capsys)
+  override = refused(["train", f"--workdir={back}", "--config.train.num_steps=8"], capsys)
+  assert "only where --config=FILE.py names the recipe" in override
   missing = ["train", f"--workdir={tmp_path / 'none'}"]
   assert "--config is required for a new run" in refused(missing, capsys)
+
+
+def test_an_import_that_is_cut_off_leaves_no_run(recipe, tmp_path, capsys, monkeypatch):
+  from mixln_jax.runs.checkpoint import Checkpoints
+
+  run, out, back = tmp_path / "run", tmp_path / "out", tmp_path / "back"
+  assert main(["train", f"--config={recipe}", f"--workdir={run}", "--config.model.placement=pre"]) == 0
+  assert main(["convert", f"--workdir={run}", f"--output={out}"]) == 0
+  capsys.readouterr()
+
+  def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(Checkpoints, "save", full)
+  arguments = ["convert", f"--workdir={back}", f"--input={out}", f"--config={recipe}"]
+  assert "No space left" in refused(arguments, capsys)
+  assert not back.exists()
+  assert {path.name for path in tmp_path.iterdir()} >= {"run", "out"}
+  assert not [path for path in tmp_path.iterdir() if path.name.startswith(".back")]
 
 
 def test_admin_starts_from_a_profile_and_the_run_says_the_hash_of_its_weights(recipe, tmp_path, capsys):

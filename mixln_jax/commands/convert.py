@@ -1,6 +1,8 @@
 """Convert weights: a run to a safetensors folder (--output), or such a folder to a run (--input)."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from mixln_jax.model.initial import count_params
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
-from mixln_jax.training.checkpoints import begin_from
+from mixln_jax.training.checkpoints import begin_from, check_new
 from mixln_jax.training.setup import open_run, spread_over_all_devices
 
 LAYOUTS = ("stock", "official")
@@ -42,13 +44,24 @@ def main(argv: list[str]) -> int:
     raise InputError("give --output=FOLDER to write a run's weights, or --input=FOLDER to make a run of a checkpoint")
   if values.layout not in LAYOUTS:
     raise InputError(f"--layout={values.layout!r}: must be one of {', '.join(LAYOUTS)}")
+  _refuse_flags_of_the_other_direction(line, values)
   if values.output is not None:
     _write(RunFolder(values.workdir), values.output, values.step, values.layout, values.shard_gb)
     return 0
   if values.config is None:
     raise InputError("--config is required with --input: the recipe that the new run goes on with; see --help")
-  _read(line.config_value(), values.workdir, values.input, values.placement)
+  _read(line.config_value(), line.overrides(), values.workdir, values.input, values.placement)
   return 0
+
+
+def _refuse_flags_of_the_other_direction(line: CommandLine, values: Any) -> None:
+  """A flag that would be ignored is a misunderstanding."""
+  given = ("step", "layout", "shard_gb") if values.input is not None else ("config", "placement")
+  for name in given:
+    if line.was_given(name):
+      raise InputError(
+        f"--{name} has no meaning with --{'input' if values.input is not None else 'output'}; leave it out"
+      )
 
 
 def _write(folder: RunFolder, output: str, step: int | None, layout: str, shard_gb: float) -> None:
@@ -64,9 +77,17 @@ def _write(folder: RunFolder, output: str, step: int | None, layout: str, shard_
   )
 
 
-def _read(config: Config, workdir: str, source: str, placement_string: str | None) -> None:
+def _read(
+  config: Config, overrides: Mapping[str, Any], workdir: str, source: str, placement_string: str | None
+) -> None:
+  check_new(workdir)
   tensors = SafetensorsFolder(source)
-  config.model.update(hf.model_fields(tensors.config(), placement_string))
+  fields = hf.model_fields(tensors.config(), placement_string)
+  for name, value in overrides.items():
+    if name.startswith("model.") and fields.get(name.removeprefix("model."), value) != value:
+      hint = "; say it with --placement" if name == "model.placement" else "; leave it out"
+      raise InputError(f"--config.{name}={value}: the checkpoint says {fields[name.removeprefix('model.')]!r}{hint}")
+  config.model.update(fields)
   if not config.model.placement:
     raise InputError("--placement is required: the checkpoint's config.json does not say where its norms stand")
   config_lib.validate(config)

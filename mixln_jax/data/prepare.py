@@ -138,17 +138,19 @@ class _SplitOfPart:
     self._tokenizer = tokenizer
     self._writer = records_lib.ShardWriter(path, records_lib.token_dtype(tokenizer.vocab_size))
     self._packer = records_lib.PACKERS[job.mode](job.sequence_length, tokenizer_lib.PAD)
-    self._documents = self._tokens = 0
+    self._documents = self._tokens = self._largest_id = 0
 
   def add(self, document: Document) -> None:
     ids = [*self._tokenizer.encode(document.text), self._tokenizer.eos_id]
-    if max(ids) >= self._tokenizer.vocab_size or min(ids) < 0:
+    largest = max(ids)
+    if largest >= self._tokenizer.vocab_size:
       raise InputError(
-        f"config.data.tokenizer: gives id {max(ids)} for document {document.name!r}, beyond its vocabulary of "
+        f"config.data.tokenizer: gives id {largest} for document {document.name!r}, beyond its vocabulary of "
         f"{self._tokenizer.vocab_size}; choose another"
       )
     self._documents += 1
     self._tokens += len(ids)
+    self._largest_id = max(self._largest_id, largest)
     for record in self._packer.add(ids):
       self._writer.write(record)
 
@@ -156,7 +158,7 @@ class _SplitOfPart:
     for record in self._packer.finish():
       self._writer.write(record)
     shards = self._writer.finish()
-    return records_lib.Split(self._documents, self._tokens, self._writer.counted, self._writer.largest_id, shards)
+    return records_lib.Split(self._documents, self._tokens, self._writer.counted, self._largest_id, shards)
 
 
 def write_part(job: Job, count: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def write_part(job: Job, count: Callable[[int], None] = lambda _: None) -> dict[
       if len(where) < EXAMPLES:
         where.append(f"{document.reason}: {document.where}")
       continue
-    digest.update(json.dumps(document).encode())
+    _hash_document(digest, document)
     splits[job.split or _split_of(document, job.validation_share)].add(document)
     count(1)
   result = {
@@ -192,6 +194,13 @@ def write_part(job: Job, count: Callable[[int], None] = lambda _: None) -> dict[
   }
   _write_whole(job.result, json.dumps(result))
   return result
+
+
+def _hash_document(digest: Any, document: Document) -> None:
+  for text in document:
+    data = text.encode()
+    digest.update(len(data).to_bytes(8, "little"))
+    digest.update(data)
 
 
 def _split_of(document: Document, validation_share: float) -> str:
@@ -477,7 +486,7 @@ def _reuse(folder: Path, config: Any, parts: Sequence[tuple[Part, str | None]], 
       digest = hashlib.sha256()
       for document in corpus_lib.read(part, config.data.text_field):
         if isinstance(document, Document):
-          digest.update(json.dumps(document).encode())
+          _hash_document(digest, document)
       digests.append(digest.hexdigest())
     if _documents_hash(digests) != corpus.manifest.source_sha256:
       raise InputError(

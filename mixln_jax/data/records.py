@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.bin"
 FORMAT = 2
 SPLITS = ("train", "validation")
+WRITER_OPTIONS = "group_size:1,uncompressed"  # single records, read in any order, hardly pack
 
 
 class Record(NamedTuple):
@@ -44,9 +45,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def encode_record(record: Record, dtype: np.dtype) -> bytes:
-  return (
-    record.tokens.astype(dtype).tobytes() + np.uint32(record.length).tobytes() + np.packbits(record.starts).tobytes()
-  )
+  starts = np.packbits(record.starts).tobytes()
+  return record.tokens.astype(dtype).tobytes() + record.length.to_bytes(4, "little") + starts
 
 
 def decode_record(data: bytes, sequence_length: int, dtype: np.dtype) -> Record:
@@ -66,8 +66,10 @@ class Padder:
 
   def add(self, ids: Sequence[int]) -> Iterator[Record]:
     """The records that are full after one more document."""
-    kept = np.asarray(ids[: self._length], np.int64)
-    yield Record(np.pad(kept, (0, self._length - len(kept)), constant_values=self._pad_id), len(kept), self._starts)
+    length = min(len(ids), self._length)
+    tokens = np.full(self._length, self._pad_id, np.int32)
+    tokens[:length] = ids[:length]
+    yield Record(tokens, length, self._starts)
 
   def finish(self) -> Iterator[Record]:
     """What is left."""
@@ -79,12 +81,14 @@ class Packer:
 
   def __init__(self, sequence_length: int, pad_id: int):
     self._length, self._pad_id = sequence_length, pad_id
-    self._tokens, self._starts = np.empty(0, np.int64), np.empty(0, bool)
+    self._tokens, self._starts = np.empty(0, np.int32), np.empty(0, bool)
 
   def add(self, ids: Sequence[int]) -> Iterator[Record]:
     """The records that are full after one more document."""
-    tokens = np.concatenate((self._tokens, np.asarray(ids, np.int64)))
-    starts = np.concatenate((self._starts, np.arange(len(ids)) == 0))
+    tokens = np.concatenate((self._tokens, np.asarray(ids, np.int32)))
+    starts = np.zeros(len(tokens), bool)
+    starts[: len(self._starts)] = self._starts
+    starts[len(self._starts)] = True
     begin = 0
     while begin + self._length <= len(tokens):
       window = slice(begin, begin + self._length)
@@ -116,7 +120,7 @@ class Split:
   documents: int
   tokens: int  # of the documents, their end included, before truncation
   counted: int  # positions that are predicted
-  largest_id: int
+  largest_id: int  # of the same tokens
   shards: tuple[Shard, ...]
 
   @property
@@ -180,15 +184,14 @@ class ShardWriter:
     self._path, self._dtype = path, dtype
     self._partial = path.with_name(f".{path.name}.{os.getpid()}")
     self._writer: Any = None
-    self.records = self.counted = self.largest_id = 0
+    self.records = self.counted = 0
 
   def write(self, record: Record) -> None:
     if self._writer is None:
-      self._writer = array_record_module.ArrayRecordWriter(str(self._partial), "group_size:1")
+      self._writer = array_record_module.ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
     self._writer.write(encode_record(record, self._dtype))
     self.records += 1
     self.counted += max(0, record.length - 1)
-    self.largest_id = max(self.largest_id, int(record.tokens.max()))
 
   def finish(self) -> tuple[Shard, ...]:
     """The shard; none where nothing was written."""
@@ -238,16 +241,18 @@ def _read_manifest(folder: Path) -> Manifest:
     )
   try:
     data = json.loads(path.read_text())
-    form, fingerprint = data.pop("format"), data.pop("fingerprint")
+    if (form := data.pop("format")) != FORMAT:
+      raise _changed(path, f"has format {form}, this version reads format {FORMAT}")
+    fingerprint = data.pop("fingerprint")
     splits = {
       name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
       for name, split in data.pop("splits").items()
     }
     manifest = Manifest(splits=splits, **{**data, "bytes_per_token": tuple(data["bytes_per_token"])})
+  except InputError:
+    raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise _changed(path, f"is damaged ({type(error).__name__}: {error})") from error
-  if form != FORMAT:
-    raise _changed(path, f"has format {form}, this version reads format {FORMAT}")
   if fingerprint != manifest.fingerprint:
     raise _changed(path, "was changed by hand: its fingerprint does not match its contents")
   if max(split.largest_id for split in splits.values()) >= manifest.vocab_size:

@@ -223,50 +223,66 @@ def model_fields(hf: Mapping[str, Any], placement_string: str | None = None) -> 
   kind = hf.get("model_type")
   if kind not in (*PLACEMENTS, OFFICIAL_TYPE):
     raise InputError(f"config.json: model_type={kind!r} is not supported; supported: {', '.join(PLACEMENTS)}")
+  options = {**hf, **_rope(hf)}
   for name, harmless in UNSUPPORTED.items():
-    if hf.get(name) not in harmless:
-      raise InputError(f"config.json: {name}={hf[name]!r} is not supported; this model has {harmless[0]!r}")
+    if options.get(name) not in harmless:
+      raise InputError(f"config.json: {name}={options[name]!r} is not supported; this model has {harmless[0]!r}")
   if any(layer != "full_attention" for layer in hf.get("layer_types") or ()):
     raise InputError("config.json: layer_types has layers without full attention, which are not supported")
-  heads = _required(hf, "num_attention_heads")
-  head_dim = hf.get("head_dim") or 0
+  heads = _number(hf, "num_attention_heads")
+  kv_heads = _number(hf, "num_key_value_heads", heads)
+  head_dim = _number(hf, "head_dim", 0)
   fields = {
-    "vocab_size": _required(hf, "vocab_size"),
-    "embed_dim": _required(hf, "hidden_size"),
-    "mlp_dim": _required(hf, "intermediate_size"),
-    "num_layers": _required(hf, "num_hidden_layers"),
+    "vocab_size": _number(hf, "vocab_size"),
+    "embed_dim": _number(hf, "hidden_size"),
+    "mlp_dim": _number(hf, "intermediate_size"),
+    "num_layers": _number(hf, "num_hidden_layers"),
     "num_heads": heads,
-    "num_kv_heads": hf.get("num_key_value_heads") or heads,
+    "num_kv_heads": 0 if kv_heads == heads else kv_heads,  # as recipes write it
     "head_dim": 0 if head_dim * heads == hf["hidden_size"] else head_dim,
-    "norm_epsilon": float(hf.get("rms_norm_eps", 1e-6)),
+    "norm_epsilon": float(_number(hf, "rms_norm_eps", 1e-6)),
     "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
     "qkv_bias": bool(hf.get("qkv_bias", kind == "qwen2")),
-    "placement": placement_string or hf.get("norm_placement") or PLACEMENTS.get(kind, ""),
+    "placement": placement_string or str(hf.get("norm_placement") or PLACEMENTS.get(kind, "")),
   }
   return fields | _rope_fields(hf)
 
 
-def _required(hf: Mapping[str, Any], name: str) -> int:
-  if not isinstance(hf.get(name), int):
-    raise InputError(f"config.json: {name}={hf.get(name)!r} is not a whole number")
-  return hf[name]
+def _number(fields: Mapping[str, Any], name: str, default: float | None = None) -> Any:
+  """A number of a config.json: whole where `default` is; the default where it is absent or null."""
+  value = fields.get(name)
+  if value is None and default is not None:
+    return default
+  kinds, wanted = ((int, float), "number") if isinstance(default, float) else (int, "whole number")
+  if not isinstance(value, kinds) or isinstance(value, bool):
+    raise InputError(f"config.json: {name}={value!r} is not a {wanted}")
+  return value
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+  """What it says of RoPE, in the keys of transformers 4 or 5."""
+  parts = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+  if not all(isinstance(part, Mapping) for part in parts):
+    raise InputError("config.json: rope_scaling and rope_parameters must be objects or null")
+  rope = {**parts[0], **parts[1]}
+  return {"rope_theta": hf.get("rope_theta"), **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
 
 
 def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-  """RoPE's fields, from the keys of transformers 4 or 5."""
-  rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-  fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))}
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind == "default":
+  rope = _rope(hf)
+  fields: dict[str, Any] = {"rope_base": float(_number(rope, "rope_theta", 10_000.0)), "rope_scaling": "none"}
+  if rope["rope_type"] == "default":
     return fields
-  if kind != "llama3":
-    raise InputError(f"config.json: RoPE scaling {kind!r} is not supported; supported: default, llama3")
+  if rope["rope_type"] != "llama3":
+    raise InputError(f"config.json: RoPE scaling {rope['rope_type']!r} is not supported; supported: default, llama3")
+  needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  factor, low, high, length = (_number({name: rope.get(name, "missing")}, name, 0.0) for name in needed)
   return fields | {
     "rope_scaling": "llama3",
-    "rope_factor": float(rope["factor"]),
-    "rope_low_frequency_factor": float(rope["low_freq_factor"]),
-    "rope_high_frequency_factor": float(rope["high_freq_factor"]),
-    "rope_original_length": int(rope["original_max_position_embeddings"]),
+    "rope_factor": float(factor),
+    "rope_low_frequency_factor": float(low),
+    "rope_high_frequency_factor": float(high),
+    "rope_original_length": int(length),
   }
 
 
@@ -300,10 +316,14 @@ def hf_config(model: Config, max_length: int, *, official: bool = False) -> dict
   """
   family = family_of(model)
   if family is None and not official:
-    known = ", ".join(sorted({f"{name!r}" for name in PLACEMENTS.values()}))
+    known = ", ".join(
+      f"{PLACEMENTS[family.model_type]!r}{' with qkv_bias' if family.qkv_bias else ''} ({family.model_type})"
+      for family in FAMILIES
+    )
+    bias = f" with config.model.qkv_bias={model.qkv_bias}" if model.qkv_bias else ""
     raise InputError(
-      f"config.model.placement={model.placement!r} is no stock decoder of transformers (those are {known}), which "
-      "would load these weights as another model; --layout=official writes them with their placement"
+      f"config.model.placement={model.placement!r}{bias} is no stock decoder of transformers (those are {known}), "
+      "which would load these weights as another model; --layout=official writes them with their placement"
     )
   result: dict[str, Any] = {
     "architectures": ["MixLNForCausalLM" if official or family is None else family.architecture],

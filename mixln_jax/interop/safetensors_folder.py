@@ -1,6 +1,7 @@
 """Folders of safetensors files with a config.json, one file or many with an index, read a tensor at a time."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
     """
     self.path, self._flag = Path(path).expanduser(), flag
     if (self.path / INDEX).is_file():
-      self._file_of = dict(self._json(INDEX).get("weight_map", {}))
+      files: Any = self._json(INDEX).get("weight_map")
+      if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise InputError(f"{flag}={self.path}: {INDEX} has no weight_map from names to files; download it again")
+      self._file_of: dict[str, str] = files
     elif (self.path / SINGLE).is_file():
       self._file_of = dict.fromkeys(self._names(SINGLE), SINGLE)
     else:
@@ -83,28 +87,31 @@ def write_folder(
     InputError: the folder is not empty, or can't be written.
   """
   folder = Path(path).expanduser()
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-      raise InputError(f"--output={folder}: not empty; give a new folder")
-    shards = _shards(tensors, shard_bytes)
-    files = (
-      [SINGLE]
-      if len(shards) == 1
-      else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    )
+  partial = folder.with_name(f".{folder.name}.partial")
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise InputError(f"--output={folder}: not empty; give a new folder")
+  shards = _shards(tensors, shard_bytes)
+  files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+  files = [SINGLE] if len(shards) == 1 else files
+  try:  # beside its place, so that the folder is there whole or not at all
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     for file, names in zip(files, shards, strict=True):
       shard = {name: np.asarray(tensors[name], order="C") for name in names}
-      safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})  # how to read it, for transformers
+      safetensors.numpy.save_file(shard, partial / file, metadata={"format": "pt"})  # how to read it, for transformers
     if len(shards) > 1:
       index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
       }
-      (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-  except OSError as error:
-    raise InputError(f"--output={folder}: can't be written ({error.strerror})") from error
+      (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    if folder.exists():
+      folder.rmdir()
+    partial.rename(folder)
+  except (OSError, safetensors.SafetensorError) as error:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise InputError(f"--output={folder}: can't be written ({error}); nothing was left there") from error
   return len(shards)
 
 

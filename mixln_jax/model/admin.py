@@ -24,7 +24,13 @@ def sublayers_to_profile(config: Config) -> list[tuple[int, str]]:
   ]
 
 
-def profile_admin(config: Config, params: Any, tokens_BT: jax.Array, weights_BT: jax.Array | None = None) -> Any:
+def profile_admin(
+  config: Config,
+  params: Any,
+  tokens_BT: jax.Array,
+  weights_BT: jax.Array | None = None,
+  **arguments: Any,
+) -> Any:
   """The parameters with Admin's residual scales ω set from one batch. Call it under jit.
 
   Counting the sublayers that have one: ω_1 = 1 and ω_{i+1}² = Var[ω_i ⊙ x_i] + Var[f_i(x_i)], as the authors' code has
@@ -36,6 +42,7 @@ def profile_admin(config: Config, params: Any, tokens_BT: jax.Array, weights_BT:
     params: its initial parameters.
     tokens_BT: a few rows of tokens.
     weights_BT: 1 where a position counts, else 0; by default all do.
+    arguments: what else training gives the model: `segment_ids_BT`, `positions_BT`.
   """
   sublayers = sublayers_to_profile(config)
   weights_BT1 = (jnp.ones(tokens_BT.shape) if weights_BT is None else weights_BT)[..., None]
@@ -48,7 +55,7 @@ def profile_admin(config: Config, params: Any, tokens_BT: jax.Array, weights_BT:
 
   def next_scales(layers: Any) -> dict[str, jax.Array]:
     """The ω that each sublayer asks of the next one, [L] for attention and MLP, given the scales of now."""
-    _, taps = cast(Any, model.apply({"params": {**params, "layers": layers}}, tokens_BT, method="hidden"))
+    _, taps = cast(Any, model.apply({"params": {**params, "layers": layers}}, tokens_BT, method="hidden", **arguments))
     variance_L = {name: jax.vmap(variance)(tap) for name, tap in taps.items() if name.endswith(TERMS)}
     return {name: jnp.sqrt(sum(variance_L[f"{name}_{term}"] for term in TERMS)) for name in placement.SUBLAYERS}
 

@@ -113,10 +113,10 @@ class Layer(nn.Module):
     return (after, new_cache), attention_taps | mlp_taps | {"stream_BTD": settle(*after, epsilon=epsilon)}
 
   def as_data(self, out_norm: OutNorm) -> OutNorm:
-    """An N_out, or none, in the shape that the carry has."""
+    """An N_out, or none, in the shape that the carry has; the gain in fp32, whatever the parameters come in."""
     if out_norm is None:
-      return jnp.ones(self.config.embed_dim, self.config.param_dtype), jnp.asarray(False)
-    return out_norm[0], jnp.asarray(out_norm[1])
+      return jnp.ones(self.config.embed_dim, jnp.float32), jnp.asarray(False)
+    return out_norm[0].astype(jnp.float32), jnp.asarray(out_norm[1])
 
   def sublayer(
     self,
@@ -288,7 +288,7 @@ class Transformer(nn.Module):
     """The N_out that the embedding lacks: none, in the shape that the carry has."""
     if dict(columns.constant).get("mlp.norm_out") is False:
       return None
-    return jnp.ones(self.config.embed_dim, self.config.param_dtype), jnp.asarray(False)
+    return jnp.ones(self.config.embed_dim, jnp.float32), jnp.asarray(False)
 
   def layer_class(self) -> type[Layer]:
     if self.config.remat == "none":

@@ -1,5 +1,6 @@
 """What a checkpoint of a run holds, and the state that a run starts or goes on from."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,17 +85,23 @@ def initial_state(setup: Setup, shardings: step_lib.TrainState) -> step_lib.Trai
     return state
   rows = _first_rows(setup, admin.ROWS)
   everywhere = replicated(setup.mesh)
-  tokens_BT, weights_BT = (
-    jax.make_array_from_callback(rows[name].shape, everywhere, rows[name].__getitem__)
-    for name in ("tokens_BT", "weights_BT")
-  )
+  batch = {
+    name: jax.make_array_from_callback(array.shape, everywhere, array.__getitem__) for name, array in rows.items()
+  }
   # Without logical rules: every device sees all of these few rows.
   profile = jax.jit(
-    lambda params, tokens, weights: admin.profile_admin(config.model, params, tokens, weights),
+    lambda params, batch: admin.profile_admin(
+      config.model,
+      params,
+      batch["tokens_BT"],
+      batch["weights_BT"],
+      segment_ids_BT=batch.get("segment_ids_BT"),
+      positions_BT=batch.get("positions_BT"),
+    ),
     out_shardings=shardings.params,
   )
   with jax.set_mesh(setup.mesh):
-    return state.replace(params=profile(state.params, tokens_BT, weights_BT))
+    return state.replace(params=profile(state.params, batch))
 
 
 def _first_rows(setup: Setup, count: int) -> dict[str, np.ndarray]:
@@ -125,9 +132,7 @@ def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
   expected = nn.unbox(abstract_params(config.model))
   if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
     raise ValueError("params are not of the shapes of config.model")
-  folder = RunFolder(workdir)
-  if folder.has_run:
-    raise InputError(f"--workdir={folder.path} holds a run already; give a folder that does not exist")
+  folder = check_new(workdir)
   placed = jax.device_put(params, shardings.params)
 
   def state_of(params: Any) -> step_lib.TrainState:
@@ -135,9 +140,28 @@ def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
     return step_lib.TrainState(jax.numpy.zeros((), jax.numpy.int32), params, moments)
 
   state = jax.jit(state_of, out_shardings=shardings, donate_argnums=0)(placed)
-  folder.create(config_lib.to_json(config))
-  with folder.lock():
-    checkpoints = open_checkpoints(config, folder)
+  # Beside its place: a run that was cut off before it had its weights would start from random ones.
+  partial = RunFolder(folder.path.with_name(f".{folder.path.name}.partial"))
+  shutil.rmtree(partial.path, ignore_errors=True)
+  try:
+    partial.create(config_lib.to_json(config))
+    checkpoints = open_checkpoints(config, partial)
     checkpoints.save(0, split(state), facts_of(config, None))
     checkpoints.close()
+    if folder.path.exists():
+      folder.path.rmdir()
+    partial.path.rename(folder.path)
+  except (OSError, ValueError) as error:
+    shutil.rmtree(partial.path, ignore_errors=True)
+    raise InputError(f"--workdir={folder.path}: can't be written ({error}); nothing was left there") from error
+  return folder
+
+
+def check_new(workdir: str | Path) -> RunFolder:
+  """A work directory for a new run: absent or empty; raises InputError for any other."""
+  folder = RunFolder(workdir)
+  if folder.has_run:
+    raise InputError(f"--workdir={folder.path} holds a run already; give a folder that does not exist")
+  if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+    raise InputError(f"--workdir={folder.path}: not empty; give a folder that does not exist")
   return folder

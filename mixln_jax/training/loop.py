@@ -166,7 +166,7 @@ def _due(step: int, every: int) -> bool:
 
 def _report_initial_weights(folder: RunFolder, params: Any) -> None:
   """Prints one hash of the initial weights and writes it with the sum behind it of each tensor: runs that start from
-  the same numbers show the same, on any mesh."""
+  the same numbers show the same, on any mesh (Admin's scales are means, which a mesh may round another way)."""
   sums = {name: int(value) for name, value in jax.device_get(jax.jit(bit_sums)(params)).items()}
   print(f"weights    initial, hash {hash_of_sums(sums)}")
   folder.write_json(folder_lib.INITIAL_WEIGHTS, {"hash": hash_of_sums(sums), "bit_sums": sums})

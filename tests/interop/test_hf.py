@@ -130,7 +130,11 @@ def test_tensors_of_another_model_are_named(change, words):
     ({"attention_bias": True}, "attention_bias=True"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'.*silu"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "'yarn' is not supported"),
-    ({"hidden_size": None}, "hidden_size=None"),
+    ({"hidden_size": None}, "hidden_size=None is not a whole number"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps='small' is not a number"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor='missing' is not a number"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
+    ({"rope_scaling": "linear"}, "must be objects"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention"),
   ],
 )
@@ -147,6 +151,16 @@ def test_rope_is_read_as_transformers_4_wrote_it():
   fields = hf.model_fields(old)
   assert all(model[name] == value for name, value in fields.items())
   assert model.rope_scaling == "llama3"
+
+
+def test_a_config_says_all_that_decides_the_model(tmp_path):
+  # Fields of a recipe that the checkpoint contradicts would be another model with its weights.
+  changed = {"rope_scaling": "llama3", "qkv_bias": True, "tied_embeddings": True, "num_kv_heads": 1, "head_dim": 6}
+  _, config, _, model = load("llama")
+  again = small_model(**changed)
+  again.update(hf.model_fields(config))
+  named = ("rope_scaling", "qkv_bias", "tied_embeddings", "num_kv_heads", "head_dim", "placement", "norm_epsilon")
+  assert all(again[name] == model[name] for name in named)
 
 
 def test_a_head_beside_tied_embeddings_must_equal_them():
@@ -169,6 +183,30 @@ def test_damaged_folders_are_named(tmp_path):
   shard.write_bytes(shard.read_bytes()[:100])
   with pytest.raises(InputError, match=shard.name):
     SafetensorsFolder(tmp_path / "out")
+  index = tmp_path / "out" / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": ["a"]}))
+  with pytest.raises(InputError, match="no weight_map"):
+    SafetensorsFolder(tmp_path / "out")
+  index.write_text(json.dumps({"weight_map": {"a": shard.name}}))
   shard.unlink()
   with pytest.raises(InputError, match=shard.name):
     SafetensorsFolder(tmp_path / "out")
+
+
+def test_a_folder_that_can_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
+  import safetensors.numpy
+
+  _, _, tensors, model = load("llama")
+  calls = []
+
+  def fail(*arguments, **options):
+    calls.append(arguments)
+    if len(calls) == 3:
+      raise safetensors.SafetensorError("no space left")
+    original(*arguments, **options)
+
+  original = safetensors.numpy.save_file
+  monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+  with pytest.raises(InputError, match="no space left"):
+    write_folder(tmp_path / "out", tensors, hf.hf_config(model, 64), 2000)
+  assert not list(tmp_path.iterdir())

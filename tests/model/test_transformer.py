@@ -131,6 +131,15 @@ def test_the_taps_are_the_stream_and_cost_nothing_unread():
   assert forward(read=True) - forward(read=False) > 0.5 * taps["stream_LBTD"].nbytes
 
 
+@pytest.mark.parametrize("name", ["pre", "post", "mix:0.5"])
+def test_parameters_may_come_in_another_type_than_the_config_says(name):
+  model = small_model(placement=name)
+  params, tokens = random_params(model), random_tokens(model)
+  low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+  expected = apply(model, jax.tree.map(lambda p: p.astype(jnp.float32), low), tokens)
+  np.testing.assert_allclose(apply(model, low, tokens), expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_the_module_hashes_by_its_config():
   assert hash(Transformer(small_model())) == hash(Transformer(small_model()))
   assert Transformer(small_model()) == Transformer(small_model())
