@@ -173,6 +173,17 @@ FIELDS: Mapping[str, Field] = {
   "train.micro_batches": Field(
     1, "the batch is cut into this many; their token sums are added before the one update", minimum=1, on_resume=FREE
   ),
+  "train.max_skipped_in_a_row": Field(
+    5,
+    "an update whose loss or gradient is not finite is skipped; after so many one after the other the run ends",
+    minimum=1,
+    on_resume=FREE,
+  ),
+  "train.stop_when_diverged": Field(
+    False,
+    "end the run after two evaluations in a row at the unigram entropy (after the warm-up); else it is only recorded",
+    on_resume=FREE,
+  ),
   "train.sample_tokens": Field(0, "tokens of text to generate when the run ends; 0 = none", minimum=0, on_resume=FREE),
   # optimizer: AdamW
   "optimizer.learning_rate": Field(1e-3, "peak learning rate", minimum=0.0),

@@ -5,13 +5,14 @@ import sys
 from mixln_jax.command_line import CommandLine
 from mixln_jax.errors import InputError
 from mixln_jax.inference.generate import generate_text
+from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
 from mixln_jax.training import loop
 from mixln_jax.training.setup import on_mesh, open_run, set_up
 from mixln_jax.training.stopping import STOPPED_STATUS
 
-STATUSES = {loop.FINISHED: 0, loop.STOPPED: STOPPED_STATUS, loop.NON_FINITE: 1}
+STATUSES = {loop.FINISHED: 0, loop.DIVERGED: 0, loop.STOPPED: STOPPED_STATUS, loop.NON_FINITE: 1}
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +26,12 @@ def main(argv: list[str]) -> int:
   if values.config is None and not folder.has_run:
     raise InputError("--config is required for a new run, and --workdir holds none; see --help")
   config = read_config(folder) if values.config is None else line.config_value()
+  use_compile_cache()
   outcome = loop.train(config, values.workdir)
+  if outcome.diverged:
+    print("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
+  if outcome.skipped_updates:
+    print(f"skipped    {outcome.skipped_updates} updates, whose loss or gradient was not finite")
   print(f"{outcome.status:<10} {outcome.message}", file=sys.stderr if outcome.status == loop.NON_FINITE else sys.stdout)
   if outcome.validation:
     loss, perplexity = (float(outcome.validation[name]) for name in ("loss", "perplexity"))

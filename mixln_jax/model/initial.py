@@ -1,9 +1,7 @@
 """Initial weights, drawn by name and layer: the same numbers on any mesh, in any order, for any placement."""
 
-import hashlib
 import math
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -128,24 +126,3 @@ def logical_shape(path: str, shape: tuple[int, ...], config: Config) -> tuple[in
   if path not in MLP_AXES:
     return shape
   return tuple(config.mlp_dim if axis == MLP_AXES[path] else size for axis, size in enumerate(shape))
-
-
-def bit_sums(params: Any) -> dict[str, jax.Array]:
-  """The sum of each tensor's bit patterns, modulo 2^32: name -> uint32. Exact, so equal for equal numbers on any mesh.
-
-  Call it under jit, so that sharded tensors are reduced where they lie.
-  """
-
-  def total(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-
-  return {
-    path: total(leaf) for path, leaf in zip(jax.tree.leaves(param_paths(params)), jax.tree.leaves(params), strict=True)
-  }
-
-
-def hash_of_sums(sums: Mapping[str, Any]) -> str:
-  """One short hash of `bit_sums`."""
-  lines = "".join(f"{name} {int(value)}\n" for name, value in sorted(sums.items()))
-  return hashlib.sha256(lines.encode()).hexdigest()[:16]

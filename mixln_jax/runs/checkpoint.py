@@ -4,16 +4,25 @@ A checkpoint is one thing: named trees (`params`, and `rest` of the train state,
 and the facts that say what they are (config, placement table, data fingerprint).
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from mixln_jax.errors import InputError
+from mixln_jax.parallel.bits import bit_sums
 
 METRIC = "validation_loss"
+SUMS, SEAL = "bit_sums", "sha256"  # facts that say whether the rest is what was written
+
+
+class DamagedError(InputError):
+  """A checkpoint is not what was written."""
 
 
 class Checkpoints:
@@ -54,7 +63,12 @@ class Checkpoints:
   def save(
     self, step: int, trees: Mapping[str, Any], facts: Mapping[str, Any], validation_loss: float | None = None
   ) -> None:
-    """Starts to write a checkpoint; returns once the trees are copied."""
+    """Starts to write a checkpoint; returns once the trees are copied.
+
+    With it goes the exact sum of each tensor's bits: orbax restores a flipped bit as another number without a word.
+    """
+    facts = {**facts, SUMS: {name: _sums(tree) for name, tree in trees.items()}}
+    facts[SEAL] = _seal(facts)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     args = ocp.args.Composite(**items, facts=ocp.args.JsonSave(dict(facts)))
     metrics = None if validation_loss is None else {METRIC: validation_loss}
@@ -62,29 +76,50 @@ class Checkpoints:
       raise RuntimeError(f"orbax did not save the checkpoint of step {step}; the folder has {self.all_steps()}")
 
   def facts(self, step: int) -> dict[str, Any]:
-    """What a checkpoint is: `config`, `placement`, `fingerprint`."""
-    return self._restore(step, facts=ocp.args.JsonRestore())["facts"]
+    """What a checkpoint is: `config`, `placement`, `fingerprint`.
+
+    Raises:
+      DamagedError: they can't be read, or are not those that were written.
+    """
+    facts = self._restore(step, facts=ocp.args.JsonRestore())["facts"]
+    if not isinstance(facts, dict) or facts.get(SEAL) != _seal(facts):
+      raise self._damaged(step, "its facts are not those that were written")
+    return facts
 
   def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Some or all of the trees, in the shapes, types and shardings of `abstract`."""
+    """Some or all of the trees, in the shapes, types and shardings of `abstract`.
+
+    Raises:
+      DamagedError: they can't be read, are of other shapes, or a tensor is not what was written, bit for bit.
+    """
+    expected = self.facts(step)[SUMS]
     restored = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
-    return {name: restored[name] for name in abstract}
+    trees = {name: restored[name] for name in abstract}
+    for tree_name, tree in trees.items():
+      for name, total in _sums(tree).items():
+        if expected.get(tree_name, {}).get(name) != total:
+          raise self._damaged(step, f"{tree_name}/{name} is not what was written")
+    return trees
 
   def _restore(self, step: int, **items: Any) -> Any:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # orbax raises bare Exceptions, KeyErrors and ValueErrors for damaged files
       reason = " ".join(str(error).split())[:300]
-      raise InputError(
-        f"{self._manager.directory}/{step}: the checkpoint can't be restored ({reason}); "
-        "remove it to go on from the one before"
-      ) from error
+      raise self._damaged(step, reason) from error
 
-  def move_after(self, step: int, target: Path) -> None:
-    """Moves the checkpoints later than `step` into the folder `target`."""
-    for later in (s for s in self.all_steps() if s > step):
-      (Path(self._manager.directory) / str(later)).rename(target / str(later))
+  def _damaged(self, step: int, reason: str) -> DamagedError:
+    return DamagedError(f"{self._manager.directory}/{step}: the checkpoint is damaged ({reason})")
+
+  def move(self, steps: Iterable[int], target: Path) -> None:
+    """Moves checkpoints into the folder `target`."""
+    for step in steps:
+      (Path(self._manager.directory) / str(step)).rename(target / str(step))
     self._manager.reload()
+
+  def check(self) -> None:
+    """Raises what went wrong in the background since the last save."""
+    self._manager.check_for_errors()
 
   def wait(self) -> None:
     """Waits until all is written; raises what went wrong in the background."""
@@ -94,3 +129,13 @@ class Checkpoints:
     """Waits and closes; raises what went wrong in the background."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _sums(tree: Any) -> dict[str, int]:
+  return {name: int(total) for name, total in jax.device_get(jax.jit(bit_sums)(tree)).items()}
+
+
+def _seal(facts: Mapping[str, Any]) -> str:
+  """Hash over all facts but itself."""
+  content = {name: value for name, value in facts.items() if name != SEAL}
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

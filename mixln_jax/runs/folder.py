@@ -6,12 +6,16 @@ parameters.txt     name, shape, type, sharding and size of each tensor
 environment.json   versions, devices, git revision, command
 initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
 metrics.jsonl      the truth: one object a line, each (split, step) once
+changes.jsonl      fields that were changed when the run went on, and from which step
+non_finite_STEP/   batch and gradient norms of a step that could not be made
+damaged_STEP/      checkpoints that were not what was written
 outcome.json       why the run ended, and with what
 checkpoints/       one folder a step
 tensorboard/  profile/
 """
 
 import contextlib
+import datetime
 import fcntl
 import importlib.metadata
 import itertools
@@ -20,6 +24,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +36,7 @@ from mixln_jax.errors import InputError
 
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
-INITIAL_WEIGHTS = "initial_weights.json"
+INITIAL_WEIGHTS, CHANGES = "initial_weights.json", "changes.jsonl"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
 PACKAGES = (
   "jax",
@@ -44,6 +50,43 @@ PACKAGES = (
   "numpy",
   "sentencepiece",
 )
+
+
+STALE_SECONDS, TOUCH_SECONDS = 120.0, 15.0
+
+
+def _holder(text: str) -> dict[str, Any]:
+  """Who a lock file says holds it; empty where it does not."""
+  try:
+    value = json.loads(text)
+  except ValueError:
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def _overwrite(file: Any, text: str) -> None:
+  file.truncate(0)
+  file.write(text)
+  file.flush()
+
+
+@contextlib.contextmanager
+def _touched(path: Path) -> Iterator[None]:
+  """Touches a file now and then, until the context is left or the process is gone."""
+  done = threading.Event()
+
+  def touch() -> None:
+    while not done.wait(TOUCH_SECONDS):
+      with contextlib.suppress(OSError):
+        os.utime(path)
+
+  thread = threading.Thread(target=touch, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
 
 
 class RunFolder:
@@ -90,22 +133,38 @@ class RunFolder:
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
-    """Keeps a second process of this machine from writing to the run; the system frees the lock of one that died.
+    """Keeps a second process from writing to the run.
+
+    The file says who holds it and since when, and is touched while the holder lives. On one machine the system frees
+    the lock of a process that died; a holder on another machine is believed dead once its file is STALE_SECONDS old.
 
     Raises:
       InputError: another process holds it, or the folder can't be written.
     """
     with contextlib.ExitStack() as stack:
       try:
-        file = stack.enter_context((self / LOCK).open("a"))
+        file = stack.enter_context((self / LOCK).open("a+"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as error:
-        raise InputError(f"--workdir={self.path}: another process trains there; wait for it, or stop it") from error
+        raise InputError(self._held(_holder((self / LOCK).read_text()))) from error
       except OSError as error:
         raise InputError(
           f"--workdir={self.path}: can't be locked ({error.strerror}); choose a folder that you can write to"
         ) from error
+      file.seek(0)
+      holder = _holder(file.read())
+      age = time.time() - (self / LOCK).stat().st_mtime
+      if holder.get("host", platform.node()) != platform.node() and 0 <= age < STALE_SECONDS:
+        raise InputError(self._held(holder))
+      me = {"host": platform.node(), "process": os.getpid(), "since": datetime.datetime.now().astimezone().isoformat()}
+      _overwrite(file, json.dumps(me))
+      stack.callback(_overwrite, file, "")
+      stack.enter_context(_touched(self / LOCK))
       yield
+
+  def _held(self, holder: Mapping[str, Any]) -> str:
+    who = ", ".join(f"{name} {value}" for name, value in holder.items()) or "one that does not say who it is"
+    return f"--workdir={self.path}: another process trains there ({who}); wait for it, or stop it"
 
   def read(self, name: str) -> str:
     """A file of facts.
@@ -122,7 +181,7 @@ class RunFolder:
 
   def write(self, name: str, text: str) -> None:
     """Writes a file of facts, whole or not at all."""
-    partial = self / f".{name}.partial"
+    partial = (self / name).with_name(f".{Path(name).name}.partial")
     partial.write_text(text)
     partial.replace(self / name)
 

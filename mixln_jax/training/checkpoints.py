@@ -65,7 +65,8 @@ def check_facts(facts: Mapping[str, Any], setup: Setup, folder: RunFolder) -> No
 
 def split(state: step_lib.TrainState) -> dict[str, Any]:
   """The trees that a checkpoint stores: parameters can be read alone."""
-  return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+  rest = {name: getattr(state, name) for name in ("step", "opt_state", "skipped", "skipped_in_a_row")}
+  return {"params": state.params, "rest": rest}
 
 
 def restore_state(
@@ -137,7 +138,7 @@ def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
 
   def state_of(params: Any) -> step_lib.TrainState:
     moments = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
-    return step_lib.TrainState(jax.numpy.zeros((), jax.numpy.int32), params, moments)
+    return step_lib.start_state(params, moments)
 
   state = jax.jit(state_of, out_shardings=shardings, donate_argnums=0)(placed)
   # Beside its place: a run that was cut off before it had its weights would start from random ones.

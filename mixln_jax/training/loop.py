@@ -6,8 +6,11 @@ seen not to be finite is never saved, and a checkpoint never lacks the evaluatio
 """
 
 import contextlib
+import datetime
+import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +19,15 @@ import jax
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
+from mixln_jax.data.loader import unigram_entropy
+from mixln_jax.errors import InputError
 from mixln_jax.model.flops import train_flops_per_token
-from mixln_jax.model.initial import bit_sums, count_params, hash_of_sums
+from mixln_jax.model.initial import count_params
+from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.devices import peak_flops
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.runs import folder as folder_lib
-from mixln_jax.runs.checkpoint import Checkpoints
+from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import Metrics, TensorBoardMirror, WandbMirror, read_lines
 from mixln_jax.runs.opening import read_config
@@ -35,34 +41,48 @@ from mixln_jax.training.checkpoints import (
   restore_state,
   split,
 )
-from mixln_jax.training.progress import NonFiniteError, Progress, Reporter
+from mixln_jax.training.dump import write_dump
+from mixln_jax.training.progress import Clock, NonFiniteError, Progress, Reporter
 from mixln_jax.training.resume import ResumePoint, resume_point
 from mixln_jax.training.setup import Evaluator, Setup, check_batch, compile_train_step, make_loader, set_up
 from mixln_jax.training.stopping import stop_on_signals
 
-FINISHED, STOPPED, NON_FINITE = "finished", "stopped", "non_finite"
+FINISHED, STOPPED, NON_FINITE, DIVERGED, FAILED = "finished", "stopped", "non_finite", "diverged", "failed"
+DIVERGENCE_MARGIN = 0.1  # nats: a run that collapsed sits at the unigram entropy of its data and stays there
 
 
 class Outcome(NamedTuple):
-  """How a run ended."""
+  """How a run ended; `outcome.json`."""
 
-  status: str  # finished, stopped (by a signal; run it again to go on) or non_finite
+  status: str  # finished, stopped (by a signal; run it again to go on), non_finite, diverged, or failed
   step: int
   last_checkpoint: int | None
   validation: dict[str, Any] | None  # the last evaluation's line of metrics.jsonl
-  seconds: float  # of this process
+  best_validation: dict[str, Any] | None  # the one of lowest loss
+  diverged: bool  # the last evaluation after the warm-up was at the unigram entropy
+  skipped_updates: int  # of the whole run, since their loss or gradient was not finite
+  seconds: dict[str, float]  # of this process: total, compile, input, evaluation, checkpoint, steps, and the goodput
   message: str
 
 
+class _End(NamedTuple):
+  """How the loop ended."""
+
+  status: str
+  step: int
+  message: str
+  skipped: int = 0
+
+
 def train(config: Config, workdir: str | Path) -> Outcome:
-  """Trains config in workdir, from its newest checkpoint where it has one.
+  """Trains config in workdir, from its newest whole checkpoint where it has one.
 
   Exactly `config.train.num_steps` updates are done, over however many processes and restarts.
 
   Raises:
     InputError: config, data, devices and the work directory contradict one another; nothing was changed.
   """
-  started = time.monotonic()
+  clock = Clock()
   setup = set_up(config)
   micro_batch = config.train.batch_size // config.train.micro_batches
   check_batch(setup, "config.train.batch_size / micro_batches", micro_batch)
@@ -74,56 +94,101 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   with folder.lock(), contextlib.closing(open_checkpoints(config, folder)) as checkpoints:
     if not checkpoints.all_steps() and not read_lines(folder / folder_lib.METRICS):
       old_config = config  # nothing was trained: a first start that failed pins nothing
-    point = resume_point(old_config, config, checkpoints.all_steps(), str(folder.path))
-    if point.step in checkpoints.all_steps():
-      check_facts(checkpoints.facts(point.step), setup, folder)
+    shardings = step_lib.state_shardings(config, setup.mesh)
+    point, state = _go_on(setup, shardings, old_config, folder, checkpoints)
     if point.step == config.train.num_steps:
-      status, step, message = FINISHED, point.step, f"all {point.step} steps were done already"
-    else:
-      status, step, message = _train(setup, folder, checkpoints, point)
-    return _write_outcome(folder, status, step, checkpoints.latest_step(), time.monotonic() - started, message)
+      done = f"all {point.step} steps were done already"
+      return _write_outcome(setup, folder, _End(FINISHED, point.step, done, int(state.skipped)), checkpoints, clock)
+    try:
+      end = _train(setup, shardings, folder, checkpoints, point, state, clock)
+    except Exception as error:
+      reason = " ".join(str(error).split())[:300]
+      message = f"{type(error).__name__}: {reason}; run the same command to go on from the last checkpoint"
+      with contextlib.suppress(OSError):  # of a disk that is full
+        _write_outcome(setup, folder, _End(FAILED, point.step, message), checkpoints, clock)
+      raise
+    return _write_outcome(setup, folder, end, checkpoints, clock)
 
 
-def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: ResumePoint) -> tuple[str, int, str]:
-  """The loop itself. Returns how it ended, the last step, and a message."""
+def _go_on(
+  setup: Setup, shardings: step_lib.TrainState, old_config: Config, folder: RunFolder, checkpoints: Checkpoints
+) -> tuple[ResumePoint, Any]:
+  """Where the run goes on from, and the state there; None where it has no checkpoint yet.
+
+  A damaged checkpoint is put aside, and the one before is taken.
+  """
+  damaged: dict[int, DamagedError] = {}
+  while True:
+    steps = [step for step in checkpoints.all_steps() if step not in damaged]
+    if damaged and not steps:
+      reasons = "; ".join(map(str, damaged.values()))
+      raise InputError(f"no checkpoint of the run is whole: {reasons}; nothing was moved, use another --workdir")
+    point = resume_point(old_config, setup.config, steps, str(folder.path))
+    state = None
+    try:
+      if point.step in steps:
+        check_facts(checkpoints.facts(point.step), setup, folder)
+        state = restore_state(setup.config, shardings, checkpoints, point.step)
+    except DamagedError as error:
+      damaged[point.step] = error
+      continue
+    for step, error in damaged.items():
+      aside = folder.unused(f"damaged_{step}")
+      aside.mkdir()
+      checkpoints.move([step], aside)
+      print(f"warning: {error}; it lies in {aside} now, and the run goes on from the one before", file=sys.stderr)
+    return point, state
+
+
+def _train(
+  setup: Setup,
+  shardings: step_lib.TrainState,
+  folder: RunFolder,
+  checkpoints: Checkpoints,
+  point: ResumePoint,
+  state: Any,
+  clock: Clock,
+) -> _End:
+  """The loop itself; `state` is the restored one, or None."""
   config, num_steps = setup.config, setup.config.train.num_steps
   (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
-  if any(later > point.step for later in checkpoints.all_steps()):
+  if later := [step for step in checkpoints.all_steps() if step > point.step]:
     superseded = folder.unused(f"superseded_at_{point.step}")
     superseded.mkdir()
     shutil.copy(folder / folder_lib.METRICS, superseded)  # first: once the checkpoints are gone, nobody asks for it
-    checkpoints.move_after(point.step, superseded)
-  shardings = step_lib.state_shardings(config, setup.mesh)
+    checkpoints.move(later, superseded)
   _announce(setup, folder, point)
-  if point.step in checkpoints.all_steps():
-    state = restore_state(config, shardings, checkpoints, point.step)
-  else:
+  if state is None:
     state = initial_state(setup, shardings)
     _report_initial_weights(folder, state.params)
-  _write_facts(setup, folder, state.params)
+  _write_facts(setup, folder, state.params, point)
   facts = facts_of(config, setup.corpus.manifest.fingerprint)
   evaluator = Evaluator(setup)
-  step, status, message = point.step, FINISHED, f"all {num_steps} steps are done"
+  step, end = point.step, None
   with contextlib.ExitStack() as stack:
     metrics = stack.enter_context(contextlib.closing(_open_metrics(setup, folder, point.step)))
     progress = stack.enter_context(contextlib.closing(_progress(setup, point.step)))
     profiler = stack.enter_context(contextlib.closing(_Profiler(config, folder / folder_lib.PROFILE)))
     compile_started = time.monotonic()
-    train_step = compile_train_step(setup, shardings)
+    with clock("compile"):
+      train_step = compile_train_step(setup, shardings)
     progress.say(f"compiled   the step in {time.monotonic() - compile_started:.1f} s")
     batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(point.step)))
     stop = stack.enter_context(stop_on_signals())
-    reporter = Reporter(metrics, progress)
+    reporter = Reporter(metrics, progress, config.train.max_skipped_in_a_row)
+    divergence = _Divergence(setup, folder)
     stopped_by: str | None = None
     try:
-      while step < num_steps and stopped_by is None:
+      while step < num_steps and stopped_by is None and end is None:
         profiler.before(step + 1)
-        batch = global_batch(next(batches), setup.mesh)
+        with clock("input"):
+          batch = global_batch(next(batches), setup.mesh)
         # Guarded: an array that slips over to the host here would stall every step.
         with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
           state, values = train_step(state, batch)
         step += 1
         reporter.dispatched(step, values)
+        checkpoints.check()
         profiler.after(step, state)
         stopped_by = stop.requested_by  # read once: a signal may come at any time
         evaluate_now = step == num_steps or _due(step, config.evaluate.every_steps)
@@ -137,27 +202,78 @@ def _train(setup: Setup, folder: RunFolder, checkpoints: Checkpoints, point: Res
         reporter.flush()
         loss = None
         if evaluate_now:
-          validation = evaluator(state.params)
-          loss = validation.loss
-          metrics.write(step, "validation", validation.metrics(official_compat=config.evaluate.official_compat))
+          with clock("evaluation"):
+            validation = evaluator(state.params)
+            loss = validation.loss
+            entropy = divergence.seen(step, loss)
+          line = validation.metrics(official_compat=config.evaluate.official_compat)
+          metrics.write(step, "validation", line | {"unigram_entropy": entropy})
           progress.say(
             f"validation step {step}  {validation.describe(official_compat=config.evaluate.official_compat)}"
           )
           if not math.isfinite(loss):
             raise NonFiniteError(step, f"validation loss {loss}")
-        if save_now:
-          checkpoints.save(step, split(state), facts, loss)
+          if divergence.in_a_row >= 2 and config.train.stop_when_diverged:
+            end = _End(DIVERGED, step, f"the validation loss stays at the unigram entropy {entropy:.4f} of its data")
+        if save_now or end is not None:
+          with clock("checkpoint"):
+            checkpoints.save(step, split(state), facts, loss)
         reporter.restart_clock()
-      if step < num_steps:
-        status, message = STOPPED, f"by {stopped_by} after step {step}; run the same command to go on"
+      if end is None and step == num_steps:
+        end = _End(FINISHED, step, f"all {num_steps} steps are done")
+      elif end is None:
+        end = _End(STOPPED, step, f"by {stopped_by} after step {step}; run the same command to go on")
     except NonFiniteError as error:
-      status, step = NON_FINITE, error.step
       message = (
         f"{error}: not finite, so the run ended. Lower config.optimizer.learning_rate, or set "
         "config.optimizer.clip_norm, in another --workdir"
       )
-    checkpoints.wait()
-  return status, step, message
+      if int(state.skipped_in_a_row):  # the parameters are those from before: they are kept, and the step can be redone
+        dispatched, step = step, error.step
+        state = _without_last(state, dispatched - step, shardings)
+        checkpoints.save(step, split(state), facts)
+        message += f"; its batch and gradient norms are in {write_dump(folder, setup, state, step)}"
+      end = _End(NON_FINITE, error.step, message)
+    with clock("checkpoint"):
+      checkpoints.wait()
+  return end._replace(skipped=int(state.skipped))
+
+
+def _without_last(state: step_lib.TrainState, later: int, shardings: step_lib.TrainState) -> step_lib.TrainState:
+  """The state as it was `later` steps ago, all of which were skipped, with the next one to be tried again."""
+
+  def change(state: step_lib.TrainState) -> step_lib.TrainState:
+    return state.replace(step=state.step - later, skipped=state.skipped - later, skipped_in_a_row=0 * state.skipped)
+
+  return jax.jit(change, out_shardings=shardings, donate_argnums=0)(state)
+
+
+class _Divergence:
+  """Whether a run sits at the unigram entropy of its data: that of a model that ignores its input.
+
+  A run that collapsed does not blow up: the official code's logs show it at that plateau to the end.
+  """
+
+  def __init__(self, setup: Setup, folder: RunFolder):
+    self._setup = setup
+    self._warmup = config_lib.warmup_steps(setup.config)
+    self._entropy: float | None = None
+    self.in_a_row = 0  # evaluations at the plateau, after the warm-up
+    for line in read_lines(folder / folder_lib.METRICS):
+      if line["split"] == "validation" and "unigram_entropy" in line:
+        self._count(line["step"], float(line["loss"]), float(line["unigram_entropy"]))
+
+  def seen(self, step: int, loss: float) -> float:
+    """Takes note of an evaluation; returns the entropy, in nats, of the labels that it is over."""
+    if self._entropy is None:
+      rows = make_loader(self._setup, self._setup.config.evaluate.batch_size, all_rows=True)
+      self._entropy = unigram_entropy(rows.validation(self._setup.config.evaluate.max_tokens))
+    self._count(step, loss, self._entropy)
+    return self._entropy
+
+  def _count(self, step: int, loss: float, entropy: float) -> None:
+    at_plateau = step > self._warmup and loss > entropy - DIVERGENCE_MARGIN
+    self.in_a_row = self.in_a_row + 1 if at_plateau else 0
 
 
 def _due(step: int, every: int) -> bool:
@@ -172,7 +288,11 @@ def _report_initial_weights(folder: RunFolder, params: Any) -> None:
   folder.write_json(folder_lib.INITIAL_WEIGHTS, {"hash": hash_of_sums(sums), "bit_sums": sums})
 
 
-def _write_facts(setup: Setup, folder: RunFolder, params: Any) -> None:
+def _write_facts(setup: Setup, folder: RunFolder, params: Any, point: ResumePoint) -> None:
+  if point.changes:
+    now = datetime.datetime.now().astimezone().isoformat()
+    with (folder / folder_lib.CHANGES).open("a") as file:
+      file.write(json.dumps({"step": point.step, "time": now, "changes": point.changes}) + "\n")
   folder.write(folder_lib.CONFIG, config_lib.to_json(setup.config))
   folder.write(folder_lib.PLACEMENT, setup.table.strip + "\n")
   folder.write(folder_lib.PARAMETERS, folder_lib.parameter_table(params, count_params(setup.config.model)))
@@ -212,13 +332,26 @@ def _announce(setup: Setup, folder: RunFolder, point: ResumePoint) -> None:
     print(f"changed    {change}")
 
 
-def _write_outcome(
-  folder: RunFolder, status: str, step: int, last_checkpoint: int | None, seconds: float, message: str
-) -> Outcome:
+def _write_outcome(setup: Setup, folder: RunFolder, end: _End, checkpoints: Checkpoints, clock: Clock) -> Outcome:
   validations = [line for line in read_lines(folder / folder_lib.METRICS) if line["split"] == "validation"]
-  outcome = Outcome(status, step, last_checkpoint, validations[-1] if validations else None, seconds, message)
+  outcome = Outcome(
+    status=end.status,
+    step=end.step,
+    last_checkpoint=checkpoints.latest_step(),
+    validation=validations[-1] if validations else None,
+    best_validation=min(validations, key=_loss_of, default=None),
+    diverged=_Divergence(setup, folder).in_a_row > 0,
+    skipped_updates=end.skipped,
+    seconds={name: round(value, 3) for name, value in clock.seconds().items()},
+    message=end.message,
+  )
   folder.write_json(folder_lib.OUTCOME, outcome._asdict())
   return outcome
+
+
+def _loss_of(line: dict[str, Any]) -> float:
+  loss = float(line["loss"])
+  return loss if math.isfinite(loss) else math.inf
 
 
 class _Profiler:

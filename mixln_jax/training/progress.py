@@ -1,12 +1,12 @@
 """What a person sees of the steps, and what metrics.jsonl gets of them."""
 
+import contextlib
 import datetime
-import math
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 from tqdm import tqdm
@@ -14,8 +14,31 @@ from tqdm import tqdm
 from mixln_jax.runs.metrics import Metrics
 
 
+class Clock:
+  """Where the time of a run goes, in seconds."""
+
+  def __init__(self) -> None:
+    self._started = time.monotonic()
+    self._seconds: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def __call__(self, what: str) -> Iterator[None]:
+    """Counts the time in the context as `what`."""
+    started = time.monotonic()
+    try:
+      yield
+    finally:
+      self._seconds[what] = self._seconds.get(what, 0.0) + time.monotonic() - started
+
+  def seconds(self) -> dict[str, float]:
+    """`total`, what was counted, and the rest as `steps`; `goodput` is the share of the steps."""
+    total = time.monotonic() - self._started
+    steps = total - sum(self._seconds.values())
+    return {"total": total, **self._seconds, "steps": steps, "goodput": steps / total}
+
+
 class NonFiniteError(FloatingPointError):
-  """A loss or a gradient norm is not finite.
+  """Too many updates in a row were skipped, since their loss or gradient was not finite, or an evaluation was not.
 
   Attributes:
     step: the step that it was seen at.
@@ -79,8 +102,9 @@ class Progress:
 class Reporter:
   """Reads the metrics of a step after the next one is dispatched, so that the device never waits for the host."""
 
-  def __init__(self, metrics: Metrics, progress: Progress):
+  def __init__(self, metrics: Metrics, progress: Progress, max_skipped_in_a_row: int):
     self._metrics, self._progress = metrics, progress
+    self._max_skipped = max_skipped_in_a_row
     self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
     self._clock = time.monotonic()
 
@@ -93,7 +117,7 @@ class Reporter:
     """Reads what is pending, which waits for its step, and passes it on.
 
     Raises:
-      NonFiniteError: its loss or gradient norm is not finite. It has been written by then.
+      NonFiniteError: too many updates in a row were skipped. The step has been written by then.
     """
     if self._pending is None:
       return
@@ -104,8 +128,11 @@ class Reporter:
     values["tokens_per_second"] = values["tokens"] / seconds
     self._metrics.write(step, "train", values)
     self._progress.step(step, values, seconds)
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-      raise NonFiniteError(step, f"loss {values['loss']}, gradient norm {values['gradient_norm']}")
+    if in_a_row := int(values["skipped_in_a_row"]):
+      what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+      self._progress.say(f"skipped    step {step}: {what}, so nothing was updated ({in_a_row} in a row)")
+      if in_a_row >= self._max_skipped:
+        raise NonFiniteError(step, f"{what}, {in_a_row} updates in a row skipped")
 
   def restart_clock(self) -> None:
     """After a pause that is not part of a step."""

@@ -30,18 +30,28 @@ class TrainState(flax.struct.PyTreeNode):
     step: updates done, int32.
     params: the parameters.
     opt_state: optax's state.
+    skipped: updates that were not made, since their loss or gradient was not finite, int32.
+    skipped_in_a_row: how many of them came last, one after the other, int32.
   """
 
   step: Any
   params: Any
   opt_state: optax.OptState
+  skipped: Any
+  skipped_in_a_row: Any
 
 
 def init_state(config: Config) -> TrainState:
   """The state before the first update. Call it under jit (see `state_shardings`)."""
   params = initial_params(config.model, config.seed)
   opt_state = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
-  return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+  return start_state(params, opt_state)
+
+
+def start_state(params: Any, opt_state: optax.OptState) -> TrainState:
+  """The state of no updates, with given parameters."""
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, params, opt_state, zero, zero)
 
 
 def abstract_state(config: Config) -> TrainState:
@@ -60,7 +70,7 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     params,
     transform_non_params=lambda _: replicated,
   )
-  return TrainState(replicated, params, opt_state)
+  return TrainState(replicated, params, opt_state, replicated, replicated)
 
 
 def loss_sum(
@@ -103,7 +113,10 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, Metrics]]
 
   `columns` is the placement as data (default: config.model.placement), `learning_rate` the peak as data (default:
   config.optimizer.learning_rate). Metrics: `loss` (nats a counted token), `gradient_norm` (of the mean loss, before
-  clipping), `learning_rate`, `tokens` (counted).
+  clipping), `learning_rate`, `tokens` (counted), `skipped_in_a_row`.
+
+  Where the loss or the gradient is not finite, the parameters and the optimizer's state stay as they are, bit for bit,
+  and the step counts as skipped.
   """
   model = Transformer(config.model)
   optimizer = make_optimizer(config)
@@ -119,13 +132,23 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, Metrics]]
       rate = rate * (learning_rate / config.optimizer.learning_rate)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+    loss, gradient_norm = total / count, optax.tree.norm(grads)
+    # After too many in a row nothing more is updated: the host, which reads a step late, finds all as it was.
+    halted = state.skipped_in_a_row >= config.train.max_skipped_in_a_row
+    update = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & ~halted
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(update, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    in_a_row = jnp.where(update, 0, state.skipped_in_a_row + 1)
+    skipped = state.skipped + jnp.where(update, 0, 1)
     metrics = {
-      "loss": total / count,
-      "gradient_norm": optax.tree.norm(grads),
+      "loss": loss,
+      "gradient_norm": gradient_norm,
       "learning_rate": rate,
       "tokens": count,
+      "skipped_in_a_row": in_a_row,
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, skipped, in_a_row), metrics
 
   return train_step
 

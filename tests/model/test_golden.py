@@ -12,7 +12,7 @@ import pytest
 from configs import llama_9m
 from mixln_jax.interop import hf
 from mixln_jax.model import Transformer
-from mixln_jax.training.step import TrainState, init_moments, loss_sum, make_optimizer, make_train_step
+from mixln_jax.training.step import init_moments, loss_sum, make_optimizer, make_train_step, start_state
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 FILES = {
@@ -86,7 +86,7 @@ def test_ten_updates_of_the_train_step(name):
   )
   config.optimizer.update(schedule="constant", warmup_steps=0)
   step = jax.jit(make_train_step(config))
-  state = TrainState(jnp.int32(0), params, init_moments(make_optimizer(config), params, "float32"))
+  state = start_state(params, init_moments(make_optimizer(config), params, "float32"))
   losses = []
   for _ in range(adam["steps"]):
     state, metrics = step(state, batch)

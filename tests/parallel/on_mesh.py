@@ -10,7 +10,7 @@ import numpy as np
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.model.initial import bit_sums, hash_of_sums
+from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.training import step as step_lib

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -102,6 +101,11 @@ def test_a_run_leaves_its_facts(untouched, make_config):
   assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
   assert {"loss", "learning_rate", "gradient_norm", "tokens_per_second"} <= train[0].keys()
   assert outcome["validation"]["loss"] == lines[-1]["loss"]
+  assert outcome["best_validation"]["loss"] == min(line["loss"] for line in lines if line["split"] == "validation")
+  seconds = outcome["seconds"]
+  parts = ("compile", "input", "evaluation", "checkpoint", "steps")
+  assert abs(sum(seconds[part] for part in parts) - seconds["total"]) < 0.01
+  assert 0 < seconds["goodput"] < 1
 
 
 @pytest.mark.parametrize("dispatched", range(1, 6))
@@ -183,13 +187,16 @@ def test_run_again_after_the_end_does_nothing(untouched, make_config):
   ids=str,
 )
 def test_another_config_in_the_same_workdir_is_refused_field_by_field(untouched, make_config, changes):
-  before = {path: path.stat().st_mtime_ns for path in untouched.rglob("*")}
+  def times():
+    return {path: path.stat().st_mtime_ns for path in untouched.rglob("*") if path.name != ".lock"}
+
+  before = times()
   with pytest.raises(InputError) as error:
     loop.train(make_config(**changes), untouched)
   for name, value in changes.items():
     assert f"config.{name}: " in str(error.value)
     assert f"{value!r} now" in str(error.value)
-  assert {path: path.stat().st_mtime_ns for path in untouched.rglob("*")} == before
+  assert times() == before
 
 
 def test_a_schedule_stated_as_it_was_is_no_change(untouched, make_config, tmp_path):
@@ -221,6 +228,9 @@ def test_what_can_not_change_the_result_may_change(untouched, make_config, tmp_p
   changed = make_config(**{"checkpoint.every_steps": 5, "data.num_threads": 1})
   assert loop.train(changed, tmp_path / "run").status == "finished"
   assert "config.checkpoint.every_steps: 2 -> 5" in capsys.readouterr().out
+  (record,) = map(json.loads, (tmp_path / "run" / "changes.jsonl").read_text().splitlines())
+  assert record["step"] == 4
+  assert record["changes"] == ["config.data.num_threads: 2 -> 1", "config.checkpoint.every_steps: 2 -> 5"]
   assert_same_run(tmp_path / "run", untouched)
 
 
@@ -287,27 +297,107 @@ def test_a_decayed_wsd_run_goes_on_from_where_its_decay_began(make_config, tmp_p
     np.testing.assert_array_equal(leaf, decayed[name], err_msg=name)
 
 
+@pytest.fixture
+def poison(monkeypatch):
+  """`poison(steps)`: the batches of those steps give a loss and a gradient that are not finite."""
+  real = loop.global_batch
+
+  def arrange(*steps):
+    seen = []
+
+    def poisoned(batch, mesh):
+      if len(batch["tokens_BT"]) == 8 and "bad" not in batch:
+        seen.append(None)
+        if len(seen) in steps:
+          batch = batch | {"weights_BT": batch["weights_BT"] * np.float32("nan")}
+      return real(batch, mesh)
+
+    monkeypatch.setattr(loop, "global_batch", poisoned)
+
+  return arrange
+
+
 @pytest.mark.parametrize("bad_step", [1, 3, 4, 6])
-def test_a_loss_that_is_not_finite_ends_the_run(make_config, tmp_path, monkeypatch, bad_step):
-  make_real = step_lib.make_train_step
+def test_an_update_that_is_not_finite_is_skipped_and_counted(make_config, tmp_path, poison, bad_step, capsys):
+  poison(bad_step)
+  config = make_config(**{"checkpoint.every_steps": 1, "checkpoint.keep_last": 9})
+  outcome = loop.train(config, tmp_path / "run")
+  assert (outcome.status, outcome.step, outcome.skipped_updates) == ("finished", 6, 1)
+  assert f"skipped    step {bad_step}: loss nan" in capsys.readouterr().out
+  lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "train"]
+  assert [line["skipped_in_a_row"] for line in lines] == [float(step == bad_step) for step in range(1, 7)]
+  assert [line["step"] for line in lines if line["loss"] == "nan"] == [bad_step]
+  if bad_step > 1:
+    before, after = (state_at(config, tmp_path / "run", step) for step in (bad_step - 1, bad_step))
+    for name, leaf in before.items():
+      if name.split("/")[-1] in ("step", "skipped", "skipped_in_a_row"):
+        assert after[name] == leaf + 1
+      else:
+        np.testing.assert_array_equal(after[name], leaf, err_msg=name)
 
-  def make_poisoned(config):
-    def train_step(state, batch):
-      good = make_real(config)(state, batch)
-      bad = state.step + 1 == bad_step
-      return good[0], good[1] | {"loss": jnp.where(bad, jnp.nan, good[1]["loss"])}
 
-    return train_step
+def state_at(config, workdir, step):
+  from mixln_jax.training.checkpoints import open_checkpoints, restore_state, split
 
-  monkeypatch.setattr(step_lib, "make_train_step", make_poisoned)
-  outcome = loop.train(make_config(), tmp_path / "run")
-  assert (outcome.status, outcome.step) == ("non_finite", bad_step)
-  assert f"step {bad_step}: loss nan" in outcome.message
+  checkpoints = open_checkpoints(config, RunFolder(workdir))
+  state = restore_state(config, step_lib.state_shardings(config, make_mesh(config.mesh)), checkpoints, step)
+  checkpoints.close()
+  leaves = jax.tree_util.tree_leaves_with_path(split(state))
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_do_the_step_again(make_config, tmp_path, poison):
+  poison(2, 4, 5)
+  config = make_config(**{"train.max_skipped_in_a_row": 2, "train.num_steps": 8})
+  outcome = loop.train(config, tmp_path / "run")
+  assert (outcome.status, outcome.step, outcome.skipped_updates) == ("non_finite", 5, 3)
+  assert "2 updates in a row skipped" in outcome.message
   assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "non_finite"
   last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
-  assert (last["step"], last["loss"]) == (bad_step, "nan")
-  expected = 2 * ((bad_step - 1) // 2)  # the newest checkpoint before it
-  assert (outcome.last_checkpoint or 0) == expected
+  assert (last["step"], last["loss"]) == (5, "nan")
+  assert outcome.last_checkpoint == 5
+  before, after = state_at(config, tmp_path / "run", 4), state_at(config, tmp_path / "run", 5)
+  for name in before:
+    if name.startswith(("params", "rest/opt_state")):
+      np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+  dump = tmp_path / "run" / "non_finite_5"
+  report = json.loads((dump / "report.json").read_text())
+  assert len(report["gradient_norms"]["layers/query"]) == 2
+  assert float(report["loss"]) > 0  # the batch itself is sound: here it was poisoned on the way to the device
+  from mixln_jax.training.setup import make_loader, set_up
+
+  with np.load(dump / "batch.npz", allow_pickle=False) as batch:
+    expected = next(make_loader(set_up(config), 8).train(4))
+    np.testing.assert_array_equal(batch["tokens_BT"], expected["tokens_BT"])
+  poison()  # run again, it goes on after the step that could not be made
+  assert loop.train(config, tmp_path / "run").step == 8
+
+
+def test_skipping_is_the_same_whether_the_run_was_stopped_or_not(
+  make_config, tmp_path, poison, stop_after, monkeypatch
+):
+  poison(3)
+  loop.train(make_config(), tmp_path / "whole")
+  poison(3)
+  stop_after(4)
+  loop.train(make_config(), tmp_path / "run")
+  monkeypatch.undo()
+  assert loop.train(make_config(), tmp_path / "run").skipped_updates == 1
+  assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_at_the_unigram_entropy_has_diverged(make_config, tmp_path):
+  """A learning rate of 0 keeps the model at the uniform loss, above the entropy: what a collapsed run looks like."""
+  changes = {"optimizer.learning_rate": 0.0, "optimizer.warmup_steps": 0, "evaluate.every_steps": 1}
+  outcome = loop.train(make_config(**changes), tmp_path / "run")
+  assert (outcome.status, outcome.step, outcome.diverged) == ("finished", 6, True)
+  line = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+  assert 2.0 < line["unigram_entropy"] < line["loss"]
+  stopped = loop.train(make_config(**changes, **{"train.stop_when_diverged": True}), tmp_path / "early")
+  assert (stopped.status, stopped.step, stopped.last_checkpoint) == ("diverged", 2, 2)
+  # One that learns has not.
+  good = {"optimizer.learning_rate": 3e-2, "train.num_steps": 60, "evaluate.every_steps": 30}
+  assert not loop.train(make_config(**good), tmp_path / "good").diverged
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_before_its_checkpoint(make_config, tmp_path, capsys):
@@ -325,8 +415,14 @@ def test_a_second_process_is_kept_out(make_config, tmp_path):
   folder = RunFolder(tmp_path / "run")
   config = make_config()
   folder.create(config_lib.to_json(config))
-  with folder.lock(), pytest.raises(InputError, match="another process trains there"):
+  with folder.lock(), pytest.raises(InputError, match=rf"another process trains there \(host .*process {os.getpid()}"):
     loop.train(config, tmp_path / "run")
+  # One on another machine, which this machine's lock knows nothing of: alive while its file is young.
+  lock = tmp_path / "run" / ".lock"
+  lock.write_text(json.dumps({"host": "another", "process": 7, "since": "today"}))
+  with pytest.raises(InputError, match="host another, process 7, since today"):
+    loop.train(config, tmp_path / "run")
+  os.utime(lock, (time.time() - 500, time.time() - 500))
   assert loop.train(config, tmp_path / "run").status == "finished"
 
 

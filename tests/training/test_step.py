@@ -28,7 +28,7 @@ def unequal_batch(config, rows=8, length=12, seed=1):
 
 def state_of(config, params):
   moments = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
-  return TrainState(jnp.int32(3), params, moments)  # past the warm-up's first, empty update
+  return TrainState(jnp.int32(3), params, moments, jnp.int32(0), jnp.int32(0))  # past the warm-up's first, empty update
 
 
 def run_step(config, params, batch, **arguments):

@@ -1,0 +1,28 @@
+"""Exact sums of the bits of arrays: equal for equal numbers on any mesh, and another for one flipped bit."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def bit_sums(tree: Any) -> dict[str, jax.Array]:
+  """The sum of each tensor's bit patterns, modulo 2^32: name -> uint32.
+
+  Call it under jit, so that sharded tensors are reduced where they lie.
+  """
+
+  def total(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): total(leaf) for path, leaf in leaves}
+
+
+def hash_of_sums(sums: Mapping[str, Any]) -> str:
+  """One short hash of `bit_sums`."""
+  lines = "".join(f"{name} {int(value)}\n" for name, value in sorted(sums.items()))
+  return hashlib.sha256(lines.encode()).hexdigest()[:16]

@@ -1,0 +1,28 @@
+"""Compiled programs kept between processes, where only their owner can put anything: what lies there is run."""
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import jax
+
+
+def use_compile_cache() -> Path | None:
+  """Keeps compiled programs in the user's cache folder, with mode 0700; returns it, or None where it is not used.
+
+  A folder that was chosen with JAX_COMPILATION_CACHE_DIR is left as it is.
+  """
+  if jax.config.values["jax_compilation_cache_dir"]:
+    return None
+  folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mixln_jax" / "compiled"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+      raise PermissionError("it belongs to somebody else")
+    folder.chmod(stat.S_IRWXU)
+  except OSError as error:
+    print(f"warning: compiled programs are not kept: {folder}: {error.strerror or error}", file=sys.stderr)
+    return None
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  return folder
