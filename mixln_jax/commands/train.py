@@ -1,10 +1,12 @@
 """Train a model: starts a run in --workdir, or goes on with the one that is there."""
 
 import sys
+from typing import Any
 
 from mixln_jax.command_line import CommandLine
 from mixln_jax.errors import InputError
 from mixln_jax.inference.generate import generate_text
+from mixln_jax.parallel import processes
 from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
@@ -26,21 +28,27 @@ def main(argv: list[str]) -> int:
   if values.config is None and not folder.has_run:
     raise InputError("--config is required for a new run, and --workdir holds none; see --help")
   config = read_config(folder) if values.config is None else line.config_value()
+  processes.join()
   use_compile_cache()
   outcome = loop.train(config, values.workdir)
+  show = print if processes.is_first() else _nothing
   if outcome.diverged:
-    print("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
+    show("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
   if outcome.skipped_updates:
-    print(f"skipped    {outcome.skipped_updates} updates, whose loss or gradient was not finite")
-  print(f"{outcome.status:<10} {outcome.message}", file=sys.stderr if outcome.status == loop.NON_FINITE else sys.stdout)
+    show(f"skipped    {outcome.skipped_updates} updates, whose loss or gradient was not finite")
+  show(f"{outcome.status:<10} {outcome.message}", file=sys.stderr if outcome.status == loop.NON_FINITE else sys.stdout)
   if outcome.validation:
     loss, perplexity = (float(outcome.validation[name]) for name in ("loss", "perplexity"))
-    print(f"validation loss {loss:.4f}, perplexity {perplexity:.3f} (step {outcome.validation['step']})")
+    show(f"validation loss {loss:.4f}, perplexity {perplexity:.3f} (step {outcome.validation['step']})")
   if outcome.status == loop.FINISHED and config.train.sample_tokens:
     setup = set_up(config)
     run = open_run(folder, setup.mesh)
     with on_mesh(setup.mesh):
       text = generate_text(run.config.model, run.params, setup.corpus.tokenizer, "", config.train.sample_tokens)
-    print(f"sample     {text!r}")
-  print(f"files      {folder.path}")
+    show(f"sample     {text!r}")
+  show(f"files      {folder.path}")
   return STATUSES[outcome.status]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+  """What the processes print that are not the first."""

@@ -117,6 +117,10 @@ class Checkpoints:
       (Path(self._manager.directory) / str(step)).rename(target / str(step))
     self._manager.reload()
 
+  def reload(self) -> None:
+    """Looks at the folder again, after another process changed it."""
+    self._manager.reload()
+
   def check(self) -> None:
     """Raises what went wrong in the background since the last save."""
     self._manager.check_for_errors()

@@ -33,6 +33,7 @@ from typing import Any
 import jax
 
 from mixln_jax.errors import InputError
+from mixln_jax.parallel.processes import is_first
 
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
@@ -103,11 +104,13 @@ class RunFolder:
     return (self / CONFIG).is_file()
 
   def create(self, config_json: str) -> None:
-    """Makes the folder for a new run and writes its config, which makes it one.
+    """Makes the folder for a new run and writes its config, which makes it one; of several processes the first does.
 
     Raises:
       InputError: the path is not a folder, can't be written, or holds something else.
     """
+    if not is_first():
+      return
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       # What a process that died while it wrote the config left behind is no reason to refuse.
@@ -138,9 +141,14 @@ class RunFolder:
     The file says who holds it and since when, and is touched while the holder lives. On one machine the system frees
     the lock of a process that died; a holder on another machine is believed dead once its file is STALE_SECONDS old.
 
+    Of several processes of one run the first one holds it for all.
+
     Raises:
       InputError: another process holds it, or the folder can't be written.
     """
+    if not is_first():
+      yield
+      return
     with contextlib.ExitStack() as stack:
       try:
         file = stack.enter_context((self / LOCK).open("a+"))
@@ -180,7 +188,9 @@ class RunFolder:
       ) from error
 
   def write(self, name: str, text: str) -> None:
-    """Writes a file of facts, whole or not at all."""
+    """Writes a file of facts, whole or not at all; of several processes the first one does."""
+    if not is_first():
+      return
     partial = (self / name).with_name(f".{Path(name).name}.partial")
     partial.write_text(text)
     partial.replace(self / name)

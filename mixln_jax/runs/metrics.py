@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mixln_jax.errors import InputError
+from mixln_jax.parallel.processes import is_first
 
 
 class Mirror(Protocol):
@@ -80,24 +81,33 @@ class Metrics:
   def __init__(self, path: Path, start_step: int):
     """Opens metrics.jsonl and cuts it back to `start_step`, the step that was restored (0 = empty).
 
+    Of several processes the first one writes; the others write nothing.
+
     Raises:
       InputError: a line other than the last one is not JSON.
     """
+    self._mirrors: list[Mirror] = []
+    self._file = None
+    if not is_first():
+      return
     kept = [line for line in read_lines(path) if line["step"] <= start_step] if start_step else []
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
     partial.replace(path)
     self._file = path.open("a")
-    self._mirrors: list[Mirror] = []
 
   def add_mirror(self, make: Any, *args: Any) -> None:
     """Adds `make(*args)`; a mirror that can't be made is reported and left out."""
+    if self._file is None:
+      return
     try:
       self._mirrors.append(make(*args))
     except Exception as error:
       print(f"warning: {make.__name__} is off: {error}", file=sys.stderr)
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    if self._file is None:
+      return
     line = {"step": step, "split": split} | {name: _json_number(value) for name, value in values.items()}
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
@@ -109,7 +119,8 @@ class Metrics:
         self._mirrors.remove(mirror)
 
   def close(self) -> None:
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
     for mirror in self._mirrors:
       try:
         mirror.close()

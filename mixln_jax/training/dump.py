@@ -11,6 +11,7 @@ import numpy as np
 from mixln_jax.config import Config
 from mixln_jax.model import Transformer
 from mixln_jax.model.transformer import param_paths
+from mixln_jax.parallel.processes import is_first, wait_for_all
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.training.setup import Setup, make_loader, on_mesh
 from mixln_jax.training.step import TrainState, gradient_sum
@@ -29,14 +30,17 @@ def write_dump(folder: RunFolder, setup: Setup, state: TrainState, step: int) ->
   """
   config = setup.config
   target = folder.unused(f"non_finite_{step}")
-  target.mkdir()
+  wait_for_all("the dump's folder is chosen")
+  if is_first():
+    target.mkdir()
   batches = make_loader(setup, config.train.batch_size, all_rows=True).train(step - 1)
   try:
     batch = next(batches)
   finally:
     batches.close()
   arrays: Any = batch
-  np.savez(target / "batch.npz", **arrays)
+  if is_first():
+    np.savez(target / "batch.npz", **arrays)
   with on_mesh(setup.mesh):
     loss, norms = jax.device_get(jax.jit(lambda params: gradient_norms(config, params, batch))(state.params))
   report = {

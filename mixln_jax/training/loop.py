@@ -26,6 +26,7 @@ from mixln_jax.model.initial import count_params
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.devices import peak_flops
 from mixln_jax.parallel.mesh import global_batch
+from mixln_jax.parallel.processes import all_stop_at, is_first, wait_for_all
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
 from mixln_jax.runs.folder import RunFolder
@@ -91,6 +92,7 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   old_config = read_config(folder) if folder.has_run else config
   if not folder.has_run:
     folder.create(config_lib.to_json(config))
+  wait_for_all("the run's folder is there")
   with folder.lock(), contextlib.closing(open_checkpoints(config, folder)) as checkpoints:
     if not checkpoints.all_steps() and not read_lines(folder / folder_lib.METRICS):
       old_config = config  # nothing was trained: a first start that failed pins nothing
@@ -133,11 +135,22 @@ def _go_on(
       damaged[point.step] = error
       continue
     for step, error in damaged.items():
-      aside = folder.unused(f"damaged_{step}")
-      aside.mkdir()
-      checkpoints.move([step], aside)
+      aside = _put_aside(folder, checkpoints, [step], f"damaged_{step}")
       print(f"warning: {error}; it lies in {aside} now, and the run goes on from the one before", file=sys.stderr)
     return point, state
+
+
+def _put_aside(folder: RunFolder, checkpoints: Checkpoints, steps: list[int], name: str) -> Path:
+  """Moves checkpoints, and a copy of the metrics, into a folder of the run; returns it."""
+  aside = folder.unused(name)
+  wait_for_all(f"{name} is chosen")
+  if is_first():
+    aside.mkdir()
+    shutil.copy(folder / folder_lib.METRICS, aside)  # first: once the checkpoints are gone, nobody asks for it
+    checkpoints.move(steps, aside)
+  wait_for_all(f"{name} is made")
+  checkpoints.reload()
+  return aside
 
 
 def _train(
@@ -151,13 +164,11 @@ def _train(
 ) -> _End:
   """The loop itself; `state` is the restored one, or None."""
   config, num_steps = setup.config, setup.config.train.num_steps
-  (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
   if later := [step for step in checkpoints.all_steps() if step > point.step]:
-    superseded = folder.unused(f"superseded_at_{point.step}")
-    superseded.mkdir()
-    shutil.copy(folder / folder_lib.METRICS, superseded)  # first: once the checkpoints are gone, nobody asks for it
-    checkpoints.move(later, superseded)
-  _announce(setup, folder, point)
+    _put_aside(folder, checkpoints, later, f"superseded_at_{point.step}")
+  if is_first():
+    (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
+    _announce(setup, folder, point)
   if state is None:
     state = initial_state(setup, shardings)
     _report_initial_weights(folder, state.params)
@@ -190,7 +201,7 @@ def _train(
         reporter.dispatched(step, values)
         checkpoints.check()
         profiler.after(step, state)
-        stopped_by = stop.requested_by  # read once: a signal may come at any time
+        stopped_by = "SIGTERM" if all_stop_at(step) else stop.requested_by  # read once: a signal may come at any time
         evaluate_now = step == num_steps or _due(step, config.evaluate.every_steps)
         save_now = (
           step in (num_steps, *decay_start(config))
@@ -284,12 +295,13 @@ def _report_initial_weights(folder: RunFolder, params: Any) -> None:
   """Prints one hash of the initial weights and writes it with the sum behind it of each tensor: runs that start from
   the same numbers show the same, on any mesh (Admin's scales are means, which a mesh may round another way)."""
   sums = {name: int(value) for name, value in jax.device_get(jax.jit(bit_sums)(params)).items()}
-  print(f"weights    initial, hash {hash_of_sums(sums)}")
+  if is_first():
+    print(f"weights    initial, hash {hash_of_sums(sums)}")
   folder.write_json(folder_lib.INITIAL_WEIGHTS, {"hash": hash_of_sums(sums), "bit_sums": sums})
 
 
 def _write_facts(setup: Setup, folder: RunFolder, params: Any, point: ResumePoint) -> None:
-  if point.changes:
+  if point.changes and is_first():
     now = datetime.datetime.now().astimezone().isoformat()
     with (folder / folder_lib.CHANGES).open("a") as file:
       file.write(json.dumps({"step": point.step, "time": now, "changes": point.changes}) + "\n")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import jax
 from tqdm import tqdm
 
+from mixln_jax.parallel.processes import is_first
 from mixln_jax.runs.metrics import Metrics
 
 
@@ -63,8 +64,9 @@ class Progress:
     """
     self._num_steps = num_steps
     self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
-    bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
-    self._bar = bar
+    self._silent = not is_first()
+    shown = sys.stderr.isatty() and not self._silent
+    self._bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True) if shown else None
     self._durations: deque[float] = deque(maxlen=100)  # of the last steps, for the time that is left
 
   def utilization(self, seconds: float) -> str:
@@ -75,6 +77,8 @@ class Progress:
 
   def step(self, step: int, values: Mapping[str, float], seconds: float) -> None:
     """One step: its metrics, and how long it took."""
+    if self._silent:
+      return
     shown = (
       f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  grad {values['gradient_norm']:.3f}  "
       f"tok/s {values['tokens_per_second']:,.0f}  mfu {self.utilization(seconds)}"
@@ -91,7 +95,7 @@ class Progress:
     """A line that does not break the bar."""
     if self._bar is not None:
       tqdm.write(line)
-    else:
+    elif not self._silent:
       print(line, flush=True)
 
   def close(self) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import jax
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED_STATUS = 75  # EX_TEMPFAIL: run the same command again
 
@@ -23,11 +25,14 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-  """Watches the signals while the context is open; off the main thread Python allows no handlers, and none is set."""
+  """Watches the signals while the context is open; off the main thread Python allows no handlers, and none is set.
+
+  With several processes none is set either: JAX handles SIGTERM for all (`processes.all_stop_at`).
+  """
   request = StopRequest()
   previous = {}
   try:
-    for number in SIGNALS:
+    for number in SIGNALS if jax.process_count() == 1 else ():
       previous[number] = signal.signal(number, request._handle)
   except ValueError:
     pass

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
+from mixln_jax.parallel import processes
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.training import loop, setup
 
@@ -116,6 +117,7 @@ FAULTS = {
 
 def main(config_path, workdir, fault, number="1"):
   config = config_lib.from_json(Path(config_path).read_text())
+  processes.join()
   FAULTS[fault](int(number))
   try:
     outcome = loop.train(config, workdir)
