@@ -71,7 +71,7 @@ class File:
             "does; remove it, or unpack it yourself"
           )
         yield chunk
-        data = unpacker.unused_data  # of the next member
+        data = unpacker.unused_data.lstrip(b"\0")  # of the next member; some tools pad the last one with zeros
         unpacker = None if unpacker.eof else unpacker
     if unpacker is not None:
       raise InputError(f"config.data.source: {self} ends in the middle of its compressed data; download it again")

@@ -279,6 +279,11 @@ def _run(jobs: Sequence[Job], workers: int, *, progress: bool) -> list[dict[str,
           if failed:
             break
         done |= {number: future.result() for future, number in futures.items() if future.done()}
+      except concurrent.futures.BrokenExecutor as error:
+        raise InputError(
+          "a process of `prepare` died, perhaps for want of memory; run it again with fewer --workers: the parts that "
+          "are done are kept"
+        ) from error
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise

@@ -154,6 +154,8 @@ def test_compressed_files_that_are_cut_damaged_or_bombs_are_refused_by_name(tmp_
   path.write_bytes(b"no " + whole)
   with pytest.raises(InputError, match=rf"{path.name} is damaged"):
     everything(str(path))
+  path.write_bytes(whole + bytes(700))  # as tape and some copying tools pad
+  assert texts(str(path)) == TEXTS
   monkeypatch.setattr(files, "BOMB_BYTES", 10**6)
   path.write_bytes(pack(b"0" * (20 << 20)))
   with pytest.raises(InputError, match=rf"{path.name} unpacks to more than .* bytes"):

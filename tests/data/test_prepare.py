@@ -130,6 +130,22 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(make_config, c4
   assert contents(prepare(config, progress=False, workers=2).folder) == expected
 
 
+def test_a_worker_that_is_killed_is_reported(make_config, c4, tmp_path):
+  script = tmp_path / "run.py"
+  script.write_text(
+    "import os, sys, signal\nfrom mixln_jax import config\nfrom mixln_jax.data import corpus\n"
+    "from mixln_jax.data.prepare import prepare\n"
+    "if __name__ == '__mp_main__':\n"
+    "  corpus.READERS['json_lines'] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+    "if __name__ == '__main__':\n  prepare(config.from_json(sys.stdin.read()), progress=False, workers=2)\n"
+  )
+  text = config_lib.to_json(c4_config(make_config, c4, tmp_path / "records"))
+  options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True, "timeout": 120}
+  result = subprocess.run([sys.executable, str(script)], input=text, check=False, **options)
+  assert result.returncode != 0
+  assert "run it again with fewer --workers" in result.stderr
+
+
 def test_a_part_whose_shard_was_lost_is_written_again(make_config, c4, tmp_path, monkeypatch):
   config = c4_config(make_config, c4, tmp_path / "records")
   with monkeypatch.context() as patch:  # it ends before the whole is made of the parts
