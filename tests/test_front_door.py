@@ -237,3 +237,8 @@ def test_admin_starts_from_a_profile_and_the_run_says_the_hash_of_its_weights(re
   assert all(np.ptp(scale) == 0 for scale in scales)
   assert scales[0][0] == 1
   assert len({float(scale[0]) for scale in scales}) == 4
+
+
+def test_nothing_reads_a_pickle():
+  for path in (ROOT / "mixln_jax").rglob("*.py"):
+    assert "pickle" not in path.read_text(), path

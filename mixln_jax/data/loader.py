@@ -15,9 +15,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from mixln_jax.data.records import Manifest, Record
+from mixln_jax.data.records import Manifest, Record, unreadable
 from mixln_jax.data.tokenizer import Tokenizer
-from mixln_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 
@@ -146,10 +145,7 @@ class Loader:
       except StopIteration:
         return
       except RuntimeError as error:  # what ArrayRecord raises for a damaged file
-        raise InputError(
-          f"{self._data.folder}: a record can't be read ({' '.join(str(error).split())[:200]}); "
-          "--config.data.verify=true names the shard that changed"
-        ) from error
+        raise unreadable(self._data.folder, error) from error
       yield row
 
   def _local_rows(self, rows: list[Batch]) -> Batch:

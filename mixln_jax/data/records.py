@@ -168,13 +168,25 @@ class Corpus(NamedTuple):
 
   def rows(self, split: str) -> grain.MapDataset[Record]:
     """The records of a split, in their order."""
-    source: Any = grain.sources.ArrayRecordDataSource(self.shard_paths(split))
+    try:
+      source: Any = grain.sources.ArrayRecordDataSource(self.shard_paths(split))
+      len(source)  # reads the shards' ends
+    except RuntimeError as error:
+      raise unreadable(self.folder, error) from error
     dtype, length = token_dtype(self.manifest.vocab_size), self.manifest.sequence_length
     return grain.MapDataset.source(source).map(functools.partial(decode_record, sequence_length=length, dtype=dtype))
 
   def training(self, seed: int) -> grain.MapDataset[Record]:
     """The training records for ever, in a new order each epoch; the n-th is a function of the seed and n."""
     return self.rows("train").seed(seed).shuffle().repeat()
+
+
+def unreadable(folder: Path, error: Exception) -> InputError:
+  """The error for what ArrayRecord raises for a damaged file."""
+  return InputError(
+    f"{folder}: a record can't be read ({' '.join(str(error).split())[:200]}); --config.data.verify=true names the "
+    "shard that changed"
+  )
 
 
 class ShardWriter:

@@ -3,6 +3,7 @@
 PYTHONPATH=.:tests .venv/bin/python -m faults.suite > docs/faults.md
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.data.prepare import prepare
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
+from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import read_lines
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.checkpoints import restore_state, split
@@ -32,7 +34,7 @@ class Case(NamedTuple):
   number: int = 1
   status: int = KILLED  # of the process with the fault
   says: str = ""  # what stands in its stderr
-  damage: Callable[[Path], None] | None = None  # done to the run's folder between the two processes
+  damage: Callable[[Path], Any] | None = None  # done between the two processes; what it returns undoes it
   promise: str = "bit-equal"  # what running again gives: "bit-equal", or the text of a refusal
 
   @property
@@ -86,8 +88,8 @@ def delete_newest(workdir: Path) -> None:
 def foreign(workdir: Path) -> None:
   """Newest checkpoint of another model."""
   path = newest(workdir)
-  facts = next((path / "facts").iterdir())
-  facts.write_text(facts.read_text().replace("post", "lns"))
+  facts = next(file for file in (path / "facts").iterdir() if '"post"' in file.read_text())
+  facts.write_text(facts.read_text().replace('"post"', '"lns"'))
 
 
 def damage_all(workdir: Path) -> None:
@@ -101,6 +103,25 @@ def tear_metrics(workdir: Path) -> None:
   """A torn last line of metrics."""
   with (workdir / "metrics.jsonl").open("a") as file:
     file.write('{"step": 5, "split": "tr')
+
+
+def corrupt_shard(workdir: Path) -> Callable[[], object]:
+  """A data shard of the same size with other bytes."""
+  config = config_lib.from_json((workdir / "config.json").read_text())
+  shard = next(Path(config.data.directory).glob("train-*"))
+  original = shard.read_bytes()
+  data = bytearray(original)
+  for position in range(2000, len(data) // 4):
+    data[position] ^= 0x5A
+  shard.write_bytes(bytes(data))
+  return lambda: shard.write_bytes(original)
+
+
+def second_writer(workdir: Path) -> Callable[[], object]:
+  """Another process that trains in the same folder."""
+  stack = contextlib.ExitStack()
+  stack.enter_context(RunFolder(workdir).lock())
+  return stack.close
 
 
 FAST = (
@@ -135,6 +156,8 @@ CASES = (
   Case("SIGTERM", 5, status=75, damage=foreign),
   Case("SIGTERM", 5, status=75, damage=tear_metrics),
   Case("SIGTERM", 5, status=75, damage=damage_all, promise="no checkpoint of the run is whole"),
+  Case("SIGTERM", 3, status=75, damage=corrupt_shard, promise="a record can't be read"),
+  Case("SIGTERM", 3, status=75, damage=second_writer, promise="another process trains there"),
 )
 
 
@@ -196,11 +219,12 @@ class Suite:
     first = self.run(workdir, case.fault, case.number)
     assert first.returncode == case.status, (case.name, first.returncode, first.stderr[-2000:])
     assert case.says in first.stderr, first.stderr[-2000:]
-    if case.damage is not None:
-      case.damage(workdir)
+    undo = case.damage(workdir) if case.damage is not None else None
     what = "killed" if case.status == KILLED else f"exit {case.status}"
     kept = list((workdir / "checkpoints").glob("[0-9]*")) if (workdir / "checkpoints").exists() else []
     again = self.run(workdir, "none", 1)
+    if undo is not None:
+      undo()
     if case.promise != "bit-equal":
       assert again.returncode == 2, again.stderr[-2000:]
       assert case.promise in again.stderr
