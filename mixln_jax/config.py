@@ -145,7 +145,9 @@ FIELDS: Mapping[str, Field] = {
     False, "no prepared records: tokenize the documents of a tfds or hf source while training (data.mode=pad)"
   ),
   "data.mixture": Field(
-    "", "train on several folders of records by weight, as in work/data/a:0.7,work/data/b:0.3; empty = data.directory"
+    "",
+    "train on several folders of records by weight, as in work/data/a:0.7,work/data/b:0.3; empty = data.directory",
+    on_resume=FREE,  # the data's fingerprint says whether it is the same
   ),
   "data.directory": Field(
     "", "folder of the prepared records; empty = work/data/NAME, NAME made from the fields of data", on_resume=FREE

@@ -66,7 +66,7 @@ class Part:
 
 def is_validation(name: str, share: float) -> bool:
   """Whether a document is held out: its name's hash falls into the first `share` of all hashes."""
-  digest = hashlib.sha256(name.encode()).digest()
+  digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()  # a file's name need not be UTF-8
   return int.from_bytes(digest[:8], "big") < share * 2**64
 
 

@@ -13,6 +13,8 @@ CHUNK_BYTES = 1 << 20
 LONGEST_DOCUMENT = 64 << 20  # bytes; a longer line or file is no document
 # What unpacks to more than this, and to more than RATIO times its size, is a decompression bomb: text packs 3 to 10 ×.
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 100
+# A byte of zstd can stand for 32 kB, and its library unpacks all that it is given; zlib stops where it is told to.
+READ_BYTES = {"gzip": 1 << 16, "zstd": 1 << 10}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -56,12 +58,16 @@ class File:
   def _unpacked(self, raw: Any) -> Iterator[bytes]:
     # Not a reader object of either library: zstandard's takes a file that was cut off for one that ended.
     limit = max(BOMB_BYTES, BOMB_RATIO * self.stat()[0])
-    unpacker, total = None, 0
-    while data := raw.read(CHUNK_BYTES >> 4):
-      while data:
-        unpacker = unpacker or _unpacker(self.compression)
+    unpacker, total, pending = None, 0, False
+    while data := raw.read(READ_BYTES[str(self.compression)]):
+      while data or pending:
+        if unpacker is None:
+          data = data.lstrip(b"\0")  # some tools pad with zeros
+          if not data:
+            break
+          unpacker = _Unpacker(self.compression)
         try:
-          chunk = unpacker.decompress(data)
+          chunk, data = unpacker.unpack(data)
         except Exception as error:  # zlib.error, zstandard.ZstdError
           raise InputError(f"config.data.source: {self} is damaged ({error}); download it again") from error
         total += len(chunk)
@@ -71,8 +77,8 @@ class File:
             "does; remove it, or unpack it yourself"
           )
         yield chunk
-        data = unpacker.unused_data.lstrip(b"\0")  # of the next member; some tools pad the last one with zeros
         unpacker = None if unpacker.eof else unpacker
+        pending = unpacker is not None and len(chunk) == CHUNK_BYTES  # more may come out than went in
     if unpacker is not None:
       raise InputError(f"config.data.source: {self} ends in the middle of its compressed data; download it again")
 
@@ -102,12 +108,28 @@ class File:
       yield at, (b"".join(pending) if size <= LONGEST_DOCUMENT else None)
 
 
-def _unpacker(compression: str | None) -> Any:
-  if compression == "gzip":
-    return zlib.decompressobj(wbits=31)
-  import zstandard
+class _Unpacker:
+  """Unpacks one member of a compressed file, never much more at a time than CHUNK_BYTES."""
 
-  return zstandard.ZstdDecompressor().decompressobj()
+  def __init__(self, compression: str | None):
+    self._gzip = compression == "gzip"
+    if self._gzip:
+      self._object: Any = zlib.decompressobj(wbits=31)
+    else:
+      import zstandard
+
+      self._object = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+  @property
+  def eof(self) -> bool:
+    return self._object.eof
+
+  def unpack(self, data: bytes) -> tuple[bytes, bytes]:
+    """Some bytes of the member, and what is left of `data`: of this member, or of the next one."""
+    if not self._gzip:
+      return self._object.decompress(data), self._object.unused_data
+    chunk = self._object.decompress(data, CHUNK_BYTES)
+    return chunk, self._object.unused_data if self._object.eof else self._object.unconsumed_tail
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
@@ -134,6 +156,6 @@ def find(pattern: str, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
   if fs.isdir(path):
     found = [(name.removeprefix(path).lstrip("/"), name) for name in fs.find(path) if name.endswith(suffixes)]
   else:
-    names = fs.glob(path) if any(sign in path for sign in "*?[") else [path] if fs.exists(path) else []
+    names = [path] if fs.exists(path) else fs.glob(path) if any(sign in path for sign in "*?[") else []
     found = [(name.rsplit("/", 1)[-1], name) for name in names if not fs.isdir(name)]
   return sorted((name, fs.unstrip_protocol(full) if "://" in pattern else full) for name, full in found)

@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
+import numpy as np
 
 from mixln_jax.data.records import Corpus, Manifest, Record, Split, open_corpus
 from mixln_jax.data.tokenizer import Tokenizer
@@ -13,7 +15,7 @@ from mixln_jax.errors import InputError
 
 
 class Mixture:
-  """Training records drawn from each corpus in proportion to its weight; the validation sets one after the other."""
+  """Training records drawn from each corpus in proportion to its weight (which grain rounds to about a hundredth)."""
 
   def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float]):
     """Raises InputError where the corpora differ in tokenizer, length or mode."""
@@ -60,12 +62,34 @@ class Mixture:
     )
 
   def rows(self, split: str) -> grain.MapDataset[Record]:
+    """The records of all corpora; validation sets are interleaved, so that a token limit sees all in proportion."""
+    if split == "validation":
+      source: Any = _Interleaved([corpus.rows(split) for corpus in self._corpora])
+      return grain.MapDataset.source(source)
     return grain.MapDataset.concatenate([corpus.rows(split) for corpus in self._corpora])
 
   def training(self, seed: int) -> grain.MapDataset[Record]:
     # Each repeats by its own epochs, so none runs out; a seed of its own keeps two equal corpora apart.
     endless = [corpus.training((seed + index) % 2**32) for index, corpus in enumerate(self._corpora)]
     return grain.MapDataset.mix(endless, weights=self._weights)
+
+
+class _Interleaved:
+  """Several datasets as one, each spread evenly over the whole."""
+
+  def __init__(self, datasets: Sequence[grain.MapDataset[Record]]):
+    self._datasets = list(datasets)
+    at = [(np.arange(len(dataset)) + 0.5) / len(dataset) for dataset in datasets]
+    which = np.concatenate([np.full(len(dataset), index) for index, dataset in enumerate(datasets)])
+    row = np.concatenate([np.arange(len(dataset)) for dataset in datasets])
+    order = np.argsort(np.concatenate(at), kind="stable")
+    self._which, self._row = which[order], row[order]
+
+  def __len__(self) -> int:
+    return len(self._which)
+
+  def __getitem__(self, index: int) -> Any:
+    return self._datasets[self._which[index]][int(self._row[index])]
 
 
 def open_mixture(mixture: str, *, verify: bool) -> Mixture:

@@ -84,6 +84,8 @@ class OnTheFly:
       raise InputError(
         "config.data.validation_source is needed with config.data.on_the_fly, as in tfds:c4/en:validation"
       )
+    if data.validation_source == data.source:
+      raise InputError(f"config.data.validation_source={data.source!r} is the training data; give another split")
     if data.tokenizer == tokenizer_lib.SENTENCEPIECE:
       raise InputError(
         "config.data.tokenizer=sentencepiece is trained by `prepare`; with config.data.on_the_fly give a path or bytes"
@@ -96,7 +98,7 @@ class OnTheFly:
       "train": Texts(data.source, data.text_field),
       "validation": Texts(data.validation_source, data.text_field),
     }
-    self._length = data.sequence_length
+    self._length, self._max_bad_share = data.sequence_length, data.max_bad_share
     self.folder = Path(data.source)
     self.manifest = self._manifest(data)
 
@@ -106,6 +108,7 @@ class OnTheFly:
       source=data.source,
       validation_source=data.validation_source,
       validation_share=data.validation_share,
+      text_field=data.text_field,
       source_sha256=hashlib.sha256(
         json.dumps([self._sample(texts) for texts in self._texts.values()]).encode()
       ).hexdigest(),
@@ -124,7 +127,14 @@ class OnTheFly:
     if not len(texts):
       raise InputError(f"{texts.source}: the corpus is empty")
     chosen = np.unique(np.linspace(0, len(texts) - 1, SAMPLED).astype(int))
-    return [len(texts), *(texts[int(index)] for index in chosen)]
+    sample = [texts[int(index)] for index in chosen]
+    bad = sample.count("")
+    if bad > max(1, self._max_bad_share * len(sample)):
+      raise InputError(
+        f"{texts.source}: {bad} of {len(sample)} sampled documents can't be used, more than config.data.max_bad_share="
+        f"{self._max_bad_share:g} allows; mend the data set, name another config.data.text_field, or raise it"
+      )
+    return [len(texts), *sample]
 
   def rows(self, split: str) -> grain.MapDataset[Record]:
     source: Any = self._texts[split]

@@ -5,7 +5,7 @@ from typing import Any
 from mixln_jax.data.loader import Data
 from mixln_jax.data.mixture import open_mixture
 from mixln_jax.data.on_the_fly import OnTheFly
-from mixln_jax.data.prepare import check_corpus, check_shape, data_directory
+from mixln_jax.data.prepare import check_corpus, check_shape, check_tokenizer, data_directory
 from mixln_jax.data.records import open_corpus
 
 
@@ -23,5 +23,7 @@ def open_data(config: Any) -> Data:
     corpus = open_corpus(data_directory(config), verify=config.data.verify)
     check_corpus(corpus, config)
     return corpus
-  check_shape(data.manifest, config, f"the data {data.manifest.source}")
+  where = f"the data {data.manifest.source}"
+  check_shape(data.manifest, config, where)
+  check_tokenizer(data.manifest, config, where)
   return data

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
@@ -32,6 +33,7 @@ from mixln_jax.errors import InputError
 
 DEFAULT_ROOT = Path("work/data")
 PLAN, PARTS, LOCK, SOURCE_STATE = "plan.json", "parts", ".lock", ".source_state"
+ADDRESSED = ("tfds", "hf")  # kinds of parts that are no files
 EXAMPLES = 3  # of bad documents that a part remembers
 
 
@@ -51,7 +53,9 @@ def data_directory(config: Any) -> Path:
     tokenizer = tokenizer_lib.BYTES
   else:
     tokenizer = f"{Path(data.tokenizer).stem}-{_short_hash(data.tokenizer)}"
-  return DEFAULT_ROOT / "-".join((source.replace(":", "-"), tokenizer, f"{data.mode}{data.sequence_length}"))
+  field = "" if data.text_field == "text" else f"-{data.text_field}"
+  name = "-".join((source, tokenizer, f"{data.mode}{data.sequence_length}{field}"))
+  return DEFAULT_ROOT / re.sub(r"[^\w.-]+", "-", name)
 
 
 def _short_hash(text: str) -> str:
@@ -95,7 +99,8 @@ def prepare(config: Any, *, progress: bool = True, workers: int | None = None) -
   if data.validation_source:
     sources.append((data.validation_source, "validation"))
   parts = [(part, split) for source, split in sources for part in corpus_lib.parts_of(source)]
-  state = _source_state([part for part, _ in parts])
+  _check_disjoint(parts)
+  state = _source_state([part for part, _ in parts], data.text_field)
   if (folder / records_lib.MANIFEST).is_file():
     return _reuse(folder, config, parts, state)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -103,9 +108,13 @@ def prepare(config: Any, *, progress: bool = True, workers: int | None = None) -
       f"config.data.directory={str(folder)!r} is not empty and holds no records; choose another, nothing was written"
     )
   partial = folder.with_name(f".{folder.name}.partial")
+  given = _given_tokenizer(config)
   with _locked(partial, folder):
-    _start_or_go_on(partial, _plan(config, parts, state))
-    tokenizer = _stored_tokenizer(partial, config, parts)
+    if (folder / records_lib.MANIFEST).is_file():  # another process was quicker
+      shutil.rmtree(partial)
+      return _reuse(folder, config, parts, state)
+    _start_or_go_on(partial, _plan(config, parts, state, given))
+    tokenizer = _stored_tokenizer(partial, config, parts, given)
     jobs = [
       Job(
         part,
@@ -198,7 +207,7 @@ def write_part(job: Job, count: Callable[[int], None] = lambda _: None) -> dict[
 
 def _hash_document(digest: Any, document: Document) -> None:
   for text in document:
-    data = text.encode()
+    data = text.encode(errors="surrogateescape")
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
 
@@ -231,8 +240,9 @@ def _start_worker(counter: Any, parent: int) -> None:
 
 def _work(job: Job) -> dict[str, Any]:
   def count(documents: int) -> None:
-    with _counter.get_lock():
-      _counter.value += documents
+    _counter.value += (
+      documents  # without a lock, which a worker that is killed would never give back: it is about right
+    )
 
   return write_part(job, count)
 
@@ -265,7 +275,7 @@ def _run(jobs: Sequence[Job], workers: int, *, progress: bool) -> list[dict[str,
 
       return [done.get(job.number) or write_part(job, count) for job in jobs]
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q")
+    counter = context.RawValue("q")
     with concurrent.futures.ProcessPoolExecutor(
       min(workers, len(todo)), context, initializer=_start_worker, initargs=(counter, os.getpid())
     ) as pool:
@@ -274,7 +284,7 @@ def _run(jobs: Sequence[Job], workers: int, *, progress: bool) -> list[dict[str,
         while waiting := [future for future in futures if not future.done()]:
           concurrent.futures.wait(waiting, timeout=0.5, return_when=concurrent.futures.FIRST_EXCEPTION)
           bar.set_postfix_str(f"{len(jobs) - len(waiting)} of {len(jobs)} parts")
-          bar.update(counter.value - bar.n)
+          bar.update(max(0, counter.value - bar.n))
           failed = [future for future in futures if future.done() and future.exception()]
           if failed:
             break
@@ -285,7 +295,8 @@ def _run(jobs: Sequence[Job], workers: int, *, progress: bool) -> list[dict[str,
           "are done are kept"
         ) from error
       except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list((pool._processes or {}).values()):  # public from Python 3.14 on; a part may take hours
+          process.kill()
         raise
       return [done[job.number] for job in jobs]
 
@@ -305,24 +316,50 @@ def _locked(partial: Path, folder: Path) -> Iterator[None]:
       f"config.data.directory={str(folder)!r}: can't be made ({error.strerror}); choose another"
     ) from error
   with lock:
+    busy = InputError(f"config.data.directory={str(folder)!r}: another process prepares it; wait for it")
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if not os.path.samestat(os.fstat(lock.fileno()), (partial / LOCK).stat()):
+        raise busy  # it finished in between, and took the file with it
     except OSError as error:
-      raise InputError(f"config.data.directory={str(folder)!r}: another process prepares it; wait for it") from error
-    yield
+      raise busy from error
+    try:
+      yield
+    except OSError as error:
+      raise InputError(
+        f"config.data.directory={str(folder)!r}: can't be written ({error.strerror}); make room and run again, what is "
+        "done is kept"
+      ) from error
 
 
-def _source_state(parts: Sequence[Part]) -> str:
-  """Hash over the names, sizes and times of a corpus's files: equal where surely nothing changed."""
-  files = sorted({path for part in parts if part.kind not in ("tfds", "hf") for path in part.paths})
+def _check_disjoint(parts: Sequence[tuple[Part, str | None]]) -> None:
+  """Refuses a file, or a split of a data set, that is both trained and validated on."""
+  places = {split: set() for split in ("train", "validation", None)}
+  for part, split in parts:
+    places[split] |= {part.paths} if part.kind in ADDRESSED else set(part.paths)
+  if both := places["train"] & places["validation"]:
+    raise InputError(
+      f"config.data.source and config.data.validation_source both have {sorted(map(str, both))[0]}; what is trained on "
+      "can't validate"
+    )
+
+
+def _source_state(parts: Sequence[Part], text_field: str) -> str:
+  """Hash over the names, sizes and times of a corpus's files, and over some documents of each addressed part."""
+  files = sorted({path for part in parts if part.kind not in ADDRESSED for path in part.paths})
   stats = [(path, *File(path).stat()) for path in files]
-  return hashlib.sha256(json.dumps([stats, [dataclasses.astuple(part) for part in parts]]).encode()).hexdigest()
+  first = [str(next(corpus_lib.read(part, text_field), "")) for part in parts if part.kind in ADDRESSED]
+  described = [dataclasses.astuple(part) for part in parts]
+  return hashlib.sha256(json.dumps([stats, first, described]).encode()).hexdigest()
 
 
-def _plan(config: Any, parts: Sequence[tuple[Part, str | None]], state: str) -> str:
+def _plan(
+  config: Any, parts: Sequence[tuple[Part, str | None]], state: str, given: tokenizer_lib.Tokenizer | None
+) -> str:
   """What decides the bytes of the records, as text: work that was begun under another plan is not gone on with."""
   names = ("tokenizer", "sequence_length", "mode", "text_field", "validation_share")
   settings = {name: config.data[name] for name in names} | {"vocab_size": config.model.vocab_size}
+  settings["tokenizer_sha256"] = given and tokenizer_lib.content_hash(given)
   described = [[dataclasses.asdict(part), split] for part, split in parts]
   return json.dumps({"format": records_lib.FORMAT, **settings, "state": state, "parts": described})
 
@@ -339,18 +376,32 @@ def _start_or_go_on(partial: Path, plan: str) -> None:
   _write_whole(path, plan)
 
 
-def _stored_tokenizer(partial: Path, config: Any, parts: Sequence[tuple[Part, str | None]]) -> tokenizer_lib.Tokenizer:
-  """The tokenizer of config.data, made once and kept with the work."""
+def _given_tokenizer(config: Any) -> tokenizer_lib.Tokenizer | None:
+  """The tokenizer that config.data names; None where one is to be trained on the corpus.
+
+  Raises:
+    InputError: it can't be read, or has more ids than the model.
+  """
   name = config.data.tokenizer
-  path = partial / records_lib.TOKENIZER
   if name == tokenizer_lib.SENTENCEPIECE:
-    if path.is_file():
-      return tokenizer_lib.SentencePieceTokenizer(path.read_bytes(), str(path))
-    tokenizer = tokenizer_lib.train_sentencepiece(_training_texts(config, parts), config.model.vocab_size)
-  elif name == tokenizer_lib.BYTES:
-    tokenizer = tokenizer_lib.ByteTokenizer()
-  else:
-    tokenizer = tokenizer_lib.read_tokenizer(name)
+    return None
+  given = tokenizer_lib.ByteTokenizer() if name == tokenizer_lib.BYTES else tokenizer_lib.read_tokenizer(name)
+  if given.vocab_size > config.model.vocab_size:
+    raise InputError(
+      f"config.model.vocab_size={config.model.vocab_size} is under the {given.vocab_size} ids of "
+      f"config.data.tokenizer={name!r}; raise it"
+    )
+  return given
+
+
+def _stored_tokenizer(
+  partial: Path, config: Any, parts: Sequence[tuple[Part, str | None]], given: tokenizer_lib.Tokenizer | None
+) -> tokenizer_lib.Tokenizer:
+  """The tokenizer of config.data, trained where none is given, and kept with the work."""
+  path = partial / records_lib.TOKENIZER
+  if given is None and path.is_file():
+    return tokenizer_lib.SentencePieceTokenizer(path.read_bytes(), str(path))
+  tokenizer = given or tokenizer_lib.train_sentencepiece(_training_texts(config, parts), config.model.vocab_size)
   partial_path = partial / f".{records_lib.TOKENIZER}"
   partial_path.write_bytes(tokenizer.content)
   partial_path.replace(path)
@@ -391,28 +442,30 @@ def train_tokenizer(config: Any, path: str, size: int) -> tokenizer_lib.Tokenize
   parts = [
     (part, "train" if config.data.validation_source else None) for part in corpus_lib.parts_of(config.data.source)
   ]
-  tokenizer = makers[target.suffix](_training_texts(config, parts), size)
+  tokenizer = makers[target.suffix](_training_texts(config, parts), size, "--tokenizer_size")
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(tokenizer.content)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_bytes(tokenizer.content)
+    partial.replace(target)
   except OSError as error:
     raise InputError(f"--train_tokenizer={path}: can't be written ({error.strerror})") from error
   return tokenizer
 
 
 def _check_results(results: Sequence[dict[str, Any]], config: Any, partial: Path) -> None:
-  """Refuses a corpus with too many bad documents, or one of whose splits is empty; removes what was written of it."""
+  """Refuses a corpus with too many bad documents (what is done is kept: the share may be raised), or an empty split."""
   documents = {name: sum(result["splits"][name]["documents"] for result in results) for name in records_lib.SPLITS}
   good, bad = sum(documents.values()), sum(sum(result["skipped"].values()) for result in results)
   source = f"config.data.source={config.data.source!r}"
   problem = None
   if bad > config.data.max_bad_share * (good + bad):
     examples = [where for result in results for where in result["where"]][:EXAMPLES]
-    problem = (
+    raise InputError(
       f"{source}: {bad} of {good + bad} documents can't be used ({'; '.join(examples)}), more than "
       f"config.data.max_bad_share={config.data.max_bad_share:g} allows; mend the corpus, or raise it"
     )
-  elif not good:
+  if not good:
     problem = f"{source}: the corpus is empty; it needs at least one document with text"
   elif not all(documents.values()):
     missing = "training" if documents["validation"] else "validation"
@@ -441,6 +494,7 @@ def _finish(
     source=config.data.source,
     validation_source=config.data.validation_source,
     validation_share=config.data.validation_share,
+    text_field=config.data.text_field,
     source_sha256=_documents_hash(result["sha256"] for result in results),
     skipped=dict(sorted(skipped.items())),
     tokenizer=tokenizer.name,
@@ -485,7 +539,10 @@ def _reuse(folder: Path, config: Any, parts: Sequence[tuple[Part, str | None]], 
   """
   corpus = records_lib.open_corpus(folder, verify=config.data.verify)
   path = folder / SOURCE_STATE
-  if not path.is_file() or path.read_text() != state:  # files that were touched: do they still say the same?
+  surely_the_same = (
+    path.is_file() and path.read_text() == state and all(part.kind not in ADDRESSED for part, _ in parts)
+  )
+  if not surely_the_same:  # files that were touched, or a data set that has no times: do they still say the same?
     digests = []
     for part, _ in parts:
       digest = hashlib.sha256()
@@ -517,24 +574,36 @@ def check_corpus(corpus: records_lib.Corpus, config: Any) -> None:
   """
   manifest, data = corpus.manifest, config.data
   where = f"the records in {corpus.folder}"
-  for field in ("source", "validation_source", "validation_share"):
+  fields = ("source", "validation_source", "text_field", *(() if data.validation_source else ("validation_share",)))
+  for field in fields:
     if data[field] != getattr(manifest, field):
       raise InputError(
         f"config.data.{field}={data[field]!r}, but {where} were made with {getattr(manifest, field)!r}; set it to "
         "that, or prepare in another folder"
       )
   check_shape(manifest, config, where)
-  if data.tokenizer == tokenizer_lib.SENTENCEPIECE:  # trained to exactly config.model.vocab_size
-    matches = manifest.tokenizer == data.tokenizer and manifest.vocab_size == config.model.vocab_size
-  elif data.tokenizer == tokenizer_lib.BYTES:
-    matches = manifest.tokenizer == data.tokenizer
-  elif data.tokenizer.startswith(tokenizer_lib.HUB):  # not fetched again: the folder has its own
+  check_tokenizer(manifest, config, where)
+
+
+def check_tokenizer(manifest: records_lib.Manifest, config: Any, where: str) -> None:
+  """Refuses records of another tokenizer than config.data names.
+
+  A tokenizer file that is gone, or a name on the hub, is believed: the records have their own copy.
+  """
+  name = config.data.tokenizer
+  if name == tokenizer_lib.SENTENCEPIECE:  # trained to exactly config.model.vocab_size
+    matches = manifest.tokenizer == name and manifest.vocab_size == config.model.vocab_size
+  elif name == tokenizer_lib.BYTES:
+    matches = manifest.tokenizer == name
+  elif name.startswith(tokenizer_lib.HUB):
     matches = manifest.tokenizer == tokenizer_lib.HUGGING_FACE
+  elif not Path(name).expanduser().exists():
+    matches = True
   else:
-    matches = tokenizer_lib.content_hash(tokenizer_lib.read_tokenizer(data.tokenizer)) == manifest.tokenizer_sha256
+    matches = tokenizer_lib.content_hash(tokenizer_lib.read_tokenizer(name)) == manifest.tokenizer_sha256
   if not matches:
     raise InputError(
-      f"config.data.tokenizer={data.tokenizer!r} did not make {where} (theirs: {manifest.tokenizer}, "
+      f"config.data.tokenizer={name!r} did not make {where} (theirs: {manifest.tokenizer}, "
       f"sha256 {manifest.tokenizer_sha256[:12]}…); set it to theirs, or prepare again"
     )
 

@@ -135,6 +135,7 @@ class Manifest:
   source: str
   validation_source: str
   validation_share: float  # of the source's documents, where there is no validation source
+  text_field: str
   source_sha256: str  # over the names and texts of all documents
   skipped: dict[str, int]  # reason -> documents that could not be used
   tokenizer: str
@@ -147,8 +148,8 @@ class Manifest:
 
   @property
   def fingerprint(self) -> str:
-    """Hash over all of it but the names of the sources, which may move: what a run's data is."""
-    names = ("source", "validation_source")
+    """Hash over all of it but the names of the sources and their field, which may move: what a run's data is."""
+    names = ("source", "validation_source", "text_field")
     content = {name: value for name, value in dataclasses.asdict(self).items() if name not in names}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -199,9 +200,12 @@ class ShardWriter:
     self.records = self.counted = 0
 
   def write(self, record: Record) -> None:
-    if self._writer is None:
-      self._writer = array_record_module.ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
-    self._writer.write(encode_record(record, self._dtype))
+    try:
+      if self._writer is None:
+        self._writer = array_record_module.ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
+      self._writer.write(encode_record(record, self._dtype))
+    except RuntimeError as error:
+      raise self._unwritable(error) from error
     self.records += 1
     self.counted += max(0, record.length - 1)
 
@@ -209,9 +213,16 @@ class ShardWriter:
     """The shard; none where nothing was written."""
     if self._writer is None:
       return ()
-    self._writer.close()
+    try:
+      self._writer.close()
+    except RuntimeError as error:
+      raise self._unwritable(error) from error
     self._partial.replace(self._path)
     return (Shard(self._path.name, self.records, self._path.stat().st_size, file_sha256(self._path)),)
+
+  def _unwritable(self, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"{self._path}: can't be written ({reason}); make room and run again, finished parts are kept")
 
 
 def file_sha256(path: Path) -> str:

@@ -115,6 +115,7 @@ class HuggingFaceTokenizer:
       self._description = json.loads(content)
     except Exception as error:  # the library raises bare Exceptions
       raise InputError(f"tokenizer {origin}: not a tokenizer.json ({error})") from error
+    self._model.encode_special_tokens = True  # a document that says "</s>" does not end there
     self._model.no_truncation()
     self._model.no_padding()
     ids = self._model.get_vocab(with_added_tokens=True)
@@ -128,7 +129,8 @@ class HuggingFaceTokenizer:
       raise InputError(f"tokenizer {origin}: has none of the special tokens {known} to end a document with")
     self.eos_id = ends[0]
     self._byte_level = '"ByteLevel"' in json.dumps(self._description.get("decoder"))
-    if not self._byte_level and "▁" not in json.dumps(self._description, ensure_ascii=False):
+    kind = (self._description.get("model") or {}).get("type")
+    if not self._byte_level and (kind == "WordPiece" or "▁" not in json.dumps(self._description, ensure_ascii=False)):
       raise InputError(
         f"tokenizer {origin}: neither byte-level nor SentencePiece-like, so the bytes that a token stands for are not "
         "known; choose another"
@@ -166,7 +168,7 @@ def first_bytes(texts: Iterable[str], limit: int = TRAINING_BYTES) -> Iterator[s
       return
 
 
-def train_hugging_face(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+def train_hugging_face(texts: Iterable[str], vocab_size: int, field: str = "--tokenizer_size") -> HuggingFaceTokenizer:
   """Trains a byte-level byte-pair encoding, which gives any text back.
 
   Raises:
@@ -186,13 +188,13 @@ def train_hugging_face(texts: Iterable[str], vocab_size: int) -> HuggingFaceToke
   model.train_from_iterator(texts, trainer)
   result = HuggingFaceTokenizer(model.to_str().encode(), "just trained")
   if result.vocab_size != vocab_size:
-    raise InputError(
-      f"--tokenizer_size={vocab_size}: this corpus gives {result.vocab_size} tokens at most; lower it to that"
-    )
+    raise InputError(f"{field}={vocab_size}: this corpus gives {result.vocab_size} tokens at most; lower it to that")
   return result
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+def train_sentencepiece(
+  texts: Iterable[str], vocab_size: int, field: str = "config.model.vocab_size"
+) -> SentencePieceTokenizer:
   """Trains a byte-pair SentencePiece model with byte fallback, which gives any text back but its "▁" and NULs.
 
   Raises:
@@ -222,9 +224,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     )
   except RuntimeError as error:
     raise InputError(
-      f"config.model.vocab_size={vocab_size}: no SentencePiece model of that size can be trained on "
-      f"this corpus ({error}); "
-      "lower it, or set config.data.tokenizer=bytes"
+      f"{field}={vocab_size}: no SentencePiece model of that size can be trained on this corpus ({error}); lower it, "
+      "or set config.data.tokenizer=bytes"
     ) from error
   return SentencePieceTokenizer(model.getvalue(), "just trained")
 

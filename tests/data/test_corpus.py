@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
@@ -128,8 +129,6 @@ def test_bad_documents_are_named_with_their_reason_and_the_good_ones_stay(tmp_pa
 
 
 def test_a_line_of_200_mb_is_never_held(tmp_path):
-  import tracemalloc
-
   path = tmp_path / "a.jsonl"
   with path.open("wb") as file:
     file.write(b'{"text": "')
@@ -154,12 +153,24 @@ def test_compressed_files_that_are_cut_damaged_or_bombs_are_refused_by_name(tmp_
   path.write_bytes(b"no " + whole)
   with pytest.raises(InputError, match=rf"{path.name} is damaged"):
     everything(str(path))
-  path.write_bytes(whole + bytes(700))  # as tape and some copying tools pad
-  assert texts(str(path)) == TEXTS
+  for zeros in (700, 100_000):  # as tape and some copying tools pad
+    path.write_bytes(whole + bytes(zeros))
+    assert texts(str(path)) == TEXTS
   monkeypatch.setattr(files, "BOMB_BYTES", 10**6)
-  path.write_bytes(pack(b"0" * (20 << 20)))
+  path.write_bytes(pack(b"0" * (200 << 20)))
+  tracemalloc.start()
   with pytest.raises(InputError, match=rf"{path.name} unpacks to more than .* bytes"):
     everything(str(path))
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 100 << 20  # it is measured while it is unpacked, not after
+
+
+def test_long_windows_of_zstd_are_no_damage(tmp_path):
+  path = tmp_path / "a.jsonl.zst"
+  parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+  path.write_bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(lines(TEXTS)))
+  assert texts(str(path)) == TEXTS
 
 
 def test_an_empty_file_is_no_document_and_other_sources_are_refused(tmp_path):

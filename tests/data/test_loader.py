@@ -165,6 +165,8 @@ def test_a_mixture_draws_by_weight_and_is_addressed_by_step_too(two):
   assert mixture.manifest.splits["train"].records == sum(
     open_corpus(folder).manifest.splits["train"].records for folder in two
   )
+  few = next(loader(mixture, batch_size=4).validation())["tokens_BT"]  # a limit of tokens sees both
+  assert sorted({bool((row == at).any()) for row in few}) == [False, True]
   held_out = [w.any() for batch in loader(mixture, batch_size=4).validation() for w in batch["weights_BT"]]
   assert sum(held_out) == mixture.manifest.splits["validation"].records
 
@@ -193,6 +195,7 @@ def on_the_fly(make_config, tmp_path_factory):
     "data.source": f"hf:{folder / 'set'}:train",
     "data.validation_source": f"hf:{folder / 'set'}:test",
     "data.on_the_fly": True,
+    "data.max_bad_share": 0.1,
     "data.mode": "pad",
     "data.directory": str(folder / "unused"),
   }
@@ -200,7 +203,7 @@ def on_the_fly(make_config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_documents_on_the_fly_come_in_the_same_order_as_their_records(on_the_fly, workers, tmp_path):
+def test_documents_on_the_fly_are_those_of_their_records_and_addressed_by_step(on_the_fly, workers, tmp_path):
   config, texts = on_the_fly
   data = open_data(config)
   steps = len(texts) // 8 + 3
@@ -230,6 +233,8 @@ def test_what_on_the_fly_can_not_do_is_refused(on_the_fly):
     ({"source": "sotu"}, "not addressed by number"),
     ({"validation_source": ""}, "validation_source is needed"),
     ({"tokenizer": "sentencepiece"}, "trained by `prepare`"),
+    ({"validation_source": config.data.source}, "is the training data"),
+    ({"text_field": "body"}, "has text"),
   ):
     other = config.copy_and_resolve_references()
     other.data.update(changes)

@@ -183,6 +183,33 @@ def test_a_source_that_changed_in_between_starts_again(make_config, c4, tmp_path
   assert prepare(config, progress=False).manifest.splits["train"].documents == 5001
 
 
+def test_what_decides_the_bytes_is_in_the_plan_and_in_the_manifest(make_config, c4, tmp_path, monkeypatch):
+  from mixln_jax.data.tokenizer import train_hugging_face
+
+  tokenizers = [train_hugging_face([text * 50], 262).content for text in ("the cat sat ", "over seas and hills ")]
+  (tmp_path / "tok.json").write_bytes(tokenizers[0])
+  changes = {"data.tokenizer": str(tmp_path / "tok.json"), "model.vocab_size": 262}
+  config = c4_config(make_config, c4, tmp_path / "records", **changes)
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare_lib, "_finish", lambda *_: sys.exit(3))
+    with pytest.raises(SystemExit):
+      prepare(config, progress=False, workers=1)
+  (tmp_path / "tok.json").write_bytes(tokenizers[1])  # the same path, another tokenizer
+  corpus = prepare(config, progress=False, workers=1)
+  first = next(iter(corpus.rows("train")))
+  assert corpus.tokenizer.content == tokenizers[1]
+  assert c4[1][0].startswith(corpus.tokenizer.decode(first.tokens[: first.length])[:20])
+  config.data.text_field = "url"
+  with pytest.raises(InputError, match=r"config.data.text_field='url', but the records"):
+    prepare(config, progress=False)
+
+
+def test_what_is_trained_on_can_not_validate(make_config, c4, tmp_path):
+  overlapping = {"data.source": str(c4[0] / "*.json.gz")}
+  with pytest.raises(InputError, match=r"both have .*c4-validation.*what is trained on can't validate"):
+    prepare(c4_config(make_config, c4, tmp_path / "records", **overlapping), progress=False)
+
+
 def test_two_at_once_and_too_many_bad_documents_are_refused(make_config, c4, tmp_path):
   config = c4_config(make_config, c4, tmp_path / "records")
   (tmp_path / ".records.partial").mkdir()
@@ -193,7 +220,10 @@ def test_two_at_once_and_too_many_bad_documents_are_refused(make_config, c4, tmp
   with pytest.raises(InputError, match=r"2 of 6302 documents can't be used .not JSON: .*00002-of.*byte \d+; no text"):
     prepare(config, progress=False, workers=1)
   assert not (tmp_path / "records").exists()
-  assert not (tmp_path / ".records.partial").exists()
+  config.data.max_bad_share = 0.01  # raised: nothing is done again
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(prepare_lib, "write_part", lambda *_: pytest.fail("a part was written again"))
+    assert prepare(config, progress=False, workers=1).manifest.skipped == {"no text": 1, "not JSON": 1}
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(make_config, c4, tmp_path, monkeypatch):

@@ -43,6 +43,14 @@ def test_special_ids(tokenizer):
 
 
 @ALL
+def test_what_looks_like_a_special_token_in_a_text_is_text(tokenizer):
+  text = "a</s>b<pad>c<unk>"
+  ids = tokenizer.encode(text)
+  assert not {0, 1, 2} & set(ids)
+  assert tokenizer.decode(ids) == text
+
+
+@ALL
 def test_a_tokenizer_is_read_back_from_its_content(tokenizer):
   again = load_tokenizer(tokenizer.name, tokenizer.content, "here")
   assert again.encode(TEXT) == tokenizer.encode(TEXT)
