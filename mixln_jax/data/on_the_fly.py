@@ -109,6 +109,7 @@ class OnTheFly:
       validation_source=data.validation_source,
       validation_share=data.validation_share,
       text_field=data.text_field,
+      tokenizer_source=data.tokenizer,
       source_sha256=hashlib.sha256(
         json.dumps([self._sample(texts) for texts in self._texts.values()]).encode()
       ).hexdigest(),

@@ -495,6 +495,7 @@ def _finish(
     validation_source=config.data.validation_source,
     validation_share=config.data.validation_share,
     text_field=config.data.text_field,
+    tokenizer_source=config.data.tokenizer,
     source_sha256=_documents_hash(result["sha256"] for result in results),
     skipped=dict(sorted(skipped.items())),
     tokenizer=tokenizer.name,
@@ -588,7 +589,7 @@ def check_corpus(corpus: records_lib.Corpus, config: Any) -> None:
 def check_tokenizer(manifest: records_lib.Manifest, config: Any, where: str) -> None:
   """Refuses records of another tokenizer than config.data names.
 
-  A tokenizer file that is gone, or a name on the hub, is believed: the records have their own copy.
+  A tokenizer file that is gone, or a name on the hub, is known by its name: the records have their own copy.
   """
   name = config.data.tokenizer
   if name == tokenizer_lib.SENTENCEPIECE:  # trained to exactly config.model.vocab_size
@@ -596,8 +597,8 @@ def check_tokenizer(manifest: records_lib.Manifest, config: Any, where: str) -> 
   elif name == tokenizer_lib.BYTES:
     matches = manifest.tokenizer == name
   elif name.startswith(tokenizer_lib.HUB):
-    matches = manifest.tokenizer == tokenizer_lib.HUGGING_FACE
-  elif not Path(name).expanduser().exists():
+    matches = name == manifest.tokenizer_source
+  elif name == manifest.tokenizer_source and not Path(name).expanduser().exists():
     matches = True
   else:
     matches = tokenizer_lib.content_hash(tokenizer_lib.read_tokenizer(name)) == manifest.tokenizer_sha256

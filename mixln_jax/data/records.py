@@ -136,6 +136,7 @@ class Manifest:
   validation_source: str
   validation_share: float  # of the source's documents, where there is no validation source
   text_field: str
+  tokenizer_source: str  # what config.data.tokenizer was
   source_sha256: str  # over the names and texts of all documents
   skipped: dict[str, int]  # reason -> documents that could not be used
   tokenizer: str
@@ -148,8 +149,8 @@ class Manifest:
 
   @property
   def fingerprint(self) -> str:
-    """Hash over all of it but the names of the sources and their field, which may move: what a run's data is."""
-    names = ("source", "validation_source", "text_field")
+    """Hash over all of it but names of where it came from, which may move: what a run's data is."""
+    names = ("source", "validation_source", "text_field", "tokenizer_source")
     content = {name: value for name, value in dataclasses.asdict(self).items() if name not in names}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
