@@ -240,9 +240,8 @@ def _start_worker(counter: Any, parent: int) -> None:
 
 def _work(job: Job) -> dict[str, Any]:
   def count(documents: int) -> None:
-    _counter.value += (
-      documents  # without a lock, which a worker that is killed would never give back: it is about right
-    )
+    # About right: a lock would be exact, but a worker that is killed with it would never give it back.
+    _counter.value += documents
 
   return write_part(job, count)
 
