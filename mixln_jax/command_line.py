@@ -35,6 +35,14 @@ class CommandLine:
     if required:
       self._required.append(name)
 
+  def strings(self, name: str, meaning: str) -> None:
+    """Adds a flag that may stand there several times; its value is the list of what was given, empty where none."""
+    flags.DEFINE_multi_string(name, [], meaning, flag_values=self._values)
+
+  def boolean(self, name: str, meaning: str) -> None:
+    """Adds --NAME, which is off where it does not stand there."""
+    flags.DEFINE_boolean(name, False, meaning, flag_values=self._values)
+
   def integer(
     self, name: str, meaning: str, *, default: int | None = None, minimum: int | None = None, maximum: int | None = None
   ) -> None:
@@ -86,6 +94,10 @@ class CommandLine:
     """The config fields that stand on the command line, by name."""
     return dict(config_flags.get_override_values(self._values["config"]))
 
+  def config_path(self) -> str:
+    """The file that --config names."""
+    return config_flags.get_config_filename(self._values["config"]).split(":")[0]
+
   def config_value(self) -> config_lib.Config:
     """The config that --config and its overrides make, validated.
 
@@ -94,7 +106,7 @@ class CommandLine:
     """
     flag: Any = self._values["config"]
     # ml_collections hands out an object that raises at its first use where there is no such file.
-    path = config_flags.get_config_filename(flag).split(":")[0]
+    path = self.config_path()
     if not Path(path).is_file():
       raise InputError(f"--config={path}: no such file; the recipes lie in configs/")
     try:

@@ -3,6 +3,7 @@
 config.json        the config, one flat field a line
 placement.txt      the strip, first layer first: post post post pre …
 parameters.txt     name, shape, type, sharding and size of each tensor
+data.json          the records that it is trained on: their fingerprint and folder
 environment.json   versions, devices, git revision, command
 initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
 metrics.jsonl      the truth: one object a line, each (split, step) once
@@ -37,7 +38,7 @@ from mixln_jax.parallel.processes import is_first
 
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
-INITIAL_WEIGHTS, CHANGES = "initial_weights.json", "changes.jsonl"
+INITIAL_WEIGHTS, CHANGES, DATA = "initial_weights.json", "changes.jsonl", "data.json"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
 PACKAGES = (
   "jax",

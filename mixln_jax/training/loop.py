@@ -308,6 +308,8 @@ def _write_facts(setup: Setup, folder: RunFolder, params: Any, point: ResumePoin
   folder.write(folder_lib.CONFIG, config_lib.to_json(setup.config))
   folder.write(folder_lib.PLACEMENT, setup.table.strip + "\n")
   folder.write(folder_lib.PARAMETERS, folder_lib.parameter_table(params, count_params(setup.config.model)))
+  data = {"fingerprint": setup.corpus.manifest.fingerprint, "folder": str(setup.corpus.folder)}
+  folder.write_json(folder_lib.DATA, data)
   folder.write_json(folder_lib.ENVIRONMENT, folder_lib.environment())
 
 

@@ -1,0 +1,89 @@
+"""Run a study: every run that its axes make, one after another here, shared among machines that see the same folder.
+
+The same command again goes on where it stopped, with what is missing; more machines may run it in one --workdir.
+Exit status: 0 all runs are done; 1 a run failed; 75 stopped by a signal, or others still train.
+"""
+
+import sys
+
+from tqdm import tqdm
+
+from mixln_jax.command_line import CommandLine
+from mixln_jax.data.opening import open_data
+from mixln_jax.errors import InputError
+from mixln_jax.sweeps import sequence
+from mixln_jax.sweeps.study import Run, load_study, make_study, parse_axes
+from mixln_jax.training.stopping import STOPPED_STATUS
+
+
+def main(argv: list[str]) -> int:
+  line = CommandLine(__doc__ or "")
+  line.config()
+  line.string("workdir", "the study's folder", required=True)
+  line.strings(
+    "axis",
+    "FIELD=VALUE VALUE …, one flag an axis; the runs are their product. By default the STUDY that the recipe defines "
+    "(configs/studies/)",
+  )
+  line.integer("index", "train only the run of this number (from 0), as in a job array", minimum=0)
+  line.boolean("list", "only show the runs and how they stand")
+  values = line.parse(argv)
+  base = line.config_value()
+  recipe = line.config_path()
+  study = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
+  runs = study.runs(values.workdir)
+  if values.index is not None and values.index >= len(runs):
+    raise InputError(f"--index={values.index}: the study has {len(runs)} runs; the last one is {len(runs) - 1}")
+  if values.list:
+    _show(runs)
+    return 0
+  for config in {run.config.data.to_json(): run.config for run in runs}.values():
+    open_data(config)  # what is not prepared is said before anything is trained
+  runs = sequence.open_study(study, values.workdir)
+  mine = runs if values.index is None else [runs[values.index]]
+  try:
+    failed = _train(mine, runs)
+  except sequence.Stopped as stopped:
+    print(f"stopped    by {stopped}; run the same command to go on")
+    return STOPPED_STATUS
+  _show(mine)
+  print(f"weights    initial, {sequence.weights_line(runs)}")
+  if failed:
+    print(f"error: {len(failed)} runs failed: {', '.join(failed)}; see their {sequence.LOG}", file=sys.stderr)
+    return 1
+  return 0 if all(sequence.state_of(run).state == sequence.DONE for run in mine) else STOPPED_STATUS
+
+
+def _train(mine: list[Run], runs: list[Run]) -> list[str]:
+  """Trains what is open; returns the names of the runs that failed."""
+  tried: set[str] = set()
+  failed = []
+  while (run := sequence.next_run(mine, tried)) is not None:
+    tried.add(run.name)
+    print(f"run        {runs.index(run) + 1}/{len(runs)} {run.name}", flush=True)
+    with tqdm(total=run.config.train.num_steps, unit="step", dynamic_ncols=True, disable=None) as bar:
+
+      def seen(text: str, bar: tqdm = bar) -> None:
+        words = text.split(maxsplit=2)
+        if words[:1] == ["step"] and len(words) == 3:
+          bar.set_postfix_str(words[2][:60], refresh=False)
+          bar.update(int(words[1].split("/")[0]) - bar.n)
+
+      status = sequence.train_run(run, seen)
+    print(f"           {sequence.state_of(run).describe()}", flush=True)
+    if status not in (0, STOPPED_STATUS) and sequence.state_of(run).state == sequence.OPEN:
+      failed.append(run.name)
+      print(f"           exit status {status}: {_last_line(run)}", flush=True)
+    sequence.weights_line(runs)
+  return failed
+
+
+def _last_line(run: Run) -> str:
+  lines = (run.folder / sequence.LOG).read_text(errors="replace").strip().splitlines()
+  return lines[-1] if lines else "it printed nothing"
+
+
+def _show(runs: list[Run]) -> None:
+  width = max(len(run.name) for run in runs)
+  for number, run in enumerate(runs):
+    print(f"{number:>4}  {run.name:<{width}}  {sequence.state_of(run).describe()}")

@@ -1,0 +1,151 @@
+"""The runs of a study one after another, each in a process of its own; any number of machines share them."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from mixln_jax import config as config_lib
+from mixln_jax.errors import InputError
+from mixln_jax.runs.folder import OUTCOME
+from mixln_jax.sweeps.study import STUDY, Run, Study, check_comparable, check_initial_weights
+from mixln_jax.training.loop import DIVERGED, FINISHED, NON_FINITE
+
+LOG = "log.txt"
+OPEN, BUSY, DONE = "open", "busy", "done"
+
+
+class State(NamedTuple):
+  """How a run of a study stands."""
+
+  state: str  # open, busy (another process trains it), or done
+  outcome: dict[str, Any] | None  # its outcome.json
+
+  def describe(self) -> str:
+    """In a few words, for a table."""
+    if self.outcome is None or self.state == BUSY:
+      return self.state
+    best = self.outcome["validation"]
+    loss = f"  loss {float(best['loss']):.4f}" if best else ""
+    diverged = "  diverged" if self.outcome["diverged"] else ""
+    return f"{self.outcome['status']} at step {self.outcome['step']}{loss}{diverged}"
+
+
+def open_study(study: Study, workdir: str | Path) -> list[Run]:
+  """Makes the study's folder, or checks that the one there is the same study; returns its runs.
+
+  Runs may be added to a study; what it started from can't change.
+
+  Raises:
+    InputError: the folder holds something else, or runs that would not be comparable.
+  """
+  folder = Path(workdir).expanduser().absolute()
+  runs = study.runs(folder)
+  if (folder / STUDY).exists():
+    _check_same(study, json.loads((folder / STUDY).read_text()), folder)
+  elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise InputError(f"--workdir={folder}: not empty and holds no study; choose another folder, nothing was written")
+  check_comparable(runs)
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = folder / f".{STUDY}.partial"
+  partial.write_text(study.to_json(runs))
+  partial.replace(folder / STUDY)
+  return runs
+
+
+def _check_same(study: Study, old: dict[str, Any], folder: Path) -> None:
+  """Refuses another base: a run added to a study must be comparable with those that it has."""
+  flat = config_lib.flatten(study.base)
+  wrong = [
+    f"config.{field}: {old['base'].get(field)!r} there, {flat[field]!r} now"
+    for field, spec in config_lib.FIELDS.items()
+    if old["base"].get(field) != flat[field] and spec.on_resume != config_lib.FREE and field not in study.axes
+  ]
+  missing = sorted({run["name"] for run in old["runs"]} - {run.name for run in study.runs(folder)})
+  if missing:
+    wrong.append(f"it has runs that this one lacks: {', '.join(missing)}")
+  if wrong:
+    raise InputError(f"--workdir={folder} holds another study: {'; '.join(wrong)}; use another --workdir")
+
+
+def state_of(run: Run) -> State:
+  """How a run stands."""
+  outcome = json.loads((run.folder / OUTCOME).read_text()) if (run.folder / OUTCOME).exists() else None
+  if run.folder.has_run:
+    try:
+      with run.folder.lock():
+        pass
+    except InputError:
+      return State(BUSY, outcome)
+  finished = outcome is not None and (
+    outcome["status"] in (DIVERGED, NON_FINITE)
+    or (outcome["status"] == FINISHED and outcome["step"] == run.config.train.num_steps)
+  )
+  return State(DONE if finished else OPEN, outcome)
+
+
+class Stopped(Exception):
+  """A signal ended the sweep; `args[0]` names it."""
+
+
+def train_run(run: Run, seen: Callable[[str], None]) -> int:
+  """Trains one run in a process of its own, from where it is; returns its exit status.
+
+  What it prints is appended to its `log.txt`, and each line given to `seen`. A SIGTERM or Ctrl-C is passed on to it, so
+  that it ends with a checkpoint.
+
+  Raises:
+    Stopped: after such a signal, once it has ended.
+  """
+  if not run.folder.has_run:
+    run.folder.create(config_lib.to_json(run.config))
+  command = [sys.executable, "-m", "mixln_jax", "train", f"--workdir={run.folder.path}"]
+  with (run.folder / LOG).open("a") as log:
+    child = subprocess.Popen(
+      command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    )
+    with _passed_on(child) as signals, contextlib.closing(child.stdout or ()) as lines:  # pyright: ignore[reportArgumentType]
+      for line in lines:
+        log.write(line)
+        log.flush()
+        seen(line.rstrip("\n"))
+      status = child.wait()
+  if signals:
+    raise Stopped(signals[0])
+  return status
+
+
+@contextlib.contextmanager
+def _passed_on(child: "subprocess.Popen[str]") -> Iterator[list[str]]:
+  """While the context is open, SIGTERM and Ctrl-C go to the child as SIGTERM; the list has their names."""
+  names: list[str] = []
+
+  def handle(number: int, _: FrameType | None) -> None:
+    names.append(signal.Signals(number).name)
+    child.terminate()
+
+  previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield names
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def next_run(runs: Sequence[Run], tried: set[str]) -> Run | None:
+  """The first run that nobody trains, is not done, and was not tried."""
+  return next((run for run in runs if run.name not in tried and state_of(run).state == OPEN), None)
+
+
+def weights_line(runs: Sequence[Run]) -> str:
+  """What the runs start from, in a line; raises InputError where runs that should share numbers don't."""
+  hashes = check_initial_weights(runs)
+  groups: dict[str, list[str]] = {}
+  for name, value in hashes.items():
+    groups.setdefault(value, []).append(name)
+  return "; ".join(f"{value}: {len(names)} runs" for value, names in groups.items())
