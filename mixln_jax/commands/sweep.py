@@ -5,14 +5,19 @@ Exit status: 0 all runs are done; 1 a run failed; 75 stopped by a signal, or oth
 """
 
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
 from mixln_jax.command_line import CommandLine
 from mixln_jax.data.opening import open_data
 from mixln_jax.errors import InputError
+from mixln_jax.parallel import processes
+from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.sweeps import sequence
-from mixln_jax.sweeps.study import Run, load_study, make_study, parse_axes
+from mixln_jax.sweeps.study import Run, Study, load_study, make_study, parse_axes
+from mixln_jax.sweeps.together import joint_set, train_together
+from mixln_jax.training.loop import STOPPED
 from mixln_jax.training.stopping import STOPPED_STATUS
 
 
@@ -26,6 +31,7 @@ def main(argv: list[str]) -> int:
     "(configs/studies/)",
   )
   line.integer("index", "train only the run of this number (from 0), as in a job array", minimum=0)
+  line.boolean("together", "train all runs as one program; --config.mesh.run cuts them over devices")
   line.boolean("list", "only show the runs and how they stand")
   values = line.parse(argv)
   base = line.config_value()
@@ -34,6 +40,8 @@ def main(argv: list[str]) -> int:
   runs = study.runs(values.workdir)
   if values.index is not None and values.index >= len(runs):
     raise InputError(f"--index={values.index}: the study has {len(runs)} runs; the last one is {len(runs) - 1}")
+  if values.index is not None and values.together:
+    raise InputError("--index and --together exclude one another: together all runs are one program")
   if values.list:
     _show(runs)
     return 0
@@ -41,6 +49,8 @@ def main(argv: list[str]) -> int:
     open_data(config)  # what is not prepared is said before anything is trained
   runs = sequence.open_study(study, values.workdir)
   mine = runs if values.index is None else [runs[values.index]]
+  if values.together:
+    return _train_together(study, runs, Path(values.workdir))
   try:
     failed = _train(mine, runs)
   except sequence.Stopped as stopped:
@@ -52,6 +62,19 @@ def main(argv: list[str]) -> int:
     print(f"error: {len(failed)} runs failed: {', '.join(failed)}; see their {sequence.LOG}", file=sys.stderr)
     return 1
   return 0 if all(sequence.state_of(run).state == sequence.DONE for run in mine) else STOPPED_STATUS
+
+
+def _train_together(study: Study, runs: list[Run], folder: Path) -> int:
+  processes.join()
+  use_compile_cache()
+  chosen = joint_set(folder, runs)
+  if not chosen:
+    print("all runs are done")
+    return 0
+  outcomes = train_together(study, chosen)
+  _show(runs)
+  print(f"weights    initial, {sequence.weights_line(runs)}")
+  return STOPPED_STATUS if any(outcome.status == STOPPED for outcome in outcomes) else 0
 
 
 def _train(mine: list[Run], runs: list[Run]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -45,22 +46,21 @@ def abstract_sharded_params(config: Config, mesh: Mesh) -> Any:
 
 def count_params(config: Config) -> int:
   """Number of parameters that the model has: without columns that only pad the MLP, and what a layer does not use."""
-  shapes = nn.unbox(abstract_params(config))
   used = used_by_layer(placement.parse(config.placement, config.num_layers))
   count = 0
-  for path, leaf in zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True):
+  for path, leaf in _leaves(config):
     shape = logical_shape(path, leaf.shape, config)
     name = path.removeprefix("layers/")
     count += math.prod(shape[1:]) * int(used[name].sum()) if name in used else math.prod(shape)
   return count
 
 
-def deviations(config: Config) -> dict[str, float | np.ndarray]:
-  """Standard deviation of each initial matrix of config.model: a number, or one a layer [L]."""
+def deviations(config: Config, columns: Columns | None = None) -> dict[str, float | np.ndarray]:
+  """Standard deviation of each initial matrix of config.model: a number, or one a layer [L]. `columns`: see
+  `abstract_params`."""
   table = placement.parse(config.placement, config.num_layers)
   result: dict[str, float | np.ndarray] = {}
-  shapes = nn.unbox(abstract_params(config))
-  for path, leaf in zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True):
+  for path, leaf in _leaves(config, columns):
     name = path.removeprefix("layers/")
     if name in SUBLAYER_OF:
       fans = config.embed_dim + math.prod(logical_shape(path, leaf.shape, config)[1:]) // config.embed_dim
@@ -68,6 +68,22 @@ def deviations(config: Config) -> dict[str, float | np.ndarray]:
     elif is_matrix(path):
       result[path] = config.embedding_deviation if path == "embedding" else config.init_deviation
   return result
+
+
+def starting_values(config: Config, columns: Columns | None = None) -> dict[str, float | np.ndarray]:
+  """What each parameter starts from, a number or one a layer [L]: the deviation of a matrix, the value of the rest.
+
+  With `seed` it is all that the initial weights of one shape depend on, so that runs of several placements can be
+  started as one program, these numbers being data.
+  """
+  table = placement.parse(config.placement, config.num_layers)
+  others = {path: _first_value(path, table) for path, _ in _leaves(config, columns) if not is_matrix(path)}
+  return others | deviations(config, columns)
+
+
+def _leaves(config: Config, columns: Columns | None = None) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+  shapes = nn.unbox(abstract_params(config, columns))
+  return list(zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True))
 
 
 def _matrix_deviations(table: placement.Table, name: str, normal: float, xavier: float) -> np.ndarray:
@@ -99,22 +115,32 @@ def initial_params(config: Config, seed: int | jax.Array) -> Any:
   Each leaf is drawn from `fold_in(fold_in(key(seed), crc32(path)), layer)`, so equal seeds give equal numbers whatever
   the placement, the mesh or the order in which modules declare them.
   """
-  shapes = nn.unbox(abstract_params(config))
-  scales = deviations(config)
-  table = placement.parse(config.placement, config.num_layers)
+  return draw_params(config, seed, starting_values(config))
+
+
+def draw_params(config: Config, seed: int | jax.Array, start: Mapping[str, Any], columns: Columns | None = None) -> Any:
+  """`initial_params` with all that it depends on as data.
+
+  Args:
+    config: config.model; only its shapes are read.
+    seed: of the draws.
+    start: `starting_values`, numbers or arrays.
+    columns: of one of several placements that share the tree, which has what any of them uses.
+  """
+  shapes = nn.unbox(abstract_params(config, columns))
   key = jax.random.key(seed)
 
   def draw(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     if not is_matrix(path):
-      first = jnp.asarray(_first_value(path, table), leaf.dtype)
+      first = jnp.asarray(start[path], leaf.dtype)
       return jnp.broadcast_to(first.reshape(first.shape + (1,) * (leaf.ndim - first.ndim)), leaf.shape)
     shape = logical_shape(path, leaf.shape, config)
     leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     if not path.startswith("layers/"):
-      return (jax.random.normal(leaf_key, shape) * scales[path]).astype(leaf.dtype)
+      return (jax.random.normal(leaf_key, shape) * start[path]).astype(leaf.dtype)
     keys_L = jax.vmap(lambda layer: jax.random.fold_in(leaf_key, layer))(jnp.arange(config.num_layers))
     normal = jax.vmap(lambda layer_key: jax.random.normal(layer_key, shape[1:]))(keys_L)
-    scale = jnp.reshape(jnp.asarray(scales[path], jnp.float32), (-1,) + (1,) * (len(shape) - 1))
+    scale = jnp.reshape(jnp.asarray(start[path], jnp.float32), (-1,) + (1,) * (len(shape) - 1))
     padding = [(0, stored - logical) for stored, logical in zip(leaf.shape, shape, strict=True)]
     return jnp.pad((normal * scale).astype(leaf.dtype), padding)
 

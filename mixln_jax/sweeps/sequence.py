@@ -52,10 +52,15 @@ def open_study(study: Study, workdir: str | Path) -> list[Run]:
     raise InputError(f"--workdir={folder}: not empty and holds no study; choose another folder, nothing was written")
   check_comparable(runs)
   folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / f".{STUDY}.partial"
-  partial.write_text(study.to_json(runs))
-  partial.replace(folder / STUDY)
+  write_whole(folder / STUDY, study.to_json(runs))
   return runs
+
+
+def write_whole(path: Path, text: str) -> None:
+  """Writes a file, whole or not at all."""
+  partial = path.with_name(f".{path.name}.partial")
+  partial.write_text(text)
+  partial.replace(path)
 
 
 def _check_same(study: Study, old: dict[str, Any], folder: Path) -> None:

@@ -66,7 +66,7 @@ class Study(NamedTuple):
     for values in self._points():
       values = {field: values.get(field, flat[field]) for field in fields}
       name = run_name(values)
-      config = config_lib.from_flat(flat | values)
+      config = config_lib.from_flat(flat | values | dict.fromkeys(("mesh.run", "mesh.dcn_run"), 1))
       config_lib.validate(config)
       run = Run(name, values, config, RunFolder(Path(workdir) / RUNS / name))
       if name in runs and runs[name].values != values:

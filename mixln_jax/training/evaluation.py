@@ -74,7 +74,11 @@ def evaluate(
     mesh: where the batches go.
   """
   pending = [evaluate_step(params, global_batch(batch, mesh)) for batch in batches]
-  sums, counts, num_bytes = np.array(jax.device_get(pending), np.float64).T
+  return add_up(*np.array(jax.device_get(pending), np.float64).T)
+
+
+def add_up(sums: np.ndarray, counts: np.ndarray, num_bytes: np.ndarray) -> Evaluation:
+  """The evaluation of batches from what each of them gave, float64 arrays of one length."""
   loss = sums.sum() / counts.sum()
   bits_per_byte = sums.sum() / math.log(2) / num_bytes.sum()
   official = (sums / counts).sum() / (len(sums) + 1)

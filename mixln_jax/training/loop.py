@@ -12,6 +12,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ class Outcome(NamedTuple):
   message: str
 
 
-class _End(NamedTuple):
+class End(NamedTuple):
   """How the loop ended."""
 
   status: str
@@ -100,16 +101,16 @@ def train(config: Config, workdir: str | Path) -> Outcome:
     point, state = _go_on(setup, shardings, old_config, folder, checkpoints)
     if point.step == config.train.num_steps:
       done = f"all {point.step} steps were done already"
-      return _write_outcome(setup, folder, _End(FINISHED, point.step, done, int(state.skipped)), checkpoints, clock)
+      return write_outcome(setup, folder, End(FINISHED, point.step, done, int(state.skipped)), checkpoints, clock)
     try:
       end = _train(setup, shardings, folder, checkpoints, point, state, clock)
     except Exception as error:
       reason = " ".join(str(error).split())[:300]
       message = f"{type(error).__name__}: {reason}; run the same command to go on from the last checkpoint"
       with contextlib.suppress(OSError):  # of a disk that is full
-        _write_outcome(setup, folder, _End(FAILED, point.step, message), checkpoints, clock)
+        write_outcome(setup, folder, End(FAILED, point.step, message), checkpoints, clock)
       raise
-    return _write_outcome(setup, folder, end, checkpoints, clock)
+    return write_outcome(setup, folder, end, checkpoints, clock)
 
 
 def _go_on(
@@ -135,12 +136,12 @@ def _go_on(
       damaged[point.step] = error
       continue
     for step, error in damaged.items():
-      aside = _put_aside(folder, checkpoints, [step], f"damaged_{step}")
+      aside = put_aside(folder, checkpoints, [step], f"damaged_{step}")
       print(f"warning: {error}; it lies in {aside} now, and the run goes on from the one before", file=sys.stderr)
     return point, state
 
 
-def _put_aside(folder: RunFolder, checkpoints: Checkpoints, steps: list[int], name: str) -> Path:
+def put_aside(folder: RunFolder, checkpoints: Checkpoints, steps: list[int], name: str) -> Path:
   """Moves checkpoints, and a copy of the metrics, into a folder of the run; returns it."""
   aside = folder.unused(name)
   wait_for_all(f"{name} is chosen")
@@ -161,23 +162,23 @@ def _train(
   point: ResumePoint,
   state: Any,
   clock: Clock,
-) -> _End:
+) -> End:
   """The loop itself; `state` is the restored one, or None."""
   config, num_steps = setup.config, setup.config.train.num_steps
   if later := [step for step in checkpoints.all_steps() if step > point.step]:
-    _put_aside(folder, checkpoints, later, f"superseded_at_{point.step}")
+    put_aside(folder, checkpoints, later, f"superseded_at_{point.step}")
   if is_first():
     (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
     _announce(setup, folder, point)
   if state is None:
     state = initial_state(setup, shardings)
-    _report_initial_weights(folder, state.params)
-  _write_facts(setup, folder, state.params, point)
+    report_initial_weights(folder, state.params)
+  write_facts(setup, folder, state.params, point)
   facts = facts_of(config, setup.corpus.manifest.fingerprint)
   evaluator = Evaluator(setup)
   step, end = point.step, None
   with contextlib.ExitStack() as stack:
-    metrics = stack.enter_context(contextlib.closing(_open_metrics(setup, folder, point.step)))
+    metrics = stack.enter_context(contextlib.closing(open_metrics(setup, folder, point.step)))
     progress = stack.enter_context(contextlib.closing(_progress(setup, point.step)))
     profiler = stack.enter_context(contextlib.closing(_Profiler(config, folder / folder_lib.PROFILE)))
     compile_started = time.monotonic()
@@ -187,7 +188,7 @@ def _train(
     batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(point.step)))
     stop = stack.enter_context(stop_on_signals())
     reporter = Reporter(metrics, progress, config.train.max_skipped_in_a_row)
-    divergence = _Divergence(setup, folder)
+    divergence = Divergence(setup, folder)
     stopped_by: str | None = None
     try:
       while step < num_steps and stopped_by is None and end is None:
@@ -202,10 +203,10 @@ def _train(
         checkpoints.check()
         profiler.after(step, state)
         stopped_by = "SIGTERM" if all_stop_at(step) else stop.requested_by  # read once: a signal may come at any time
-        evaluate_now = step == num_steps or _due(step, config.evaluate.every_steps)
+        evaluate_now = step == num_steps or due(step, config.evaluate.every_steps)
         save_now = (
           step in (num_steps, *decay_start(config))
-          or _due(step, config.checkpoint.every_steps)
+          or due(step, config.checkpoint.every_steps)
           or stopped_by is not None
         )
         if not (evaluate_now or save_now):
@@ -225,15 +226,15 @@ def _train(
           if not math.isfinite(loss):
             raise NonFiniteError(step, f"validation loss {loss}")
           if divergence.in_a_row >= 2 and config.train.stop_when_diverged:
-            end = _End(DIVERGED, step, f"the validation loss stays at the unigram entropy {entropy:.4f} of its data")
+            end = End(DIVERGED, step, f"the validation loss stays at the unigram entropy {entropy:.4f} of its data")
         if save_now or end is not None:
           with clock("checkpoint"):
             checkpoints.save(step, split(state), facts, loss)
         reporter.restart_clock()
       if end is None and step == num_steps:
-        end = _End(FINISHED, step, f"all {num_steps} steps are done")
+        end = End(FINISHED, step, f"all {num_steps} steps are done")
       elif end is None:
-        end = _End(STOPPED, step, f"by {stopped_by} after step {step}; run the same command to go on")
+        end = End(STOPPED, step, f"by {stopped_by} after step {step}; run the same command to go on")
     except NonFiniteError as error:
       message = (
         f"{error}: not finite, so the run ended. Lower config.optimizer.learning_rate, or set "
@@ -241,16 +242,16 @@ def _train(
       )
       if int(state.skipped_in_a_row):  # the parameters are those from before: they are kept, and the step can be redone
         dispatched, step = step, error.step
-        state = _without_last(state, dispatched - step, shardings)
+        state = without_last(state, dispatched - step, shardings)
         checkpoints.save(step, split(state), facts)
         message += f"; its batch and gradient norms are in {write_dump(folder, setup, state, step)}"
-      end = _End(NON_FINITE, error.step, message)
+      end = End(NON_FINITE, error.step, message)
     with clock("checkpoint"):
       checkpoints.wait()
   return end._replace(skipped=int(state.skipped))
 
 
-def _without_last(state: step_lib.TrainState, later: int, shardings: step_lib.TrainState) -> step_lib.TrainState:
+def without_last(state: step_lib.TrainState, later: int, shardings: step_lib.TrainState) -> step_lib.TrainState:
   """The state as it was `later` steps ago, all of which were skipped, with the next one to be tried again."""
 
   def change(state: step_lib.TrainState) -> step_lib.TrainState:
@@ -259,7 +260,7 @@ def _without_last(state: step_lib.TrainState, later: int, shardings: step_lib.Tr
   return jax.jit(change, out_shardings=shardings, donate_argnums=0)(state)
 
 
-class _Divergence:
+class Divergence:
   """Whether a run sits at the unigram entropy of its data: that of a model that ignores its input.
 
   A run that collapsed does not blow up: the official code's logs show it at that plateau to the end.
@@ -287,11 +288,11 @@ class _Divergence:
     self.in_a_row = self.in_a_row + 1 if at_plateau else 0
 
 
-def _due(step: int, every: int) -> bool:
+def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _report_initial_weights(folder: RunFolder, params: Any) -> None:
+def report_initial_weights(folder: RunFolder, params: Any) -> None:
   """Prints one hash of the initial weights and writes it with the sum behind it of each tensor: runs that start from
   the same numbers show the same, on any mesh (Admin's scales are means, which a mesh may round another way)."""
   sums = {name: int(value) for name, value in jax.device_get(jax.jit(bit_sums)(params)).items()}
@@ -300,7 +301,7 @@ def _report_initial_weights(folder: RunFolder, params: Any) -> None:
   folder.write_json(folder_lib.INITIAL_WEIGHTS, {"hash": hash_of_sums(sums), "bit_sums": sums})
 
 
-def _write_facts(setup: Setup, folder: RunFolder, params: Any, point: ResumePoint) -> None:
+def write_facts(setup: Setup, folder: RunFolder, params: Any, point: ResumePoint) -> None:
   if point.changes and is_first():
     now = datetime.datetime.now().astimezone().isoformat()
     with (folder / folder_lib.CHANGES).open("a") as file:
@@ -313,7 +314,7 @@ def _write_facts(setup: Setup, folder: RunFolder, params: Any, point: ResumePoin
   folder.write_json(folder_lib.ENVIRONMENT, folder_lib.environment())
 
 
-def _open_metrics(setup: Setup, folder: RunFolder, start_step: int) -> Metrics:
+def open_metrics(setup: Setup, folder: RunFolder, start_step: int) -> Metrics:
   metrics = Metrics(folder / folder_lib.METRICS, start_step)
   logging = setup.config.logging
   if logging.tensorboard:
@@ -346,7 +347,7 @@ def _announce(setup: Setup, folder: RunFolder, point: ResumePoint) -> None:
     print(f"changed    {change}")
 
 
-def _write_outcome(setup: Setup, folder: RunFolder, end: _End, checkpoints: Checkpoints, clock: Clock) -> Outcome:
+def write_outcome(setup: Setup, folder: RunFolder, end: End, checkpoints: Checkpoints, clock: Clock) -> Outcome:
   validations = [line for line in read_lines(folder / folder_lib.METRICS) if line["split"] == "validation"]
   outcome = Outcome(
     status=end.status,
@@ -354,13 +355,20 @@ def _write_outcome(setup: Setup, folder: RunFolder, end: _End, checkpoints: Chec
     last_checkpoint=checkpoints.latest_step(),
     validation=validations[-1] if validations else None,
     best_validation=min(validations, key=_loss_of, default=None),
-    diverged=_Divergence(setup, folder).in_a_row > 0,
+    diverged=Divergence(setup, folder).in_a_row > 0,
     skipped_updates=end.skipped,
     seconds={name: round(value, 3) for name, value in clock.seconds().items()},
     message=end.message,
   )
   folder.write_json(folder_lib.OUTCOME, outcome._asdict())
   return outcome
+
+
+def read_outcome(folder: RunFolder, statuses: Sequence[str]) -> Outcome | None:
+  """The outcome of a run that ended with one of the statuses; None where there is no such."""
+  path = folder / folder_lib.OUTCOME
+  outcome = Outcome(**json.loads(path.read_text())) if path.exists() else None
+  return outcome if outcome is not None and outcome.status in statuses else None
 
 
 def _loss_of(line: dict[str, Any]) -> float:

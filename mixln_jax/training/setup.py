@@ -92,17 +92,28 @@ def open_run(folder: RunFolder, mesh: Mesh, step: int | None = None) -> OpenedRu
   return open_params(folder, lambda config: abstract_sharded_params(config.model, mesh), step)
 
 
+def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, types and shardings of a batch of the setup's data."""
+  example = make_loader(setup, batch_size).example()
+  shape, sharding = (batch_size, setup.config.data.sequence_length), batch_sharding(setup.mesh)
+  return {name: jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding) for name, row in example.items()}
+
+
 def compile_train_step(setup: Setup, shardings: step_lib.TrainState) -> jax.stages.Compiled:
   """The step as it will run: state donated, everything sharded, compiled ahead of time."""
   config = setup.config
-  example = make_loader(setup, config.train.batch_size).example()
-  shape = (config.train.batch_size, config.data.sequence_length)
-  sharding = batch_sharding(setup.mesh)
-  batch = {name: jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding) for name, row in example.items()}
+  batch = abstract_batch(setup, config.train.batch_size)
   state = attach(step_lib.abstract_state(config), shardings)
   step = jax.jit(step_lib.make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
   with on_mesh(setup.mesh):
     return step.lower(state, batch).compile()
+
+
+def bytes_per_token(setup: Setup) -> np.ndarray:
+  """Bytes of text that each token stands for, [V]; 0 for rows of the embedding that no token has."""
+  table_V = np.zeros(setup.config.model.vocab_size, np.float32)
+  table_V[: setup.corpus.manifest.vocab_size] = setup.corpus.manifest.bytes_per_token
+  return table_V
 
 
 class Evaluator:
@@ -111,9 +122,7 @@ class Evaluator:
   def __init__(self, setup: Setup):
     self._setup = setup
     self._loader = make_loader(setup, setup.config.evaluate.batch_size)
-    table_V = np.zeros(setup.config.model.vocab_size, np.float32)
-    table_V[: setup.corpus.manifest.vocab_size] = setup.corpus.manifest.bytes_per_token
-    self._step = jax.jit(step_lib.make_evaluate_step(setup.config, table_V))
+    self._step = jax.jit(step_lib.make_evaluate_step(setup.config, bytes_per_token(setup)))
 
   def __call__(self, params: Any) -> Evaluation:
     batches = self._loader.validation(self._setup.config.evaluate.max_tokens)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mixln_jax.config import Config
 from mixln_jax.model import Transformer, next_token_loss
 from mixln_jax.model.columns import Columns
-from mixln_jax.model.initial import abstract_params, initial_params
+from mixln_jax.model.initial import abstract_params, draw_params, starting_values
 from mixln_jax.parallel import rules
 from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
 
@@ -41,9 +41,22 @@ class TrainState(flax.struct.PyTreeNode):
   skipped_in_a_row: Any
 
 
-def init_state(config: Config) -> TrainState:
-  """The state before the first update. Call it under jit (see `state_shardings`)."""
-  params = initial_params(config.model, config.seed)
+def init_state(
+  config: Config,
+  columns: Columns | None = None,
+  seed: int | jax.Array | None = None,
+  start: Mapping[str, Any] | None = None,
+) -> TrainState:
+  """The state before the first update. Call it under jit (see `state_shardings`).
+
+  Args:
+    config: the run's config.
+    columns: of one of several placements that share the tree (`Columns.of_many`); default: of the config's placement.
+    seed: of the initial weights, as data; default: config.seed.
+    start: `initial.starting_values`, as data; default: those of config.model.
+  """
+  start = starting_values(config.model, columns) if start is None else start
+  params = draw_params(config.model, config.seed if seed is None else seed, start, columns)
   opt_state = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
   return start_state(params, opt_state)
 
@@ -54,19 +67,19 @@ def start_state(params: Any, opt_state: optax.OptState) -> TrainState:
   return TrainState(zero, params, opt_state, zero, zero)
 
 
-def abstract_state(config: Config) -> TrainState:
-  """Shapes and types of the state; nothing is computed."""
-  return jax.eval_shape(lambda: init_state(config))
+def abstract_state(config: Config, columns: Columns | None = None) -> TrainState:
+  """Shapes and types of the state; nothing is computed. `columns` as in `init_state`."""
+  return jax.eval_shape(lambda: init_state(config, columns))
 
 
-def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+def state_shardings(config: Config, mesh: Mesh, columns: Columns | None = None) -> TrainState:
   """The sharding of each tensor of the state: moments lie where their parameters do, the rest is replicated."""
-  params = rules.shardings(abstract_params(config.model), mesh)
+  params = rules.shardings(abstract_params(config.model, columns), mesh)
   replicated = rules.replicated(mesh)
   opt_state = optax.tree.map_params(
     make_optimizer(config),
     lambda _, sharding: sharding,
-    abstract_state(config).opt_state,
+    abstract_state(config, columns).opt_state,
     params,
     transform_non_params=lambda _: replicated,
   )
@@ -154,11 +167,12 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_evaluate_step(config: Config, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch], Sums]:
-  """`evaluate_step(params, batch) -> (loss sum, count, bytes)`, bytes those that the counted labels stand for."""
+  """`evaluate_step(params, batch, columns=None) -> (loss sum, count, bytes)`, bytes those that the counted labels stand
+  for; `columns` as in `make_train_step`."""
   model = Transformer(config.model)
 
-  def evaluate_step(params: Any, batch: Batch) -> Sums:
-    total, count = loss_sum(model, params, batch)
+  def evaluate_step(params: Any, batch: Batch, columns: Columns | None = None) -> Sums:
+    total, count = loss_sum(model, params, batch, columns)
     # A float sum is exact: a batch of 2^24 bytes would take a million tokens.
     return total, count, jnp.sum(jnp.asarray(bytes_per_token_V)[batch["labels_BT"]] * batch["weights_BT"])
 

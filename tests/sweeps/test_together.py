@@ -1,0 +1,168 @@
+"""Runs trained as one program are the runs that they would have been alone."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from mixln_jax.errors import InputError
+from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.metrics import read_lines
+from mixln_jax.sweeps import together
+from mixln_jax.sweeps.sequence import open_study
+from mixln_jax.sweeps.study import make_study, parse_axes
+from mixln_jax.sweeps.together import joint_set, train_together
+from mixln_jax.training import loop
+from mixln_jax.training.setup import open_run, set_up
+from mixln_jax.training.stopping import StopRequest
+
+PLACEMENTS = "pre mix:0.5 sandwich+gpas"
+
+
+def study_of(config, *axes):
+  return make_study(config, [parse_axes(axes)])
+
+
+def values(run, split="train"):
+  return [line for line in read_lines(run.folder / "metrics.jsonl") if line["split"] == split]
+
+
+def params(folder, config):
+  return open_run(RunFolder(folder), set_up(config).mesh).params
+
+
+def assert_same_runs(actual, expected):
+  """Two metrics files are equal to the last bit but for the time."""
+  for line, other in zip(actual, expected, strict=True):
+    assert {k: v for k, v in line.items() if k != "tokens_per_second"} == {
+      k: v for k, v in other.items() if k != "tokens_per_second"
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(make_config, tmp_path_factory):
+  """Three placements, two seeds, as one program."""
+  study = study_of(make_config(), f"placement={PLACEMENTS}", "seed=0 1")
+  runs = open_study(study, tmp_path_factory.mktemp("together") / "study")
+  return study, runs, train_together(study, runs)
+
+
+def assert_equal_to_alone(run, outcome, folder):
+  alone = loop.train(run.config, folder)
+  assert outcome.status == alone.status == loop.FINISHED
+  initial = json.loads((folder / "initial_weights.json").read_text())
+  assert json.loads(run.folder.read("initial_weights.json")) == initial  # to the last bit
+  for split in ("train", "validation"):
+    own = [line for line in read_lines(folder / "metrics.jsonl") if line["split"] == split]
+    for line, other in zip(values(run, split), own, strict=True):
+      assert line["step"] == other["step"]
+      for name in {"loss", "gradient_norm", "learning_rate", "perplexity"} & line.keys():
+        np.testing.assert_allclose(line[name], other[name], rtol=2e-5, err_msg=f"{run.name} {name}")
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+    params(run.folder.path, run.config),
+    params(folder, run.config),
+  )
+
+
+@pytest.mark.parametrize("index", [1, 2, 5])
+def test_together_equals_apart(trained, tmp_path, index):
+  _, runs, outcomes = trained
+  assert len(runs) == 6
+  assert_equal_to_alone(runs[index], outcomes[index], tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_five_placements_two_seeds_two_rates_equal_apart(make_config, tmp_path):
+  study = study_of(make_config(), "placement=pre post mix:0.5 lns deepnorm", "seed=0 1", "learning_rate=1e-3 3e-3")
+  runs = open_study(study, tmp_path / "study")
+  for run, outcome in zip(runs, train_together(study, runs), strict=True):
+    assert_equal_to_alone(run, outcome, tmp_path / run.name)
+
+
+def test_a_run_of_them_goes_on_alone(trained, tmp_path):
+  _, runs, _ = trained
+  shutil.copytree(runs[3].folder.path, tmp_path / "alone")
+  for step in (4, 6):  # back to step 2
+    shutil.rmtree(tmp_path / "alone" / "checkpoints" / str(step))
+  assert loop.train(runs[3].config, tmp_path / "alone").status == loop.FINISHED
+  losses = [line["loss"] for line in read_lines(tmp_path / "alone" / "metrics.jsonl") if line["split"] == "train"]
+  np.testing.assert_allclose(losses, [line["loss"] for line in values(runs[3])], rtol=2e-5)
+
+
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch):
+  study, expected, _ = trained
+
+  class AfterThreeSteps(StopRequest):
+    asked = 0
+
+    @property
+    def requested_by(self):
+      self.asked += 1
+      return "SIGTERM" if self.asked >= 3 else None
+
+    @requested_by.setter
+    def requested_by(self, _):
+      pass
+
+  runs = open_study(study, tmp_path / "study")
+  assert joint_set(tmp_path / "study", runs) == runs
+  with monkeypatch.context() as patch:
+    patch.setattr(together, "stop_on_signals", lambda: contextlib.nullcontext(AfterThreeSteps()))
+    assert {outcome.status for outcome in train_together(study, runs)} == {loop.STOPPED}
+  # As a kill would leave it that came between the checkpoints of two runs.
+  shutil.rmtree(runs[4].folder / "checkpoints" / "3")
+  assert joint_set(tmp_path / "study", runs) == runs
+  assert {outcome.status for outcome in train_together(study, runs)} == {loop.FINISHED}
+  for run, other in zip(runs, expected, strict=True):
+    for split in ("train", "validation"):
+      assert_same_runs(values(run, split), values(other, split))
+    jax.tree.map(
+      np.testing.assert_array_equal, params(run.folder.path, run.config), params(other.folder.path, run.config)
+    )
+  assert [path.name for path in (runs[0].folder / "superseded_at_2").iterdir() if path.name.isdigit()] == ["3"]
+  assert joint_set(tmp_path / "study", runs) == []
+
+
+def test_a_run_that_is_not_finite_is_frozen_and_the_others_go_on(make_config, tmp_path):
+  config = make_config(**{"train.max_skipped_in_a_row": 2, "optimizer.clip_norm": 0.0})
+  study = study_of(config, "learning_rate=1e-3 1e30", "placement=post")
+  runs = open_study(study, tmp_path / "study")
+  outcomes = train_together(study, runs)
+  status = {run.name: outcome.status for run, outcome in zip(runs, outcomes, strict=True)}
+  frozen = [run for run in runs if run.config.optimizer.learning_rate > 1]
+  assert {status[run.name] for run in runs if run not in frozen} == {loop.FINISHED}
+  assert {status[run.name] for run in frozen} == {loop.NON_FINITE}
+  for run, outcome in zip(runs, outcomes, strict=True):
+    assert json.loads(run.folder.read("outcome.json"))["status"] == outcome.status
+    if outcome.status == loop.NON_FINITE:
+      assert values(run)[-1]["step"] == outcome.step < config.train.num_steps
+      assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params(run.folder.path, run.config)))
+      assert (run.folder / f"non_finite_{outcome.step}").is_dir()
+  alone = loop.train(runs[0].config, tmp_path / "alone")
+  np.testing.assert_allclose(alone.validation["loss"], outcomes[0].validation["loss"], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("axes", "message"),
+  [
+    (("placement=pre", "weight_decay=0.0 0.1"), r"differ in config\.optimizer\.weight_decay, which is compiled"),
+    (("placement=pre", "embed_dim=16 32"), r"config\.model\.embed_dim"),
+    (("placement=pre admin",), "admin needs a profiling pass"),
+  ],
+)
+def test_sets_that_are_not_one_program_are_refused(make_config, tmp_path, axes, message):
+  study = study_of(make_config(), *axes)
+  runs = study.runs(tmp_path / "study")
+  with pytest.raises(InputError, match=message):
+    train_together(study, runs)
+  assert not (tmp_path / "study").exists()
+
+
+def test_the_axis_run_must_divide_the_runs(make_config, tmp_path):
+  study = study_of(make_config(**{"mesh.run": 2, "mesh.data": 1}), "placement=pre post")
+  with pytest.raises(InputError, match=r"2 devices|multiple of 2"):
+    train_together(study, study.runs(tmp_path / "study"))
