@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.model.flops import executed_flops_per_token
+from mixln_jax.parallel.mesh import abstract_mesh
 from mixln_jax.planning.plan import Plan, arithmetic, compile_plan
 from mixln_jax.planning.topology import Topology
+from mixln_jax.training.setup import check_batches
 
 REMAT = ("full", "dots_no_batch", "dots", "none")  # the least memory first
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -129,47 +131,53 @@ def _ordered(
   config: Config, topology: Topology, efficiency: float, own: Candidate
 ) -> Iterator[tuple[Candidate, Plan | None, str]]:
   """Each candidate with its plan before it is compiled, or why there is none: `own`, then by a guess of their time."""
-  rest = [candidate for candidate in _candidates(config, topology) if candidate != own]
   found: list[tuple[Candidate, Plan | None, str]] = []
-  refused: set[str] = set()
-  for candidate in (own, *rest):
-    changed = config.copy_and_resolve_references()
-    changed.model.remat, changed.train.micro_batches = candidate.remat, candidate.micro_batches
-    changed.mesh.update(dict(candidate.mesh))
+  micro_batches = [number for number in MICRO_BATCHES if config.train.batch_size % number == 0]
+  for mesh in dict.fromkeys((own.mesh, *_meshes(config, topology))):
+    # Shapes and shardings are those of the mesh, whatever is recomputed and however the batch is cut.
+    first = Candidate(mesh, REMAT[0], 1)
     try:
-      plan = arithmetic(changed, topology, efficiency)
+      plan = arithmetic(_changed(config, first), topology, efficiency)
     except InputError as error:
-      if str(error) not in refused:  # the same for every remat policy
-        found.append((candidate, None, str(error)))
-      refused.add(str(error))
+      found.append((first, None, str(error)))
       continue
     if plan.fits is False:
-      too_large = f"parameters, moments and batch alone take {sum(plan.counted) / 1e9:.2f} GB a device"
-      if too_large not in refused:
-        found.append((candidate, None, too_large))
-      refused.add(too_large)
+      size = f"{sum(plan.counted) / 1e9:.2f} GB"
+      found.append((first, None, f"parameters, moments and batch alone take {size} a device"))
       continue
-    found.append((candidate, plan, ""))
+    of_mesh = [Candidate(mesh, remat, number) for remat, number in itertools.product(REMAT, micro_batches)]
+    for candidate in dict.fromkeys((own, *of_mesh) if mesh == own.mesh else of_mesh):
+      changed = _changed(config, candidate)
+      try:
+        check_batches(changed, abstract_mesh(changed.mesh, topology.num_devices))
+      except InputError as error:
+        found.append((candidate, None, str(error)))
+      else:
+        found.append((candidate, dataclasses.replace(plan, config=changed), ""))
   return iter(sorted(found, key=lambda one: (one[1] is not None and one[0] != own, _guess(one[1]))))
 
 
-def _candidates(config: Config, topology: Topology) -> Iterator[Candidate]:
-  """Mesh shapes (data × fsdp × tensor within a slice) × remat × micro-batches."""
+def _changed(config: Config, candidate: Candidate) -> Config:
+  changed = config.copy_and_resolve_references()
+  changed.model.remat, changed.train.micro_batches = candidate.remat, candidate.micro_batches
+  changed.mesh.update(dict(candidate.mesh))
+  return changed
+
+
+def _meshes(config: Config, topology: Topology) -> list[tuple[tuple[str, int], ...]]:
+  """Shapes data × fsdp × tensor of a slice: parameters over all of it, over a quarter of it, or over tensor alone."""
   fixed = config.mesh.run * config.mesh.sequence
   devices = topology.num_devices // topology.num_slices
   if fixed < 1 or devices % fixed:
-    return
+    return []
   devices //= fixed
-  meshes = [
+  return [
     (("data", devices // tensor // fsdp), ("fsdp", fsdp), ("tensor", tensor))
     for tensor in TENSOR
     if devices % tensor == 0
-    for fsdp in {devices // tensor, max(1, devices // tensor // 4), 1}
+    for fsdp in dict.fromkeys((devices // tensor, max(1, devices // tensor // 4), 1))
     if devices // tensor % fsdp == 0
   ]
-  micro_batches = [number for number in MICRO_BATCHES if config.train.batch_size % number == 0]
-  for mesh, remat, number in itertools.product(meshes, REMAT, micro_batches):
-    yield Candidate(mesh, remat, number)
 
 
 def _guess(plan: Plan | None) -> tuple[bool, float]:
