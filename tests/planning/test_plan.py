@@ -16,9 +16,12 @@ from mixln_jax import config as config_lib
 from mixln_jax.__main__ import main
 from mixln_jax.commands import plan as command
 from mixln_jax.model.flops import executed_flops_per_token
+from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.planning import plan as planning
 from mixln_jax.planning import search as search_lib
 from mixln_jax.planning import text, topology
+from mixln_jax.training.setup import lower_train_step, program_hash
+from mixln_jax.training.step import state_shardings
 from planning import on_eight
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +93,7 @@ def test_the_arguments_are_the_hand_count_exactly(on_eight_devices, config, mesh
   assert plan["compiled"]["unknown_loops"] == []
 
 
-def test_plan_names_the_program_that_the_run_runs(recipe, tmp_path, capsys):
+def test_plan_names_the_program_that_the_run_runs(config, recipe, tmp_path, capsys):
   workdir = tmp_path / "run"
   assert main(["train", f"--config={recipe}", f"--workdir={workdir}", "--config.train.num_steps=3"]) == 0
   announced = re.search(r"^program    training step, hash (\w{16}), compiled in", capsys.readouterr().out, re.MULTILINE)
@@ -101,8 +104,14 @@ def test_plan_names_the_program_that_the_run_runs(recipe, tmp_path, capsys):
   shown = capsys.readouterr().out
   assert f"program    training step, hash {announced.group(1)}, compiled in" in shown
   assert "whether it fits is not known: no memory size for 'cpu'" in shown
-  assert main([*same, "--json", "--config.model.placement=pre"]) == 0
-  assert json.loads(capsys.readouterr().out)["compiled"]["program"] != announced.group(1)
+  other = config.copy_and_resolve_references()
+  mesh = make_mesh(other.mesh)
+  hashes = set()
+  for placement in ("mix:0.5", "pre"):
+    other.train.num_steps, other.model.placement = 3, placement
+    hashes.add(program_hash(lower_train_step(other, mesh, state_shardings(other, mesh))))
+  assert len(hashes) == 2
+  assert announced.group(1) in hashes
 
 
 def test_without_libtpu_it_says_what_to_install_and_gives_the_arithmetic(recipe, capsys, monkeypatch):
