@@ -1,10 +1,10 @@
-"""Memory of the training step on TPUs, from the real TPU compiler on a machine without one.
+"""What the training step needs on TPUs, from the real TPU compiler on a machine without one.
 
     pip install -r requirements-tpu.txt
-    python -m benchmarks.compile_for_tpu [--out=benchmarks/results/tpu_memory.json] [RECIPE TOPOLOGY ...]
+    python -m benchmarks.compile_for_tpu [--out=benchmarks/results/tpu_memory.json] [RECIPE TOPOLOGY PLACEMENT ...]
 
-Compiles each recipe's step ahead of time for a topology (by default all of RECIPES) and prints what a chip needs:
-arguments (state and batch) and temporaries. It shows that the step compiles and fits; it measures no speed.
+Plans each case, by default all of CASES and every recipe as it is, and prints what a chip needs. It shows that the step
+compiles and whether it fits; it measures no speed. Cases that --out holds already are not compiled again.
 """
 
 import argparse
@@ -12,24 +12,24 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh
 
-from mixln_jax.parallel.mesh import attach, make_mesh
-from mixln_jax.parallel.rules import batch_sharding, logical_rules
-from mixln_jax.training.step import abstract_state, make_train_step, state_shardings
+from mixln_jax.planning import topology
+from mixln_jax.planning.plan import Plan, arithmetic, compile_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+CASES = (
+  *(("1b", "v5e:4x4", placement) for placement in ("pre", "mix:0.25")),
+  *(("7b", slice_, placement) for slice_ in ("v5p:2x2x4", "v6e:4x4") for placement in ("pre", "mix:0.25")),
+  ("7b", "v5e:16x16", "mix:0.25"),
+)
 RECIPES = {
   **dict.fromkeys(("9m", "20m", "35m", "40m", "60m", "71m", "100m"), "v5e:2x2"),
   **dict.fromkeys(("130m", "250m"), "v5e:2x4"),
@@ -49,48 +49,69 @@ def load(recipe: str) -> Any:
   return module.get_config()
 
 
-def abstract_batch(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, types and shardings of a training batch."""
-  shape, sharding = (config.train.batch_size, config.data.sequence_length), batch_sharding(mesh)
-  types = {"tokens_BT": jnp.int32, "labels_BT": jnp.int32, "weights_BT": jnp.float32}
-  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
-
-
-def memory(recipe: str, topology: str) -> dict[str, Any]:
-  """GB a chip, and the seconds that the compiler took."""
+def measure(recipe: str, slice_: str, placement: str) -> Plan:
   config = load(recipe)
-  mesh = make_mesh(config.mesh, topologies.get_topology_desc(topology, platform="tpu").devices)
-  shardings = state_shardings(config, mesh)
-  step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
-  started = time.perf_counter()
-  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
-    compiled = step.lower(attach(abstract_state(config), shardings), abstract_batch(config, mesh)).compile()
-  analysis: Any = compiled.memory_analysis()
-  return {
-    "recipe": recipe,
-    "topology": topology,
-    "placement": config.model.placement,
-    "arguments_gb": round(analysis.argument_size_in_bytes / 1e9, 2),
-    "temporaries_gb": round(analysis.temp_size_in_bytes / 1e9, 2),
-    "compile_seconds": round(time.perf_counter() - started),
-  }
+  config.model.placement = placement
+  shape = topology.parse(slice_, config)
+  return compile_plan(arithmetic(config, shape), topology.devices(shape))
+
+
+HEADER = (
+  "recipe",
+  "topology",
+  "placement",
+  "counted",
+  "arguments",
+  "temporaries",
+  "total",
+  "of",
+  "fits",
+  "compiled in",
+)
+LINE = "{:<8}{:<12}{:<12}{:>9}{:>11}{:>13}{:>8}{:>8}{:>7}{:>13}"
+
+
+def show(row: dict[str, Any]) -> str:
+  """A line of the table, sizes in GB a chip."""
+  made = row["compiled"]
+  memory = made["memory_bytes"]
+  keys = ("arguments", "temporaries", "total")
+  sizes = [f"{memory[key] / 1e9:.3f}" for key in keys] if memory else ["-", "-", made["too_much"]]
+  counted, available = sum(row["counted_bytes"].values()) / 1e9, row["device_memory_bytes"] / 1e9
+  fits = "yes" if row["fits"] else "no"
+  seconds = f"{made['seconds']:.0f} s"
+  return LINE.format(
+    row["recipe"],
+    row["topology"]["name"],
+    row["config_placement"],
+    f"{counted:.3f}",
+    *sizes,
+    f"{available:.2f}",
+    fits,
+    seconds,
+  )
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("cases", nargs="*", help="pairs of a recipe (130m) and a topology (v5e:2x4)")
+  parser.add_argument("cases", nargs="*", help="triples of a recipe (130m), a topology (v5e:2x4) and a placement")
   parser.add_argument("--out", type=Path)
   arguments = parser.parse_args()
-  cases = dict(zip(arguments.cases[::2], arguments.cases[1::2], strict=True)) or RECIPES
-  rows = []
-  print(f"{'recipe':<8}{'topology':<12}{'arguments':>10}{'temporaries':>13}{'compiled in':>13}")
-  for recipe, topology in cases.items():
-    rows.append(row := memory(recipe, topology))
-    sizes = f"{row['arguments_gb']:>7.2f} GB{row['temporaries_gb']:>10.2f} GB{row['compile_seconds']:>11} s"
-    print(f"{recipe:<8}{topology:<12}{sizes}", flush=True)
-  if arguments.out:
-    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
-    arguments.out.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+  given = list(zip(*(iter(arguments.cases),) * 3, strict=True))
+  recipes = [(recipe, slice_, load(recipe).model.placement) for recipe, slice_ in RECIPES.items()]
+  versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+  stored = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {"rows": []}
+  if stored["rows"] and stored["versions"] != versions:
+    sys.exit(f"{arguments.out} was measured with other versions than {versions}; give another --out")
+  rows = {(row["recipe"], row["topology"]["name"], row["config_placement"]): row for row in stored["rows"]}
+  print(LINE.format(*HEADER))
+  for case in dict.fromkeys(given or [*CASES, *recipes]):
+    if case not in rows:
+      recipe, _, placement = case
+      rows[case] = {"recipe": recipe, "config_placement": placement, **measure(*case).to_json()}
+      if arguments.out:
+        arguments.out.write_text(json.dumps({"versions": versions, "rows": list(rows.values())}, indent=1) + "\n")
+    print(show(rows[case]), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data.corpus import Document
 from mixln_jax.data.prepare import data_directory, prepare
 from mixln_jax.model.flops import train_flops_per_token
-from mixln_jax.parallel.devices import PEAK_FLOPS
+from mixln_jax.parallel.devices import DEVICES
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import compile_train_step, make_loader, set_up
+from mixln_jax.training.setup import lower_train_step, make_loader, set_up
 
 UTILISATION = 0.4
 CHIPS_A_HOST = 4
@@ -84,7 +84,7 @@ def measure_loader() -> dict[str, list[float]]:
   setup = set_up(config)
   shardings = step_lib.state_shardings(config, setup.mesh)
   state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
-  step = compile_train_step(setup, shardings)
+  step = lower_train_step(config, setup.mesh, shardings).compile()
   loader = make_loader(setup, config.train.batch_size)
   size = config.train.batch_size * config.data.sequence_length
 
@@ -114,7 +114,7 @@ def measure_loader() -> dict[str, list[float]]:
 def host_needs() -> float:
   """Tokens a second that 4 v5e chips would take in at UTILISATION, training llama_130m: arithmetic."""
   config = llama_130m.get_config()
-  return CHIPS_A_HOST * PEAK_FLOPS["TPU v5 lite"] * UTILISATION / train_flops_per_token(config.model, 256)
+  return CHIPS_A_HOST * DEVICES["TPU v5 lite"].peak_flops * UTILISATION / train_flops_per_token(config.model, 256)
 
 
 def main() -> None:

@@ -32,13 +32,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import topologies
 
-from benchmarks.compile_for_tpu import abstract_batch, load
+from benchmarks.compile_for_tpu import load
 from mixln_jax.model import transformer
 from mixln_jax.model.columns import Columns
 from mixln_jax.model.initial import abstract_sharded_params
 from mixln_jax.model.norm import rms_norm
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.parallel.rules import logical_rules
+from mixln_jax.training.setup import abstract_batch
 from mixln_jax.training.step import gradient_sum
 
 TOPOLOGY = "v5e:4x4"

@@ -156,12 +156,6 @@ class Loader:
     mine = mine + [filler] * (local - len(mine))
     return {name: np.stack([row[name] for row in mine]) for name in filler}
 
-  def example(self) -> Batch:
-    """One training row: names, shapes [T] and types of what a batch holds."""
-    row = self._data.rows("train").map(self._example)[0]
-    assert row is not None  # nothing filters
-    return row
-
 
 def _start_worker(*_: int) -> None:
   """No worker may take the accelerator from the run that it reads for."""

@@ -18,3 +18,16 @@ def train_flops_per_token(model: Config, sequence_length: int) -> float:
   """
   attention = model.num_layers * model.num_heads * head_dim(model) * (sequence_length + 1)
   return 6.0 * matmul_params(model) + 6.0 * attention
+
+
+def executed_flops_per_token(model: Config, sequence_length: int) -> float:
+  """FLOPs of the matrix products that the training step really does for a token: with recomputation, masked positions.
+
+  The attention of this model multiplies all T positions, masked or not. The backward pass does the layers' forward
+  products again with remat full (but `down`, whose result it does not need), those of attention with dots_no_batch.
+  """
+  attention = 4.0 * model.num_layers * model.num_heads * head_dim(model) * sequence_length
+  forward = 2.0 * matmul_params(model) + attention
+  layers = forward - 2.0 * model.embed_dim * model.vocab_size - 2.0 * model.num_layers * model.embed_dim * model.mlp_dim
+  recomputed = {"none": 0.0, "dots": 0.0, "dots_no_batch": attention, "full": layers}
+  return 3.0 * forward + recomputed[model.remat]

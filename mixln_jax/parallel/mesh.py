@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from mixln_jax.errors import InputError
 from mixln_jax.parallel import rules
@@ -26,8 +26,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     InputError: the sizes don't multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  names = [*AXES, *(f"dcn_{axis}" for axis in AXES)]
-  filled = _fill({name: sizes[name] for name in names}, len(devices))
+  filled = _fill(sizes, len(devices))
   ici = [filled[axis] for axis in AXES]
   dcn = [filled[f"dcn_{axis}"] for axis in AXES]
   if math.prod(dcn) > 1:
@@ -40,7 +39,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _fill(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+def abstract_mesh(sizes: Mapping[str, int], num_devices: int) -> Any:
+  """The mesh of `config.mesh` without devices: enough to know the shardings on it, which take it as they take a mesh.
+
+  Raises:
+    InputError: the sizes don't multiply to the number of devices.
+  """
+  filled = _fill(sizes, num_devices)
+  whole = [filled[axis] * filled[f"dcn_{axis}"] for axis in AXES]
+  return AbstractMesh(tuple(whole), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _fill(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+  sizes = {name: sizes[name] for name in (*AXES, *(f"dcn_{axis}" for axis in AXES))}
   known = math.prod(size for size in sizes.values() if size != -1)
   shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
   if num_devices % known:

@@ -4,7 +4,7 @@ config.json        the config, one flat field a line
 placement.txt      the strip, first layer first: post post post pre …
 parameters.txt     name, shape, type, sharding and size of each tensor
 data.json          the records that it is trained on: their fingerprint and folder
-environment.json   versions, devices, git revision, command
+environment.json   versions, devices, git revision, command, hash of the training step's program
 initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
 metrics.jsonl      the truth: one object a line, each (split, step) once
 changes.jsonl      fields that were changed when the run went on, and from which step

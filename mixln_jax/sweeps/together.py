@@ -364,7 +364,7 @@ class _Joint:
     columns, rates_R = program.by_run((program.columns, program.rates_R))
     step = program.map(step_lib.make_train_step(program.config), (0, None, 0, 0))
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
-    batch = abstract_batch(self._members[0].setup, program.config.train.batch_size)
+    batch = abstract_batch(program.config, program.mesh)
     with on_mesh(program.mesh):
       return jitted.lower(state, batch, columns, rates_R).compile()
 

@@ -46,7 +46,15 @@ from mixln_jax.training.checkpoints import (
 from mixln_jax.training.dump import write_dump
 from mixln_jax.training.progress import Clock, NonFiniteError, Progress, Reporter
 from mixln_jax.training.resume import ResumePoint, resume_point
-from mixln_jax.training.setup import Evaluator, Setup, check_batch, compile_train_step, make_loader, set_up
+from mixln_jax.training.setup import (
+  Evaluator,
+  Setup,
+  check_batches,
+  lower_train_step,
+  make_loader,
+  program_hash,
+  set_up,
+)
 from mixln_jax.training.stopping import stop_on_signals
 
 FINISHED, STOPPED, NON_FINITE, DIVERGED, FAILED = "finished", "stopped", "non_finite", "diverged", "failed"
@@ -86,9 +94,7 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   """
   clock = Clock()
   setup = set_up(config)
-  micro_batch = config.train.batch_size // config.train.micro_batches
-  check_batch(setup, "config.train.batch_size / micro_batches", micro_batch)
-  check_batch(setup, "config.evaluate.batch_size", config.evaluate.batch_size)
+  check_batches(config, setup.mesh)
   folder = RunFolder(workdir)
   old_config = read_config(folder) if folder.has_run else config
   if not folder.has_run:
@@ -183,8 +189,10 @@ def _train(
     profiler = stack.enter_context(contextlib.closing(_Profiler(config, folder / folder_lib.PROFILE)))
     compile_started = time.monotonic()
     with clock("compile"):
-      train_step = compile_train_step(setup, shardings)
-    progress.say(f"compiled   the step in {time.monotonic() - compile_started:.1f} s")
+      lowered = lower_train_step(config, setup.mesh, shardings)
+      train_step, program = lowered.compile(), program_hash(lowered)
+    progress.say(f"program    training step, hash {program}, compiled in {time.monotonic() - compile_started:.1f} s")
+    folder.write_json(folder_lib.ENVIRONMENT, folder_lib.environment() | {"train_step": program})
     batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(point.step)))
     stop = stack.enter_context(stop_on_signals())
     reporter = Reporter(metrics, progress, config.train.max_skipped_in_a_row)

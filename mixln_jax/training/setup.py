@@ -1,6 +1,7 @@
 """What a config stands for on this machine: its mesh, its data, its compiled step."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from jax.sharding import Mesh
 from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import Config
-from mixln_jax.data.loader import Data, Loader
+from mixln_jax.data.loader import Data, Loader, example
 from mixln_jax.data.opening import open_data
+from mixln_jax.data.records import Record
 from mixln_jax.errors import InputError
 from mixln_jax.model.initial import abstract_sharded_params
 from mixln_jax.parallel.mesh import attach, make_mesh
@@ -57,6 +59,16 @@ def check_batch(setup: Setup, name: str, size: int) -> None:
   check_divides(name, (size, setup.config.data.sequence_length), batch_sharding(setup.mesh))
 
 
+def check_batches(config: Config, mesh: Mesh) -> None:
+  """Refuses a config whose micro-batches, or batches of the evaluation, the mesh can't cut; raises InputError."""
+  sizes = {
+    "config.train.batch_size / micro_batches": config.train.batch_size // config.train.micro_batches,
+    "config.evaluate.batch_size": config.evaluate.batch_size,
+  }
+  for name, size in sizes.items():
+    check_divides(name, (size, config.data.sequence_length), batch_sharding(mesh))
+
+
 def make_loader(setup: Setup, batch_size: int, *, all_rows: bool = False) -> Loader:
   """The loader of a setup: this process's rows of each batch, or `all_rows`."""
   data = setup.config.data
@@ -92,21 +104,33 @@ def open_run(folder: RunFolder, mesh: Mesh, step: int | None = None) -> OpenedRu
   return open_params(folder, lambda config: abstract_sharded_params(config.model, mesh), step)
 
 
-def abstract_batch(setup: Setup, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, types and shardings of a batch of the setup's data."""
-  example = make_loader(setup, batch_size).example()
-  shape, sharding = (batch_size, setup.config.data.sequence_length), batch_sharding(setup.mesh)
-  return {name: jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding) for name, row in example.items()}
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, types and shardings of a training batch; no data is needed."""
+  length = config.data.sequence_length
+  row = example(
+    Record(np.zeros(length, np.int32), length, np.zeros(length, bool)), length, document_mask=config.data.document_mask
+  )
+  shape, sharding = (config.train.batch_size, length), batch_sharding(mesh)
+  return {name: jax.ShapeDtypeStruct(shape, column.dtype, sharding=sharding) for name, column in row.items()}
 
 
-def compile_train_step(setup: Setup, shardings: step_lib.TrainState) -> jax.stages.Compiled:
-  """The step as it will run: state donated, everything sharded, compiled ahead of time."""
-  config = setup.config
-  batch = abstract_batch(setup, config.train.batch_size)
+def lower_train_step(config: Config, mesh: Mesh, shardings: step_lib.TrainState) -> jax.stages.Lowered:
+  """The step as it will run on the mesh: state donated, everything sharded. It needs shapes alone; `.compile()` it.
+
+  Args:
+    config: of the run.
+    mesh: its devices; those of a topology that is not here will do.
+    shardings: `step.state_shardings` of the two.
+  """
   state = attach(step_lib.abstract_state(config), shardings)
   step = jax.jit(step_lib.make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
-  with on_mesh(setup.mesh):
-    return step.lower(state, batch).compile()
+  with on_mesh(mesh):
+    return step.lower(state, abstract_batch(config, mesh))
+
+
+def program_hash(lowered: jax.stages.Lowered) -> str:
+  """A short hash of a lowered program: of its StableHLO, which names no source line and no path."""
+  return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
 
 
 def bytes_per_token(setup: Setup) -> np.ndarray:

@@ -14,7 +14,7 @@ from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import Evaluator, compile_train_step, make_loader, set_up
+from mixln_jax.training.setup import Evaluator, lower_train_step, make_loader, set_up
 
 MESHES = {
   "data 8": {"data": -1},
@@ -42,7 +42,7 @@ def run(config_json, mesh):
   initial_hash = hash_of_sums(jax.jit(bit_sums)(state.params))
   shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
   share = sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
-  train_step = compile_train_step(setup, shardings)
+  train_step = lower_train_step(config, setup.mesh, shardings).compile()
   losses = []
   for batch in make_loader(setup, config.train.batch_size).train():
     state, metrics = train_step(state, global_batch(batch, setup.mesh))

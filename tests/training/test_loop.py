@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,6 +94,7 @@ def test_a_run_leaves_its_facts(untouched, make_config):
   environment = json.loads((untouched / "environment.json").read_text())
   assert environment["packages"]["jax"] == jax.__version__
   assert environment["devices"] == ["cpu:cpu"]
+  assert re.fullmatch("[0-9a-f]{16}", environment["train_step"])
   outcome = json.loads((untouched / "outcome.json").read_text())
   assert (outcome["status"], outcome["step"]) == ("finished", 6)
   lines = read_lines(untouched / "metrics.jsonl")
