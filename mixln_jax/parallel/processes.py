@@ -167,12 +167,13 @@ def _first_difference(facts: list[dict[str, Any]]) -> str:
 
 def _meet(what: str, value: str, judge: Callable[[list[str]], str]) -> None:
   """Every process gives a value; process 0 judges all of them, and all raise its verdict where it is not empty."""
-  client, count = _client(), jax.process_count()
+  # Who we are is asked of the service: the first touch of a device would wait for the devices of the others.
+  client, count, index = _client(), _service().num_processes, _service().process_id
   if client is None or count == 1:
     return
   place = f"mixln_jax/meeting/{next(_meetings)}"
-  client.key_value_set(f"{place}/values/{jax.process_index()}", value)
-  if is_first():
+  client.key_value_set(f"{place}/values/{index}", value)
+  if index == 0:
     said = _wait_until(what, lambda: _said(client, place, count))
     client.key_value_set(f"{place}/verdict/0", judge(said))
   verdict = _wait_until(what, lambda: dict(client.key_value_dir_get(f"{place}/verdict/")).get(f"{place}/verdict/0"))
@@ -217,7 +218,7 @@ def failing_together() -> Iterator[None]:
       refused = isinstance(error, InputError)
       text = str(error) if refused else f"{type(error).__name__}: {_one_line(error)}"
       with contextlib.suppress(Exception):  # the service may be what failed
-        client.key_value_set(f"mixln_jax/failed/{jax.process_index()}", json.dumps([refused, text]))
+        client.key_value_set(f"mixln_jax/failed/{_service().process_id}", json.dumps([refused, text]))
     raise
 
 
@@ -232,9 +233,13 @@ def _raise_failures_of_others() -> None:
 
 def _client() -> Any:
   """JAX's client of its coordination service; None where the process is alone."""
+  return _service().client
+
+
+def _service() -> Any:
   from jax._src import distributed  # where orbax and jax.experimental.multihost_utils have it from
 
-  return distributed.global_state.client
+  return distributed.global_state
 
 
 def _one_line(error: Exception) -> str:
