@@ -73,7 +73,7 @@ class Written(transformer.Layer):
     columns = dict(self.constant) | varying["columns"]
     for name, branch in self.branches(columns, shared, varying["index"]):
       x_BTD = self.apply_one(x_BTD, branch, self.gains(name, columns)[0], columns[f"{name}.norm_out"])
-      x_BTD = nn.with_logical_constraint(x_BTD, transformer.ACTIVATIONS)
+      x_BTD = nn.with_logical_constraint(x_BTD, transformer.STREAM)
     return ((x_BTD, None), cache), {"stream_BTD": x_BTD}
 
 

@@ -5,10 +5,11 @@ Exit status: 0 done; 1 the run failed; 2 refused (bad input, nothing was changed
 
 import difflib
 import importlib
+import os
 import sys
 
 from mixln_jax import commands
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, OtherProcessError
 
 
 def usage() -> str:
@@ -32,6 +33,11 @@ def main(argv: list[str]) -> int:
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except OtherProcessError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if error.gone:
+      os._exit(1)  # JAX would wait at its end for the process that is gone, and then abort
+    return 1
   except KeyboardInterrupt:
     print("stopped at once, without a checkpoint", file=sys.stderr)
     return 130

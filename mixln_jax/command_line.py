@@ -51,10 +51,6 @@ class CommandLine:
   def number(self, name: str, meaning: str, *, default: float, minimum: float | None = None) -> None:
     flags.DEFINE_float(name, default, meaning, lower_bound=minimum, flag_values=self._values)
 
-  def boolean(self, name: str, meaning: str) -> None:
-    """Adds --NAME, which is off by default."""
-    flags.DEFINE_boolean(name, False, meaning, flag_values=self._values)
-
   def parse(self, argv: Sequence[str]) -> flags.FlagValues:
     """Parses the arguments that follow the command's name.
 

@@ -53,7 +53,7 @@ class Field:
   def allowed(self) -> str:
     """The allowed values in words, for messages and `--help`."""
     if self.choices:
-      return "one of " + ", ".join(map(str, self.choices))
+      return "one of " + ", ".join(str(choice) or "nothing" for choice in self.choices)
     bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum), ("<", self.below))
     return " and ".join([type(self.default).__name__, *(f"{sign} {b}" for sign, b in bounds if b is not None)])
 
@@ -241,6 +241,33 @@ FIELDS: Mapping[str, Field] = {
   "mesh.dcn_fsdp": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
   "mesh.dcn_sequence": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
   "mesh.dcn_tensor": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
+  # parallel: the processes and devices of a run
+  "parallel.expect_platform": Field(
+    "",
+    "refuse to train on anything else (JAX falls back to the CPU where it can't use an accelerator); empty = any",
+    choices=("", "cpu", "gpu", "tpu"),
+    on_resume=FREE,
+  ),
+  "parallel.expect_devices": Field(
+    0,
+    "refuse to train on another number of devices, those of all processes together; 0 = any",
+    minimum=0,
+    on_resume=FREE,
+  ),
+  "parallel.join_timeout": Field(
+    300,
+    "seconds that the processes of a run wait for one another when it starts; then it ends with an error",
+    minimum=1,
+    maximum=86_400,
+    on_resume=FREE,
+  ),
+  "parallel.heartbeat_timeout": Field(
+    100,
+    "seconds after which a process that is silent, or late at the end, is taken for dead, and JAX ends the others",
+    minimum=10,
+    maximum=86_400,
+    on_resume=FREE,
+  ),
   # what is watched
   "profile.start_step": Field(10, "first step of the JAX profile", minimum=1, on_resume=FREE),
   "profile.num_steps": Field(0, "steps that the profile covers; 0 = no profile", minimum=0, on_resume=FREE),

@@ -70,7 +70,7 @@ def _write(folder: RunFolder, output: str, step: int | None, layout: str, shard_
   run = open_run(folder, make_mesh(config.mesh), step)
   tensors = hf.export_weights(jax.tree.map(np.asarray, run.params), config.model)
   files = write_folder(output, tensors, description, int(shard_gb * 1e9))
-  print(f"read       {folder.path}, step {run.step}")
+  print(f"read       {folder.address}, step {run.step}")
   print(
     f"wrote      {Path(output).expanduser()}: {description['model_type']}, {count_params(config.model) / 1e6:.2f} M "
     f"parameters in {files} file{'s' * (files > 1)}"
@@ -94,4 +94,4 @@ def _read(
   folder = begin_from(config, hf.import_weights(tensors, config.model), workdir)
   print(f"placement  {placement.parse(config.model.placement, config.model.num_layers).strip}")
   print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {tensors.path}")
-  print(f"wrote      {folder.path}, step 0; `train --workdir` goes on from it")
+  print(f"wrote      {folder.address}, step 0; `train --workdir` goes on from it")

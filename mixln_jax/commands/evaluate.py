@@ -4,6 +4,7 @@ import json
 
 from mixln_jax.command_line import CommandLine
 from mixln_jax.data.loader import unigram_entropy
+from mixln_jax.parallel import processes
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
 from mixln_jax.training.setup import Evaluator, check_batch, make_loader, open_run, set_up, spread_over_all_devices
@@ -16,13 +17,18 @@ def main(argv: list[str]) -> int:
   line.integer("batch_size", "sequences a batch; by default the run's", minimum=1)
   values = line.parse(argv)
   folder = RunFolder(values.workdir)
-  config = spread_over_all_devices(read_config(folder))
+  config = read_config(folder)
+  processes.join(config.parallel)
+  config = spread_over_all_devices(config)
   if values.batch_size is not None:
     config.evaluate.batch_size = values.batch_size
-  setup = set_up(config)
-  check_batch(setup, "--batch_size", config.evaluate.batch_size)
-  run = open_run(folder, setup.mesh, values.step)
-  evaluation = Evaluator(setup)(run.params)
+  with processes.failing_together():
+    setup = set_up(config)
+    check_batch(setup, "--batch_size", config.evaluate.batch_size)
+    run = open_run(folder, setup.mesh, values.step)
+    evaluation = Evaluator(setup)(run.params)
+  if not processes.is_first():
+    return 0
   print(f"validation step {run.step}  {evaluation.describe(official_compat=True)}")
   rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
   entropy = unigram_entropy(rows)

@@ -2,6 +2,7 @@
 
 from mixln_jax.command_line import CommandLine
 from mixln_jax.inference.generate import generate_text
+from mixln_jax.parallel import processes
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
 from mixln_jax.training.setup import on_mesh, open_run, set_up, spread_over_all_devices
@@ -17,7 +18,9 @@ def main(argv: list[str]) -> int:
   line.integer("step", "which checkpoint; by default the newest", minimum=0)
   values = line.parse(argv)
   folder = RunFolder(values.workdir)
-  setup = set_up(spread_over_all_devices(read_config(folder)))
+  config = read_config(folder)
+  processes.join(config.parallel)
+  setup = set_up(spread_over_all_devices(config))
   run = open_run(folder, setup.mesh, values.step)
   with on_mesh(setup.mesh):
     text = generate_text(
@@ -29,5 +32,6 @@ def main(argv: list[str]) -> int:
       temperature=values.temperature,
       seed=values.seed,
     )
-  print(values.prompt + text)
+  if processes.is_first():
+    print(values.prompt + text)
   return 0

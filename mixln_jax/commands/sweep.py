@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
   values = line.parse(argv)
   base = line.config_value()
   recipe = line.config_path()
+  if "://" in values.workdir:
+    raise InputError(f"--workdir={values.workdir}: a study lies in a folder; several machines can share one over NFS")
   study = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
   runs = study.runs(values.workdir)
   if values.index is not None and values.index >= len(runs):
@@ -45,9 +47,11 @@ def main(argv: list[str]) -> int:
   if values.list:
     _show(runs)
     return 0
+  if values.together:
+    processes.join(base.parallel)
   for config in {run.config.data.to_json(): run.config for run in runs}.values():
     open_data(config)  # what is not prepared is said before anything is trained
-  runs = sequence.open_study(study, values.workdir)
+  runs = sequence.open_study(study, values.workdir, write=not values.together or processes.is_first())
   mine = runs if values.index is None else [runs[values.index]]
   if values.together:
     return _train_together(study, runs, Path(values.workdir))
@@ -65,13 +69,15 @@ def main(argv: list[str]) -> int:
 
 
 def _train_together(study: Study, runs: list[Run], folder: Path) -> int:
-  processes.join()
   use_compile_cache()
-  chosen = joint_set(folder, runs)
-  if not chosen:
-    print("all runs are done")
+  with processes.failing_together():
+    chosen = joint_set(folder, runs)
+    if not chosen:
+      print("all runs are done")
+      return 0
+    outcomes = train_together(study, chosen)
+  if not processes.is_first():
     return 0
-  outcomes = train_together(study, chosen)
   _show(runs)
   print(f"weights    initial, {sequence.weights_line(runs)}")
   return STOPPED_STATUS if any(outcome.status == STOPPED for outcome in outcomes) else 0

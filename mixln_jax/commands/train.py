@@ -28,9 +28,10 @@ def main(argv: list[str]) -> int:
   if values.config is None and not folder.has_run:
     raise InputError("--config is required for a new run, and --workdir holds none; see --help")
   config = read_config(folder) if values.config is None else line.config_value()
-  processes.join()
+  processes.join(config.parallel)
   use_compile_cache()
-  outcome = loop.train(config, values.workdir)
+  with processes.failing_together():
+    outcome = loop.train(config, values.workdir)
   show = print if processes.is_first() else _nothing
   if outcome.diverged:
     show("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     with on_mesh(setup.mesh):
       text = generate_text(run.config.model, run.params, setup.corpus.tokenizer, "", config.train.sample_tokens)
     show(f"sample     {text!r}")
-  show(f"files      {folder.path}")
+  show(f"files      {folder.address}")
   return STATUSES[outcome.status]
 
 

@@ -29,9 +29,15 @@ from mixln_jax.model import attention as attention_lib
 from mixln_jax.model.columns import LEARNED, Columns
 from mixln_jax.model.norm import rms_norm
 from mixln_jax.model.residual import OutNorm, settle, sublayer
+from mixln_jax.parallel.rules import constrain
 
 Cache = dict[str, jax.Array]
-ACTIVATIONS = ("batch", "length", "activation_embed")
+# Logical axes of the activations (parallel/rules.py says what they are sharded over).
+STREAM = ("batch", "length", "activation_embed")  # B, T, D
+QUERIES = ("batch", "length", "heads", "head_dim")  # B, T, H, K
+KEYS = ("batch", "key_length", "kv_heads", "head_dim")  # B, S, G, K; values as well
+HIDDEN = ("batch", "length", "mlp")  # B, T, F
+LOGITS = ("batch", "length", "vocab")  # B, T, V
 MATRICES = ("embedding", "head", "query", "key", "value", "output", "gate", "up", "down")
 
 REMAT_POLICIES = {
@@ -134,7 +140,7 @@ class Layer(nn.Module):
         x_BTD, branch, gains, learned, row, epsilon=self.config.norm_epsilon, dtype=self.config.dtype
       )
     taps = {f"{name}_{term}": value for term, value in terms.items()}
-    return nn.with_logical_constraint(sum_BTD, ACTIVATIONS), out_norm, taps
+    return constrain(sum_BTD, *STREAM), out_norm, taps
 
   def attend(
     self,
@@ -149,7 +155,7 @@ class Layer(nn.Module):
 
     def project(name: str, heads: int, axis: str) -> jax.Array:
       weight_DHK = self.matrix(name, (c.embed_dim, heads, width), ("embed", axis, "head_dim"))
-      out_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, weight_DHK)
+      out_BTHK = constrain(jnp.einsum("btd,dhk->bthk", x_BTD, weight_DHK), "batch", "length", axis, "head_dim")
       return out_BTHK + self.matrix(f"{name}_bias", (heads, width), (axis, "head_dim")) if c.qkv_bias else out_BTHK
 
     def norm(name: str, x_BTHK: jax.Array, column: str) -> jax.Array:
@@ -171,18 +177,18 @@ class Layer(nn.Module):
     q_BTHK = attention_lib.rotate(normed("query", project("query", c.num_heads, "heads")), shared["rope"])
     k_BSGK = attention_lib.rotate(normed("key", project("key", kv_heads, "kv_heads")), shared["rope"])
     v_BSGK = norm("value", project("value", kv_heads, "kv_heads"), "v_norm")
+    q_BTHK, k_BSGK, v_BSGK = constrain(q_BTHK, *QUERIES), constrain(k_BSGK, *KEYS), constrain(v_BSGK, *KEYS)
     if cache is not None:
       cache, k_BSGK, v_BSGK = attention_lib.update_cache(cache, layer, k_BSGK, v_BSGK, shared["positions"])
     out_BTHK = attention_lib.attention(q_BTHK, k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype), shared["mask"])
     weight_HKD = self.matrix("output", (c.num_heads, width, c.embed_dim), ("heads", "head_dim", "embed"))
-    return jnp.einsum("bthk,hkd->btd", out_BTHK, weight_HKD), cache
+    return constrain(jnp.einsum("bthk,hkd->btd", constrain(out_BTHK, *QUERIES), weight_HKD), *STREAM), cache
 
   def mlp(self, x_BTD: jax.Array) -> jax.Array:
     embed, hidden = self.config.embed_dim, config_lib.stored_mlp_dim(self.config)
-    gate_BTF = x_BTD @ self.matrix("gate", (embed, hidden), ("embed", "mlp"))
-    up_BTF = x_BTD @ self.matrix("up", (embed, hidden), ("embed", "mlp"))
-    hidden_BTF = nn.with_logical_constraint(nn.silu(gate_BTF) * up_BTF, ("batch", "length", "mlp"))
-    return hidden_BTF @ self.matrix("down", (hidden, embed), ("mlp", "embed"))
+    gate_BTF = constrain(x_BTD @ self.matrix("gate", (embed, hidden), ("embed", "mlp")), *HIDDEN)
+    up_BTF = constrain(x_BTD @ self.matrix("up", (embed, hidden), ("embed", "mlp")), *HIDDEN)
+    return constrain((nn.silu(gate_BTF) * up_BTF) @ self.matrix("down", (hidden, embed), ("mlp", "embed")), *STREAM)
 
 
 class Transformer(nn.Module):
@@ -272,8 +278,9 @@ class Transformer(nn.Module):
       "mask": attention_lib.attention_mask(positions_BT, segment_ids_BT, cache),
       "positions": positions_BT,
     }
-    x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(config_lib.residual_dtype(c))
-    x_BTD = nn.with_logical_constraint(x_BTD, ACTIVATIONS)
+    # The table's width is gathered first: looked up in pieces of it, the whole batch would be gathered on each device.
+    table_VD = constrain(self.embedding, "vocab", "activation_embed")
+    x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0).astype(config_lib.residual_dtype(c)), *STREAM)
     taps: dict[str, Any] = {"embedded_BTD": x_BTD}
     run_stack = self.loop if c.unroll == 0 and not self.is_initializing() else self.scan
     (last, new_cache), layer_taps = run_stack(((x_BTD, self.nothing_owed(columns)), cache), columns, keep_L, shared)
@@ -282,7 +289,7 @@ class Transformer(nn.Module):
     if cache is not None:
       taps["cache"] = new_cache
     hidden_BTD = rms_norm(x_BTD, self.final_norm, epsilon=c.norm_epsilon).astype(c.dtype)
-    return hidden_BTD, taps
+    return constrain(hidden_BTD, *STREAM), taps
 
   def nothing_owed(self, columns: Columns) -> OutNorm:
     """The N_out that the embedding lacks: none, in the shape that the carry has."""
@@ -339,7 +346,8 @@ def _check_cache(cache: Cache, tokens_BT: jax.Array, positions_BT: Any, segment_
 
 def project_to_logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
   """Logits [B, T, V], accumulated and returned in fp32; the product is taken in the hidden states' type."""
-  return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+  head_DV = head_DV.astype(hidden_BTD.dtype)
+  return constrain(jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32), *LOGITS)
 
 
 def empty_cache(config: Config, batch: int, num_slots: int) -> Cache:

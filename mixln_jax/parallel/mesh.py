@@ -1,8 +1,9 @@
 """The device mesh, and batches as global arrays on it."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,7 +20,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   """The mesh of `config.mesh` over all devices.
 
   Args:
-    sizes: devices along each axis within a slice, and `dcn_AXIS` over slices; one may be -1, all that is left.
+    sizes: devices along each axis within a slice, and `dcn_AXIS` over slices; one may be -1, all that is left. Where
+      the devices don't say what slice they are of (CPUs; GPUs of one NVLink domain), each process counts as one.
     devices: by default all of them.
 
   Raises:
@@ -30,10 +32,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   ici = [filled[axis] for axis in AXES]
   dcn = [filled[f"dcn_{axis}"] for axis in AXES]
   if math.prod(dcn) > 1:
+    slices, hosts = ({getattr(device, name, 0) for device in devices} for name in ("slice_index", "process_index"))
     try:
-      grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices)
+      grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices, process_is_granule=len(slices) == 1)
     except ValueError as error:
-      raise InputError(f"config.mesh.dcn_*: these devices don't form such slices ({error}); set them to 1") from error
+      raise InputError(
+        f"config.mesh.dcn_*: they ask for {math.prod(dcn)} slices of {math.prod(ici)} devices, but the slices number "
+        f"{len(slices)}, the processes {len(hosts)} ({error}); change them, or set them to 1"
+      ) from error
   else:
     grid = mesh_utils.create_device_mesh(ici, devices)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -67,10 +73,49 @@ def _fill(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
   return filled
 
 
+@functools.lru_cache
+def rows_share(mesh: Mesh) -> tuple[int, int]:
+  """(i, n): this process loads the i-th of n equal parts of the rows of a batch.
+
+  Processes between which only a tensor or sequence axis runs hold the same rows and load the same part. Where the rows
+  of two processes overlap in part, each loads all rows (0, 1) and uses those that it holds.
+  """
+  groups = _row_groups(mesh)
+  parts = sorted(set(groups.values()), key=min)
+  if sum(map(len, parts)) > len(set().union(*parts)) or len(set(map(len, parts))) > 1:
+    return 0, 1
+  return parts.index(groups[jax.process_index()]), len(parts)
+
+
+def _row_groups(mesh: Mesh) -> dict[int, frozenset[int]]:
+  """Which pieces of a batch's rows each process holds, numbered in their order."""
+  ways = math.prod(mesh.shape[axis] for axis in rules.mesh_axes(rules.RULES["batch"]))
+  held: dict[int, set[int]] = {}
+  for device, index in rules.batch_sharding(mesh).devices_indices_map((ways, mesh.shape["sequence"])).items():
+    held.setdefault(device.process_index, set()).update(range(ways)[index[0]])
+  return {process: frozenset(pieces) for process, pieces in held.items()}
+
+
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a batch as global arrays [B, T], sharded by rows."""
+  """The rows that this process loaded (`rows_share`) as global arrays [B, T], sharded by rows and positions."""
   sharding = rules.batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+  _, count = rows_share(mesh)
+
+  def make(rows: np.ndarray) -> jax.Array:
+    shape = (len(rows) * count, *rows.shape[1:])
+    held = range(len(rows))
+    if count > 1:  # this process's rows of the global array, in their order, are the rows that it loaded
+      indices = sharding.addressable_devices_indices_map(shape).values()
+      held = sorted({row for index in indices for row in range(shape[0])[cast(Any, index)[0]]})
+    place = {row: number for number, row in enumerate(held)}
+
+    def piece(index: Any) -> np.ndarray:
+      wanted = range(shape[0])[index[0]]
+      return rows[place[wanted[0]] : place[wanted[-1]] + 1, *index[1:]]
+
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+  return {name: make(rows) for name, rows in batch.items()}
 
 
 def attach(abstract: Any, shardings: Any) -> Any:

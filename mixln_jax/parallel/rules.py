@@ -1,6 +1,7 @@
 """Which mesh axes each logical axis is sharded over: one table for parameters and activations."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -21,8 +22,13 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "norm": None,
   "batch": ("data", "fsdp"),
   "length": "sequence",
+  "key_length": None,  # of keys and values: each device sees all of them
   "activation_embed": None,
 }
+
+# More elements than this, left whole on every device of an fsdp or tensor axis, are a mistake and not a choice (16 MB
+# in fp32; the gains of a hundred layers of width 16,384 have 1.6 M).
+LARGEST_REPLICATED = 4 * 2**20
 
 
 def logical_rules() -> list[tuple[str, Any]]:
@@ -30,38 +36,86 @@ def logical_rules() -> list[tuple[str, Any]]:
   return list(RULES.items())
 
 
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+  """An activation, laid out on the mesh by the logical axis of each of its dimensions; as it is where there is no mesh.
+
+  Raises:
+    ValueError: as `check_axes`.
+  """
+  check_axes("an activation", axes)
+  return nn.with_logical_constraint(x, axes)
+
+
+def check_axes(name: str, axes: Iterable[str | None]) -> None:
+  """Checks the logical axes of one tensor. (flax would leave what is wrong unsharded, in silence.)
+
+  Raises:
+    ValueError: an axis has no rule, or two of them are sharded over the same mesh axis.
+  """
+  taken: dict[str, str] = {}
+  for axis in axes:
+    if axis is None:
+      continue
+    if axis not in RULES:
+      raise ValueError(f"{name}: axis {axis!r} has no rule in parallel/rules.py; known: {', '.join(RULES)}")
+    for mesh_axis in mesh_axes(RULES[axis]):
+      if mesh_axis in taken:
+        raise ValueError(
+          f"{name}: the rules of parallel/rules.py collide: {taken[mesh_axis]!r} and {axis!r} are both sharded over "
+          f"the mesh axis {mesh_axis!r}"
+        )
+      taken[mesh_axis] = axis
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes of a rule, or of an entry of a PartitionSpec."""
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def shardings(boxed: Any, mesh: Mesh) -> Any:
   """The sharding of each tensor of an abstract tree whose leaves are boxed with logical axes.
 
   Raises:
-    ValueError: a leaf names a logical axis without a rule (flax would leave it unsharded in silence).
-    InputError: the mesh does not divide a tensor.
+    ValueError: as `check_axes`.
+    InputError: the mesh does not divide a tensor, or leaves a large one replicated.
   """
   specs = nn.get_partition_spec(boxed)
   for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
-    for axis in spec:
-      if axis is not None and axis not in RULES:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        known = ", ".join(RULES)
-        raise ValueError(f"{name}: axis {axis!r} has no rule in parallel/rules.py; known: {known}")
+    check_axes(jax.tree_util.keystr(path, simple=True, separator="/"), spec)
   result = nn.logical_to_mesh_sharding(specs, mesh, logical_rules())
   for (path, leaf), sharding in zip(
     jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(result), strict=True
   ):
-    check_divides(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, sharding)
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    check_divides(name, leaf.shape, sharding)
+    check_not_replicated(name, leaf.shape, sharding)
   return result
 
 
 def check_divides(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
   """Raises InputError, naming the tensor, its size and the axes, where a sharding can't cut it into equal pieces."""
-  for size, axes in zip(shape, sharding.spec, strict=False):
-    axes = (axes,) if isinstance(axes, str) else axes or ()
+  for size, entry in zip(shape, sharding.spec, strict=False):
+    axes = mesh_axes(entry)
     ways = math.prod(sharding.mesh.shape[axis] for axis in axes)
     if size % ways:
       raise InputError(
         f"config.mesh.{' × '.join(axes)}={ways} does not divide the {size} of {name} {shape}; "
         "change the mesh, or that size"
       )
+
+
+def check_not_replicated(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
+  """Raises InputError for a parameter of more than LARGEST_REPLICATED elements that every device of the mesh's fsdp and
+  tensor axes would hold whole."""
+  over = {axis: sharding.mesh.shape[axis] for axis in ("fsdp", "tensor") if sharding.mesh.shape[axis] > 1}
+  cut = {axis for entry in sharding.spec for axis in mesh_axes(entry)}
+  if over and not cut & over.keys() and math.prod(shape) > LARGEST_REPLICATED:
+    mesh = " × ".join(f"{axis} {size}" for axis, size in over.items())
+    raise InputError(
+      f"{name} {shape}: its {math.prod(shape):,} elements would lie whole on every device of config.mesh ({mesh}), and "
+      f"more than {LARGEST_REPLICATED:,} must not; give its axes a rule in mixln_jax/parallel/rules.py, or set "
+      "these mesh axes to 1"
+    )
 
 
 def _is_spec(x: Any) -> bool:

@@ -7,11 +7,11 @@ and the facts that say what they are (config, placement table, data fingerprint)
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from mixln_jax.errors import InputError
@@ -30,7 +30,7 @@ class Checkpoints:
 
   def __init__(
     self,
-    folder: Path,
+    folder: epath.PathLike,
     *,
     keep_last: int = 1,
     keep_best: int = 0,
@@ -111,10 +111,10 @@ class Checkpoints:
   def _damaged(self, step: int, reason: str) -> DamagedError:
     return DamagedError(f"{self._manager.directory}/{step}: the checkpoint is damaged ({reason})")
 
-  def move(self, steps: Iterable[int], target: Path) -> None:
-    """Moves checkpoints into the folder `target`."""
+  def move(self, steps: Iterable[int], target: epath.PathLike) -> None:
+    """Moves checkpoints into the folder `target`, which exists."""
     for step in steps:
-      (Path(self._manager.directory) / str(step)).rename(target / str(step))
+      (epath.Path(self._manager.directory) / str(step)).rename(epath.Path(target) / str(step))
     self._manager.reload()
 
   def reload(self) -> None:

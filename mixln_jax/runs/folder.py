@@ -2,7 +2,7 @@
 
 config.json        the config, one flat field a line
 placement.txt      the strip, first layer first: post post post pre …
-parameters.txt     name, shape, type, sharding and size of each tensor
+parameters.txt     name, shape, type and size of each tensor, how it is sharded, what one device holds
 data.json          the records that it is trained on: their fingerprint and folder
 environment.json   versions, devices, git revision, command, hash of the training step's program
 initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
@@ -18,13 +18,17 @@ tensorboard/  profile/
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -32,9 +36,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from mixln_jax.errors import InputError
 from mixln_jax.parallel.processes import is_first
+from mixln_jax.parallel.rules import mesh_axes
+from mixln_jax.runs import remote as remote_lib
+from mixln_jax.runs.remote import Lock, Remote, Spool, held
 
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
@@ -54,16 +62,9 @@ PACKAGES = (
 )
 
 
-STALE_SECONDS, TOUCH_SECONDS = 120.0, 15.0
-
-
-def _holder(text: str) -> dict[str, Any]:
-  """Who a lock file says holds it; empty where it does not."""
-  try:
-    value = json.loads(text)
-  except ValueError:
-    return {}
-  return value if isinstance(value, dict) else {}
+def _me() -> dict[str, Any]:
+  """What a lock says of its holder."""
+  return {"host": platform.node(), "process": os.getpid(), "since": datetime.datetime.now().astimezone().isoformat()}
 
 
 def _overwrite(file: Any, text: str) -> None:
@@ -78,7 +79,7 @@ def _touched(path: Path) -> Iterator[None]:
   done = threading.Event()
 
   def touch() -> None:
-    while not done.wait(TOUCH_SECONDS):
+    while not done.wait(remote_lib.TOUCH_SECONDS):
       with contextlib.suppress(OSError):
         os.utime(path)
 
@@ -92,17 +93,64 @@ def _touched(path: Path) -> Iterator[None]:
 
 
 class RunFolder:
-  """A run's folder."""
+  """A run's folder: on a disk, or `gs://BUCKET/FOLDER`.
+
+  Attributes:
+    remote: the folder in a bucket; None on a disk.
+    address: the path or URL, as people and messages name it.
+  """
 
   def __init__(self, path: str | Path):
-    self.path = Path(path).expanduser().absolute()
+    """Raises InputError for a URL that can't be a work directory."""
+    self.remote = Remote(str(path)) if "://" in str(path) else None
+    self._spool: Spool | None = None
+    self._lock: Lock | None = None
+    self._local = Path(path).expanduser().absolute()
+    self.address = self.remote.url if self.remote else str(self._local)
+
+  @property
+  def path(self) -> Path:
+    """Where its small files lie on this machine: the folder itself; of one in a bucket, the copy of this process."""
+    return self._local if self.remote is None else self.spool.folder
+
+  @property
+  def spool(self) -> Spool:
+    assert self.remote is not None
+    if self._spool is None:
+      self._spool = Spool(self.remote, Path(tempfile.mkdtemp(prefix="mixln_jax_")))
+    return self._spool
+
+  @property
+  def name(self) -> str:
+    return self.address.rsplit("/", 1)[-1]
 
   def __truediv__(self, name: str) -> Path:
     return self.path / name
 
+  def place(self, name: str) -> epath.Path:
+    """Where something large (checkpoints) of this name lies, which is never copied: on the disk, or in the bucket."""
+    return epath.Path(self.address) / name
+
   @property
   def has_run(self) -> bool:
-    return (self / CONFIG).is_file()
+    return self.remote.exists(CONFIG) if self.remote else (self / CONFIG).is_file()
+
+  def occupants(self) -> list[str]:
+    """What lies in the folder; empty where there is none, or no folder.
+
+    Raises:
+      InputError: the path is not a folder, or can't be read.
+    """
+    if self.remote is not None:
+      return self.remote.entries()
+    try:
+      return [entry.name for entry in self.path.iterdir()]
+    except FileNotFoundError:
+      return []
+    except OSError as error:
+      raise InputError(
+        f"--workdir={self.path}: can't be used ({error.strerror}); choose a folder that you can write to"
+      ) from error
 
   def create(self, config_json: str) -> None:
     """Makes the folder for a new run and writes its config, which makes it one; of several processes the first does.
@@ -112,41 +160,58 @@ class RunFolder:
     """
     if not is_first():
       return
-    try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      # What a process that died while it wrote the config left behind is no reason to refuse.
-      occupied = [entry.name for entry in self.path.iterdir() if entry.name != f".{CONFIG}.partial"]
-    except OSError as error:
-      raise InputError(
-        f"--workdir={self.path}: can't be used ({error.strerror}); choose a folder that you can write to"
-      ) from error
+    # What a process that died while it wrote the config left behind is no reason to refuse.
+    occupied = [name for name in self.occupants() if name != f".{CONFIG}.partial"]
     if occupied:
       raise InputError(
-        f"--workdir={self.path}: not empty and holds no run (it has {sorted(occupied)[0]!r}); choose "
+        f"--workdir={self.address}: not empty and holds no run (it has {sorted(occupied)[0]!r}); choose "
         "another folder, nothing was written"
       )
+    if self.remote is not None:
+      self.remote.write(CONFIG, config_json.encode())
+      return
     try:
+      self.path.mkdir(parents=True, exist_ok=True)
       self.write(CONFIG, config_json)
     except OSError as error:
       raise InputError(f"--workdir={self.path}: not writable ({error.strerror}); choose another folder") from error
 
+  def check_shared(self, seconds: float = 60.0) -> None:
+    """Refuses a folder that another process made and that is not to be seen here.
+
+    Raises:
+      InputError: it does not appear in so many seconds (a network file system may be late).
+    """
+    deadline = time.monotonic() + seconds
+    while not self.has_run:
+      if time.monotonic() > deadline:
+        raise InputError(
+          f"--workdir={self.address}: process 0 made the run there, and process {jax.process_index()} on "
+          f"{platform.node()} does not see it; give a folder that all processes share, or gs://…"
+        )
+      time.sleep(0.5)
+
   def unused(self, name: str) -> Path:
     """A path in the folder that does not exist: `name`, or `name_2`, …"""
-    candidates = (self / (name if number == 1 else f"{name}_{number}") for number in itertools.count(1))
-    return next(path for path in candidates if not path.exists())
+    candidates = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
+    return self / next(name for name in candidates if not ((self / name).exists() or self.place(name).exists()))
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
-    """Keeps a second process from writing to the run.
+    """Keeps a second process from writing to the run. Of several processes of one run the first one holds it for all.
 
-    The file says who holds it and since when, and is touched while the holder lives. On one machine the system frees
-    the lock of a process that died; a holder on another machine is believed dead once its file is STALE_SECONDS old.
+    The lock says who holds it and since when, and its holder touches it while it lives. On one machine the system frees
+    the lock of a process that died; a holder on another machine is believed dead once it was silent for STALE_SECONDS.
 
-    Of several processes of one run the first one holds it for all.
+    Of a run in a bucket, the small files are there (`path`) while the lock is held.
 
     Raises:
       InputError: another process holds it, or the folder can't be written.
     """
+    if self.remote is not None:
+      with self._remote_lock():
+        yield
+      return
     if not is_first():
       yield
       return
@@ -155,25 +220,63 @@ class RunFolder:
         file = stack.enter_context((self / LOCK).open("a+"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as error:
-        raise InputError(self._held(_holder((self / LOCK).read_text()))) from error
+        raise held(self.address, remote_lib.holder_of((self / LOCK).read_text())) from error
       except OSError as error:
         raise InputError(
           f"--workdir={self.path}: can't be locked ({error.strerror}); choose a folder that you can write to"
         ) from error
       file.seek(0)
-      holder = _holder(file.read())
-      age = time.time() - (self / LOCK).stat().st_mtime
-      if holder.get("host", platform.node()) != platform.node() and 0 <= age < STALE_SECONDS:
-        raise InputError(self._held(holder))
-      me = {"host": platform.node(), "process": os.getpid(), "since": datetime.datetime.now().astimezone().isoformat()}
-      _overwrite(file, json.dumps(me))
+      holder = remote_lib.holder_of(file.read())
+      if holder.get("host", platform.node()) != platform.node() and self._is_touched():
+        raise held(self.address, holder)
+      _overwrite(file, json.dumps(_me()))
       stack.callback(_overwrite, file, "")
       stack.enter_context(_touched(self / LOCK))
       yield
 
-  def _held(self, holder: Mapping[str, Any]) -> str:
-    who = ", ".join(f"{name} {value}" for name, value in holder.items()) or "one that does not say who it is"
-    return f"--workdir={self.path}: another process trains there ({who}); wait for it, or stop it"
+  def _is_touched(self) -> bool:
+    """Whether the holder of the lock file, on another machine, lives: it is watched until it would be stale."""
+    seen = (self / LOCK).stat().st_mtime
+    until = time.monotonic() + remote_lib.STALE_SECONDS
+    if time.time() - seen < remote_lib.STALE_SECONDS:
+      print(f"waiting    to see whether the holder of {self.address} is alive", flush=True)
+      while time.monotonic() < until:
+        time.sleep(min(1.0, remote_lib.POLL_SECONDS))
+        if (self / LOCK).stat().st_mtime != seen:
+          return True
+    return False
+
+  @contextlib.contextmanager
+  def _remote_lock(self) -> Iterator[None]:
+    assert self.remote is not None
+    with contextlib.ExitStack() as stack:
+      if is_first():
+        self._lock = Lock(self.remote, LOCK, _me())
+        stack.enter_context(self._lock())
+      self.spool.fetch(skip=LOCK)
+      try:
+        yield
+      except BaseException:
+        try:
+          self.copy_out()
+        except Exception as error:  # the first error is the one to tell
+          print(f"warning: {self.address} lacks what lies in {self.path} ({error})", file=sys.stderr)
+        raise
+      self.copy_out()
+      shutil.rmtree(self.path, ignore_errors=True)
+      self._spool = None
+
+  def copy_out(self) -> None:
+    """Copies what changed to the bucket; of several processes the first one does. Nothing is to be done on a disk.
+
+    Raises:
+      InputError: another process has taken the run over.
+      OSError: it can't be copied.
+    """
+    if self.remote is not None and is_first():
+      if self._lock is not None:
+        self._lock.check()
+      self.spool.copy_out()
 
   def read(self, name: str) -> str:
     """A file of facts.
@@ -182,10 +285,11 @@ class RunFolder:
       InputError: the folder holds no run, or the file can't be read.
     """
     try:
-      return (self / name).read_text()
+      return self.remote.read(name).decode() if self.remote else (self / name).read_text()
     except OSError as error:
+      reason = error.strerror or " ".join(str(error).split())[:200]
       raise InputError(
-        f"--workdir={self.path}: no run there ({name}: {error.strerror}); give the folder of a run"
+        f"--workdir={self.address}: no run there ({name}: {reason}); give the folder of a run"
       ) from error
 
   def write(self, name: str, text: str) -> None:
@@ -211,8 +315,18 @@ def environment() -> dict[str, Any]:
     "cpus": os.cpu_count(),
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
     "git": _git_revision(),
+    "code": code_hash(),
     "command": sys.argv,
   }
+
+
+def code_hash() -> str:
+  """A hash of this package's source files: what runs, whether or not it lies in a repository."""
+  root = Path(__file__).parents[1]
+  digest = hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+  return digest.hexdigest()[:16]
 
 
 def _git_revision() -> str | None:
@@ -225,19 +339,31 @@ def _git_revision() -> str | None:
 
 
 def parameter_table(params: Any, count: int) -> str:
-  """parameters.txt: a line a tensor (name, shape, type, sharding, size) as stored, and the model's own count.
+  """parameters.txt: a line a tensor (name, shape, type, how it is sharded, what one device holds of it, its size), as
+  stored, and the model's own count.
 
   Args:
     params: a tree of arrays, or of shapes with shardings.
     count: parameters that the model has, without what is only stored (columns that pad the MLP, unused gains).
   """
-  rows = [("name", "shape", "dtype", "sharding", "size")]
-  total = 0
+  rows = [("name", "shape", "dtype", "sharding", "on a device", "size")]
+  total = held = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    spec = getattr(leaf.sharding, "spec", None)
-    rows.append((name, str(tuple(leaf.shape)), str(leaf.dtype), str(spec), f"{leaf.size:,}"))
+    shape, piece = tuple(leaf.shape), leaf.sharding.shard_shape(leaf.shape)
+    rows.append((name, str(shape), str(leaf.dtype), describe_sharding(leaf.sharding), str(piece), f"{leaf.size:,}"))
     total += leaf.size
+    held += math.prod(piece)
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-  return "\n".join([*lines, f"stored {total:,}", f"parameters {count:,}"]) + "\n"
+  return "\n".join([*lines, f"stored {total:,}, of which a device holds {held:,}", f"parameters {count:,}"]) + "\n"
+
+
+def describe_sharding(sharding: Any) -> str:
+  """How a tensor lies on the mesh, in words: `axis 1 over fsdp 4, axis 2 over tensor 2`; `whole on every device`."""
+  cuts = []
+  for number, entry in enumerate(getattr(sharding, "spec", ())):
+    over = [f"{axis} {sharding.mesh.shape[axis]}" for axis in mesh_axes(entry) if sharding.mesh.shape[axis] > 1]
+    if over:
+      cuts.append(f"axis {number} over {' × '.join(over)}")
+  return ", ".join(cuts) or "whole on every device"

@@ -6,7 +6,7 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ class Mirror(Protocol):
   """Somewhere else that metrics go."""
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None: ...
+
+  def flush(self) -> None: ...
 
   def close(self) -> None: ...
 
@@ -35,6 +37,9 @@ class TensorBoardMirror:
     for name, value in values.items():
       self._writer.add_scalar(f"{split}/{name}", value, step)
 
+  def flush(self) -> None:
+    self._writer.flush()
+
   def close(self) -> None:
     self._writer.close()
 
@@ -42,7 +47,7 @@ class TensorBoardMirror:
 class WandbMirror:
   """Weights & Biases, where it is installed."""
 
-  def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
+  def __init__(self, project: str, folder: Path, name: str, config: Mapping[str, Any]):
     import wandb  # pyright: ignore[reportMissingImports]
 
     # The run's identity over there lies in its folder: a folder that is moved stays one run, a new one is another.
@@ -51,7 +56,7 @@ class WandbMirror:
       path.write_text(uuid.uuid4().hex[:16])
     self._run = wandb.init(
       project=project,
-      name=folder.name,
+      name=name,
       id=path.read_text(),
       resume="allow",
       config=dict(config),
@@ -60,6 +65,9 @@ class WandbMirror:
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+  def flush(self) -> None:
+    """It sends by itself."""
 
   def close(self) -> None:
     self._run.finish()
@@ -111,11 +119,18 @@ class Metrics:
     line = {"step": step, "split": split} | {name: _json_number(value) for name, value in values.items()}
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
+    self._tell_mirrors(lambda mirror: mirror.write(step, split, values), f"from step {step} on")
+
+  def flush(self) -> None:
+    """Puts all that was written into the files."""
+    self._tell_mirrors(lambda mirror: mirror.flush(), "from here on")
+
+  def _tell_mirrors(self, tell: Callable[[Mirror], None], when: str) -> None:
     for mirror in list(self._mirrors):
       try:
-        mirror.write(step, split, values)
+        tell(mirror)
       except Exception as error:
-        print(f"warning: {type(mirror).__name__} failed and is off from step {step} on: {error}", file=sys.stderr)
+        print(f"warning: {type(mirror).__name__} failed and is off {when}: {error}", file=sys.stderr)
         self._mirrors.remove(mirror)
 
   def close(self) -> None:

@@ -27,7 +27,7 @@ def read_config(folder: RunFolder) -> Config:
   except (ValueError, TypeError, AttributeError) as error:
     if isinstance(error, InputError):
       raise
-    raise InputError(f"{folder / CONFIG}: damaged ({error}); restore it from a checkpoint's facts") from error
+    raise InputError(f"{folder.address}/{CONFIG}: damaged ({error}); restore it from a checkpoint's facts") from error
 
 
 def open_params(folder: RunFolder, abstract_of: Callable[[Config], Any], step: int | None = None) -> OpenedRun:
@@ -42,11 +42,11 @@ def open_params(folder: RunFolder, abstract_of: Callable[[Config], Any], step: i
     InputError: there is no such run or checkpoint, or it is damaged.
   """
   config = read_config(folder)
-  checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+  checkpoints = Checkpoints(folder.place(CHECKPOINTS), read_only=True)
   try:
     steps = checkpoints.all_steps()
     if not steps:
-      raise InputError(f"--workdir={folder.path}: the run has no checkpoint yet; let it train to one")
+      raise InputError(f"--workdir={folder.address}: the run has no checkpoint yet; let it train to one")
     if step is not None and step not in steps:
       raise InputError(f"--step={step}: the run has no checkpoint of that step; it has {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step

@@ -36,10 +36,10 @@ class State(NamedTuple):
     return f"{self.outcome['status']} at step {self.outcome['step']}{loss}{diverged}"
 
 
-def open_study(study: Study, workdir: str | Path) -> list[Run]:
+def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list[Run]:
   """Makes the study's folder, or checks that the one there is the same study; returns its runs.
 
-  Runs may be added to a study; what it started from can't change.
+  Runs may be added to a study; what it started from can't change. Of several processes that train as one, one writes.
 
   Raises:
     InputError: the folder holds something else, or runs that would not be comparable.
@@ -51,8 +51,9 @@ def open_study(study: Study, workdir: str | Path) -> list[Run]:
   elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f"--workdir={folder}: not empty and holds no study; choose another folder, nothing was written")
   check_comparable(runs)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_whole(folder / STUDY, study.to_json(runs))
+  if write:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / STUDY, study.to_json(runs))
   return runs
 
 

@@ -27,7 +27,7 @@ from mixln_jax.errors import InputError
 from mixln_jax.model.columns import Columns
 from mixln_jax.model.initial import starting_values
 from mixln_jax.parallel.mesh import attach, global_batch, make_mesh
-from mixln_jax.parallel.processes import all_stop_at, is_first, wait_for_all
+from mixln_jax.parallel.processes import agree, all_stop_at, is_first, wait_for_all
 from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
 from mixln_jax.runs.metrics import Metrics
 from mixln_jax.runs.opening import read_config
@@ -44,7 +44,7 @@ from mixln_jax.training.setup import (
   Setup,
   abstract_batch,
   bytes_per_token,
-  check_batch,
+  check_batches,
   make_loader,
   on_mesh,
 )
@@ -154,7 +154,7 @@ class Member:
     self.shardings = step_lib.state_shardings(run.config, setup.mesh)
     self.facts = facts_of(run.config, setup.corpus.manifest.fingerprint)
     self.metrics: Metrics | None = None
-    self.divergence = loop.Divergence(setup, run.folder)
+    self.divergence: loop.Divergence | None = None
 
   @property
   def live(self) -> bool:
@@ -199,7 +199,8 @@ def joint_set(folder: Path, runs: Sequence[Run]) -> list[Run]:
   chosen = [run for run in runs if run.name in names]
   if all(state_of(run).state == DONE for run in chosen):
     chosen = [run for run in runs if state_of(run).state != DONE]
-    write_whole(path, json.dumps({"runs": [run.name for run in chosen]}) + "\n")
+    if is_first():
+      write_whole(path, json.dumps({"runs": [run.name for run in chosen]}) + "\n")
   return chosen
 
 
@@ -219,17 +220,13 @@ def train_together(study: Study, runs: Sequence[Run]) -> list[loop.Outcome]:
     Setup(run.config, program.mesh, corpus, placement.parse(run.config.model.placement, run.config.model.num_layers))
     for run in runs
   ]
-  check_batch(
-    setups[0],
-    "config.train.batch_size / micro_batches",
-    runs[0].config.train.batch_size // runs[0].config.train.micro_batches,
-  )
-  check_batch(setups[0], "config.evaluate.batch_size", runs[0].config.evaluate.batch_size)
+  check_batches(runs[0].config, program.mesh)
+  agree("the start of the study", {run.name: run.values for run in runs} | loop.start_facts(setups[0]))
   old_configs = [read_config(run.folder) if run.folder.has_run else run.config for run in runs]
   for run in runs:
     if not run.folder.has_run:
       run.folder.create(config_lib.to_json(run.config))
-  wait_for_all("the runs' folders are there")
+  wait_for_all("the runs' folders")
   with contextlib.ExitStack() as stack:
     members = []
     for index, (run, setup) in enumerate(zip(runs, setups, strict=True)):
@@ -262,6 +259,7 @@ class _Joint:
     with contextlib.ExitStack() as stack:
       for member in self._members:
         if member.live:  # a frozen one has written its last line
+          member.divergence = loop.Divergence(member.setup, member.run.folder, step)
           metrics = loop.open_metrics(member.setup, member.run.folder, step)
           member.metrics = stack.enter_context(contextlib.closing(metrics))
       bar = stack.enter_context(
@@ -302,6 +300,8 @@ class _Joint:
           with self._clock("checkpoint"):
             for member in self._members:
               if member.live:
+                if member.metrics is not None:
+                  member.metrics.flush()  # first: a checkpoint never lacks the metrics before it
                 member.checkpoints.save(step, split(member.state(state)), member.facts, losses.get(member.index))
         self._timer = time.monotonic()
       with self._clock("checkpoint"):
@@ -428,7 +428,7 @@ class _Joint:
     """Evaluates all runs; returns the state, with those frozen that ended by it, and the losses of the rest."""
     losses: dict[int, float] = {}
     for member, validation in zip(self._members, evaluate(state.params, columns), strict=True):
-      if not member.live:
+      if not member.live or member.divergence is None:
         continue
       entropy = member.divergence.seen(step, validation.loss)
       line = validation.metrics(official_compat=self._config.evaluate.official_compat)

@@ -28,7 +28,7 @@ from mixln_jax.training.setup import Setup, make_loader
 def open_checkpoints(config: Config, folder: RunFolder) -> Checkpoints:
   """The checkpoints of a run, kept as its config says."""
   return Checkpoints(
-    folder / folder_lib.CHECKPOINTS,
+    folder.place(folder_lib.CHECKPOINTS),
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
     keep_steps=decay_start(config),
@@ -53,13 +53,13 @@ def check_facts(facts: Mapping[str, Any], setup: Setup, folder: RunFolder) -> No
   fingerprint = setup.corpus.manifest.fingerprint
   if facts["fingerprint"] not in (fingerprint, None):
     raise InputError(
-      f"--workdir={folder.path}: the run was trained on data {facts['fingerprint'][:12]}…, but "
+      f"--workdir={folder.address}: the run was trained on data {facts['fingerprint'][:12]}…, but "
       f"{setup.corpus.folder} is {fingerprint[:12]}…; set config.data.directory to the run's, or use another --workdir"
     )
   if placement.Table.from_json(facts["placement"]) != setup.table:
     raise InputError(
-      f"--workdir={folder.path}: config.model.placement={setup.config.model.placement!r} means another table in this "
-      "version of mixln_jax than in the checkpoint; use the version that wrote it"
+      f"--workdir={folder.address}: config.model.placement={setup.config.model.placement!r} means another table in "
+      "this version of mixln_jax than in the checkpoint; use the version that wrote it"
     )
 
 
@@ -141,28 +141,43 @@ def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
     return step_lib.start_state(params, moments)
 
   state = jax.jit(state_of, out_shardings=shardings, donate_argnums=0)(placed)
-  # Beside its place: a run that was cut off before it had its weights would start from random ones.
+  try:
+    if folder.remote is not None:  # its config comes last: it is what makes the folder a run
+      _write_first_checkpoint(config, folder, state)
+      folder.remote.write(folder_lib.CONFIG, config_lib.to_json(config).encode())
+      return folder
+    _make_beside(config, folder, state)
+  except (OSError, ValueError) as error:
+    raise InputError(f"--workdir={folder.address}: can't be written ({error}); nothing was made of it") from error
+  return folder
+
+
+def _make_beside(config: Config, folder: RunFolder, state: step_lib.TrainState) -> None:
+  """Makes the run beside its place: one that was cut off before it had its weights would start from random ones."""
   partial = RunFolder(folder.path.with_name(f".{folder.path.name}.partial"))
   shutil.rmtree(partial.path, ignore_errors=True)
   try:
     partial.create(config_lib.to_json(config))
-    checkpoints = open_checkpoints(config, partial)
-    checkpoints.save(0, split(state), facts_of(config, None))
-    checkpoints.close()
+    _write_first_checkpoint(config, partial, state)
     if folder.path.exists():
       folder.path.rmdir()
     partial.path.rename(folder.path)
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError):
     shutil.rmtree(partial.path, ignore_errors=True)
-    raise InputError(f"--workdir={folder.path}: can't be written ({error}); nothing was left there") from error
-  return folder
+    raise
+
+
+def _write_first_checkpoint(config: Config, folder: RunFolder, state: step_lib.TrainState) -> None:
+  checkpoints = open_checkpoints(config, folder)
+  checkpoints.save(0, split(state), facts_of(config, None))
+  checkpoints.close()
 
 
 def check_new(workdir: str | Path) -> RunFolder:
   """A work directory for a new run: absent or empty; raises InputError for any other."""
   folder = RunFolder(workdir)
   if folder.has_run:
-    raise InputError(f"--workdir={folder.path} holds a run already; give a folder that does not exist")
-  if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-    raise InputError(f"--workdir={folder.path}: not empty; give a folder that does not exist")
+    raise InputError(f"--workdir={folder.address} holds a run already; give a folder that does not exist")
+  if folder.occupants():
+    raise InputError(f"--workdir={folder.address}: not empty; give a folder that does not exist")
   return folder

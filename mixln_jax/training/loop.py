@@ -27,7 +27,7 @@ from mixln_jax.model.initial import count_params
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.devices import peak_flops
 from mixln_jax.parallel.mesh import global_batch
-from mixln_jax.parallel.processes import all_stop_at, is_first, wait_for_all
+from mixln_jax.parallel.processes import agree, all_stop_at, is_first, wait_for_all
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
 from mixln_jax.runs.folder import RunFolder
@@ -97,9 +97,11 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   check_batches(config, setup.mesh)
   folder = RunFolder(workdir)
   old_config = read_config(folder) if folder.has_run else config
+  agree("the start of the run", start_facts(setup))
   if not folder.has_run:
     folder.create(config_lib.to_json(config))
-  wait_for_all("the run's folder is there")
+  wait_for_all("the run's folder")
+  folder.check_shared()
   with folder.lock(), contextlib.closing(open_checkpoints(config, folder)) as checkpoints:
     if not checkpoints.all_steps() and not read_lines(folder / folder_lib.METRICS):
       old_config = config  # nothing was trained: a first start that failed pins nothing
@@ -119,6 +121,13 @@ def train(config: Config, workdir: str | Path) -> Outcome:
     return write_outcome(setup, folder, end, checkpoints, clock)
 
 
+def start_facts(setup: Setup) -> dict[str, Any]:
+  """What all processes of a run must have in common before anything is trained."""
+  fields = {f"config.{name}": value for name, value in config_lib.flatten(setup.config).items()}
+  fingerprint = setup.corpus.manifest.fingerprint
+  return fields | {"the data's fingerprint": fingerprint, "the code": folder_lib.code_hash(), "jax": jax.__version__}
+
+
 def _go_on(
   setup: Setup, shardings: step_lib.TrainState, old_config: Config, folder: RunFolder, checkpoints: Checkpoints
 ) -> tuple[ResumePoint, Any]:
@@ -132,7 +141,8 @@ def _go_on(
     if damaged and not steps:
       reasons = "; ".join(map(str, damaged.values()))
       raise InputError(f"no checkpoint of the run is whole: {reasons}; nothing was moved, use another --workdir")
-    point = resume_point(old_config, setup.config, steps, str(folder.path))
+    point = resume_point(old_config, setup.config, steps, folder.address)
+    agree("the checkpoint to go on from", {"step": point.step, "checkpoints": steps})
     state = None
     try:
       if point.step in steps:
@@ -154,7 +164,8 @@ def put_aside(folder: RunFolder, checkpoints: Checkpoints, steps: list[int], nam
   if is_first():
     aside.mkdir()
     shutil.copy(folder / folder_lib.METRICS, aside)  # first: once the checkpoints are gone, nobody asks for it
-    checkpoints.move(steps, aside)
+    folder.copy_out()
+    checkpoints.move(steps, folder.place(aside.name))
   wait_for_all(f"{name} is made")
   checkpoints.reload()
   return aside
@@ -196,7 +207,7 @@ def _train(
     batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(point.step)))
     stop = stack.enter_context(stop_on_signals())
     reporter = Reporter(metrics, progress, config.train.max_skipped_in_a_row)
-    divergence = Divergence(setup, folder)
+    divergence = Divergence(setup, folder, point.step)
     stopped_by: str | None = None
     try:
       while step < num_steps and stopped_by is None and end is None:
@@ -237,6 +248,8 @@ def _train(
             end = End(DIVERGED, step, f"the validation loss stays at the unigram entropy {entropy:.4f} of its data")
         if save_now or end is not None:
           with clock("checkpoint"):
+            metrics.flush()
+            folder.copy_out()  # first: a checkpoint never lacks the metrics before it
             checkpoints.save(step, split(state), facts, loss)
         reporter.restart_clock()
       if end is None and step == num_steps:
@@ -251,6 +264,7 @@ def _train(
       if int(state.skipped_in_a_row):  # the parameters are those from before: they are kept, and the step can be redone
         dispatched, step = step, error.step
         state = without_last(state, dispatched - step, shardings)
+        folder.copy_out()
         checkpoints.save(step, split(state), facts)
         message += f"; its batch and gradient norms are in {write_dump(folder, setup, state, step)}"
       end = End(NON_FINITE, error.step, message)
@@ -274,13 +288,14 @@ class Divergence:
   A run that collapsed does not blow up: the official code's logs show it at that plateau to the end.
   """
 
-  def __init__(self, setup: Setup, folder: RunFolder):
+  def __init__(self, setup: Setup, folder: RunFolder, step: int):
+    """`step`: updates done; process 0 cuts what the file has of later ones, at a time of its own."""
     self._setup = setup
     self._warmup = config_lib.warmup_steps(setup.config)
     self._entropy: float | None = None
     self.in_a_row = 0  # evaluations at the plateau, after the warm-up
     for line in read_lines(folder / folder_lib.METRICS):
-      if line["split"] == "validation" and "unigram_entropy" in line:
+      if line["split"] == "validation" and "unigram_entropy" in line and line["step"] <= step:
         self._count(line["step"], float(line["loss"]), float(line["unigram_entropy"]))
 
   def seen(self, step: int, loss: float) -> float:
@@ -328,7 +343,7 @@ def open_metrics(setup: Setup, folder: RunFolder, start_step: int) -> Metrics:
   if logging.tensorboard:
     metrics.add_mirror(TensorBoardMirror, folder / folder_lib.TENSORBOARD, start_step + 1)
   if logging.wandb_project:
-    metrics.add_mirror(WandbMirror, logging.wandb_project, folder.path, config_lib.flatten(setup.config))
+    metrics.add_mirror(WandbMirror, logging.wandb_project, folder.path, folder.name, config_lib.flatten(setup.config))
   return metrics
 
 
@@ -350,7 +365,7 @@ def _announce(setup: Setup, folder: RunFolder, point: ResumePoint) -> None:
   size = f"{train.counted:,} training tokens" if train.counted else f"{train.documents:,} documents on the fly"
   print(f"data       {setup.corpus.folder}, {size}, fingerprint {manifest.fingerprint[:12]}")
   print(f"devices    {len(devices)} × {devices[0].device_kind}, mesh: {mesh}")
-  print(f"run        {folder.path}" + (f", goes on from step {point.step}" if point.step else ""))
+  print(f"run        {folder.address}" + (f", goes on from step {point.step}" if point.step else ""))
   for change in point.changes:
     print(f"changed    {change}")
 
@@ -363,7 +378,7 @@ def write_outcome(setup: Setup, folder: RunFolder, end: End, checkpoints: Checkp
     last_checkpoint=checkpoints.latest_step(),
     validation=validations[-1] if validations else None,
     best_validation=min(validations, key=_loss_of, default=None),
-    diverged=Divergence(setup, folder).in_a_row > 0,
+    diverged=Divergence(setup, folder, end.step).in_a_row > 0,
     skipped_updates=end.skipped,
     seconds={name: round(value, 3) for name, value in clock.seconds().items()},
     message=end.message,

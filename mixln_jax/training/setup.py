@@ -18,7 +18,8 @@ from mixln_jax.data.opening import open_data
 from mixln_jax.data.records import Record
 from mixln_jax.errors import InputError
 from mixln_jax.model.initial import abstract_sharded_params
-from mixln_jax.parallel.mesh import attach, make_mesh
+from mixln_jax.parallel.mesh import attach, make_mesh, rows_share
+from mixln_jax.parallel.processes import check_devices
 from mixln_jax.parallel.rules import batch_sharding, check_divides, logical_rules
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import OpenedRun, open_params
@@ -49,6 +50,7 @@ def set_up(config: Config) -> Setup:
     InputError: config, data and devices contradict one another.
   """
   config_lib.validate(config)
+  check_devices(config.parallel)
   mesh = make_mesh(config.mesh)
   abstract_sharded_params(config.model, mesh)  # for its checks
   return Setup(config, mesh, open_data(config), placement.parse(config.model.placement, config.model.num_layers))
@@ -72,14 +74,15 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 def make_loader(setup: Setup, batch_size: int, *, all_rows: bool = False) -> Loader:
   """The loader of a setup: this process's rows of each batch, or `all_rows`."""
   data = setup.config.data
+  part, parts = (0, 1) if all_rows else rows_share(setup.mesh)
   return Loader(
     setup.corpus,
     sequence_length=data.sequence_length,
     batch_size=batch_size,
     document_mask=data.document_mask,
     seed=data.seed,
-    process_index=0 if all_rows else jax.process_index(),
-    process_count=1 if all_rows else jax.process_count(),
+    process_index=part,
+    process_count=parts,
     num_threads=data.num_threads,
     num_workers=data.num_workers,
   )
@@ -92,6 +95,7 @@ def spread_over_all_devices(config: Config) -> Config:
   """
   here = config.copy_and_resolve_references()
   here.mesh.update(dict.fromkeys(here.mesh, 1) | {"fsdp": -1})
+  here.parallel.update(expect_platform="", expect_devices=0)
   try:
     abstract_sharded_params(here.model, make_mesh(here.mesh))
   except InputError:

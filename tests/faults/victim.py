@@ -117,7 +117,7 @@ FAULTS = {
 
 def main(config_path, workdir, fault, number="1"):
   config = config_lib.from_json(Path(config_path).read_text())
-  processes.join()
+  processes.join(config.parallel)
   FAULTS[fault](int(number))
   try:
     outcome = loop.train(config, workdir)

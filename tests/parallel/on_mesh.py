@@ -1,6 +1,7 @@
 """Trains a small model on a mesh and says what came of it; run as a script, in a process of its own with 8 devices."""
 
 import json
+import re
 import sys
 import tempfile
 import zlib
@@ -13,19 +14,23 @@ from mixln_jax.errors import InputError
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
 from mixln_jax.runs.checkpoint import Checkpoints
+from mixln_jax.runs.folder import parameter_table
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import Evaluator, lower_train_step, make_loader, set_up
+from mixln_jax.training.setup import Evaluator, check_batch, lower_train_step, make_loader, set_up
 
 MESHES = {
   "data 8": {"data": -1},
   "fsdp 8": {"data": 1, "fsdp": 8},
   "fsdp 4, tensor 2": {"data": 1, "fsdp": -1, "tensor": 2},
-  "data 2, fsdp 2, sequence 2": {"data": 2, "fsdp": 2, "sequence": 2},
+  "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+  "fsdp 2, sequence 2, tensor 2": {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
 }
 REFUSED = {
   "heads": {"data": 1, "tensor": 8},
   "slices": {"data": 4, "dcn_data": 2},
   "devices": {"data": 3},
+  "rows": {"data": 8, "batch": 12},
+  "positions": {"data": 1, "sequence": 8, "length": 20},
 }
 
 
@@ -43,9 +48,11 @@ def run(config_json, mesh):
   shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
   share = sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
   train_step = lower_train_step(config, setup.mesh, shardings).compile()
-  losses = []
+  losses, samples = [], []
   for batch in make_loader(setup, config.train.batch_size).train():
-    state, metrics = train_step(state, global_batch(batch, setup.mesh))
+    placed = global_batch(batch, setup.mesh)
+    samples.append(sorted(zlib.crc32(row.tobytes()) for row in np.asarray(placed["tokens_BT"])))
+    state, metrics = train_step(state, placed)
     losses.append(float(metrics["loss"]))
     if len(losses) == 4:
       break
@@ -53,10 +60,20 @@ def run(config_json, mesh):
     "initial": initial,
     "hash": initial_hash,
     "losses": losses,
+    "samples": samples,
+    "gathered": gathered(train_step.as_text()),
+    "table": parameter_table(state.params, 0),
     "validation": Evaluator(setup)(state.params)._asdict(),
     "share_of_one_device": share / sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
     "restored": restored_elsewhere(config_json, state.params),
   }
+
+
+def gathered(text):
+  """The shapes that the compiled step gathers from several devices onto each."""
+  shapes = re.findall(r"= (\([^=]*?\)|\S+) all-gather(?:-start)?\(", text)
+  found = {shape for result in shapes for shape in re.findall(r"\w+\[([\d,]+)\]", result)}
+  return sorted([int(size) for size in shape.split(",")] for shape in found)
 
 
 def restored_elsewhere(config_json, params):
@@ -76,9 +93,13 @@ def restored_elsewhere(config_json, params):
 
 def refusal(config_json, mesh):
   config = config_lib.from_json(config_json)
-  config.mesh.update(mesh)
+  config.train.batch_size = mesh.get("batch", 16)
+  length = mesh.get("length", config.data.sequence_length)
+  config.mesh.update({axis: size for axis, size in mesh.items() if axis not in ("batch", "length")})
   try:
-    set_up(config)
+    setup = set_up(config)
+    setup.config.data.sequence_length = length
+    check_batch(setup, "config.train.batch_size", config.train.batch_size)
   except InputError as error:
     return str(error)
   return "not refused"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,22 +14,29 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.parallel.mesh import make_mesh
-from mixln_jax.parallel.rules import shardings
+from mixln_jax.parallel.mesh import AXES, make_mesh
+from mixln_jax.parallel.rules import check_not_replicated, constrain, shardings
 from parallel import on_mesh
 
 SCRIPT = Path(on_mesh.__file__)
 
 
-@pytest.fixture(scope="module")
-def config_json(make_config):
+PLACEMENTS = (
+  "post*1+qk_norm_full,sandwich*1+gpas",
+  pytest.param("pre", marks=pytest.mark.slow),
+  pytest.param("mix:0.25", marks=pytest.mark.slow),
+)
+
+
+@pytest.fixture(scope="module", params=PLACEMENTS)
+def config_json(make_config, request):
   changes = {
     "model.vocab_size": 264,
     "model.mlp_dim": 21,
     "model.mlp_pad_to": 8,
     "model.num_heads": 4,
     "model.num_kv_heads": 2,
-    "model.placement": "post*1+qk_norm_full,sandwich*1+gpas",
+    "model.placement": request.param,
     "train.batch_size": 16,
     "train.micro_batches": 2,
     "evaluate.batch_size": 16,
@@ -65,6 +73,7 @@ def test_equal_to_one_device(on_eight, on_one, mesh):
   for name, value in on_one["validation"].items():
     np.testing.assert_allclose(on_eight[mesh]["validation"][name], value, rtol=1e-5, err_msg=name)
   assert on_eight[mesh]["restored"]
+  assert on_eight[mesh]["samples"] == on_one["samples"]
 
 
 def test_the_state_is_really_sharded(on_eight):
@@ -72,7 +81,20 @@ def test_the_state_is_really_sharded(on_eight):
   assert share["data 8"] == 1
   assert share["fsdp 8"] < 0.14  # an eighth, and the gains
   assert share["fsdp 4, tensor 2"] < 0.14
-  assert share["data 2, fsdp 2, sequence 2"] < 0.52
+  assert share["data 2, fsdp 2, tensor 2"] < 0.27
+  assert share["fsdp 2, sequence 2, tensor 2"] < 0.27
+  lines = on_eight["fsdp 4, tensor 2"]["table"].splitlines()
+  words = {line.split()[0]: re.split(r"  +", line) for line in lines}
+  assert words["layers/gate"][3:5] == ["axis 1 over fsdp 4, axis 2 over tensor 2", "(2, 4, 12)"]
+  assert words["final_norm"][3:5] == ["whole on every device", "(16,)"]
+
+
+def test_weights_are_gathered_and_activations_are_not(on_eight):
+  """Only keys and values, where positions are sharded; a gathered stream would be [4 or 8 rows, 32 positions, 16]."""
+  for mesh in on_mesh.MESHES:
+    wide = [shape for shape in on_eight[mesh]["gathered"] if 32 in shape]  # no weight has a dimension of 32
+    assert all(len(shape) == 4 and shape[1:] == [32, 1, 4] for shape in wide), (mesh, wide)
+    assert bool(wide) == ("sequence" in mesh)
 
 
 def test_what_a_mesh_does_not_divide_is_named(on_eight):
@@ -80,7 +102,9 @@ def test_what_a_mesh_does_not_divide_is_named(on_eight):
   assert "config.mesh.tensor=8 does not divide the 4 of layers/query" in refused["heads"] or (
     "config.mesh.tensor=8 does not divide the 2 of layers/key" in refused["heads"]
   )
-  assert "config.mesh.dcn_*: these devices don't form such slices" in refused["slices"]
+  assert "config.mesh.dcn_*: they ask for 2 slices of 4 devices, but the slices number 1" in refused["slices"]
+  assert "config.mesh.data × fsdp=8 does not divide the 12 of config.train.batch_size" in refused["rows"]
+  assert "config.mesh.sequence=8 does not divide the 20 of config.train.batch_size (16, 20)" in refused["positions"]
   assert "config.mesh (data=3): the axes ask for a multiple of 3 devices, but there are 8" in refused["devices"]
 
 
@@ -96,3 +120,22 @@ def test_a_logical_axis_without_a_rule_is_refused():
   boxed = {"w": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4,), "float32"), ("embde",))}
   with pytest.raises(ValueError, match="w: axis 'embde' has no rule"):
     shardings(boxed, make_mesh(config_lib.base().mesh))
+
+
+def test_rules_that_collide_are_refused():
+  boxed = {"w": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4, 4), "float32"), ("vocab", "heads"))}
+  with pytest.raises(ValueError, match=r"w: the rules .* collide: 'vocab' and 'heads' .* mesh axis 'tensor'"):
+    shardings(boxed, make_mesh(config_lib.base().mesh))
+  with pytest.raises(ValueError, match=r"collide: 'batch' and 'embed' .* mesh axis 'fsdp'"):
+    constrain(jax.numpy.ones((2, 2)), "batch", "embed")
+
+
+def test_a_large_parameter_that_stays_whole_is_refused():
+  mesh = jax.sharding.AbstractMesh((1, 1, 4, 1, 2), AXES)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  check_not_replicated("w", (2048, 2048), whole)
+  with pytest.raises(
+    InputError, match=r"w \(2048, 2049\): its 4,196,352 elements .* config.mesh \(fsdp 4 × tensor 2\)"
+  ):
+    check_not_replicated("w", (2048, 2049), whole)
+  check_not_replicated("w", (2048, 2049), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp")))

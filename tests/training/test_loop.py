@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.data.prepare import prepare
 from mixln_jax.errors import InputError
 from mixln_jax.parallel.mesh import make_mesh
+from mixln_jax.runs import remote
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import read_lines
 from mixln_jax.training import loop
@@ -90,7 +92,7 @@ def test_a_run_leaves_its_facts(untouched, make_config):
   table = (untouched / "parameters.txt").read_text()
   assert "layers/query" in table
   count = sum(leaf.size for leaf in final_params(untouched).values())
-  assert table.endswith(f"stored {count:,}\nparameters {count:,}\n")
+  assert table.endswith(f"stored {count:,}, of which a device holds {count:,}\nparameters {count:,}\n")
   environment = json.loads((untouched / "environment.json").read_text())
   assert environment["packages"]["jax"] == jax.__version__
   assert environment["devices"] == ["cpu:cpu"]
@@ -413,18 +415,23 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_before_its_checkpoint
   assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["split"] == "validation"
 
 
-def test_a_second_process_is_kept_out(make_config, tmp_path):
+def test_a_second_process_is_kept_out(make_config, tmp_path, monkeypatch):
   folder = RunFolder(tmp_path / "run")
   config = make_config()
   folder.create(config_lib.to_json(config))
   with folder.lock(), pytest.raises(InputError, match=rf"another process trains there \(host .*process {os.getpid()}"):
     loop.train(config, tmp_path / "run")
-  # One on another machine, which this machine's lock knows nothing of: alive while its file is young.
+  # One on another machine, which this machine's lock knows nothing of: alive while it touches its file.
   lock = tmp_path / "run" / ".lock"
   lock.write_text(json.dumps({"host": "another", "process": 7, "since": "today"}))
-  with pytest.raises(InputError, match="host another, process 7, since today"):
-    loop.train(config, tmp_path / "run")
-  os.utime(lock, (time.time() - 500, time.time() - 500))
+  holder = threading.Timer(0.5, lambda: os.utime(lock, (time.time() + 5, time.time() + 5)))
+  holder.start()
+  monkeypatch.setattr(remote, "POLL_SECONDS", 0.1)
+  with pytest.raises(InputError, match="host another, process 7, since today"), folder.lock():
+    pass
+  holder.join()
+  lock.write_text(json.dumps({"host": "another", "process": 7, "since": "today"}))
+  monkeypatch.setattr(remote, "STALE_SECONDS", 0.3)
   assert loop.train(config, tmp_path / "run").status == "finished"
 
 
