@@ -5,6 +5,9 @@
 
 Plans each case, by default all of CASES and every recipe as it is, and prints what a chip needs. It shows that the step
 compiles and whether it fits; it measures no speed. Cases that --out holds already are not compiled again.
+
+`counted` is the hand count of parameters, moments, counters and batch. The compiled arguments are equal but for the
+tiles that a TPU keeps arrays in: each of the four counters takes 512 bytes, and sizes that no tile divides are padded.
 """
 
 import argparse

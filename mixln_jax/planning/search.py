@@ -19,6 +19,7 @@ from mixln_jax.training.setup import check_batches
 REMAT = ("full", "dots_no_batch", "dots", "none")  # the least memory first
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 TENSOR = (1, 2, 4, 8)
+NOT_TRIED = "not tried: as many as --search_compilations allows were compiled before"
 
 
 class Candidate(NamedTuple):
@@ -90,7 +91,7 @@ def search(
     elif worse is not None:
       result = Tried(candidate, None, f"needs no less than {worse.candidate.label}, which does not fit")
     elif compilations == max_compilations:
-      result = Tried(candidate, None, f"not tried: --search_compilations={max_compilations} are done")
+      result = Tried(candidate, None, NOT_TRIED)
     else:
       compilations += 1
       result = _try(candidate, plan, devices)

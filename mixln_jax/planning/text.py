@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from mixln_jax import placement
 from mixln_jax.planning.plan import Compiled, Estimate, Plan, advice
-from mixln_jax.planning.search import Tried
+from mixln_jax.planning.search import NOT_TRIED, Tried
 
 
 def describe(plan: Plan) -> str:
@@ -131,6 +131,8 @@ def describe_search(tried: Sequence[Tried]) -> str:
     rate = f"{one.plan.tokens_per_step / estimate.step:,.0f}" if estimate else "-"
     lines.append(f"{rank:<6}{memory:>11}{step:>10}{rate:>12}  {one.candidate.label}")
   lines += ["not:"] * (len(fitting) < len(tried))
-  lines += [f"  {one.candidate.label}: {one.reason}" for one in tried if one.reason]
+  lines += [f"  {one.candidate.label}: {one.reason}" for one in tried if one.reason and one.reason != NOT_TRIED]
+  if left := sum(one.reason == NOT_TRIED for one in tried):
+    lines.append(f"  {left} others were {NOT_TRIED}")
   best = f"best   {fitting[0].candidate.flags}" if fitting else "nothing fits: give a larger slice, or another mesh"
   return "\n".join([*lines, best])
