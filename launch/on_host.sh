@@ -1,0 +1,218 @@
+#!/usr/bin/env bash
+# The part of launching that runs on a host of a TPU slice, in the shipped code; tpu.sh, mig.sh and gke.sh call it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+usage: bash launch/on_host.sh VERB [--print] [...]
+
+  setup [--requirements=FILE]       makes .venv (with a Python 3.12 of its own where the host's is too old) and installs
+  start [OPTION ...] [TRAINING ...] starts training in the background; it outlives the connection
+  exec  [OPTION ...] [TRAINING ...] the same in the foreground, in place of this script: signals reach training
+  state                             one line: launch-state HOST bare|ready|running|ended|lost STATUS SECONDS ASKED WORKDIR
+  follow                            shows the log until training ends
+  tail [--lines=40]                 shows the end of the log
+  stop [--grace=300]                asks training to stop after its step with a checkpoint; kills it after the grace
+  idle                              refuses where training runs
+  free                              ends every process that holds the TPU, and removes a lock that nobody holds
+
+options of start and exec:
+  --data=gs://…                     copies prepared records to work/records first, and trains on them
+  --env=NAME=VALUE                  sets a variable for training; may be repeated
+TRAINING: --config=FILE --workdir=DIR --config.FIELD=VALUE …, as `python -m mixln_jax train` takes them
+
+What it knows of a run lies in work/launch: train.log (a link to the newest of its logs), pid, status, asked, workdir.
+TEXT
+}
+
+state=work/launch
+# The lock and the devices of libtpu; the tests put others here.
+tpu_lock=${MIXLN_TPU_LOCK:-/tmp/libtpu_lockfile}
+tpu_devices=${MIXLN_TPU_DEVICES:-/dev/accel* /dev/vfio/[0-9]*}
+
+# shellcheck source=launch/common.sh
+source launch/common.sh
+requirements=requirements-tpu.txt data="" grace=300 lines=40 env=()
+# shellcheck source=launch/environment.sh
+source launch/environment.sh
+
+# A Python that is new enough, in PYTHON: TPU images of Ubuntu 22.04 have 3.10. uv keeps one in the home folder.
+find_or_install_python() {
+  local uv=$HOME/.local/share/mixln_jax/uv
+  find_python >/dev/null 2>&1 && return
+  [ -x "$uv/bin/uv" ] || run python3 -m pip install --quiet --disable-pip-version-check --target "$uv" uv
+  run "$uv/bin/uv" python install --quiet 3.12
+  "$print" || PYTHON=$("$uv/bin/uv" python find --managed-python 3.12)
+}
+
+setup() {
+  find_or_install_python
+  set_up_environment "$requirements"
+}
+
+# The process that trains, if one does; after a restart of the machine its number can be another's.
+running_pid() {
+  local pid
+  pid=$(cat "$state/pid" 2>/dev/null) || return
+  grep -qas mixln_jax "/proc/$pid/cmdline" && echo "$pid"
+}
+
+refuse_if_running() {
+  local pid
+  if pid=$(running_pid); then
+    refuse "$(hostname): training runs there (process $pid); wait for it, or end it with the verb stop"
+  fi
+}
+
+# The processes that hold the TPU, by id.
+holders() {
+  # shellcheck disable=SC2086 # patterns of device files
+  { fuser $tpu_devices 2>/dev/null || sudo -n fuser $tpu_devices 2>/dev/null || true; } | tr -s ' \n' '\n' | grep -E '^[0-9]+$' || true
+}
+
+# A holder makes JAX fall back to the CPU, or hang; a lock that its holder left behind does the same.
+refuse_if_held() {
+  local pid
+  for pid in $(holders); do
+    refuse "$(hostname): process $pid holds the TPU ($(ps -o args= -p "$pid" | cut -c1-120)); end it with the verb free"
+  done
+  remove_stale_lock
+}
+
+remove_stale_lock() {
+  if [ -e "$tpu_lock" ]; then
+    run rm -f "$tpu_lock" || run sudo -n rm -f "$tpu_lock"
+  fi
+}
+
+free_tpu() {
+  local pid
+  for pid in $(holders); do
+    run kill -KILL "$pid" || run sudo -n kill -KILL "$pid"
+  done
+  remove_stale_lock
+}
+
+copy_data() {
+  run mkdir -p work/records
+  if command -v gcloud >/dev/null; then
+    run gcloud storage rsync "$data" work/records --recursive
+  else
+    run .venv/bin/python -c 'import fsspec, sys; fs, path = fsspec.url_to_fs(sys.argv[1]); fs.get(path.rstrip("/") + "/", "work/records/", recursive=True)' "$data"
+  fi
+}
+
+# Sets `training` to the command, and the environment that it wants.
+prepare_training() {
+  local variable
+  require config "the recipe, as in --config=configs/llama_1b.py"
+  require workdir "the run's folder"
+  if [ -n "$data" ]; then
+    copy_data
+    overrides=(--config.data.directory=work/records ${overrides[@]+"${overrides[@]}"})
+  fi
+  for variable in ${env[@]+"${env[@]}"}; do
+    [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || refuse "--env=$(quote "$variable"): must be NAME=VALUE"
+    export "${variable?}"
+  done
+  # JAX's own port on TPU VMs, 8482, is not among those that Google's default firewall opens; 8476 is (jax issue 35905).
+  export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_PORT:-8476}
+  # shellcheck disable=SC3045
+  ulimit -n "$(ulimit -Hn)"
+  training=(.venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"})
+}
+
+# In the background of `start`: waits for training and writes down how it ended. A shutdown signals training as well, and
+# training answers a second signal by stopping at once: so this only waits.
+attend() {
+  local status=0
+  trap : TERM INT HUP
+  # shellcheck disable=SC2016
+  bash -c 'echo "$$" >"$0"; exec "$@"' "$state/pid" "$@" || status=$?
+  echo "$status" >"$state/status.partial"
+  mv "$state/status.partial" "$state/status"
+  echo "ended with exit status $status"
+}
+
+start() {
+  local log
+  refuse_if_running
+  refuse_if_held
+  prepare_training
+  mkdir -p "$state"
+  log=train-$(date -u +%Y%m%dT%H%M%SZ)-$$.log
+  printf '+ %s\n' "$(quote "${training[@]}")"
+  "$print" && return
+  rm -f "$state"/{pid,status,asked}
+  ln -sfn "$log" "$state/train.log"
+  quote "${training[@]}" >"$state/$log"
+  echo "$workdir" >"$state/workdir"
+  setsid nohup bash launch/on_host.sh attend "${training[@]}" >>"$state/$log" 2>&1 </dev/null &
+  for _ in $(seq 50); do # until it has an id: `state` would call it lost
+    [ -e "$state/pid" ] && break
+    sleep 0.1
+  done
+  echo "$(hostname): training started, log in $PWD/$state/$log"
+}
+
+show_state() {
+  local what=ready status=- seconds=0 asked=false
+  [ -x .venv/bin/python ] || what=bare
+  [ -e "$state/asked" ] && asked=true
+  if [ -e "$state/pid" ]; then
+    seconds=$(($(date +%s) - $(date -r "$state/pid" +%s)))
+    if [ -e "$state/status" ]; then
+      what=ended status=$(cat "$state/status")
+      seconds=$(($(date -r "$state/status" +%s) - $(date -r "$state/pid" +%s)))
+    elif running_pid >/dev/null; then
+      what=running
+    else # the machine was restarted, or the kernel killed all of it
+      what=lost
+    fi
+  fi
+  echo "launch-state $(hostname) $what $status $seconds $asked $(cat "$state/workdir" 2>/dev/null || echo -)"
+}
+
+stop() {
+  local pid waited=0
+  pid=$(running_pid) || { echo "$(hostname): no training runs" && return; }
+  run touch "$state/asked"
+  run kill -TERM "$pid"
+  "$print" && return
+  while running_pid >/dev/null; do
+    ((waited++ < grace)) || { run kill -KILL "$pid" || true && break; }
+    sleep 1
+  done
+  echo "$(hostname): training ended"
+}
+
+follow() {
+  local pid
+  pid=$(running_pid) || pid=""
+  run tail -n 100 ${pid:+--pid="$pid"} ${pid:+-F} "$state/train.log"
+}
+
+(($#)) || { usage >&2 && exit 2; }
+verb=$1
+shift
+if [ "$verb" = attend ]; then
+  attend "$@"
+  exit
+fi
+parse_options "requirements data config workdir grace lines" "env" "print" "$@"
+check grace "[0-9]+" "a number of seconds"
+check lines "[0-9]+" "a number of lines"
+case "$verb" in
+  --help | -h | help) usage ;;
+  setup) setup ;;
+  start) start ;;
+  exec) prepare_training && run_in_place "${training[@]}" ;;
+  state) show_state ;;
+  follow) follow ;;
+  tail) run tail -n "$lines" "$state/train.log" ;;
+  stop) stop ;;
+  idle) refuse_if_running ;;
+  free) free_tpu ;;
+  *) refuse "unknown verb $(quote "$verb"); choices: setup, start, exec, state, follow, tail, stop, idle, free" ;;
+esac
