@@ -12,13 +12,14 @@ echo $((count + 1)) >"$FAKE_CLOUD/count-${FAKE_HOST:-here}"
 word=$(sed -n "$((count + 1))p" "$FAKE_CLOUD/attempts" 2>/dev/null)
 echo "attempt $((count + 1)): ${word:=$(tail -n 1 "$FAKE_CLOUD/attempts")}"
 trap 'echo got SIGTERM && exit 75' TERM
-touch "$FAKE_CLOUD/running-${FAKE_HOST:-here}"
 case "$word" in
   done) exit 0 ;;
   crash) echo "RuntimeError: something broke" && exit 1 ;;
   refused) echo "error: config.model.placement='mixx': unknown placement" && exit 2 ;;
   signal) exit 75 ;;
   preempted) [ "$FAKE_HOST" = host-0 ] && echo "${FAKE_PREEMPTED:-SUSPENDED}" >"$FAKE_CLOUD/tpu" ;;
+  deaf) trap '' TERM ;;
   half) [ "$FAKE_HOST" = host-1 ] && exit 1 ;;
 esac
+touch "$FAKE_CLOUD/running-${FAKE_HOST:-here}"
 for _ in $(seq 600); do sleep 0.05; done
