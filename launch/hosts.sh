@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables are shared with the script that sources this
 # Sourced by tpu.sh and mig.sh: the verbs, in terms of what either of them defines:
 #   machine_create, machine_delete   make it, and be rid of it
-#   machine_state                    sets `machine` to absent, waiting, ready, gone (preempted, stopped, failed), unknown
+#   machine_state                    sets `machine` to absent, waiting, ready, gone (preempted, stopped), failed (never made), unknown;
+#                                    and `machine_says` to what the cloud said
 #   on_hosts all|NUMBER COMMAND      runs a shell command on all hosts, or on one
 #   copy_to_hosts FILE NAME          copies a file to all home folders
 #   copy_from_host PATH FOLDER       copies a folder from the first host
@@ -31,7 +32,7 @@ verbs:
     --config=FILE --workdir=gs://…         the recipe, and the run's folder: the same folder goes on with the run
     --config.FIELD=VALUE                   changes the recipe
     --data=gs://…                          prepared records, copied to every host first
-    --env=NAME=VALUE                       a variable for training; it can be read in the list of processes
+    --env=NAME=VALUE                       a variable for training; it is printed, and stands in the list of processes
     --any-region                           buckets need not be in the region of the TPU
   follow      shows the log of a host (--worker=0) until training ends; Ctrl-C ends only the showing
   tail        shows the end of the log of every host (--lines=40)
@@ -73,14 +74,14 @@ read_command_line() {
   check zone "[a-z]+-[a-z]+[0-9]+-[a-z]" "a zone, as us-west4-a"
   check project "[a-z][-a-z0-9:.]{4,61}[a-z0-9]" "a project's id"
   check capacity "on-demand|spot|reserved" "on-demand, spot or reserved"
-  check worker "[0-9]+" "the number of a host, from 0"
+  check worker "0|[1-9][0-9]{0,8}" "the number of a host, from 0"
   check data "gs://..*" "a folder in a bucket, as gs://BUCKET/records"
   local option
   for option in grace lines poll wait longest-wait healthy; do
-    check "$option" "[0-9]+" "a whole number"
+    check "$option" "0|[1-9][0-9]{0,8}" "a whole number"
   done
   for option in slices max-crashes max-creations; do
-    check "$option" "[1-9][0-9]*" "a whole number from 1 on"
+    check "$option" "[1-9][0-9]{0,8}" "a whole number from 1 on"
   done
   describe_tpu "$type"
   hosts=$((hosts * slices)) devices=$((devices * slices))

@@ -43,7 +43,7 @@ machine_create() {
   if ((hosts > 1)); then # what makes one slice of the group
     run gcloud compute resource-policies create workload-policy "$name" --region="${zone%-*}" ${project_flag[@]+"${project_flag[@]}"} \
       --type=HIGH_THROUGHPUT --accelerator-topology="$topology" || return
-    policy=("--workload-policy=projects/$(project_id)/regions/${zone%-*}/resourcePolicies/$name")
+    policy=(--target-size-policy-mode=bulk "--workload-policy=projects/$(project_id)/regions/${zone%-*}/resourcePolicies/$name")
   fi
   # A slice that lost a host is made anew as a whole, by `supervise`: hence no repair.
   run "${group[@]}" create "$name" "${where[@]}" --size="$hosts" --template="$name" --default-action-on-vm-failure=do-nothing \

@@ -55,7 +55,7 @@ setup() {
 running_pid() {
   local pid
   pid=$(cat "$state/pid" 2>/dev/null) || return
-  grep -qas mixln_jax "/proc/$pid/cmdline" && echo "$pid"
+  grep -qasE 'mixln_jax|on_host' "/proc/$pid/cmdline" && echo "$pid"
 }
 
 refuse_if_running() {
@@ -87,9 +87,15 @@ remove_stale_lock() {
 }
 
 free_tpu() {
-  local pid
-  for pid in $(holders); do
-    run kill -KILL "$pid" || run sudo -n kill -KILL "$pid"
+  local pid signal
+  for signal in TERM KILL; do # one that is killed at once can leave the chips unusable until a restart of the host
+    for pid in $(holders); do
+      run kill "-$signal" "$pid" || run sudo -n kill "-$signal" "$pid" || true
+    done
+    for _ in $(seq 100); do
+      [ -n "$(holders)" ] || break
+      sleep 0.1
+    done
   done
   remove_stale_lock
 }
@@ -103,15 +109,11 @@ copy_data() {
   fi
 }
 
-# Sets `training` to the command, and the environment that it wants.
-prepare_training() {
+# Training in place of this script: the data first, and the environment that training wants.
+exec_training() {
   local variable
   require config "the recipe, as in --config=configs/llama_1b.py"
   require workdir "the run's folder"
-  if [ -n "$data" ]; then
-    copy_data
-    overrides=(--config.data.directory=work/records ${overrides[@]+"${overrides[@]}"})
-  fi
   for variable in ${env[@]+"${env[@]}"}; do
     [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || refuse "--env=$(quote "$variable"): must be NAME=VALUE"
     export "${variable?}"
@@ -120,11 +122,15 @@ prepare_training() {
   export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_PORT:-8476}
   # shellcheck disable=SC3045
   ulimit -n "$(ulimit -Hn)"
-  training=(.venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"})
+  if [ -n "$data" ]; then
+    copy_data
+    overrides=(--config.data.directory=work/records ${overrides[@]+"${overrides[@]}"})
+  fi
+  run_in_place .venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"}
 }
 
-# In the background of `start`: waits for training and writes down how it ended. A shutdown signals training as well, and
-# training answers a second signal by stopping at once: so this only waits.
+# In the background of `start`: waits for the command and writes down how it ended. A shutdown signals all processes, and
+# training answers a second signal by stopping at once: so this passes none on.
 attend() {
   local status=0
   trap : TERM INT HUP
@@ -135,20 +141,21 @@ attend() {
   echo "ended with exit status $status"
 }
 
+# start ARGUMENT...: `exec` with the same arguments, in the background.
 start() {
   local log
   refuse_if_running
   refuse_if_held
-  prepare_training
+  if "$print"; then
+    run bash launch/on_host.sh exec "$@"
+    return
+  fi
   mkdir -p "$state"
   log=train-$(date -u +%Y%m%dT%H%M%SZ)-$$.log
-  printf '+ %s\n' "$(quote "${training[@]}")"
-  "$print" && return
   rm -f "$state"/{pid,status,asked}
   ln -sfn "$log" "$state/train.log"
-  quote "${training[@]}" >"$state/$log"
   echo "$workdir" >"$state/workdir"
-  setsid nohup bash launch/on_host.sh attend "${training[@]}" >>"$state/$log" 2>&1 </dev/null &
+  setsid nohup bash launch/on_host.sh attend bash launch/on_host.sh exec "$@" >"$state/$log" 2>&1 </dev/null &
   for _ in $(seq 50); do # until it has an id: `state` would call it lost
     [ -e "$state/pid" ] && break
     sleep 0.1
@@ -196,7 +203,7 @@ follow() {
 (($#)) || { usage >&2 && exit 2; }
 verb=$1
 shift
-if [ "$verb" = attend ]; then
+if [ "$verb" = attend ]; then # what `start` runs
   attend "$@"
   exit
 fi
@@ -206,8 +213,8 @@ check lines "[0-9]+" "a number of lines"
 case "$verb" in
   --help | -h | help) usage ;;
   setup) setup ;;
-  start) start ;;
-  exec) prepare_training && run_in_place "${training[@]}" ;;
+  start) start "$@" ;;
+  exec) exec_training ;;
   state) show_state ;;
   follow) follow ;;
   tail) run tail -n "$lines" "$state/train.log" ;;

@@ -43,6 +43,7 @@ look_at_hosts() {
     $3 == "ended" && $4 == 75 { stopped = $2 }
     END {
       if (NR < hosts) training = "unreachable"
+      else if (asked && !count["running"]) { training = "stopped"; status = 75 }
       else if (bad) training = status == 2 ? "refused" : "crashed"
       else if (count["running"] && count["ready"] + count["bare"]) { training = "crashed"; bad = "half-started"; status = "-" }
       else if (count["running"]) training = "running"
@@ -122,24 +123,30 @@ look_at_training() {
   esac
 }
 
+# count_creation WHY: gives up where another attempt would not help, or there were too many; else waits.
+count_creation() {
+  case "$1" in
+    *PERMISSION_DENIED* | *INVALID_ARGUMENT* | *UNAUTHENTICATED* | *"uota limit"* | *"uota exceeded"* | *"unrecognized arguments"* | *"ot have permission"*)
+      give_up 1 "the TPU can't be made, and trying again would not help"
+      ;;
+  esac
+  creations=$((creations + 1))
+  ((creations < max_creations)) || give_up 1 "the TPU could not be made in $max_creations attempts"
+  back_off
+}
+
 create_again() {
   local answer
   say "creating $name ($capacity $type)"
   if answer=$(machine_create 2>&1); then
     echo "$answer"
-    creations=0
     return
   fi
   echo "$answer"
   case "$answer" in
-    *ALREADY_EXISTS* | *"already exists"*) ;;
-    *PERMISSION_DENIED* | *INVALID_ARGUMENT* | *UNAUTHENTICATED* | *"Quota limit"* | *"Quota exceeded"* | *"unrecognized arguments"* | *"ot have permission"*)
-      give_up 1 "the TPU can't be created, and trying again would not help"
-      ;;
+    *ALREADY_EXISTS* | *"already exists"*) back_off ;; # what is being deleted, or was made by somebody meanwhile
+    *) count_creation "$answer" ;;
   esac
-  creations=$((creations + 1))
-  ((creations < max_creations)) || give_up 1 "the TPU could not be created in $max_creations attempts"
-  back_off
 }
 
 leave_well() {
@@ -164,7 +171,7 @@ supervise() {
     machine_state
     [ "$machine" = unknown ] || unknown=0
     case "$machine" in
-      ready) look_at_training ;;
+      ready) creations=0 && look_at_training ;;
       waiting) rest "$poll" ;;
       absent) is_set_up=false restart=true && create_again ;;
       gone)
@@ -172,6 +179,11 @@ supervise() {
         say "$name was taken away ($machine_says), for the ${preemptions}. time: deleting what is left of it"
         machine_delete || true
         back_off
+        ;;
+      failed)
+        say "$name could not be made: $machine_says"
+        ! machine_delete || machine=absent
+        count_creation "$machine_says"
         ;;
       unknown)
         say "gcloud could not say how the TPU is: $machine_says"

@@ -57,7 +57,7 @@ machine_delete() {
 }
 
 machine_state() {
-  local describe=("${tpus[@]}" queued-resources describe "$name" "${where[@]}" "--format=value(state.state)") errors
+  local describe=("${tpus[@]}" queued-resources describe "$name" "${where[@]}" "--format=value(state.state,state.failedData.error.message)") errors
   [ "$how" = queued ] || describe=("${tpus[@]}" tpu-vm describe "$name" "${where[@]}" "--format=value(state)")
   if "$print"; then
     run "${describe[@]}"
@@ -66,9 +66,11 @@ machine_state() {
   errors=$(mktemp)
   machine_says=$("${describe[@]}" 2>"$errors") || machine_says="$(cat "$errors")"
   rm -f "$errors"
+  machine_says=${machine_says//$'\t'/ } machine_says=${machine_says% }
   case "$machine_says" in
     READY | ACTIVE) machine=ready ;;
-    PREEMPTED | TERMINATED | STOPPED | STOPPING | SUSPENDED | SUSPENDING | FAILED | HIDDEN | HIDING) machine=gone ;;
+    PREEMPTED | TERMINATED | STOPPED | STOPPING | SUSPENDED | SUSPENDING | HIDDEN | HIDING) machine=gone ;;
+    FAILED*) machine=failed ;;
     CREATING | ACCEPTED | PROVISIONING | WAITING_FOR_RESOURCES | STARTING | RESTARTING | REIMAGING | REPAIRING | DELETING | UNHIDING)
       machine=waiting
       ;;

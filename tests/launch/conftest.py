@@ -24,14 +24,9 @@ def clone(tmp_path_factory):
   """A git clone with the committed launch scripts of this tree as they stand."""
   root = tmp_path_factory.mktemp("clone")
   shutil.copytree(ROOT / "launch", root / "launch")
-  (root / "configs").mkdir()
-  for file in (
-    "configs/tiny.py",
-    "configs/llama_1b.py",
-    ".gitignore",
-    *(p.name for p in ROOT.glob("requirements*.txt")),
-  ):
-    shutil.copy(ROOT / file, root / file)
+  shutil.copytree(ROOT / "configs", root / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+  for file in (ROOT / ".gitignore", *ROOT.glob("requirements*.txt")):
+    shutil.copy(file, root)
   git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"]
   for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
     subprocess.run([*git, *command], cwd=root, check=True)

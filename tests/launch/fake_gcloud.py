@@ -1,7 +1,7 @@
 """A gcloud that has no cloud: hosts are folders of $FAKE_CLOUD, commands run in them as ssh would run them.
 
 Every call is kept in `calls`, a line a call, its words separated by NUL. Plans are files with a word a line, taken in
-order (the last one stays): `creations` (ok, capacity, denied) is read here, `attempts` by fake_python.sh.
+order (the last one stays): `creations` (ok, capacity, denied, failed) is read here, `attempts` by fake_python.sh.
 """
 # Only os and sys are imported: the tests call this some hundred times.
 # ruff: noqa: PTH102, PTH103, PTH110, PTH120, PTH123, SIM105
@@ -53,7 +53,7 @@ def create(created):
     return fail("ALREADY_EXISTS: there is one")
   for number in range(HOSTS):
     os.mkdir(folder(number))
-  write(STATE, created.encode())
+  write(STATE, b"FAILED\tQuota limit 'x' exceeded" if words[0] == b"failed" else created.encode())
   return 0
 
 

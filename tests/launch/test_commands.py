@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -96,11 +97,38 @@ VERBS = ("create", "setup", "train", "follow", "tail", "status", "fetch", "stop"
 LOCAL = ("--config=configs/tiny.py", "--workdir=runs/mine")
 
 
+def guide():
+  """The commands of docs/tpu.md: (what sets variables, a command), lines that a shell reads."""
+  blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/tpu.md").read_text(), re.DOTALL)
+  lines = [line for block in blocks for line in block.splitlines()]
+  variables = [line for line in lines if re.match(r"[A-Z]+=", line)]
+  return "; ".join(variables), [line for line in lines if line not in variables]
+
+
+def test_the_guide_can_be_typed(cloud):
+  """Its launch commands print what they would do."""
+  variables, lines = guide()
+  scripts = [f"{line.removesuffix(' --print')} --print" for line in lines if line.startswith("bash launch/")]
+  assert len(scripts) > 15
+  command = "set -eu; " + "; ".join([variables, *scripts])
+  output = subprocess.run(
+    ["bash", "-c", command], cwd=cloud.clone, env=cloud.environment, capture_output=True, text=True
+  )
+  assert output.returncode == 0, output.stderr
+  assert cloud.calls == []
+  assert "--accelerator-type=v5litepod-16" in output.stdout
+  assert all(line.split()[0] in ("bash", "gcloud", "ssh-add") for line in lines)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="needs the Google Cloud CLI")
 def test_gcloud_itself_knows_what_is_printed(cloud, tmp_path):
-  """Its own linter parses the commands, without an account and without running them."""
-  commands = []
+  """Its own linter parses the commands and those of the guide, without an account and without running them."""
+  variables, lines = guide()
+  echo = "; ".join(
+    f"printf '%s\\n' '{line}'" if "'" in line else f"echo {line}" for line in lines if line.startswith("gcloud")
+  )
+  commands = subprocess.check_output(["bash", "-c", f"{variables}; {echo}"], text=True).splitlines()
   for script, *tpu in (
     ("tpu.sh", *V5E, "--capacity=spot", *RUN),
     ("tpu.sh", *V5E, "--how=direct", "--capacity=reserved", "--internal-ip", "--service-account=a@b", *RUN),
@@ -117,7 +145,9 @@ def test_gcloud_itself_knows_what_is_printed(cloud, tmp_path):
         }:
           # The linter takes what follows a switch for its value where that is quoted: switches go last.
           words.sort(key=lambda word: (word.startswith("--"), word.startswith("--") and "=" not in word))
-          commands.append(shlex.join(words))
+          commands.append(
+            shlex.join(words).replace(" --target-size-policy-mode=bulk", "")
+          )  # of 2026: newer than gcloud 528
   (tmp_path / "commands.json").write_text(json.dumps([{"command_string": one} for one in sorted(set(commands))]))
   environment = {
     **os.environ,

@@ -110,7 +110,7 @@ def test_a_held_tpu_is_refused_by_process_and_freed_when_asked(host):
     assert not has(host, "count-host-0")
     status, output = host.run("on_host.sh", "free")
     assert status == 0, output
-    assert holder.wait(10) == -signal.SIGKILL
+    assert holder.wait(10) == -signal.SIGTERM
   assert host.run("on_host.sh", "start", *RUN)[0] == 0
 
 

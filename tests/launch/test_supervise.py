@@ -36,8 +36,7 @@ def test_preempted_twice_then_done(pod):
 
 def test_crash_loop_ends_and_shows_what_it_said(cloud):
   cloud.plan("crash")
-  arguments = ("--wait=1", "--longest-wait=1", "--max-crashes=3", "--delete-when-done")
-  status, output = supervise(cloud, *arguments)
+  status, output = supervise(cloud, "--max-crashes=3", "--delete-when-done")
   assert status == 1, output
   assert attempts(cloud) == 3
   assert output.rindex("RuntimeError: something broke") > output.rindex("crash 2 of 3")
@@ -52,6 +51,7 @@ def test_waits_grow_and_are_bounded(cloud):
   assert re.findall(r"waiting (\d+) s", output) == ["1", "2", "2"]
 
 
+@pytest.mark.slow
 def test_crashes_far_apart_are_no_loop(cloud):
   cloud.plan("crash", "crash", "done")
   status, output = supervise(cloud, "--max-crashes=2", "--healthy=0")  # every attempt ran for long enough
@@ -92,6 +92,15 @@ def test_no_capacity_is_asked_for_again_but_a_refusal_is_not(cloud):
   assert status == 1, output
   assert "PERMISSION_DENIED" in output
   assert cloud.count("create") == 4
+
+
+@pytest.mark.slow
+def test_what_fails_in_the_queue_for_want_of_quota_is_not_queued_again(cloud):
+  cloud.plan("done", creations=("failed",))
+  status, output = supervise(cloud)
+  assert status == 1, output
+  assert "could not be made: FAILED Quota limit" in output
+  assert (cloud.count("create"), cloud.count("delete")) == (1, 1)
 
 
 @pytest.mark.slow
