@@ -26,7 +26,7 @@ verbs:
     --capacity=on-demand|spot|reserved     (default on-demand); spot is cheaper, and can be taken away at any time
     --service-account=EMAIL                what the hosts may do; it must be allowed to write to the bucket
     --create-flag=FLAG                     goes to gcloud as it is, as in --create-flag=--network=mine; may be repeated
-  setup       ships the committed code to every host and installs requirements-tpu.txt
+  setup       ships the committed code to every host, and installs --requirements=requirements-tpu.txt
     --dirty                                ships the working tree as it stands, changes and all
   train       starts training on every host, in the background: it outlives the connection
     --config=FILE --workdir=gs://…         the recipe, and the run's folder: the same folder goes on with the run
@@ -126,7 +126,7 @@ start_training() {
   done
   on_hosts all "$(on_host "${arguments[@]}" ${overrides[@]+"${overrides[@]}"})" && return
   local status=$? # those that did start would wait for the others
-  echo "error: training did not start on all hosts (see above); stopping it on the others" >&2
+  echo "error: training did not start on all hosts (see above; the verb setup ships the code); stopping it on the others" >&2
   on_hosts all "$(on_host stop --grace=10)" || true
   return "$status"
 }
@@ -152,7 +152,7 @@ fetch() {
       ! "$everything" || leave_out=()
       run gcloud storage rsync "$workdir" "$output" ${project_flag[@]+"${project_flag[@]}"} ${leave_out[@]+"${leave_out[@]}"} --recursive
     else
-      copy_from_host "mixln_jax/$workdir" "$output"
+      copy_from_host "$([[ $workdir == /* ]] || echo mixln_jax/)$workdir" "$output"
     fi
   fi
   fetch_logs "$output/logs"

@@ -36,6 +36,7 @@ machine_create() {
     spot) flags=(--provisioning-model=SPOT --instance-termination-action=STOP) ;;
     reserved) flags=(--provisioning-model=RESERVATION_BOUND --reservation-affinity=specific "--reservation=$reservation" --instance-termination-action=DELETE) ;;
   esac
+  ! "$internal_ip" || flags+=(--no-address)
   run gcloud compute instance-templates create "$name" ${project_flag[@]+"${project_flag[@]}"} --machine-type="$machine_type" \
     --image-family="$image_family" --image-project=ubuntu-os-accelerator-images --boot-disk-size="${disk}GB" \
     --maintenance-policy=TERMINATE --scopes=cloud-platform ${service_account:+--service-account="$service_account"} \

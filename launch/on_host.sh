@@ -18,7 +18,7 @@ usage: bash launch/on_host.sh VERB [--print] [...]
   free                              ends every process that holds the TPU, and removes a lock that nobody holds
 
 options of start and exec:
-  --data=gs://…                     copies prepared records to work/records first, and trains on them
+  --data=gs://…                     copies prepared records to work/records/HASH first, and trains on them
   --env=NAME=VALUE                  sets a variable for training; may be repeated
 TRAINING: --config=FILE --workdir=DIR --config.FIELD=VALUE …, as `python -m mixln_jax train` takes them
 
@@ -100,12 +100,15 @@ free_tpu() {
   remove_stale_lock
 }
 
+# Copies the records of --data to a folder of their own, which it sets `records` to.
 copy_data() {
-  run mkdir -p work/records
+  records=work/records/$(echo "$data" | cksum | cut -d' ' -f1)
+  run mkdir -p "$records"
   if command -v gcloud >/dev/null; then
-    run gcloud storage rsync "$data" work/records --recursive
+    run gcloud storage rsync "$data" "$records" --recursive
   else
-    run .venv/bin/python -c 'import fsspec, sys; fs, path = fsspec.url_to_fs(sys.argv[1]); fs.get(path.rstrip("/") + "/", "work/records/", recursive=True)' "$data"
+    run .venv/bin/python -c 'import fsspec, sys; fs, path = fsspec.url_to_fs(sys.argv[1]); fs.get(path.rstrip("/") + "/", sys.argv[2] + "/", recursive=True)' \
+      "$data" "$records"
   fi
 }
 
@@ -121,10 +124,10 @@ exec_training() {
   # JAX's own port on TPU VMs, 8482, is not among those that Google's default firewall opens; 8476 is (jax issue 35905).
   export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_PORT:-8476}
   # shellcheck disable=SC3045
-  ulimit -n "$(ulimit -Hn)"
+  ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
   if [ -n "$data" ]; then
     copy_data
-    overrides=(--config.data.directory=work/records ${overrides[@]+"${overrides[@]}"})
+    overrides=("--config.data.directory=$records" ${overrides[@]+"${overrides[@]}"})
   fi
   run_in_place .venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"}
 }

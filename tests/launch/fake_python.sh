@@ -19,6 +19,10 @@ case "$word" in
   signal) exit 75 ;;
   preempted) [ "$FAKE_HOST" = host-0 ] && echo "${FAKE_PREEMPTED:-SUSPENDED}" >"$FAKE_CLOUD/tpu" ;;
   deaf) trap '' TERM ;;
+  taken) # host 1 goes first, training on the other one aborts, and the cloud says so only a little later
+    [ "$FAKE_HOST" = host-0 ] && sleep 0.5 && echo SUSPENDED >"$FAKE_CLOUD/tpu"
+    exit 134
+    ;;
   half) [ "$FAKE_HOST" = host-1 ] && exit 1 ;;
 esac
 touch "$FAKE_CLOUD/running-${FAKE_HOST:-here}"

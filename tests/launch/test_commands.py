@@ -180,8 +180,10 @@ def test_what_is_printed_is_what_is_done(cloud):
     expected += [words[1:] for words in printed(cloud, "tpu.sh", verb, *tpu) if words[0] == "gcloud"]
     status, output = cloud.run("tpu.sh", verb, *tpu)
     assert status == 0, output
-  on_hosts = ["storage", "rsync", "gs://bucket/records", "work/records", "--recursive"]  # what a host itself called
-  assert [call for call in cloud.calls if call != on_hosts] == expected
+  by_host = [call for call in cloud.calls if call[:3] == ["storage", "rsync", "gs://bucket/records"]]
+  assert [call for call in cloud.calls if call not in by_host] == expected
+  ((_, _, _, records, _),) = by_host
+  assert f"--config.data.directory={records}" in cloud.trained_with()
   assert "A=b c\n" in (cloud.folder / "environment-host-0").read_text()
   assert "JAX_COORDINATOR_PORT=8476\n" in (cloud.folder / "environment-host-0").read_text()
   log = (cloud.clone / "work/fetched/llama/logs/0.log").read_text()

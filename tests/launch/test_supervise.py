@@ -80,6 +80,14 @@ def test_one_host_that_dies_takes_the_others_along(pod):
   assert "crash 1 of 3: exit status 1 on host-1" in output
 
 
+def test_an_abort_before_the_cloud_tells_of_a_preemption_is_no_crash(pod):
+  pod.plan("taken", "done")
+  status, output = supervise(pod, "--poll=1", tpu=POD)
+  assert status == 0, output
+  assert "1 preemptions, 0 crashes" in output
+  assert "crash 1 of" not in output
+
+
 def test_no_capacity_is_asked_for_again_but_a_refusal_is_not(cloud):
   cloud.plan("done", creations=("capacity", "capacity", "ok"))
   status, output = supervise(cloud, "--how=direct")
