@@ -74,7 +74,7 @@ class Cloud:
   def run(self, script, *arguments, **environment):
     """(exit status, stdout and stderr) of a script."""
     process = self.start(script, *arguments, **environment)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
   @property
