@@ -101,6 +101,7 @@ check_recipe() {
 # FOLDER/mixln_jax.tar.gz, with a file REVISION that says what it is: on the other machine there is no git.
 pack_code() {
   local folder=$1 tree=HEAD revision
+  local archive=(git archive --format=tar.gz --add-file="$folder/REVISION" --output="$folder/mixln_jax.tar.gz")
   revision=$(git rev-parse HEAD 2>/dev/null) || refuse "$PWD is no git clone, so there is no committed code to ship"
   run mkdir -p "$folder"
   if [ -n "$(git status --porcelain)" ]; then
@@ -117,25 +118,28 @@ pack_code() {
   fi
   if "$print"; then
     echo "+ echo $revision > $(quote "$folder/REVISION")"
-    echo "+ $(quote git archive --format=tar.gz --add-file="$folder/REVISION" --output="$folder/mixln_jax.tar.gz") $tree"
+    echo "+ $(quote "${archive[@]}") $tree"
   else
     echo "$revision" >"$folder/REVISION"
-    run git archive --format=tar.gz --add-file="$folder/REVISION" --output="$folder/mixln_jax.tar.gz" "$tree"
+    run "${archive[@]}" "$tree"
   fi
 }
 
 # in_region PLACE: refuses a bucket that is not in the region of --zone: reading across regions is slow, and billed.
 in_region() {
-  local bucket=${1#gs://} region=${zone%-*} location
+  local bucket=${1#gs://} region=${zone%-*} location describe
   "$any_region" && return
   bucket=gs://${bucket%%/*}
+  describe=(gcloud storage buckets describe "$bucket" '--format=value(location)')
+  describe+=(${project_flag[@]+"${project_flag[@]}"})
   if "$print"; then
-    run gcloud storage buckets describe "$bucket" --format='value(location)' ${project_flag[@]+"${project_flag[@]}"}
+    run "${describe[@]}"
     return
   fi
-  location=$(gcloud storage buckets describe "$bucket" --format='value(location)' ${project_flag[@]+"${project_flag[@]}"}) ||
+  location=$("${describe[@]}") ||
     refuse "$bucket can't be looked at (gcloud says why above); create it, or leave the question out with --any-region"
   location=$(echo "$location" | tr '[:upper:]' '[:lower:]')
   [ "$location" = "$region" ] ||
-    refuse "$bucket is in $location, --zone=$zone in $region: traffic between them is slow and billed; take a bucket in $region, or say --any-region"
+    refuse "$bucket is in $location, --zone=$zone in $region: what goes between them is slow and billed; take a" \
+      "bucket in $region, or say --any-region"
 }

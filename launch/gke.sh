@@ -26,8 +26,8 @@ verbs:
     --env=NAME=VALUE                       a variable for training; may be repeated
     --base-image=python:3.12               what the code is put into; requirements-tpu.txt is installed at each start
     --image=IMAGE                          instead: an image of yours that has this code as its folder, and .venv
-    --max-restarts=50                      restarts after a preemption, a failure of the machine or a SIGTERM (75); refused
-                                           input (2) and errors (1) are not tried again
+    --max-restarts=50                      restarts after a preemption, a failure of the machine or a SIGTERM (75);
+                                           refused input (2) and errors (1) are not tried again
     --dirty                                ships the working tree as it stands, changes and all
     --any-region                           buckets need not be in the region of the zone
   status      the workloads of the cluster
@@ -47,12 +47,13 @@ xpk_cluster=() # which cluster; what all commands take
 create() {
   local flags=("--$capacity")
   [ "$capacity" != reserved ] || flags=("--reservation=$reservation")
-  run xpk cluster create "${xpk_cluster[@]}" --tpu-type="$xpk_type" --num-slices="$slices" "${flags[@]}" ${xpk_flag[@]+"${xpk_flag[@]}"}
+  flags+=(${xpk_flag[@]+"${xpk_flag[@]}"})
+  run xpk cluster create "${xpk_cluster[@]}" --tpu-type="$xpk_type" --num-slices="$slices" "${flags[@]}"
 }
 
 # The line that a shell in the container runs; `exec`, so that its SIGTERM reaches training.
 container_command() {
-  local variable arguments=("--config=$config" "--workdir=$workdir")
+  local variable arguments=(bash launch/on_host.sh exec "--config=$config" "--workdir=$workdir")
   arguments+=(--config.parallel.expect_platform=tpu "--config.parallel.expect_devices=$((devices * slices))")
   [ -z "$data" ] || arguments+=("--data=$data")
   for variable in ${env[@]+"${env[@]}"}; do
@@ -61,13 +62,14 @@ container_command() {
   [ -n "$image" ] || printf 'bash launch/on_host.sh setup && '
   # shellcheck disable=SC2016
   # Kubernetes replaces $(NAME) in commands, and takes $$( for a plain $(.
-  printf 'exec %s' "$(quote bash launch/on_host.sh exec "${arguments[@]}" ${overrides[@]+"${overrides[@]}"})" | sed 's/\$(/$$(/g'
+  printf 'exec %s' "$(quote "${arguments[@]}" ${overrides[@]+"${overrides[@]}"})" | sed 's/\$(/$$(/g'
 }
 
 train() {
   local folder=work/launch/$name code=() command
   check_recipe
-  [[ $workdir == gs://?* ]] || refuse "--workdir=$(quote "$workdir"): must be gs://BUCKET/…: a container's disk ends with it"
+  [[ $workdir == gs://?* ]] ||
+    refuse "--workdir=$(quote "$workdir"): must be gs://BUCKET/…: a container's disk ends with it"
   in_region "$workdir"
   [ -z "$data" ] || in_region "$data"
   if [ -z "$image" ]; then
@@ -80,8 +82,9 @@ train() {
     code=("--docker-image=$image")
   fi
   command=$(container_command)
-  run xpk workload create "${xpk_cluster[@]}" --workload="$name" --tpu-type="$xpk_type" --num-slices="$slices" "${code[@]}" \
-    --max-restarts="$max_restarts" --restart-on-exit-codes=75 --termination-grace-period-seconds=120 --command="$command"
+  run xpk workload create "${xpk_cluster[@]}" --workload="$name" --tpu-type="$xpk_type" --num-slices="$slices" \
+    "${code[@]}" --max-restarts="$max_restarts" --restart-on-exit-codes=75 --termination-grace-period-seconds=120 \
+    --command="$command"
 }
 
 name="" cluster="" project="" type="" capacity=on-demand reservation="" slices=1 data="" image="" base_image=python:3.12
@@ -92,14 +95,14 @@ case "$1" in
 esac
 verb=$1
 shift
-parse_options "name cluster zone project type capacity reservation slices config workdir data image base-image max-restarts" \
-  "env xpk-flag" "print dirty any-region" "$@"
+parse_options "name cluster zone project type capacity reservation slices config workdir data image base-image \
+  max-restarts" "env xpk-flag" "print dirty any-region" "$@"
 require cluster "the cluster's name"
 require zone "where its TPUs stand, as in --zone=us-west4-a"
 require project "the project's id"
 project_flag=("--project=$project")
 for option in name cluster; do
-  check "$option" "[a-z]([-a-z0-9]{0,38}[a-z0-9])?" "lower-case letters, digits and dashes, from a letter on, at most 40"
+  check "$option" "[a-z]([-a-z0-9]{0,38}[a-z0-9])?" "lower-case letters, digits, dashes, from a letter on, at most 40"
 done
 check zone "[a-z]+-[a-z]+[0-9]+-[a-z]" "a zone, as us-west4-a"
 check capacity "on-demand|spot|reserved" "on-demand, spot or reserved"
@@ -127,8 +130,8 @@ case "$verb" in
   train) train ;;
   status) run xpk workload list "${xpk_cluster[@]}" ;;
   follow)
-    run kubectl logs --follow --tail=100 --all-containers \
-      --selector="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    first=jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
+    run kubectl logs --follow --tail=100 --all-containers --selector="jobset.sigs.k8s.io/jobset-name=$name,$first"
     ;;
   stop) run xpk workload delete "${xpk_cluster[@]}" --workload="$name" ;;
   delete) run xpk cluster delete "${xpk_cluster[@]}" ;;

@@ -8,9 +8,10 @@ usage() {
   cat <<'TEXT'
 usage: bash launch/gpu.sh --config=FILE --workdir=DIR [--gpus=N] [--print] [--config.FIELD=VALUE ...]
 
-Makes .venv, installs requirements-gpu.txt (once), prepares the corpus (once), and trains; the same --workdir goes on with
-the run. --gpus=N takes the first N (default: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists). Training is
-refused where JAX finds fewer, or falls back to the CPU. Ctrl-C or SIGTERM ends it after its step, with a checkpoint.
+Makes .venv, installs requirements-gpu.txt (once), prepares the corpus (once), and trains; the same --workdir goes on
+with the run. --gpus=N takes the first N (default: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists).
+Training is refused where JAX finds fewer, or falls back to the CPU. Ctrl-C or SIGTERM ends it after its step, with a
+checkpoint.
 --print only prints the commands. Several machines: launch/slurm.sh.
 TEXT
 }
@@ -37,5 +38,5 @@ fi
 set_up_environment requirements-gpu.txt
 run .venv/bin/python -m mixln_jax prepare "--config=$config" ${overrides[@]+"${overrides[@]}"}
 train=(${visible[@]+"${visible[@]}"} .venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir")
-train+=(--config.parallel.expect_platform=gpu "--config.parallel.expect_devices=$gpus" ${overrides[@]+"${overrides[@]}"})
-run_in_place "${train[@]}"
+train+=(--config.parallel.expect_platform=gpu "--config.parallel.expect_devices=$gpus")
+run_in_place "${train[@]}" ${overrides[@]+"${overrides[@]}"}

@@ -1,16 +1,16 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables are shared with the script that sources this
 # Sourced by tpu.sh and mig.sh: the verbs, in terms of what either of them defines:
 #   machine_create, machine_delete   make it, and be rid of it
-#   machine_state                    sets `machine` to absent, waiting, ready, gone (preempted, stopped), failed (never made), unknown;
-#                                    and `machine_says` to what the cloud said
+#   machine_state                    sets `machine` to absent, waiting, ready, gone (preempted, stopped), failed (never
+#                                    made) or unknown, and `machine_says` to what the cloud said
 #   on_hosts all|NUMBER COMMAND      runs a shell command on all hosts, or on one
 #   copy_to_hosts FILE NAME          copies a file to all home folders
 #   copy_from_host PATH FOLDER       copies a folder from the first host
 #   fetch_logs FOLDER                writes the logs of each host there
 # and of $hosts (of all slices), $devices.
 
-options="name zone project type capacity reservation service-account slices config workdir data worker output requirements \
-  grace lines poll wait longest-wait healthy max-crashes max-creations"
+options="name zone project type capacity reservation service-account slices config workdir data worker output \
+  requirements grace lines poll wait longest-wait healthy max-crashes max-creations"
 lists="env create-flag"
 switches="print dirty any-region everything delete-when-done internal-ip"
 verbs="create setup train follow tail status fetch stop free supervise delete"
@@ -101,18 +101,19 @@ packed() {
 
 # Ships what was packed, and installs what it needs.
 set_up_hosts() {
+  local unpack="mkdir -p mixln_jax && cd mixln_jax && { [ ! -e launch/on_host.sh ] || bash launch/on_host.sh idle; }"
+  unpack+=" && rm -rf mixln_jax configs launch && tar -xzf ../mixln_jax.tar.gz"
   copy_to_hosts "$(packed)/mixln_jax.tar.gz" mixln_jax.tar.gz &&
-    on_hosts all "mkdir -p mixln_jax && cd mixln_jax && { [ ! -e launch/on_host.sh ] || bash launch/on_host.sh idle; } && \
-rm -rf mixln_jax configs launch && tar -xzf ../mixln_jax.tar.gz && $(quote bash launch/on_host.sh setup --requirements="$requirements")"
+    on_hosts all "$unpack && $(quote bash launch/on_host.sh setup --requirements="$requirements")"
 }
 
 # What can be known before the TPU is paid for.
 check_training() {
+  local why=""
   check_recipe
-  if ((hosts > 1)) || [ "$verb" = supervise ]; then
-    [[ $workdir == gs://?* ]] ||
-      refuse "--workdir=$(quote "$workdir"): must be gs://BUCKET/…: $([ "$verb" = supervise ] && echo "a preempted TPU takes its disks with it" || echo "the $hosts hosts share no disk")"
-  fi
+  ((hosts == 1)) || why="the $hosts hosts share no disk"
+  [ "$verb" != supervise ] || why="a preempted TPU takes its disks with it"
+  [[ -z $why || $workdir == gs://?* ]] || refuse "--workdir=$(quote "$workdir"): must be gs://BUCKET/…: $why"
   [[ $workdir != gs://* ]] || in_region "$workdir"
   [ -z "$data" ] || in_region "$data"
 }
@@ -126,13 +127,14 @@ start_training() {
   done
   on_hosts all "$(on_host "${arguments[@]}" ${overrides[@]+"${overrides[@]}"})" && return
   local status=$? # those that did start would wait for the others
-  echo "error: training did not start on all hosts (see above; the verb setup ships the code); stopping it on the others" >&2
+  echo "error: training did not start on all hosts (see above; the verb setup ships the code): stopping the others" >&2
   on_hosts all "$(on_host stop --grace=10)" || true
   return "$status"
 }
 
 ask_hosts() {
-  on_hosts all "cd mixln_jax 2>/dev/null && bash launch/on_host.sh state || echo \"launch-state \$(hostname) bare - 0 false -\""
+  local bare="echo \"launch-state \$(hostname) bare - 0 false -\""
+  on_hosts all "cd mixln_jax 2>/dev/null && bash launch/on_host.sh state || $bare"
 }
 
 status() {
@@ -148,9 +150,9 @@ fetch() {
   run mkdir -p "$output/logs"
   if [ -n "$workdir" ]; then
     if [[ $workdir == gs://* ]]; then
-      local leave_out=(--exclude='^checkpoints/.*')
-      ! "$everything" || leave_out=()
-      run gcloud storage rsync "$workdir" "$output" ${project_flag[@]+"${project_flag[@]}"} ${leave_out[@]+"${leave_out[@]}"} --recursive
+      local flags=(${project_flag[@]+"${project_flag[@]}"} --recursive)
+      "$everything" || flags=(--exclude='^checkpoints/.*' "${flags[@]}")
+      run gcloud storage rsync "$workdir" "$output" "${flags[@]}"
     else
       copy_from_host "$([[ $workdir == /* ]] || echo mixln_jax/)$workdir" "$output"
     fi

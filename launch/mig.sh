@@ -28,27 +28,32 @@ source launch/hosts.sh
 source launch/supervise.sh
 
 group=(gcloud compute instance-groups managed)
+policies=(gcloud compute resource-policies)
 
 machine_create() {
-  local flags=() policy=()
-  [ "$verb" != supervise ] || "$print" || delete_parts 2>/dev/null # a template of the same name, left by an earlier attempt
+  local flags=("--machine-type=$machine_type" "--image-family=$image_family" "--boot-disk-size=${disk}GB")
+  flags+=(--image-project=ubuntu-os-accelerator-images --maintenance-policy=TERMINATE --scopes=cloud-platform)
   case "$capacity" in # how Compute Engine calls it
-    spot) flags=(--provisioning-model=SPOT --instance-termination-action=STOP) ;;
-    reserved) flags=(--provisioning-model=RESERVATION_BOUND --reservation-affinity=specific "--reservation=$reservation" --instance-termination-action=DELETE) ;;
+    spot) flags+=(--provisioning-model=SPOT --instance-termination-action=STOP) ;;
+    reserved)
+      flags+=(--provisioning-model=RESERVATION_BOUND --instance-termination-action=DELETE)
+      flags+=(--reservation-affinity=specific "--reservation=$reservation")
+      ;;
   esac
   ! "$internal_ip" || flags+=(--no-address)
-  run gcloud compute instance-templates create "$name" ${project_flag[@]+"${project_flag[@]}"} --machine-type="$machine_type" \
-    --image-family="$image_family" --image-project=ubuntu-os-accelerator-images --boot-disk-size="${disk}GB" \
-    --maintenance-policy=TERMINATE --scopes=cloud-platform ${service_account:+--service-account="$service_account"} \
-    ${flags[@]+"${flags[@]}"} ${create_flag[@]+"${create_flag[@]}"} || return
+  flags+=(${service_account:+--service-account="$service_account"} ${create_flag[@]+"${create_flag[@]}"})
+  # What an earlier attempt left behind would be in the way.
+  [ "$verb" != supervise ] || "$print" || delete_parts 2>/dev/null
+  run gcloud compute instance-templates create "$name" ${project_flag[@]+"${project_flag[@]}"} "${flags[@]}" || return
+  local group_flags=("--size=$hosts" "--template=$name")
   if ((hosts > 1)); then # what makes one slice of the group
-    run gcloud compute resource-policies create workload-policy "$name" --region="${zone%-*}" ${project_flag[@]+"${project_flag[@]}"} \
-      --type=HIGH_THROUGHPUT --accelerator-topology="$topology" || return
-    policy=(--target-size-policy-mode=bulk "--workload-policy=projects/$(project_id)/regions/${zone%-*}/resourcePolicies/$name")
+    run "${policies[@]}" create workload-policy "$name" "${region[@]}" --type=HIGH_THROUGHPUT \
+      --accelerator-topology="$topology" || return
+    group_flags+=("--workload-policy=projects/$(project_id)/regions/${zone%-*}/resourcePolicies/$name")
+    group_flags+=(--target-size-policy-mode=bulk)
   fi
   # A slice that lost a host is made anew as a whole, by `supervise`: hence no repair.
-  run "${group[@]}" create "$name" "${where[@]}" --size="$hosts" --template="$name" --default-action-on-vm-failure=do-nothing \
-    ${policy[@]+"${policy[@]}"}
+  run "${group[@]}" create "$name" "${where[@]}" "${group_flags[@]}" --default-action-on-vm-failure=do-nothing
 }
 
 project_id() {
@@ -64,8 +69,7 @@ project_id() {
 # What the group was made of; it can be deleted only after the group.
 delete_parts() {
   run gcloud compute instance-templates delete "$name" ${project_flag[@]+"${project_flag[@]}"} --quiet || true
-  ((hosts == 1)) ||
-    run gcloud compute resource-policies delete "$name" --region="${zone%-*}" ${project_flag[@]+"${project_flag[@]}"} --quiet || true
+  ((hosts == 1)) || run "${policies[@]}" delete "$name" "${region[@]}" --quiet || true
 }
 
 machine_delete() {
@@ -181,8 +185,9 @@ options+=" disk" disk=100 names=()
 read_command_line "$@"
 describe_machine
 check disk "[1-9][0-9]*" "a number of GB"
-((slices == 1)) || refuse "--slices=$slices: a group is one slice; several come from the queue of launch/tpu.sh, or from launch/gke.sh"
+((slices == 1)) || refuse "--slices=$slices: a group is one slice; several come from launch/tpu.sh or launch/gke.sh"
 [ "$capacity" != reserved ] || require reservation "the name of the reservation that --capacity=reserved takes"
 where=("--zone=$zone" ${project_flag[@]+"${project_flag[@]}"}) internal=()
+region=("--region=${zone%-*}" ${project_flag[@]+"${project_flag[@]}"})
 ! "$internal_ip" || internal=(--internal-ip)
 main

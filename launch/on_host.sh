@@ -10,7 +10,7 @@ usage: bash launch/on_host.sh VERB [--print] [...]
   setup [--requirements=FILE]       makes .venv (with a Python 3.12 of its own where the host's is too old) and installs
   start [OPTION ...] [TRAINING ...] starts training in the background; it outlives the connection
   exec  [OPTION ...] [TRAINING ...] the same in the foreground, in place of this script: signals reach training
-  state                             one line: launch-state HOST bare|ready|running|ended|lost STATUS SECONDS ASKED WORKDIR
+  state                             a line: launch-state HOST bare|ready|running|ended|lost STATUS SECONDS ASKED WORKDIR
   follow                            shows the log until training ends
   tail [--lines=40]                 shows the end of the log
   stop [--grace=300]                asks training to stop after its step with a checkpoint; kills it after the grace
@@ -67,8 +67,10 @@ refuse_if_running() {
 
 # The processes that hold the TPU, by id.
 holders() {
+  local found
   # shellcheck disable=SC2086 # patterns of device files
-  { fuser $tpu_devices 2>/dev/null || sudo -n fuser $tpu_devices 2>/dev/null || true; } | tr -s ' \n' '\n' | grep -E '^[0-9]+$' || true
+  found=$(fuser $tpu_devices 2>/dev/null || sudo -n fuser $tpu_devices 2>/dev/null) || return 0
+  echo "$found" | tr -s ' ' '\n' | grep -E '^[0-9]+$' || true
 }
 
 # A holder makes JAX fall back to the CPU, or hang; a lock that its holder left behind does the same.
@@ -107,8 +109,9 @@ copy_data() {
   if command -v gcloud >/dev/null; then
     run gcloud storage rsync "$data" "$records" --recursive
   else
-    run .venv/bin/python -c 'import fsspec, sys; fs, path = fsspec.url_to_fs(sys.argv[1]); fs.get(path.rstrip("/") + "/", sys.argv[2] + "/", recursive=True)' \
-      "$data" "$records"
+    run .venv/bin/python -c "import fsspec, sys
+fs, path = fsspec.url_to_fs(sys.argv[1])
+fs.get(path.rstrip('/') + '/', sys.argv[2] + '/', recursive=True)" "$data" "$records"
   fi
 }
 
@@ -129,16 +132,17 @@ exec_training() {
     copy_data
     overrides=("--config.data.directory=$records" ${overrides[@]+"${overrides[@]}"})
   fi
-  run_in_place .venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"}
+  local train=(.venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir")
+  run_in_place "${train[@]}" ${overrides[@]+"${overrides[@]}"}
 }
 
-# In the background of `start`: waits for the command and writes down how it ended. A shutdown signals all processes, and
-# training answers a second signal by stopping at once: so this passes none on.
+# In the background of `start`: waits for the command and writes down how it ended. A shutdown signals all processes,
+# and training answers a second signal by stopping at once: so this passes none on.
 attend() {
   local status=0
   trap : TERM INT HUP
   # shellcheck disable=SC2016
-  bash -c 'echo "$$" >"$0"; exec "$@"' "$state/pid" "$@" || status=$?
+  bash -c 'echo "$$" >"$0.partial" && mv "$0.partial" "$0" && exec "$@"' "$state/pid" "$@" || status=$?
   echo "$status" >"$state/status.partial"
   mv "$state/status.partial" "$state/status"
   echo "ended with exit status $status"
@@ -171,6 +175,7 @@ show_state() {
   [ -x .venv/bin/python ] || what=bare
   [ -e "$state/asked" ] && asked=true
   if [ -e "$state/pid" ]; then
+    [ -e "$state/status" ] || running_pid >/dev/null || sleep 1 # its end is just being written down
     seconds=$(($(date +%s) - $(date -r "$state/pid" +%s)))
     if [ -e "$state/status" ]; then
       what=ended status=$(cat "$state/status")

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Trains on the GPU nodes of a Slurm cluster: submits itself as the batch script. A process a GPU; they find one another.
+# Trains on the GPU nodes of a Slurm cluster: submits itself as the batch script. A process a GPU.
 #   bash launch/slurm.sh --nodes=2 --gpus=8 --time=24:00:00 --config=configs/llama_1b.py --workdir=/shared/runs/mine
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: bash launch/slurm.sh --config=FILE --workdir=DIR --nodes=N --gpus=N --time=TIME [OPTION ...] [--config.FIELD=VALUE ...]
+usage: bash launch/slurm.sh --config=FILE --workdir=DIR --nodes=N --gpus=N --time=TIME [OPTION ...]
 
 Run it on a login node, from a clone on a file system that all nodes see; --workdir and the prepared records (`python -m
 mixln_jax prepare`) lie on one too. Makes .venv, installs requirements-gpu.txt (once), and submits the job.
 
   --gpus=N                   GPUs of each node, and processes
-  --time=24:00:00            as sbatch takes it; 180 s before its end training ends with a checkpoint, and the job is put
-                             back into the queue, until training is done
+  --time=24:00:00            as sbatch takes it; 180 s before its end training ends with a checkpoint, and the job is
+                             put back into the queue, until training is done
+  --config.FIELD=VALUE       changes the recipe
   --name=mixln_jax           of the job; its log is work/slurm/NAME-ID.log
   --partition=P --account=A  of the job
   --sbatch-flag=FLAG         goes to sbatch as it is, as in --sbatch-flag=--exclusive; may be repeated
@@ -67,8 +68,10 @@ check name "[A-Za-z0-9_.-]+" "letters, digits, dots, dashes and underscores"
 
 set_up_environment requirements-gpu.txt
 run mkdir -p work/slurm
-train=(.venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" --config.parallel.expect_platform=gpu)
-train+=("--config.parallel.expect_devices=$((nodes * gpus))" ${overrides[@]+"${overrides[@]}"})
+train=(.venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir")
+train+=(--config.parallel.expect_platform=gpu "--config.parallel.expect_devices=$((nodes * gpus))")
+train+=(${overrides[@]+"${overrides[@]}"})
 run sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" --time="$time" \
-  --signal=TERM@180 --requeue --open-mode=append --output="work/slurm/%x-%j.log" ${partition:+--partition="$partition"} \
-  ${account:+--account="$account"} ${sbatch_flag[@]+"${sbatch_flag[@]}"} launch/slurm.sh job "${train[@]}"
+  --signal=TERM@180 --requeue --open-mode=append --output="work/slurm/%x-%j.log" \
+  ${partition:+--partition="$partition"} ${account:+--account="$account"} ${sbatch_flag[@]+"${sbatch_flag[@]}"} \
+  launch/slurm.sh job "${train[@]}"

@@ -32,20 +32,22 @@ give_up() {
   exit "$status"
 }
 
-# What the hosts say, as one: sets training (unreachable, none, running, done, stopped, refused, crashed), and of the host
-# that decides it: by, status, seconds; asked: whether a person stopped it; theirs: the folder of the run.
+# What the hosts say, as one: sets training (unreachable, none, running, done, stopped, refused, crashed), and of the
+# host that decides it: by, status, seconds; asked: whether a person stopped it; theirs: the folder of the run.
 look_at_hosts() {
   local answer
   answer=$(ask_hosts 2>/dev/null | grep '^launch-state ') || true
   read -r training by status seconds asked theirs <<<"$(awk -v hosts="$hosts" '
-    { count[$3]++; if ($5 > longest) longest = $5; if ($6 == "true") asked = 1; folder = $7; for (i = 8; i <= NF; i++) folder = folder " " $i }
+    { count[$3]++; folder = $7; for (i = 8; i <= NF; i++) folder = folder " " $i }
+    $5 > longest { longest = $5 }
+    $6 == "true" { asked = 1 }
     $3 == "lost" || ($3 == "ended" && $4 != 0 && $4 != 75) { if (!bad || $4 == 2) { bad = $2; status = $4 } }
     $3 == "ended" && $4 == 75 { stopped = $2 }
     END {
       if (NR < hosts) training = "unreachable"
       else if (asked && !count["running"]) { training = "stopped"; status = 75 }
       else if (bad) training = status == 2 ? "refused" : "crashed"
-      else if (count["running"] && count["ready"] + count["bare"]) { training = "crashed"; bad = "half-started"; status = "-" }
+      else if (count["running"] && count["ready"] + count["bare"]) { training = "crashed"; bad = "a-half-start" }
       else if (count["running"]) training = "running"
       else if (count["ended"] < NR) training = "none"
       else if (stopped) { training = "stopped"; bad = stopped; status = 75 }
@@ -97,7 +99,10 @@ look_at_training() {
   unreachable=0
   ((seconds < healthy)) || crashes=0 pause=$wait
   if [ "$training" = running ]; then
-    [ "$theirs" = "$workdir" ] || give_up 2 "another run trains there ($theirs); stop it first, or take another TPU"
+    if [ "$theirs" != "$workdir" ]; then
+      delete_when_done=false # it is not ours to delete
+      give_up 2 "another run trains there ($theirs); stop it first, or take another TPU"
+    fi
     restart=false
     rest "$poll"
     return
@@ -126,7 +131,8 @@ look_at_training() {
 # count_creation WHY: gives up where another attempt would not help, or there were too many; else waits.
 count_creation() {
   case "$1" in
-    *PERMISSION_DENIED* | *INVALID_ARGUMENT* | *UNAUTHENTICATED* | *"uota limit"* | *"uota exceeded"* | *"unrecognized arguments"* | *"ot have permission"*)
+    *PERMISSION_DENIED* | *UNAUTHENTICATED* | *"ot have permission"* | *INVALID_ARGUMENT* | \
+      *"unrecognized arguments"* | *"uota limit"* | *"uota exceeded"*)
       give_up 1 "the TPU can't be made, and trying again would not help"
       ;;
   esac

@@ -19,7 +19,8 @@ describe_tpu() {
     *) refuse "--type=$(quote "$1"): unknown generation; choices: v2, v3, v4, v5litepod (or v5e), v5p, v6e, tpu7x" ;;
   esac
   ((chips >= smallest && ((chips & (chips - 1)) == 0 || chips % 64 == 0))) ||
-    refuse "--type=$(quote "$1"): $chips chips are no slice; a slice of $generation has a power of two of chips from $smallest on, or a multiple of 64"
+    refuse "--type=$(quote "$1"): $chips chips are no slice; one of $generation has a power of two of chips from" \
+      "$smallest on, or a multiple of 64"
   case "$generation" in # a v5e or v6e host alone has up to 8 chips; every other host has 4
     v5litepod | v6e) hosts=$((chips <= 8 ? 1 : chips / 4)) ;;
     *) hosts=$((chips / 4)) ;;
@@ -37,7 +38,7 @@ describe_machine() {
     tpu7x) machine_type=tpu7x-standard-4t image_family=ubuntu-accel-2404-amd64-tpu-tpu7x ;;
     *) refuse "--type=$tpu_type: Compute Engine has v5p, v6e and tpu7x; for $generation use launch/tpu.sh" ;;
   esac
-  ((chips & (chips - 1))) && refuse "--type=$tpu_type: the shape of $chips chips is not one of a kind; take a power of two"
+  (((chips & (chips - 1)) == 0)) || refuse "--type=$tpu_type: $chips chips have several shapes; take a power of two"
   if [ "$generation" = v6e ]; then # 1x1, 1x2, 2x2, 2x4, 4x4, …
     for ((a = 1, b = 1; a * b < chips; )); do
       if ((a < b)); then ((a *= 2)); else ((b *= 2)); fi

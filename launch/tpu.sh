@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU of the Cloud TPU API (v2 to v6e): made, set up, trained on, watched, restarted, deleted. docs/tpu.md is the guide.
+# A TPU of the Cloud TPU API (v2 to v6e): made, set up, trained on, watched, restarted, deleted. The guide: docs/tpu.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,7 +35,8 @@ machine_create() {
     spot | reserved) flags+=("--$capacity") ;;
   esac
   # The default scopes let a host read buckets, but not write to them.
-  flags+=(--scopes=https://www.googleapis.com/auth/cloud-platform ${service_account:+--service-account="$service_account"})
+  flags+=(--scopes=https://www.googleapis.com/auth/cloud-platform)
+  flags+=(${service_account:+--service-account="$service_account"})
   ! "$internal_ip" || flags+=(--internal-ips)
   flags+=(${create_flag[@]+"${create_flag[@]}"})
   if [ "$how" = direct ]; then
@@ -57,8 +58,11 @@ machine_delete() {
 }
 
 machine_state() {
-  local describe=("${tpus[@]}" queued-resources describe "$name" "${where[@]}" "--format=value(state.state,state.failedData.error.message)") errors
-  [ "$how" = queued ] || describe=("${tpus[@]}" tpu-vm describe "$name" "${where[@]}" "--format=value(state)")
+  local describe=("${tpus[@]}" tpu-vm describe "$name" "${where[@]}" "--format=value(state)") errors
+  if [ "$how" = queued ]; then
+    describe=("${tpus[@]}" queued-resources describe "$name" "${where[@]}")
+    describe+=("--format=value(state.state,state.failedData.error.message)")
+  fi
   if "$print"; then
     run "${describe[@]}"
     return
@@ -71,9 +75,8 @@ machine_state() {
     READY | ACTIVE) machine=ready ;;
     PREEMPTED | TERMINATED | STOPPED | STOPPING | SUSPENDED | SUSPENDING | HIDDEN | HIDING) machine=gone ;;
     FAILED*) machine=failed ;;
-    CREATING | ACCEPTED | PROVISIONING | WAITING_FOR_RESOURCES | STARTING | RESTARTING | REIMAGING | REPAIRING | DELETING | UNHIDING)
-      machine=waiting
-      ;;
+    CREATING | ACCEPTED | PROVISIONING | WAITING_FOR_RESOURCES | DELETING) machine=waiting ;;
+    STARTING | RESTARTING | REIMAGING | REPAIRING | UNHIDING) machine=waiting ;;
     *NOT_FOUND* | *"not found"*) machine=absent machine_says="no such TPU" ;;
     *) machine=unknown ;;
   esac
@@ -119,9 +122,9 @@ options+=" how valid-until" how=queued valid_until=""
 read_command_line "$@"
 check how "queued|direct" "queued or direct"
 check valid-until "[0-9]+[smhd]" "a duration, as 6h"
-[ "$how" = queued ] || ((slices == 1)) || refuse "--slices=$slices: several slices come only from the queue; use --how=queued"
+[ "$how" = queued ] || ((slices == 1)) || refuse "--slices=$slices: several come only from the queue; use --how=queued"
 [ -n "$runtime" ] || refuse "--type=$tpu_type: the Cloud TPU API ends at v6e; use launch/mig.sh or launch/gke.sh"
-[ -z "$reservation" ] || refuse "--reservation: the Cloud TPU API takes any reservation of the project; use --capacity=reserved"
+[ -z "$reservation" ] || refuse "--reservation: the Cloud TPU API takes any of the project; use --capacity=reserved"
 where=("--zone=$zone" ${project_flag[@]+"${project_flag[@]}"}) internal=()
 ! "$internal_ip" || internal=(--internal-ip)
 main

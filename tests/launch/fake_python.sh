@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Python for the hosts of fake_gcloud.py: makes an environment of itself, installs nothing, and trains as the plan says.
+# A Python for the hosts of fake_gcloud.py: makes an environment of itself, installs nothing, trains as the plan says.
 case "$*" in
   "-c import sys"*) exit 0 ;;
   "-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python && exit ;;

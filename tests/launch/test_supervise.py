@@ -159,9 +159,10 @@ def test_another_run_on_the_tpu_is_left_alone(cloud):
   for verb in ("create", "setup", "train"):
     status, output = cloud.run("tpu.sh", verb, *TPU, *RUN[:1], "--workdir=gs://bucket/runs/theirs")
     assert status == 0, output
-  status, output = supervise(cloud)
+  status, output = supervise(cloud, "--delete-when-done")
   assert status == 2, output
   assert "gs://bucket/runs/theirs" in output
+  assert cloud.count("delete") == 0
   assert attempts(cloud) == 1
 
 
