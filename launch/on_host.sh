@@ -124,7 +124,7 @@ exec_training() {
     [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || refuse "--env=$(quote "$variable"): must be NAME=VALUE"
     export "${variable?}"
   done
-  # JAX's own port on TPU VMs, 8482, is not among those that Google's default firewall opens; 8476 is (jax issue 35905).
+  # JAX's own port on TPU VMs, 8482, is not among those that Google's default firewall opens; 8476 is (jax-ml/jax#35905).
   export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_PORT:-8476}
   # shellcheck disable=SC3045
   ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
