@@ -11,7 +11,7 @@ usage: bash launch/gke.sh VERB --cluster=NAME --zone=ZONE --project=PROJECT [OPT
 Needs gcloud, kubectl and xpk (pip install xpk), signed in.
 
   --print                                prints the exact commands, runs nothing
-  --type=TYPE --slices=1                 for create and train: v5litepod-16 (or v5e-16), v5p-128, v6e-64, tpu7x-64 …
+  --type=TYPE --slices=1                 for create and train: v5litepod-16 (or v5e-16), v5p-128, v6e-64, tpu7x-128 …
 
 verbs:
   create      makes the cluster, with a pool of nodes for the slices

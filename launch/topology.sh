@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034 # what is set here is for the caller
 # Sourced: what a TPU type is made of, by Google's pages on TPU versions, runtimes and machine types.
-# Devices are what jax.device_count() says: a core of v2 and v3, a chip from v4 to v6e, half a chip of tpu7x.
+# Devices are what jax.device_count() says: a core of v2, v3 and tpu7x, a chip from v4 to v6e.
 
 # describe_tpu TYPE: sets tpu_type (as gcloud spells it), generation, runtime, chips, devices and hosts (of one slice).
 describe_tpu() {
@@ -9,13 +9,13 @@ describe_tpu() {
   [[ $1 == *-* && $size =~ ^[1-9][0-9]{0,4}$ ]] ||
     refuse "--type=$(quote "$1"): must be a TPU generation and a size, as in v5litepod-16, v5p-128 or v6e-64"
   chips=$size
-  case "$generation" in # v2 to v4 and v5p are named after their cores, two a chip; the others after their chips
+  case "$generation" in # v5e and v6e are named after their chips; the others after their cores, two a chip
     v2 | v3) runtime=tpu-ubuntu2204-base smallest=4 chips=$((size / 2)) devices=$size ;;
     v4) runtime=tpu-ubuntu2204-base smallest=4 chips=$((size / 2)) devices=$chips ;;
     v5p) runtime=v2-alpha-tpuv5 smallest=4 chips=$((size / 2)) devices=$chips ;;
     v5e | v5litepod) generation=v5litepod runtime=v2-alpha-tpuv5-lite smallest=1 devices=$size ;;
     v6e) runtime=v2-alpha-tpuv6e smallest=1 devices=$size ;;
-    tpu7x) runtime="" smallest=4 devices=$((2 * size)) ;; # not in the API that has runtimes
+    tpu7x) runtime="" smallest=4 chips=$((size / 2)) devices=$size ;; # not in the API that has runtimes
     *) refuse "--type=$(quote "$1"): unknown generation; choices: v2, v3, v4, v5litepod (or v5e), v5p, v6e, tpu7x" ;;
   esac
   ((chips >= smallest && ((chips & (chips - 1)) == 0 || chips % 64 == 0))) ||

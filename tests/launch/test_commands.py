@@ -42,7 +42,7 @@ def test_what_types_are_made_of():
     "v5p-12288": "v5p-12288 v2-alpha-tpuv5 1536 6144",
     "v4-32": "v4-32 tpu-ubuntu2204-base 4 16",
     "v3-32": "v3-32 tpu-ubuntu2204-base 4 32",
-    "tpu7x-16": "tpu7x-16  4 32",
+    "tpu7x-32": "tpu7x-32  4 32",
   }
   script = """source launch/common.sh; source launch/topology.sh
     for type; do describe_tpu "$type"; echo "$tpu_type $runtime $hosts $devices"; done"""
@@ -60,7 +60,7 @@ def test_machines_and_shapes_of_compute_engine():
     "v5p-32": "ct5p-hightpu-4t 2x2x4",
     "v5p-64": "ct5p-hightpu-4t 2x4x4",
     "v5p-1024": "ct5p-hightpu-4t 8x8x8",
-    "tpu7x-256": "tpu7x-standard-4t 4x8x8",
+    "tpu7x-512": "tpu7x-standard-4t 4x8x8",
   }
   script = """source launch/common.sh; source launch/topology.sh
     for type; do describe_tpu "$type"; describe_machine; echo "$machine_type $topology"; done"""
