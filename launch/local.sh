@@ -16,7 +16,12 @@ The fields: .venv/bin/python -m mixln_jax train --help
 TEXT
 }
 
-print=false config=configs/tiny.py workdir="" overrides=()
+# shellcheck source=launch/common.sh
+source launch/common.sh
+# shellcheck source=launch/environment.sh
+source launch/environment.sh
+
+config=configs/tiny.py
 while (($#)); do
   case "$1" in
     --print) print=true ;;
@@ -24,7 +29,7 @@ while (($#)); do
     --config=*) config=${1#--config=} ;;
     --workdir=*) workdir=${1#--workdir=} ;;
     --config | --workdir)
-      (($# > 1)) || { echo "error: $1 needs a value, as in $1=…" >&2 && exit 2; }
+      (($# > 1)) || refuse "$1 needs a value, as in $1=…"
       printf -v "${1#--}" '%s' "$2"
       shift
       ;;
@@ -35,15 +40,7 @@ done
 name=$(basename "${config%%:*}" .py)
 workdir=${workdir:-work/runs/$name-$(date +%Y%m%d-%H%M%S)}
 
-run() {
-  printf '+ %s\n' "$*"
-  "$print" || "$@"
-}
-
-# shellcheck source=launch/environment.sh
-source launch/environment.sh
 set_up_environment requirements.txt
 run .venv/bin/python -m mixln_jax prepare "--config=$config" ${overrides[@]+"${overrides[@]}"}
-train=(.venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"})
-printf '+ %s\n' "${train[*]}"
-"$print" || exec "${train[@]}" # so that a signal to this script reaches the training
+train=(.venv/bin/python -m mixln_jax train "--config=$config" "--workdir=$workdir")
+run_in_place "${train[@]}" ${overrides[@]+"${overrides[@]}"} # so that a signal to this script reaches the training

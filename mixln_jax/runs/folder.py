@@ -330,7 +330,9 @@ def code_hash() -> str:
 
 
 def _git_revision() -> str | None:
-  root = Path(__file__).parent
+  root = Path(__file__).parents[2]
+  if (root / "REVISION").is_file():  # code that launch/common.sh shipped without git
+    return (root / "REVISION").read_text().strip()
   try:
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     return subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
