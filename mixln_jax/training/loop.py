@@ -42,6 +42,7 @@ from mixln_jax.training.checkpoints import (
   restore_state,
   split,
 )
+from mixln_jax.training.diagnosis import Diagnosis
 from mixln_jax.training.dump import write_dump
 from mixln_jax.training.progress import Clock, NonFiniteError, Progress, Reporter
 from mixln_jax.training.resume import ResumePoint, resume_point
@@ -146,7 +147,9 @@ def _put_aside(folder: RunFolder, checkpoints: Checkpoints, steps: list[int], na
   wait_for_all(f"{name} is chosen")
   if is_first():
     aside.mkdir()
-    shutil.copy(folder / folder_lib.METRICS, aside)  # first: once the checkpoints are gone, nobody asks for it
+    for name in (folder_lib.METRICS, folder_lib.DIAGNOSTICS):  # first: once the checkpoints are gone, nobody asks
+      if (folder / name).exists():
+        shutil.copy(folder / name, aside)
     checkpoints.move(steps, aside)
   wait_for_all(f"{name} is made")
   checkpoints.reload()
@@ -183,10 +186,11 @@ def _train(
     compile_started = time.monotonic()
     with clock("compile"):
       train_step = compile_train_step(setup, shardings)
+      diagnosis = stack.enter_context(contextlib.closing(Diagnosis(setup, shardings, folder, point.step)))
     progress.say(f"compiled   the step in {time.monotonic() - compile_started:.1f} s")
     batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(point.step)))
     stop = stack.enter_context(stop_on_signals())
-    reporter = Reporter(metrics, progress, config.train.max_skipped_in_a_row)
+    reporter = Reporter(metrics, progress, diagnosis, config.train.max_skipped_in_a_row)
     divergence = _Divergence(setup, folder)
     stopped_by: str | None = None
     try:
@@ -196,7 +200,7 @@ def _train(
           batch = global_batch(next(batches), setup.mesh)
         # Guarded: an array that slips over to the host here would stall every step.
         with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-          state, values = train_step(state, batch)
+          state, values = diagnosis.program(step + 1, train_step)(state, batch)
         step += 1
         reporter.dispatched(step, values)
         checkpoints.check()

@@ -17,7 +17,7 @@ from mixln_jax.data.opening import open_data
 from mixln_jax.errors import InputError
 from mixln_jax.model.initial import abstract_sharded_params
 from mixln_jax.parallel.mesh import attach, make_mesh
-from mixln_jax.parallel.rules import batch_sharding, check_divides, logical_rules
+from mixln_jax.parallel.rules import batch_sharding, check_divides, logical_rules, replicated
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import OpenedRun, open_params
 from mixln_jax.training import step as step_lib
@@ -92,17 +92,26 @@ def open_run(folder: RunFolder, mesh: Mesh, step: int | None = None) -> OpenedRu
   return open_params(folder, lambda config: abstract_sharded_params(config.model, mesh), step)
 
 
-def compile_train_step(setup: Setup, shardings: step_lib.TrainState) -> jax.stages.Compiled:
-  """The step as it will run: state donated, everything sharded, compiled ahead of time."""
+def compile_train_step(setup: Setup, shardings: step_lib.TrainState, *, diagnose: bool = False) -> jax.stages.Compiled:
+  """The step as it will run: state donated, everything sharded, compiled ahead of time; or the diagnostic step."""
+  return lower_train_step(setup, shardings, diagnose=diagnose).compile()
+
+
+def lower_train_step(setup: Setup, shardings: step_lib.TrainState, *, diagnose: bool = False) -> jax.stages.Lowered:
+  """The step before it is compiled."""
   config = setup.config
   example = make_loader(setup, config.train.batch_size).example()
   shape = (config.train.batch_size, config.data.sequence_length)
   sharding = batch_sharding(setup.mesh)
   batch = {name: jax.ShapeDtypeStruct(shape, row.dtype, sharding=sharding) for name, row in example.items()}
   state = attach(step_lib.abstract_state(config), shardings)
-  step = jax.jit(step_lib.make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
+  # What the host reads of the layers must be whole on every process.
+  metrics = replicated(setup.mesh) if diagnose else None
+  step = jax.jit(
+    step_lib.make_train_step(config, diagnose=diagnose), donate_argnums=0, out_shardings=(shardings, metrics)
+  )
   with on_mesh(setup.mesh):
-    return step.lower(state, batch).compile()
+    return step.lower(state, batch)
 
 
 class Evaluator:
