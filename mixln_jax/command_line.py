@@ -43,6 +43,10 @@ class CommandLine:
   def number(self, name: str, meaning: str, *, default: float, minimum: float | None = None) -> None:
     flags.DEFINE_float(name, default, meaning, lower_bound=minimum, flag_values=self._values)
 
+  def boolean(self, name: str, meaning: str) -> None:
+    """A flag that is off unless it is given."""
+    flags.DEFINE_boolean(name, False, meaning, flag_values=self._values)
+
   def parse(self, argv: Sequence[str]) -> flags.FlagValues:
     """Parses the arguments that follow the command's name.
 
