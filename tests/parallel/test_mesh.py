@@ -75,6 +75,18 @@ def test_the_state_is_really_sharded(on_eight):
   assert share["data 2, fsdp 2, sequence 2"] < 0.52
 
 
+def test_diagnostics_are_those_of_one_device(on_eight, config_json):
+  expected, actual = on_mesh.diagnosed(config_json, {"data": -1}), on_eight["diagnosed"]
+  assert actual["step"].keys() == expected["step"].keys()
+  for name, value in expected["step"].items():
+    np.testing.assert_allclose(actual["step"][name], value, rtol=1e-4, atol=1e-7, err_msg=name)
+  leaves = zip(
+    jax.tree_util.tree_leaves_with_path(expected["checkpoint"]), jax.tree.leaves(actual["checkpoint"]), strict=True
+  )
+  for (path, value), other in leaves:
+    np.testing.assert_allclose(other, value, rtol=1e-4, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
 def test_what_a_mesh_does_not_divide_is_named(on_eight):
   refused = on_eight["refused"]
   assert "config.mesh.tensor=8 does not divide the 4 of layers/query" in refused["heads"] or (
