@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -12,6 +13,7 @@ from mixln_jax.config import Config
 from mixln_jax.diagnostics import depth, parts
 from mixln_jax.diagnostics.removal import Score, make_removal_step, removal
 from mixln_jax.model import Transformer
+from mixln_jax.model.initial import abstract_params
 from mixln_jax.model.loss import batch_loss
 from mixln_jax.parallel.rules import replicated
 from mixln_jax.placement import SUBLAYERS
@@ -35,6 +37,7 @@ DEFINITIONS = {
   "logit_lens_perplexity": "Perplexity of the final norm and head on the residual stream at each depth (logit lens).",
 }
 Batches = Sequence[Mapping[str, jax.Array]]
+GradientNorms = Callable[[Any, Iterable[Mapping[str, jax.Array]]], dict[str, list[float]]]
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -54,7 +57,7 @@ def diagnose(
   Args:
     config: of the run.
     params: the checkpoint's parameters, on the mesh.
-    initial_params: gives the run's initial parameters, on the mesh; called last.
+    initial_params: gives the run's initial parameters, on the mesh; called once, and let go of when they are measured.
     batches: global batches of the validation set.
     mesh: where all of that lies.
     sizes: how many neighbouring layers to remove together.
@@ -71,6 +74,7 @@ def diagnose(
     sums = depth_step(params, sums, batch)
   sums = jax.device_get(sums)
   removal_step = jax.jit(make_removal_step(model), out_shardings=everywhere)
+  gradient_norms = make_gradient_norms(model, jax.tree.map(lambda p: p.sharding, params), mesh)
   result = {
     "tokens": int(sums.tokens),
     "definitions": DEFINITIONS,
@@ -80,8 +84,8 @@ def diagnose(
     },
     "removal": removal(removal_step, params, watch(batches, "removal"), model.num_layers, sizes, scores),
     "gradient_norm": {
-      "initial": gradient_norms(model, initial_params(), watch(batches, "gradient, initial"), mesh),
-      "checkpoint": gradient_norms(model, params, watch(batches, "gradient"), mesh),
+      "initial": gradient_norms(initial_params(), watch(batches, "gradient, initial")),
+      "checkpoint": gradient_norms(params, watch(batches, "gradient")),
     },
     "effective_rank": [depth.effective_rank(triangle_EE) for triangle_EE in sums.triangle_PEE],
     "logit_lens_perplexity": [_perplexity(loss) for loss in sums.lens_P / sums.tokens],
@@ -89,11 +93,21 @@ def diagnose(
   return finite(result)
 
 
-def gradient_norms(
-  model: Config, params: Any, batches: Iterable[Mapping[str, jax.Array]], mesh: Mesh
-) -> dict[str, list[float]]:
-  """The norm of the mean loss's gradient by layer, over all batches together: `attention` and `mlp`, each [L]."""
+def make_gradient_norms(model: Config, shardings: Any, mesh: Mesh) -> GradientNorms:
+  """`norms(params, batches)`: the norm of the mean loss's gradient by layer, `attention` and `mlp`, each [L].
+
+  Gradients of the summed loss are added over the batches, in fp32, and divided once.
+
+  Args:
+    model: config.model.
+    shardings: of the parameters, and so of their gradients.
+    mesh: where they lie.
+  """
   transformer = Transformer(model)
+
+  def zeros() -> tuple[Any, jax.Array]:
+    shapes = nn.unbox(abstract_params(model))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes), jnp.zeros(())
 
   def loss(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     total, count, _ = batch_loss(transformer, params, batch)
@@ -107,17 +121,18 @@ def gradient_norms(
     norms = parts.norms(jax.tree.map(lambda g: g / count, grads))
     return {name: norms[f"{name}/"] for name in SUBLAYERS}
 
-  shardings = jax.tree.map(lambda p: p.sharding, params), replicated(mesh)
+  everywhere = replicated(mesh)
+  start = jax.jit(zeros, out_shardings=(shardings, everywhere))
+  step = jax.jit(add, donate_argnums=(1, 2), out_shardings=(shardings, everywhere))
+  end = jax.jit(finish, out_shardings=everywhere)
 
-  def zeros(params: Any) -> tuple[Any, jax.Array]:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params), jnp.zeros(())
+  def norms(params: Any, batches: Iterable[Mapping[str, jax.Array]]) -> dict[str, list[float]]:
+    grads, count = start()
+    for batch in batches:
+      grads, count = step(params, grads, count, batch)
+    return {name: norm_L.tolist() for name, norm_L in jax.device_get(end(grads, count)).items()}
 
-  grads, count = jax.jit(zeros, out_shardings=shardings)(params)
-  step = jax.jit(add, donate_argnums=(1, 2), out_shardings=shardings)
-  for batch in batches:
-    grads, count = step(params, grads, count, batch)
-  norms = jax.device_get(jax.jit(finish, out_shardings=replicated(mesh))(grads, count))
-  return {name: norm_L.tolist() for name, norm_L in norms.items()}
+  return norms
 
 
 def _perplexity(loss: float) -> float:

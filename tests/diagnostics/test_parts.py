@@ -8,7 +8,7 @@ from model.cases import reference_case
 
 from mixln_jax import config as config_lib
 from mixln_jax.diagnostics import parts
-from mixln_jax.diagnostics.diagnose import gradient_norms
+from mixln_jax.diagnostics.diagnose import make_gradient_norms
 from mixln_jax.model.transformer import param_paths
 from mixln_jax.parallel.mesh import make_mesh
 
@@ -46,7 +46,7 @@ def test_gradient_norms_equal_those_of_the_unrolled_reference():
   mesh = make_mesh(config_lib.base().mesh)
   params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
   with jax.set_mesh(mesh):
-    actual = gradient_norms(model, params, batches, mesh)
+    actual = make_gradient_norms(model, jax.tree.map(lambda p: p.sharding, params), mesh)(params, batches)
   for sublayer, names in (("attention", ATTENTION), ("mlp", MLP)):
     for layer in range(4):
       entries = np.concatenate([np.ravel(gradient["layers"][weight][layer]) for weight in names])
