@@ -276,7 +276,8 @@ class Transformer(nn.Module):
       The final hidden states [B, T, D] in config.model.dtype, after the final norm; and the taps: `embedded_BTD`, the
       residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm); for attention
       and MLP the two terms of the sublayer rule's sum, `attention_residual_LBTD`, `attention_branch_LBTD`,
-      `mlp_residual_LBTD`, `mlp_branch_LBTD`; `cache`, where one was given. What nobody reads is not computed.
+      `mlp_residual_LBTD`, `mlp_branch_LBTD`; `cache`, where one was given. What nobody reads is not computed. With
+      `observe`, `embedded_BTD`, and of the layers what that returns, stacked [L, …].
     """
     c = self.config
     if cache is not None:
