@@ -111,7 +111,9 @@ def refusal(config_json, mesh):
 if __name__ == "__main__":
   jax.config.update("jax_num_cpu_devices", 8)
   text = sys.stdin.read()
+  if "diagnosed" in sys.argv:
+    print(json.dumps(diagnosed(text, DIAGNOSED)))
+    sys.exit()
   result = {name: run(text, mesh) for name, mesh in MESHES.items()}
-  result["diagnosed"] = diagnosed(text, DIAGNOSED)
   result["refused"] = {name: refusal(text, mesh) for name, mesh in REFUSED.items()}
   print(json.dumps(result))

@@ -38,8 +38,12 @@ def config_json(make_config):
 
 @pytest.fixture(scope="module")
 def on_eight(config_json):
+  return of_script(config_json)
+
+
+def of_script(config_json, *arguments):
   result = subprocess.run(
-    [sys.executable, str(SCRIPT)],
+    [sys.executable, str(SCRIPT), *arguments],
     input=config_json,
     capture_output=True,
     text=True,
@@ -75,8 +79,9 @@ def test_the_state_is_really_sharded(on_eight):
   assert share["data 2, fsdp 2, sequence 2"] < 0.52
 
 
-def test_diagnostics_are_those_of_one_device(on_eight, config_json):
-  expected, actual = on_mesh.diagnosed(config_json, {"data": -1}), on_eight["diagnosed"]
+@pytest.mark.slow
+def test_diagnostics_are_those_of_one_device(config_json):
+  expected, actual = on_mesh.diagnosed(config_json, {"data": -1}), of_script(config_json, "diagnosed")
   assert actual["step"].keys() == expected["step"].keys()
   for name, value in expected["step"].items():
     np.testing.assert_allclose(actual["step"][name], value, rtol=1e-4, atol=1e-7, err_msg=name)
