@@ -81,6 +81,7 @@ def test_diagnose_an_imported_llama(llama, capsys):
   assert len(result["effective_rank"]) == 3
 
 
+@pytest.mark.slow
 def test_other_tokens_blocks_and_folders(llama, tmp_path, capsys):
   command = ["diagnose", f"--workdir={llama}", "--tokens=60", "--blocks=2", "--batch_size=1", "--json"]
   assert main([*command, f"--output={tmp_path / 'out'}"]) == 0
@@ -88,14 +89,18 @@ def test_other_tokens_blocks_and_folders(llama, tmp_path, capsys):
   assert printed == json.loads((tmp_path / "out" / "diagnose.json").read_text())
   assert 60 <= printed["tokens"] < 60 + 32
   assert list(printed["removal"]["blocks"]) == ["2"]
+
+
+def test_what_can_not_be_measured_is_refused_before_anything_is(llama, tmp_path, capsys):
+  (tmp_path / "file").write_text("")
   for extra, words in (
     ("--blocks=1,3", "--blocks=1,3: must be whole numbers from 1 to the run's 2 layers"),
     ("--blocks=one", "--blocks=one: must be whole numbers"),
     ("--step=7", "has no checkpoint of that step; it has 0"),
-    (f"--output={tmp_path / 'out' / 'diagnose.json'}", "can't be written"),
+    (f"--output={tmp_path / 'file'}", "can't be written"),
     ("--tokens=0", "tokens"),
   ):
-    assert main([*command, f"--output={tmp_path / 'no'}", extra]) == 2
+    assert main(["diagnose", f"--workdir={llama}", f"--output={tmp_path / 'no'}", extra]) == 2
     assert words in capsys.readouterr().err
   assert not (tmp_path / "no").exists()
 
