@@ -18,4 +18,5 @@ def get_config():
   config.optimizer.learning_rate = 3e-3
   config.checkpoint.every_steps = 100
   config.evaluate.update(every_steps=100, batch_size=32, max_tokens=65_536)
+  config.diagnostics.every_steps = 100
   return config

@@ -230,6 +230,13 @@ FIELDS: Mapping[str, Field] = {
   "evaluate.official_compat": Field(
     False, "print beside it what the official evaluator would: n/(n+1) of the mean of batch means", on_resume=FREE
   ),
+  # diagnostics: a second program, compiled only where it is asked for; the update is the same
+  "diagnostics.every_steps": Field(
+    0,
+    "steps between lines of diagnostics.jsonl, statistics by layer, the first step among them; 0 = never",
+    minimum=0,
+    on_resume=FREE,
+  ),
   # mesh: one number an axis, over the chips of a slice and over slices (dcn_*); at most one is -1 = all that is left
   "mesh.run": Field(1, "runs trained together", minimum=-1, on_resume=FREE),
   "mesh.data": Field(-1, "data parallel: parameters replicated", minimum=-1, on_resume=FREE),

@@ -4,7 +4,18 @@ import ast
 import importlib.util
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "sweep", "plan", "generate", "prepare", "convert", "doctor")
+COMMANDS = (
+  "train",
+  "evaluate",
+  "diagnose",
+  "report",
+  "sweep",
+  "plan",
+  "prepare",
+  "generate",
+  "convert",
+  "doctor",
+)
 
 
 def help_line(command: str) -> str:

@@ -58,6 +58,27 @@ def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS:
   return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask, is_causal=mask is None, implementation="xla")
 
 
+def attention_statistics(q_BTHK: jax.Array, k_BSGK: jax.Array, mask_BTS: jax.Array | None) -> dict[str, jax.Array]:
+  """What the softmax of `attention` looks like; the same arguments. Materialises the logits [B, H, T, S], in fp32.
+
+  Returns:
+    `largest_logit_BT`: the largest q·k/√K of each query, over its heads and the keys that it may read;
+    `entropy_BT`: the entropy of its attention in nats, the mean over its heads.
+  """
+  length, num_keys, groups = q_BTHK.shape[1], k_BSGK.shape[1], k_BSGK.shape[2]
+  q_BTGRK = q_BTHK.reshape(*q_BTHK.shape[:2], groups, -1, q_BTHK.shape[-1])
+  logits_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+  logits_BGRTS = logits_BGRTS / math.sqrt(q_BTHK.shape[-1])
+  allowed = jnp.tril(jnp.ones((length, num_keys), bool)) if mask_BTS is None else mask_BTS[:, None, None]
+  logits_BGRTS = jnp.where(allowed, logits_BGRTS, -jnp.inf)
+  logarithms = jax.nn.log_softmax(logits_BGRTS, axis=-1)
+  entropy_BGRT = -jnp.sum(jnp.exp(logarithms) * jnp.where(allowed, logarithms, 0.0), axis=-1)
+  return {
+    "largest_logit_BT": jnp.max(logits_BGRTS, axis=(1, 2, 4)),
+    "entropy_BT": jnp.mean(entropy_BGRT, axis=(1, 2)),
+  }
+
+
 def attention_mask(
   positions_BT: jax.Array, segment_ids_BT: jax.Array | None, cache: dict[str, jax.Array] | None
 ) -> jax.Array | None:

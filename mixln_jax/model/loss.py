@@ -1,9 +1,14 @@
 """The language-modelling loss, as a sum and a count."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mixln_jax.model.transformer import project_to_logits
+from mixln_jax.model.columns import Columns
+from mixln_jax.model.transformer import Transformer, project_to_logits
 
 
 def next_token_loss(
@@ -25,3 +30,38 @@ def next_token_loss(
   losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - label_logits_BT
   weights_BT = weights_BT.astype(jnp.float32)
   return jnp.sum(losses_BT * weights_BT), jnp.sum(weights_BT)
+
+
+def batch_loss(
+  model: Transformer,
+  params: Any,
+  batch: Mapping[str, jax.Array],
+  *,
+  columns: Columns | None = None,
+  keep_L: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+  """The loss of a batch, and what the model saw on the way.
+
+  Args:
+    model: the model; with its `observe`, the taps are what that makes of them.
+    params: its parameters.
+    batch: `tokens_BT`, `labels_BT`, `weights_BT`, and with documents kept apart `segment_ids_BT`, `positions_BT`.
+    columns: the placement as data.
+    keep_L: 0 where a layer is removed.
+
+  Returns:
+    The summed loss, the number of counted positions (as `next_token_loss`), and the taps (as `Transformer.hidden`).
+  """
+
+  def apply(model: Transformer) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    hidden_BTD, taps = model.hidden(
+      batch["tokens_BT"],
+      columns=columns,
+      keep_L=keep_L,
+      segment_ids_BT=batch.get("segment_ids_BT"),
+      positions_BT=batch.get("positions_BT"),
+      weights_BT=None if model.observe is None else batch["weights_BT"],
+    )
+    return *next_token_loss(hidden_BTD, model.head_weights(), batch["labels_BT"], batch["weights_BT"]), taps
+
+  return nn.apply(apply, model)({"params": params})

@@ -32,6 +32,7 @@ from mixln_jax.model.residual import OutNorm, settle, sublayer
 from mixln_jax.parallel.rules import constrain
 
 Cache = dict[str, jax.Array]
+Observe = Callable[[dict[str, jax.Array], jax.Array], Any]  # (a layer's taps, weights [B, T]) -> what to return of them
 # Logical axes of the activations (parallel/rules.py says what they are sharded over).
 STREAM = ("batch", "length", "activation_embed")  # B, T, D
 QUERIES = ("batch", "length", "heads", "head_dim")  # B, T, H, K
@@ -53,10 +54,12 @@ class Layer(nn.Module):
   Attributes:
     config: config.model.
     constant: the placement columns that are the same for all layers (`Columns.constant`).
+    observe: as `Transformer` has it.
   """
 
   config: Any  # FrozenConfigDict
   constant: tuple[tuple[str, Any], ...]
+  observe: Observe | None = None
 
   def tensor(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
     # Zeros: initial weights are drawn by name and layer (model/initial.py), not from linen's keys.
@@ -92,31 +95,35 @@ class Layer(nn.Module):
     Args:
       carry: ((sum, the N_out that it lacks or None), the key-value cache of all layers or None).
       varying: this layer's `columns` that vary, its `index`, and `keep` (or None): 0 removes the layer.
-      shared: what all layers read: `rope`, `mask`, `positions`.
+      shared: what all layers read: `rope`, `mask`, `positions`, `weights`.
 
     Returns:
-      The carry after the layer, and its taps.
+      The carry after the layer, and its taps, or what `observe` makes of them.
     """
     last, cache = carry
     columns = dict(self.constant) | varying["columns"]
     epsilon = self.config.norm_epsilon
-    new_cache = cache
+    new_cache, seen = cache, {}
 
     def attend(h_BTD: jax.Array) -> jax.Array:
-      nonlocal new_cache
-      out_BTD, new_cache = self.attend(h_BTD, cache, columns, varying["index"], shared)
+      nonlocal new_cache, seen
+      out_BTD, new_cache, seen = self.attend(h_BTD, cache, columns, varying["index"], shared)
       return out_BTD
 
     uses_gpas = any(columns[f"{name}.gpas"] is not False for name in placement.SUBLAYERS)
     gpas = {"gpas": self.tensor("gpas", (), ())} if uses_gpas else {}
-    x_BTD = settle(*last, epsilon=epsilon)
-    sum_BTD, out_norm, attention_taps = self.sublayer("attention", attend, x_BTD, columns, gpas)
+    input_BTD = settle(*last, epsilon=epsilon)
+    sum_BTD, out_norm, attention_taps = self.sublayer("attention", attend, input_BTD, columns, gpas)
     x_BTD = settle(sum_BTD, out_norm, epsilon=epsilon)
     sum_BTD, out_norm, mlp_taps = self.sublayer("mlp", self.mlp, x_BTD, columns, gpas)
     after: Any = (sum_BTD, None if last[1] is None else self.as_data(out_norm))
     if (keep := varying["keep"]) is not None:
       after = jax.tree.map(lambda new, old: jnp.where(keep != 0, new, old), after, last)
-    return (after, new_cache), attention_taps | mlp_taps | {"stream_BTD": settle(*after, epsilon=epsilon)}
+    taps = attention_taps | mlp_taps | {"stream_BTD": settle(*after, epsilon=epsilon)}
+    if self.observe is not None:
+      # Of a constant: a statistic that is differentiated would be one more thing that the backward pass keeps.
+      taps = self.observe(jax.lax.stop_gradient(taps | seen | {"input_BTD": input_BTD}), shared["weights"])
+    return (after, new_cache), taps
 
   def as_data(self, out_norm: OutNorm) -> OutNorm:
     """An N_out, or none, in the shape that the carry has; the gain in fp32, whatever the parameters come in."""
@@ -149,7 +156,8 @@ class Layer(nn.Module):
     columns: dict[str, Any],
     layer: jax.Array | int,
     shared: dict[str, Any],
-  ) -> tuple[jax.Array, Cache | None]:
+  ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+    """Attention, the cache after it, and where somebody observes, what `attention_statistics` says of it."""
     c = self.config
     kv_heads, width = config_lib.num_kv_heads(c), config_lib.head_dim(c)
 
@@ -181,8 +189,13 @@ class Layer(nn.Module):
     if cache is not None:
       cache, k_BSGK, v_BSGK = attention_lib.update_cache(cache, layer, k_BSGK, v_BSGK, shared["positions"])
     out_BTHK = attention_lib.attention(q_BTHK, k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype), shared["mask"])
+    seen = {}
+    if self.observe is not None:
+      statistics = attention_lib.attention_statistics(q_BTHK, k_BSGK, shared["mask"])
+      seen = {f"attention_{name}": value for name, value in statistics.items()}
     weight_HKD = self.matrix("output", (c.num_heads, width, c.embed_dim), ("heads", "head_dim", "embed"))
-    return constrain(jnp.einsum("bthk,hkd->btd", constrain(out_BTHK, *QUERIES), weight_HKD), *STREAM), cache
+    out_BTD = constrain(jnp.einsum("bthk,hkd->btd", constrain(out_BTHK, *QUERIES), weight_HKD), *STREAM)
+    return out_BTD, cache, seen
 
   def mlp(self, x_BTD: jax.Array) -> jax.Array:
     embed, hidden = self.config.embed_dim, config_lib.stored_mlp_dim(self.config)
@@ -199,9 +212,12 @@ class Transformer(nn.Module):
 
   Attributes:
     config: config.model.
+    observe: what to return of each layer in place of its taps: called inside the scan with them, the layer's input
+      `input_BTD`, and the `attention_statistics`, so that numbers [L, …] stand where arrays [L, B, T, D] would.
   """
 
   config: Any  # Config, frozen when the module is made
+  observe: Observe | None = None
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "config", FrozenConfigDict(self.config))
@@ -250,6 +266,7 @@ class Transformer(nn.Module):
     segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     cache: Cache | None = None,
+    weights_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, Any]]:
     """The stack without its head.
 
@@ -260,12 +277,14 @@ class Transformer(nn.Module):
       segment_ids_BT: attention stays inside equal ids (give positions that restart with them).
       positions_BT: position of each token; by default 0 … T-1.
       cache: keys and values of earlier positions (`empty_cache`); needs positions_BT.
+      weights_BT: which positions count; read by `observe` alone.
 
     Returns:
       The final hidden states [B, T, D] in config.model.dtype, after the final norm; and the taps: `embedded_BTD`, the
       residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm); for attention
       and MLP the two terms of the sublayer rule's sum, `attention_residual_LBTD`, `attention_branch_LBTD`,
-      `mlp_residual_LBTD`, `mlp_branch_LBTD`; `cache`, where one was given. What nobody reads is not computed.
+      `mlp_residual_LBTD`, `mlp_branch_LBTD`; `cache`, where one was given. What nobody reads is not computed. With
+      `observe`, `embedded_BTD`, and of the layers what that returns, stacked [L, …].
     """
     c = self.config
     if cache is not None:
@@ -277,6 +296,7 @@ class Transformer(nn.Module):
       "rope": attention_lib.rope_table(positions_BT, attention_lib.rope_frequencies(c)),
       "mask": attention_lib.attention_mask(positions_BT, segment_ids_BT, cache),
       "positions": positions_BT,
+      "weights": weights_BT,
     }
     # The table's width is gathered first: looked up in pieces of it, the whole batch would be gathered on each device.
     table_VD = constrain(self.embedding, "vocab", "activation_embed")
@@ -315,13 +335,13 @@ class Transformer(nn.Module):
       length=num_layers,
       unroll=max(1, self.config.unroll),
       metadata_params={nn.PARTITION_NAME: "layers"},
-    )(self.config, columns.constant, name="layers")
+    )(self.config, columns.constant, self.observe, name="layers")
     return layers(carry, varying, shared)
 
   def loop(self, carry: Any, columns: Columns, keep_L: jax.Array | None, shared: dict[str, Any]) -> tuple[Any, Any]:
     """The same layers as a plain Python loop over the same stacked parameters."""
     stacked = nn.unbox(self.variables["params"]["layers"])
-    layer = self.layer_class()(self.config, columns.constant, parent=None)
+    layer = self.layer_class()(self.config, columns.constant, self.observe, parent=None)
     taps = []
     for index in range(self.config.num_layers):
       params = jax.tree.map(lambda p, i=index: p[i], stacked)

@@ -7,9 +7,11 @@ data.json          the records that it is trained on: their fingerprint and fold
 environment.json   versions, devices, git revision, command, hash of the training step's program
 initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
 metrics.jsonl      the truth: one object a line, each (split, step) once
+diagnostics.jsonl  statistics by layer, one object a line, each diagnostic step once
 changes.jsonl      fields that were changed when the run went on, and from which step
 non_finite_STEP/   batch and gradient norms of a step that could not be made
 damaged_STEP/      checkpoints that were not what was written
+diagnose/STEP/     what `diagnose` measured on the checkpoint of that step
 outcome.json       why the run ended, and with what
 checkpoints/       one folder a step
 tensorboard/  profile/
@@ -47,7 +49,9 @@ from mixln_jax.runs.remote import Lock, Remote, Spool, held
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
 INITIAL_WEIGHTS, CHANGES, DATA = "initial_weights.json", "changes.jsonl", "data.json"
+DIAGNOSTICS = "diagnostics.jsonl"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
+DIAGNOSE = "diagnose"
 PACKAGES = (
   "jax",
   "jaxlib",

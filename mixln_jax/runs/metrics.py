@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from mixln_jax.errors import InputError
 from mixln_jax.parallel.processes import is_first
 
+NEEDS = ("step", "split")  # of a line of metrics.jsonl
+
 
 class Mirror(Protocol):
   """Somewhere else that metrics go."""
@@ -83,30 +85,50 @@ def _has_wandb_key() -> bool:
     return False
 
 
-class Metrics:
-  """Writes each (split, step) once."""
+class JsonLines:
+  """A file of JSON objects, one a line, each with its `step`. Of several processes the first one writes."""
 
-  def __init__(self, path: Path, start_step: int):
-    """Opens metrics.jsonl and cuts it back to `start_step`, the step that was restored (0 = empty).
-
-    Of several processes the first one writes; the others write nothing.
+  def __init__(self, path: Path, start_step: int, needs: tuple[str, ...] = ("step",)):
+    """Opens it and cuts it back to `start_step`, the step that was restored (0 = empty).
 
     Raises:
-      InputError: a line other than the last one is not JSON.
+      InputError: a line other than the last one is not JSON, or lacks a key of `needs`.
     """
-    self._mirrors: list[Mirror] = []
     self._file = None
     if not is_first():
       return
-    kept = [line for line in read_lines(path) if line["step"] <= start_step] if start_step else []
+    kept = [line for line in read_lines(path, needs) if line["step"] <= start_step] if start_step else []
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
     partial.replace(path)
     self._file = path.open("a")
 
+  @property
+  def writes(self) -> bool:
+    """Whether this process is the one that writes."""
+    return self._file is not None
+
+  def write(self, line: Mapping[str, Any]) -> None:
+    if self._file is not None:
+      self._file.write(json.dumps(line, allow_nan=False) + "\n")
+      self._file.flush()
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+
+
+class Metrics:
+  """Writes each (split, step) once."""
+
+  def __init__(self, path: Path, start_step: int):
+    """Opens metrics.jsonl as `JsonLines` does."""
+    self._mirrors: list[Mirror] = []
+    self._lines = JsonLines(path, start_step, NEEDS)
+
   def add_mirror(self, make: Any, *args: Any) -> None:
     """Adds `make(*args)`; a mirror that can't be made is reported and left out."""
-    if self._file is None:
+    if not self._lines.writes:
       return
     try:
       self._mirrors.append(make(*args))
@@ -114,11 +136,9 @@ class Metrics:
       print(f"warning: {make.__name__} is off: {error}", file=sys.stderr)
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-    if self._file is None:
+    if not self._lines.writes:
       return
-    line = {"step": step, "split": split} | {name: _json_number(value) for name, value in values.items()}
-    self._file.write(json.dumps(line) + "\n")
-    self._file.flush()
+    self._lines.write({"step": step, "split": split} | {name: json_number(value) for name, value in values.items()})
     self._tell_mirrors(lambda mirror: mirror.write(step, split, values), f"from step {step} on")
 
   def flush(self) -> None:
@@ -134,8 +154,7 @@ class Metrics:
         self._mirrors.remove(mirror)
 
   def close(self) -> None:
-    if self._file is not None:
-      self._file.close()
+    self._lines.close()
     for mirror in self._mirrors:
       try:
         mirror.close()
@@ -143,16 +162,17 @@ class Metrics:
         print(f"warning: {type(mirror).__name__} did not close: {error}", file=sys.stderr)
 
 
-def _json_number(value: float) -> float | str:
+def json_number(value: float) -> float | str:
+  """The number, or the name of what is none."""
   # JSON has no NaN or infinity; Python would write tokens that other readers refuse.
   return value if math.isfinite(value) else str(value)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-  """All whole lines of a metrics.jsonl (none where there is no file); a torn last line is left out.
+def read_lines(path: Path, needs: tuple[str, ...] = NEEDS) -> list[dict[str, Any]]:
+  """All whole lines of a metrics.jsonl, or a file like it (none where there is none); a torn last line is left out.
 
   Raises:
-    InputError: another line is not an object with a step and a split.
+    InputError: another line is not an object with the keys of `needs`.
   """
   lines = path.read_bytes().split(b"\n") if path.exists() else []
   result = []
@@ -163,7 +183,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
       if number == len(lines):  # torn, or nothing after the last newline
         break
       raise InputError(f"{path}: line {number} is not JSON; mend or remove the file") from error
-    if not isinstance(value, dict) or not {"step", "split"} <= value.keys():
-      raise InputError(f"{path}: line {number} has no step and split; mend or remove the file")
+    if not isinstance(value, dict) or not set(needs) <= value.keys():
+      raise InputError(f"{path}: line {number} has no {' and '.join(needs)}; mend or remove the file")
     result.append(value)
   return result

@@ -14,7 +14,7 @@ from mixln_jax import placement
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.model import admin
-from mixln_jax.model.initial import abstract_params
+from mixln_jax.model.initial import abstract_params, initial_params
 from mixln_jax.parallel.mesh import attach, make_mesh
 from mixln_jax.parallel.rules import replicated
 from mixln_jax.runs import folder as folder_lib
@@ -79,11 +79,22 @@ def restore_state(
 
 
 def initial_state(setup: Setup, shardings: step_lib.TrainState) -> step_lib.TrainState:
-  """The state before the first update, created sharded; Admin's scales are profiled on rows of the first batch."""
+  """The state before the first update, created sharded."""
+  state = jax.jit(lambda: step_lib.init_state(setup.config), out_shardings=shardings)()
+  return state.replace(params=_profiled(setup, state.params, shardings.params))
+
+
+def initial_weights(setup: Setup, shardings: Any) -> Any:
+  """The parameters of `initial_state` alone; `shardings`: of each of them."""
+  model, seed = setup.config.model, setup.config.seed
+  return _profiled(setup, jax.jit(lambda: initial_params(model, seed), out_shardings=shardings)(), shardings)
+
+
+def _profiled(setup: Setup, params: Any, shardings: Any) -> Any:
+  """The same, where the placement has Admin's scales with those profiled on rows of the first batch."""
   config = setup.config
-  state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
   if not admin.sublayers_to_profile(config.model):
-    return state
+    return params
   rows = _first_rows(setup, admin.ROWS)
   everywhere = replicated(setup.mesh)
   batch = {
@@ -99,10 +110,10 @@ def initial_state(setup: Setup, shardings: step_lib.TrainState) -> step_lib.Trai
       segment_ids_BT=batch.get("segment_ids_BT"),
       positions_BT=batch.get("positions_BT"),
     ),
-    out_shardings=shardings.params,
+    out_shardings=shardings,
   )
   with jax.set_mesh(setup.mesh):
-    return state.replace(params=profile(state.params, batch))
+    return profile(params, batch)
 
 
 def _first_rows(setup: Setup, count: int) -> dict[str, np.ndarray]:

@@ -43,6 +43,7 @@ from mixln_jax.training.checkpoints import (
   restore_state,
   split,
 )
+from mixln_jax.training.diagnosis import Diagnosis
 from mixln_jax.training.dump import write_dump
 from mixln_jax.training.progress import Clock, NonFiniteError, Progress, Reporter
 from mixln_jax.training.resume import ResumePoint, resume_point
@@ -163,7 +164,9 @@ def put_aside(folder: RunFolder, checkpoints: Checkpoints, steps: list[int], nam
   wait_for_all(f"{name} is chosen")
   if is_first():
     aside.mkdir()
-    shutil.copy(folder / folder_lib.METRICS, aside)  # first: once the checkpoints are gone, nobody asks for it
+    for file_name in (folder_lib.METRICS, folder_lib.DIAGNOSTICS):  # first: once the checkpoints are gone, nobody asks
+      if (folder / file_name).exists():
+        shutil.copy(folder / file_name, aside)
     folder.copy_out()
     checkpoints.move(steps, folder.place(aside.name))
   wait_for_all(f"{name} is made")
@@ -202,11 +205,12 @@ def _train(
     with clock("compile"):
       lowered = lower_train_step(config, setup.mesh, shardings)
       train_step, program = lowered.compile(), program_hash(lowered)
+      diagnosis = stack.enter_context(contextlib.closing(Diagnosis(setup, shardings, folder, point.step)))
     progress.say(f"program    training step, hash {program}, compiled in {time.monotonic() - compile_started:.1f} s")
     folder.write_json(folder_lib.ENVIRONMENT, folder_lib.environment() | {"train_step": program})
     batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(point.step)))
     stop = stack.enter_context(stop_on_signals())
-    reporter = Reporter(metrics, progress, config.train.max_skipped_in_a_row)
+    reporter = Reporter(metrics, progress, diagnosis, config.train.max_skipped_in_a_row)
     divergence = Divergence(setup, folder, point.step)
     stopped_by: str | None = None
     try:
@@ -216,7 +220,7 @@ def _train(
           batch = global_batch(next(batches), setup.mesh)
         # Guarded: an array that slips over to the host here would stall every step.
         with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-          state, values = train_step(state, batch)
+          state, values = diagnosis.program(step + 1, train_step)(state, batch)
         step += 1
         reporter.dispatched(step, values)
         checkpoints.check()

@@ -7,12 +7,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from mixln_jax.parallel.processes import is_first
 from mixln_jax.runs.metrics import Metrics
+from mixln_jax.training.diagnosis import Diagnosis
 
 
 class Clock:
@@ -106,13 +108,13 @@ class Progress:
 class Reporter:
   """Reads the metrics of a step after the next one is dispatched, so that the device never waits for the host."""
 
-  def __init__(self, metrics: Metrics, progress: Progress, max_skipped_in_a_row: int):
-    self._metrics, self._progress = metrics, progress
+  def __init__(self, metrics: Metrics, progress: Progress, diagnosis: Diagnosis, max_skipped_in_a_row: int):
+    self._metrics, self._progress, self._diagnosis = metrics, progress, diagnosis
     self._max_skipped = max_skipped_in_a_row
-    self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    self._pending: tuple[int, Mapping[str, Any]] | None = None
     self._clock = time.monotonic()
 
-  def dispatched(self, step: int, values: Mapping[str, jax.Array]) -> None:
+  def dispatched(self, step: int, values: Mapping[str, Any]) -> None:
     """A step has been dispatched: reports the one before, and keeps this one's metrics, unread."""
     self.flush()
     self._pending = (step, values)
@@ -125,12 +127,15 @@ class Reporter:
     """
     if self._pending is None:
       return
-    step, values = self._pending[0], {name: float(value) for name, value in jax.device_get(self._pending[1]).items()}
+    step, read = self._pending[0], jax.device_get(self._pending[1])
     self._pending = None
+    statistics = read.pop("diagnostics", None)
+    values = {name: float(value) for name, value in read.items()}
     seconds = time.monotonic() - self._clock
     self.restart_clock()
     values["tokens_per_second"] = values["tokens"] / seconds
     self._metrics.write(step, "train", values)
+    self._diagnosis.seen(step, values["loss"], statistics)
     self._progress.step(step, values, seconds)
     if in_a_row := int(values["skipped_in_a_row"]):
       what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"

@@ -20,7 +20,7 @@ from mixln_jax.errors import InputError
 from mixln_jax.model.initial import abstract_sharded_params
 from mixln_jax.parallel.mesh import attach, make_mesh, rows_share
 from mixln_jax.parallel.processes import check_devices
-from mixln_jax.parallel.rules import batch_sharding, check_divides, logical_rules
+from mixln_jax.parallel.rules import batch_sharding, check_divides, logical_rules, replicated
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import OpenedRun, open_params
 from mixln_jax.training import step as step_lib
@@ -118,16 +118,23 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
   return {name: jax.ShapeDtypeStruct(shape, column.dtype, sharding=sharding) for name, column in row.items()}
 
 
-def lower_train_step(config: Config, mesh: Mesh, shardings: step_lib.TrainState) -> jax.stages.Lowered:
+def lower_train_step(
+  config: Config, mesh: Mesh, shardings: step_lib.TrainState, *, diagnose: bool = False
+) -> jax.stages.Lowered:
   """The step as it will run on the mesh: state donated, everything sharded. It needs shapes alone; `.compile()` it.
 
   Args:
     config: of the run.
     mesh: its devices; those of a topology that is not here will do.
     shardings: `step.state_shardings` of the two.
+    diagnose: the diagnostic step, which gives statistics by layer besides.
   """
   state = attach(step_lib.abstract_state(config), shardings)
-  step = jax.jit(step_lib.make_train_step(config), donate_argnums=0, out_shardings=(shardings, None))
+  # What the host reads of the layers must be whole on every process.
+  metrics = replicated(mesh) if diagnose else None
+  step = jax.jit(
+    step_lib.make_train_step(config, diagnose=diagnose), donate_argnums=0, out_shardings=(shardings, metrics)
+  )
   with on_mesh(mesh):
     return step.lower(state, abstract_batch(config, mesh))
 

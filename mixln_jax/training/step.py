@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,16 @@ import optax
 from jax.sharding import Mesh
 
 from mixln_jax.config import Config
-from mixln_jax.model import Transformer, next_token_loss
+from mixln_jax.diagnostics import layers
+from mixln_jax.model import Transformer
 from mixln_jax.model.columns import Columns
 from mixln_jax.model.initial import abstract_params, draw_params, starting_values
+from mixln_jax.model.loss import batch_loss
 from mixln_jax.parallel import rules
 from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
 
 Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -90,55 +91,66 @@ def loss_sum(
   model: Transformer, params: Any, batch: Batch, columns: Columns | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """Summed loss and count of one (micro-)batch."""
-
-  def apply(model: Transformer) -> tuple[jax.Array, jax.Array]:
-    hidden_BTD, _ = model.hidden(
-      batch["tokens_BT"],
-      columns=columns,
-      segment_ids_BT=batch.get("segment_ids_BT"),
-      positions_BT=batch.get("positions_BT"),
-    )
-    return next_token_loss(hidden_BTD, model.head_weights(), batch["labels_BT"], batch["weights_BT"])
-
-  return nn.apply(apply, model)({"params": params})
+  total, count, _ = batch_loss(model, params, batch, columns=columns)
+  return total, count
 
 
 def gradient_sum(
   model: Transformer, params: Any, batch: Batch, micro_batches: int, columns: Columns | None
 ) -> tuple[jax.Array, jax.Array, Any]:
   """Loss sum, count and gradient of the loss sum, in fp32, added over the micro-batches."""
+  total, count, grads, _ = gradient_and_statistics(model, params, batch, micro_batches, columns)
+  return total, count, grads
 
-  def of(micro: Batch) -> tuple[jax.Array, jax.Array, Any]:
-    (total, count), grads = jax.value_and_grad(lambda p: loss_sum(model, p, micro, columns), has_aux=True)(params)
-    return total, count, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+def gradient_and_statistics(
+  model: Transformer, params: Any, batch: Batch, micro_batches: int, columns: Columns | None
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+  """As `gradient_sum`, and the statistics by layer of all micro-batches; {} where the model does not observe."""
+
+  def loss(params: Any, micro: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    total, count, taps = batch_loss(model, params, micro, columns=columns)
+    return total, (count, {} if model.observe is None else layers.collect(taps, micro["weights_BT"]))
+
+  def of(micro: Batch) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
+    (total, (count, statistics)), grads = jax.value_and_grad(loss, has_aux=True)(params, micro)
+    return (total, count, jax.tree.map(lambda g: g.astype(jnp.float32), grads)), statistics
+
+  def add(sums: Any, micro: Batch) -> tuple[Any, Any]:
+    more, statistics = of(micro)
+    return jax.tree.map(jnp.add, sums, more), statistics
 
   if micro_batches == 1:
-    return of(batch)
+    sums, statistics = of(batch)
+    return *sums, statistics
   # Row i goes to micro-batch i mod micro_batches, so that each device cuts up the rows it has.
   micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), dict(batch))
   zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-  sums, _ = jax.lax.scan(lambda sums, micro: (jax.tree.map(jnp.add, sums, of(micro)), None), zeros, micros)
-  return sums
+  sums, statistics = jax.lax.scan(add, zeros, micros)
+  return *sums, layers.merge(statistics) if statistics else {}
 
 
-def make_train_step(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
+def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., tuple[TrainState, Metrics]]:
   """The pure step: `train_step(state, batch, columns=None, learning_rate=None) -> (state, metrics)`.
 
   `columns` is the placement as data (default: config.model.placement), `learning_rate` the peak as data (default:
   config.optimizer.learning_rate). Metrics: `loss` (nats a counted token), `gradient_norm` (of the mean loss, before
-  clipping), `learning_rate`, `tokens` (counted), `skipped_in_a_row`.
+  clipping), `learning_rate`, `tokens` (counted), `skipped_in_a_row`; with `diagnose` also `diagnostics`, the statistics
+  of `diagnostics/layers.py`, from this step's own forward pass, gradient and update.
 
   Where the loss or the gradient is not finite, the parameters and the optimizer's state stay as they are, bit for bit,
   and the step counts as skipped.
   """
-  model = Transformer(config.model)
+  model = Transformer(config.model, observe=layers.observe if diagnose else None)
   optimizer = make_optimizer(config)
   schedule = learning_rate_schedule(config)
 
   def train_step(
     state: TrainState, batch: Batch, columns: Columns | None = None, learning_rate: jax.Array | None = None
   ) -> tuple[TrainState, Metrics]:
-    total, count, grads = gradient_sum(model, state.params, batch, config.train.micro_batches, columns)
+    total, count, grads, statistics = gradient_and_statistics(
+      model, state.params, batch, config.train.micro_batches, columns
+    )
     grads = jax.tree.map(lambda g: g / count, grads)
     rate = jnp.asarray(schedule(state.step), jnp.float32)
     if learning_rate is not None:
@@ -161,6 +173,8 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, Metrics]]
       "tokens": count,
       "skipped_in_a_row": in_a_row,
     }
+    if diagnose:
+      metrics["diagnostics"] = layers.of_step(statistics, count, grads, state.params, params)
     return TrainState(state.step + 1, params, opt_state, skipped, in_a_row), metrics
 
   return train_step

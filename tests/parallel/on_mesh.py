@@ -10,13 +10,15 @@ import jax
 import numpy as np
 
 from mixln_jax import config as config_lib
+from mixln_jax.diagnostics.diagnose import diagnose
 from mixln_jax.errors import InputError
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.folder import parameter_table
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import Evaluator, check_batch, lower_train_step, make_loader, set_up
+from mixln_jax.training.checkpoints import initial_weights
+from mixln_jax.training.setup import Evaluator, check_batch, lower_train_step, make_loader, on_mesh, set_up
 
 MESHES = {
   "data 8": {"data": -1},
@@ -25,6 +27,7 @@ MESHES = {
   "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
   "fsdp 2, sequence 2, tensor 2": {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
 }
+DIAGNOSED = {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
 REFUSED = {
   "heads": {"data": 1, "tensor": 8},
   "slices": {"data": 4, "dcn_data": 2},
@@ -76,6 +79,27 @@ def gathered(text):
   return sorted([int(size) for size in shape.split(",")] for shape in found)
 
 
+def diagnosed(config_json, mesh):
+  """What a diagnostic step says of the first batch, and `diagnose` of the initial weights."""
+  config = config_lib.from_json(config_json)
+  config.mesh.update(mesh)
+  setup = set_up(config)
+  shardings = step_lib.state_shardings(config, setup.mesh)
+  state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
+  loader = make_loader(setup, config.train.batch_size)
+  batches = [global_batch(batch, setup.mesh) for batch in loader.validation(500)]
+  with on_mesh(setup.mesh):
+    start = lambda: initial_weights(setup, shardings.params)  # noqa: E731
+    result = diagnose(config, state.params, start, batches, setup.mesh, sizes=[1, 2])
+  training = loader.train()
+  batch = global_batch(next(training), setup.mesh)
+  training.close()
+  _, metrics = lower_train_step(setup.config, setup.mesh, shardings, diagnose=True).compile()(state, batch)
+  statistics = {name: np.asarray(value).tolist() for name, value in metrics["diagnostics"].items()}
+  del result["definitions"]
+  return {"step": statistics, "checkpoint": result}
+
+
 def restored_elsewhere(config_json, params):
   """Whether a checkpoint of params comes back bit-equal when it is restored sharded over all devices."""
   config = config_lib.from_json(config_json)
@@ -108,6 +132,9 @@ def refusal(config_json, mesh):
 if __name__ == "__main__":
   jax.config.update("jax_num_cpu_devices", 8)
   text = sys.stdin.read()
+  if "diagnosed" in sys.argv:
+    print(json.dumps(diagnosed(text, DIAGNOSED)))
+    sys.exit()
   result = {name: run(text, mesh) for name, mesh in MESHES.items()}
   result["refused"] = {name: refusal(text, mesh) for name, mesh in REFUSED.items()}
   print(json.dumps(result))

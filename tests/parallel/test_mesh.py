@@ -46,8 +46,12 @@ def config_json(make_config, request):
 
 @pytest.fixture(scope="module")
 def on_eight(config_json):
+  return of_script(config_json)
+
+
+def of_script(config_json, *arguments):
   result = subprocess.run(
-    [sys.executable, str(SCRIPT)],
+    [sys.executable, str(SCRIPT), *arguments],
     input=config_json,
     capture_output=True,
     text=True,
@@ -95,6 +99,19 @@ def test_weights_are_gathered_and_activations_are_not(on_eight):
     wide = [shape for shape in on_eight[mesh]["gathered"] if 32 in shape]  # no weight has a dimension of 32
     assert all(len(shape) == 4 and shape[1:] == [32, 1, 4] for shape in wide), (mesh, wide)
     assert bool(wide) == ("sequence" in mesh)
+
+
+@pytest.mark.slow
+def test_diagnostics_are_those_of_one_device(config_json):
+  expected, actual = on_mesh.diagnosed(config_json, {"data": -1}), of_script(config_json, "diagnosed")
+  assert actual["step"].keys() == expected["step"].keys()
+  for name, value in expected["step"].items():
+    np.testing.assert_allclose(actual["step"][name], value, rtol=1e-4, atol=1e-7, err_msg=name)
+  leaves = zip(
+    jax.tree_util.tree_leaves_with_path(expected["checkpoint"]), jax.tree.leaves(actual["checkpoint"]), strict=True
+  )
+  for (path, value), other in leaves:
+    np.testing.assert_allclose(other, value, rtol=1e-4, atol=2e-4, err_msg=jax.tree_util.keystr(path))
 
 
 def test_what_a_mesh_does_not_divide_is_named(on_eight):

@@ -1,0 +1,1 @@
+"""What the paper measures on a model: layer by layer while it trains, and on a checkpoint."""

@@ -1,0 +1,131 @@
+"""The residual stream by depth: angular distances, the logit lens, and the effective rank.
+
+Depth l, from 0, is the input of layer l; depth L is the output of the last layer, before the final norm.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax.config import Config
+from mixln_jax.model import Transformer, next_token_loss
+from mixln_jax.model.norm import rms_norm
+
+
+class DepthSums(flax.struct.PyTreeNode):
+  """What is added up over batches; `P` = L + 1 depths.
+
+  Attributes:
+    tokens: counted positions.
+    rows: rows with a counted position.
+    angle_all_PP: angular distances, summed over counted positions.
+    angle_last_PP: the same over the last counted position of each row.
+    lens_P: loss of each depth through final norm and head, summed over counted positions.
+    triangle_PEE: with E = D + 1, the triangular factor of the rows (1, x), x the stream at the counted positions.
+  """
+
+  tokens: Any
+  rows: Any
+  angle_all_PP: Any
+  angle_last_PP: Any
+  lens_P: Any
+  triangle_PEE: Any
+
+  @classmethod
+  def zeros(cls, model: Config) -> "DepthSums":
+    depths, width = model.num_layers + 1, model.embed_dim + 1
+    square = (depths, depths)
+    shapes = {"tokens": (), "rows": (), "angle_all_PP": square, "angle_last_PP": square, "lens_P": (depths,)}
+    return cls(**{k: jnp.zeros(s) for k, s in shapes.items()}, triangle_PEE=jnp.zeros((depths, width, width)))
+
+
+def angular_distances(streams_PBTD: jax.Array) -> jax.Array:
+  """arccos(cos(x_l, x_m)) / π of each token and pair of depths, [B, T, P, P]; in fp32, cosines clipped to [-1, 1].
+
+  As Gromov et al. (arXiv 2403.17887) define it. A vector of zeros is orthogonal to all others. The cosines come from
+  one matrix of inner products, in which equal vectors have equal entries: their distance is 0, and not the 1e-4 that
+  the last bit of a cosine near 1 amounts to.
+  """
+  x = streams_PBTD.astype(jnp.float32)
+  products = jnp.einsum("lbtd,mbtd->btlm", x, x, precision=jax.lax.Precision.HIGHEST)
+  squares = jnp.diagonal(products, axis1=-2, axis2=-1)
+  sizes = jnp.sqrt(squares[..., :, None] * squares[..., None, :])
+  cosines = products / jnp.maximum(sizes, jnp.finfo(jnp.float32).tiny)
+  return jnp.arccos(jnp.clip(cosines, -1.0, 1.0)) / jnp.pi
+
+
+def last_counted(weights_BT: jax.Array) -> jax.Array:
+  """1 at the last counted position of each row that has one, [B, T]."""
+  position = jnp.arange(weights_BT.shape[1])
+  last_B = jnp.max(jnp.where(weights_BT > 0, position, -1), axis=1)
+  return (position == last_B[:, None]).astype(jnp.float32)
+
+
+def add_rows(triangle_EE: jax.Array, x_ND: jax.Array, weights_N: jax.Array) -> jax.Array:
+  """R of a QR decomposition of the rows (1, x) of weight 1, and of those whose R is given.
+
+  As the first column is all ones, the lower right block of R is that of the rows with their mean taken off. Updating R
+  keeps what a covariance would square away: fp32 resolves singular values down to 1e-7 of the largest, not 3e-4.
+  """
+  rows_NE = jnp.concatenate([jnp.ones((len(x_ND), 1)), x_ND.astype(jnp.float32)], axis=1) * weights_N[:, None]
+  return jnp.linalg.qr(jnp.concatenate([triangle_EE, rows_NE]), mode="r")
+
+
+def effective_rank(triangle_EE: np.ndarray) -> float | None:
+  """exp of the entropy of the singular values' shares, of the centred rows behind an R of `add_rows`.
+
+  Roy and Vetterli, The effective rank (EUSIPCO 2007). None where all rows are equal.
+  """
+  values = np.linalg.svd(np.asarray(triangle_EE, np.float64)[1:, 1:], compute_uv=False)
+  if not np.isfinite(values).all() or values.sum() == 0:
+    return None
+  shares = values[values > 0] / values.sum()
+  return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def make_depth_step(model: Config) -> Callable[[Any, DepthSums, Mapping[str, jax.Array]], DepthSums]:
+  """`step(params, sums, batch) -> sums`: a batch added to the sums. To be called under jit."""
+
+  def look(transformer: Transformer, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:
+    labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
+    _, taps = transformer.hidden(
+      batch["tokens_BT"], segment_ids_BT=batch.get("segment_ids_BT"), positions_BT=batch.get("positions_BT")
+    )
+    streams_PBTD = jnp.concatenate([taps["embedded_BTD"][None], taps["stream_LBTD"]])
+    angles = angular_distances(streams_PBTD)
+    last_BT = last_counted(weights_BT)
+
+    def lens(x_BTD: jax.Array) -> jax.Array:
+      hidden_BTD = rms_norm(x_BTD, transformer.final_norm, epsilon=model.norm_epsilon).astype(model.dtype)
+      return next_token_loss(hidden_BTD, transformer.head_weights(), labels_BT, weights_BT)[0]
+
+    def extend(triangle_and_stream: tuple[jax.Array, jax.Array]) -> jax.Array:
+      triangle_EE, x_BTD = triangle_and_stream
+      return add_rows(triangle_EE, x_BTD.reshape(-1, x_BTD.shape[-1]), weights_BT.reshape(-1))
+
+    return DepthSums(
+      tokens=sums.tokens + jnp.sum(weights_BT),
+      rows=sums.rows + jnp.sum(last_BT),
+      angle_all_PP=sums.angle_all_PP + jnp.einsum("btlm,bt->lm", angles, weights_BT),
+      angle_last_PP=sums.angle_last_PP + jnp.einsum("btlm,bt->lm", angles, last_BT),
+      lens_P=sums.lens_P + jax.lax.map(lens, streams_PBTD),
+      triangle_PEE=jax.lax.map(extend, (sums.triangle_PEE, streams_PBTD)),
+    )
+
+  def step(params: Any, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:
+    return nn.apply(lambda transformer: look(transformer, sums, batch), Transformer(model))({"params": params})
+
+  return step
+
+
+def by_block(mean_PP: np.ndarray) -> list[list[float | None]]:
+  """A matrix over depths as [l][n - 1]: from the input of layer l, over n layers; None where l + n > L."""
+  depths = range(len(mean_PP))
+  return [
+    [float(mean_PP[start, start + n]) if start + n in depths else None for n in depths[1:]] for start in depths[:-1]
+  ]

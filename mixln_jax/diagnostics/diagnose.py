@@ -1,0 +1,179 @@
+"""All that `diagnose` measures on a checkpoint, as one JSON object."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mixln_jax.config import Config
+from mixln_jax.diagnostics import depth, parts
+from mixln_jax.diagnostics.removal import Score, make_removal_step, removal
+from mixln_jax.model import Transformer
+from mixln_jax.model.initial import abstract_params
+from mixln_jax.model.loss import batch_loss
+from mixln_jax.parallel.rules import replicated
+from mixln_jax.placement import SUBLAYERS
+
+DEFINITIONS = {
+  "data": "The first records of the run's validation set, up to the one with which `tokens` counted tokens are "
+  "reached, each in a row of its own at the run's sequence length. A token counts where the loss counts the token "
+  "after it: padding, the last token of a record and, with document masks, the last token of a document do not.",
+  "angular_distance": "arccos(cosine) / pi between the residual stream at the input of layer l and n layers later, at "
+  "[l][n - 1], l from 0; the last depth is taken before the final norm. Of each token by itself, in fp32, the cosine "
+  "clipped to [-1, 1], then the mean: `last` over the last counted token of each record (Gromov et al., arXiv "
+  "2403.17887; Mix-LN, arXiv 2412.13795), `all` over all counted tokens. fp32 does not resolve distances under 1e-4.",
+  "removal": "Validation loss in nats a token with layers l to l + n - 1 removed (their output is their input), at "
+  "blocks[n][l], without any training; `loss` with all layers. A drop is the difference of the two.",
+  "gradient_norm": "L2 norm of the gradient of the mean loss over the same tokens, with respect to all weights of a "
+  "sublayer together (attention: query, key, value, output; mlp: gate, up, down; biases among them, gains of norms "
+  "not), without clipping. `initial`: at initial weights drawn again from the run's config.seed, which for an imported "
+  "model are not those that it started from; `checkpoint`: at those of this step.",
+  "effective_rank": "exp of the entropy of the singular values over their sum (Roy and Vetterli 2007), of the counted "
+  "tokens' residual streams at each depth, their mean taken off; depth 0 is the input of the first layer.",
+  "logit_lens_perplexity": "Perplexity of the final norm and head on the residual stream at each depth (logit lens).",
+}
+Batches = Sequence[Mapping[str, jax.Array]]
+GradientNorms = Callable[[Any, Iterable[Mapping[str, jax.Array]]], dict[str, list[float]]]
+Watch = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def diagnose(
+  config: Config,
+  params: Any,
+  initial_params: Callable[[], Any],
+  batches: Batches,
+  mesh: Mesh,
+  *,
+  sizes: Sequence[int] = (1,),
+  scores: Mapping[str, Score] | None = None,
+  watch: Watch = lambda batches, _: batches,
+) -> dict[str, Any]:
+  """Measures a model. Call it where the model's logical axes mean something (`training.setup.on_mesh`).
+
+  Args:
+    config: of the run.
+    params: the checkpoint's parameters, on the mesh.
+    initial_params: gives the run's initial parameters, on the mesh; called once, and let go of when they are measured.
+    batches: global batches of the validation set.
+    mesh: where all of that lies.
+    sizes: how many neighbouring layers to remove together.
+    scores: tasks to score under removal, as `removal` takes them.
+    watch: wraps the batches of a stage, whose name it gets, to show how far it is.
+
+  Returns:
+    `tokens`, `definitions` (DEFINITIONS), and what they define; numbers that are not finite are None.
+  """
+  model, everywhere = config.model, replicated(mesh)
+  depth_step = jax.jit(depth.make_depth_step(model), donate_argnums=1, out_shardings=everywhere)
+  sums = jax.jit(lambda: depth.DepthSums.zeros(model), out_shardings=everywhere)()
+  for batch in watch(batches, "depth"):
+    sums = depth_step(params, sums, batch)
+  sums = jax.device_get(sums)
+  removal_step = jax.jit(make_removal_step(model), out_shardings=everywhere)
+  gradient_norms = make_gradient_norms(model, jax.tree.map(lambda p: p.sharding, params), mesh)
+  result = {
+    "tokens": int(sums.tokens),
+    "definitions": DEFINITIONS,
+    "angular_distance": {
+      "last": depth.by_block(sums.angle_last_PP / sums.rows),
+      "all": depth.by_block(sums.angle_all_PP / sums.tokens),
+    },
+    "removal": removal(removal_step, params, watch(batches, "removal"), model.num_layers, sizes, scores),
+    "gradient_norm": {
+      "initial": gradient_norms(initial_params(), watch(batches, "gradient, initial")),
+      "checkpoint": gradient_norms(params, watch(batches, "gradient")),
+    },
+    "effective_rank": [depth.effective_rank(triangle_EE) for triangle_EE in sums.triangle_PEE],
+    "logit_lens_perplexity": [_perplexity(loss) for loss in sums.lens_P / sums.tokens],
+  }
+  return finite(result)
+
+
+def make_gradient_norms(model: Config, shardings: Any, mesh: Mesh) -> GradientNorms:
+  """`norms(params, batches)`: the norm of the mean loss's gradient by layer, `attention` and `mlp`, each [L].
+
+  Gradients of the summed loss are added over the batches, in fp32, and divided once.
+
+  Args:
+    model: config.model.
+    shardings: of the parameters, and so of their gradients.
+    mesh: where they lie.
+  """
+  transformer = Transformer(model)
+
+  def zeros() -> tuple[Any, jax.Array]:
+    shapes = nn.unbox(abstract_params(model))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes), jnp.zeros(())
+
+  def loss(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    total, count, _ = batch_loss(transformer, params, batch)
+    return total, count
+
+  def add(params: Any, grads: Any, count: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, jax.Array]:
+    more, more_count = jax.grad(loss, has_aux=True)(params, batch)
+    return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, more), count + more_count
+
+  def finish(grads: Any, count: jax.Array) -> dict[str, jax.Array]:
+    norms = parts.norms(jax.tree.map(lambda g: g / count, grads))
+    return {name: norms[f"{name}/"] for name in SUBLAYERS}
+
+  everywhere = replicated(mesh)
+  start = jax.jit(zeros, out_shardings=(shardings, everywhere))
+  step = jax.jit(add, donate_argnums=(1, 2), out_shardings=(shardings, everywhere))
+  end = jax.jit(finish, out_shardings=everywhere)
+
+  def norms(params: Any, batches: Iterable[Mapping[str, jax.Array]]) -> dict[str, list[float]]:
+    grads, count = start()
+    for batch in batches:
+      grads, count = step(params, grads, count, batch)
+    return {name: norm_L.tolist() for name, norm_L in jax.device_get(end(grads, count)).items()}
+
+  return norms
+
+
+def _perplexity(loss: float) -> float:
+  return math.exp(loss) if loss < 700 else math.inf
+
+
+def finite(value: Any) -> Any:
+  """The same with None for a number that is not finite, which JSON does not have."""
+  if isinstance(value, Mapping):
+    return {key: finite(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return [finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(result: Mapping[str, Any], strip: str) -> str:
+  """The numbers by layer for a terminal. `strip`: the placement, a word a layer."""
+  distance, removed, norms = result["angular_distance"], result["removal"], result["gradient_norm"]
+  num_layers = len(strip.split())
+  columns = [
+    (("", "layer"), [*map(str, range(num_layers)), "end"]),
+    (("", "placement"), strip.split()),
+    (("angular dist.", "last token"), _cells((row[0] for row in distance["last"]), ".4f")),
+    (("to the next,", "all tokens"), _cells((row[0] for row in distance["all"]), ".4f")),
+    (("loss", "without it"), _cells(removed["blocks"].get("1", []), ".4f")),
+    *(
+      ((f"gradient, {when}", sublayer), _cells(norms[when][sublayer], ".3e"))
+      for when in ("initial", "checkpoint")
+      for sublayer in SUBLAYERS
+    ),
+    (("effective", "rank"), _cells(result["effective_rank"], ".1f")),
+    (("logit-lens", "perplexity"), _cells(result["logit_lens_perplexity"], ".5g")),
+  ]
+  texts = [[*head, *cells, *[""] * (num_layers + 1 - len(cells))] for head, cells in columns]
+  widths = [max(map(len, column)) for column in texts]
+  rows = (
+    "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in zip(*texts, strict=True)
+  )
+  (loss,) = _cells([removed["loss"]], ".4f")
+  return "\n".join((*rows, f"loss with all layers {loss}, over {result['tokens']:,} tokens"))
+
+
+def _cells(values: Iterable[float | None], form: str) -> list[str]:
+  return ["n/a" if value is None else format(value, form) for value in values]

@@ -1,0 +1,77 @@
+"""What a model loses with layers removed: its output is then its input. No fine-tuning, no surgery: a flag."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixln_jax.config import Config
+from mixln_jax.model import Transformer
+from mixln_jax.model.loss import batch_loss
+
+LossOf = Callable[[Any, Mapping[str, jax.Array], Any], tuple[jax.Array, jax.Array]]
+Score = Callable[[Any, jax.Array], float]
+
+
+def make_removal_step(model: Config) -> LossOf:
+  """`step(params, batch, keep_L) -> (loss sum, count)`. Which layers are kept is data: compiled once for all."""
+  transformer = Transformer(model)
+
+  def step(params: Any, batch: Mapping[str, jax.Array], keep_L: Any) -> tuple[jax.Array, jax.Array]:
+    total, count, _ = batch_loss(transformer, params, batch, keep_L=keep_L)
+    return total, count
+
+  return step
+
+
+def without_blocks(num_layers: int, size: int) -> np.ndarray:
+  """The flags that remove layers l … l + size - 1, for each l that has them: [L - size + 1, L] int32."""
+  first = np.arange(num_layers - size + 1)[:, None]
+  layer = np.arange(num_layers)[None]
+  return 1 - ((layer >= first) & (layer < first + size)).astype(np.int32)
+
+
+def removal(
+  step: LossOf,
+  params: Any,
+  batches: Iterable[Mapping[str, jax.Array]],
+  num_layers: int,
+  sizes: Sequence[int],
+  scores: Mapping[str, Score] | None = None,
+) -> dict[str, Any]:
+  """The loss as it is, and with each block of layers removed.
+
+  Args:
+    step: compiled `make_removal_step`.
+    params: the parameters.
+    batches: global batches.
+    num_layers: L.
+    sizes: how many neighbouring layers to remove together.
+    scores: tasks to score besides, name -> a function of the parameters and the flags keep_L (int32 [L]), which it is
+      to hand to the model.
+
+  Returns:
+    `loss`, nats a counted token; `blocks`, size -> the loss without layers l … l + size - 1, for l from 0; with scores
+    also `scores`, name -> the same two as `score` and `blocks`.
+  """
+  flags = {size: without_blocks(num_layers, size) for size in sizes}
+  keeps = np.concatenate([np.ones((1, num_layers), np.int32), *flags.values()])
+  sums, count = np.zeros(len(keeps)), 0.0
+  for batch in batches:
+    results = jax.device_get([step(params, batch, keep_L) for keep_L in keeps])
+    sums += np.array([total for total, _ in results], np.float64)
+    count += float(results[0][1])
+
+  def by_size(values: Sequence[float] | np.ndarray) -> dict[str, list[float]]:
+    ends = np.cumsum([1, *map(len, flags.values())])
+    parts = zip(sizes, ends[:-1], ends[1:], strict=True)
+    return {str(size): [float(x) for x in values[start:end]] for size, start, end in parts}
+
+  losses = sums / count
+  result: dict[str, Any] = {"loss": float(losses[0]), "blocks": by_size(losses)}
+  if scores:
+    tasks = {name: [float(score(params, jnp.asarray(keep_L))) for keep_L in keeps] for name, score in scores.items()}
+    result["scores"] = {name: {"score": values[0], "blocks": by_size(values)} for name, values in tasks.items()}
+  return result
