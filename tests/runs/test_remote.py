@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mixln_jax import config as config_lib
+from mixln_jax.commands import doctor
 from mixln_jax.errors import InputError
 from mixln_jax.runs import remote as remote_lib
 from mixln_jax.runs.folder import RunFolder
@@ -96,6 +97,15 @@ def test_small_files_go_out_and_come_back_whole(bucket):
     again.create("{}")
   with pytest.raises(InputError, match=r"--workdir=gs://nobody/run: can't be used .*see that the bucket exists"):
     RunFolder("gs://nobody/run").create("{}")
+
+
+@needs_bucket
+def test_the_doctor_tries_a_bucket(bucket, capsys):
+  assert doctor._check_workdir("gs://bucket/visit") == []
+  assert "gs://bucket/visit can be written" in capsys.readouterr().out
+  assert not list(bucket[0].glob("visit/*"))
+  (problem,) = doctor._check_workdir("gs://nobody/visit")
+  assert "--workdir=gs://nobody/visit: can't be used" in problem
 
 
 @needs_bucket
