@@ -158,17 +158,23 @@ class Lock:
       elif content != seen:
         raise self._held(holder_of(content))
       if age >= STALE_SECONDS or time.monotonic() - since >= STALE_SECONDS:
-        self._remote.remove(self._name)
+        self._remove_if(content)
         seen, taken_over = None, True
       else:
         time.sleep(POLL_SECONDS)
-    if taken_over:  # another one may have taken it over at the same moment: the last one to write has it
+    if taken_over:  # another may have removed ours between its look and its removal: the last one to write has it
       time.sleep(SETTLE_SECONDS)
       content = b""
       with contextlib.suppress(FileNotFoundError):  # that other one has removed ours and not yet written its own
         content = self._remote.read(self._name)
       if not self._is_mine(content):
         raise self._held(holder_of(content))
+
+  def _remove_if(self, stale: bytes) -> None:
+    """Removes the lock where it is still that one: another process may have taken it over in the meantime."""
+    with contextlib.suppress(FileNotFoundError):
+      if self._remote.read(self._name) == stale:
+        self._remote.remove(self._name)
 
   def _speak(self, done: threading.Event) -> None:
     while not done.wait(TOUCH_SECONDS):
