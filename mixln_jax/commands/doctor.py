@@ -13,7 +13,12 @@ from pathlib import Path
 # Only the standard library up here: this command is for machines on which the rest is missing.
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
-OPTIONAL = {"wandb": "logging.wandb_project", "matplotlib": "figures", "torch": "making the golden values of the tests"}
+OPTIONAL = {
+  "wandb": "logging.wandb_project",
+  "gcsfs": "gs:// work directories and data",
+  "matplotlib": "figures",
+  "torch": "making the golden values of the tests",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +34,7 @@ def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
   line.string("workdir", "a folder whose write access is tried", default="work")
   values = line.parse(argv)
-  problems += [*_check_devices(), *_check_folder(Path(values.workdir).expanduser())]
+  problems += [*_check_devices(), *_check_workdir(values.workdir)]
   for name, use in OPTIONAL.items():
     if importlib.util.find_spec(name) is None:
       print(f"optional   {name} is not installed (for {use})")
@@ -83,6 +88,22 @@ def _check_devices() -> list[str]:
       f"device     {device.platform}:{device.id} {device.device_kind}, peak "
       f"{f'{peak / 1e12:.0f} TFLOP/s' if peak else 'not known, so no utilisation'}"
     )
+  return []
+
+
+def _check_workdir(workdir: str) -> list[str]:
+  if "://" not in workdir:
+    return _check_folder(Path(workdir).expanduser())
+  from mixln_jax.errors import InputError
+  from mixln_jax.runs.remote import Remote
+
+  try:
+    remote = Remote(workdir)
+    remote.write(".doctor", b"write access")
+    remote.remove(".doctor")
+  except (InputError, OSError) as error:
+    return [str(error)]
+  print(f"folder     {remote.url} can be written")
   return []
 
 

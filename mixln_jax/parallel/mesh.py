@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -34,15 +34,25 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   if math.prod(dcn) > 1:
     slices, hosts = ({getattr(device, name, 0) for device in devices} for name in ("slice_index", "process_index"))
     try:
-      grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices, process_is_granule=len(slices) == 1)
+      grid = _arranged(
+        functools.partial(mesh_utils.create_hybrid_device_mesh, process_is_granule=len(slices) == 1), ici, dcn, devices
+      )
     except ValueError as error:
       raise InputError(
         f"config.mesh.dcn_*: they ask for {math.prod(dcn)} slices of {math.prod(ici)} devices, but the slices number "
         f"{len(slices)}, the processes {len(hosts)} ({error}); change them, or set them to 1"
       ) from error
   else:
-    grid = mesh_utils.create_device_mesh(ici, devices)
+    grid = _arranged(mesh_utils.create_device_mesh, ici, devices)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(arrange: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
+  """A grid of devices whose axes run along those of the torus where they can (8 × 2 on 4 × 4 can't, and splits one)."""
+  try:
+    return arrange(*arguments)
+  except NotImplementedError:
+    return arrange(*arguments, allow_split_physical_axes=True)
 
 
 def abstract_mesh(sizes: Mapping[str, int], num_devices: int) -> Any:

@@ -67,6 +67,18 @@ class Remote:
     with self._named():
       self._fs.pipe_file(self.path(name), content)
 
+  def create(self, name: str, content: bytes) -> bool:
+    """Writes an object that does not exist; False where it does. Of several at once one gets True."""
+    try:
+      self._fs.pipe_file(self.path(name), content, mode="create")
+    except FileExistsError:
+      return False
+    return True
+
+  def age(self, name: str) -> float:
+    """Seconds since an object was written, by the clocks of the bucket and of this machine."""
+    return (datetime.datetime.now(datetime.UTC) - self._fs.modified(self.path(name))).total_seconds()
+
   def files(self) -> list[str]:
     """The files directly in the folder."""
     try:
@@ -134,9 +146,9 @@ class Lock:
 
   def _acquire(self) -> None:
     seen, since, taken_over = None, 0.0, False
-    while not self._create():
+    while not self._remote.create(self._name, self._content()):
       try:
-        content, age = self._remote.read(self._name), self._age()
+        content, age = self._remote.read(self._name), self._remote.age(self._name)
       except FileNotFoundError:
         continue
       if seen is None:
@@ -146,26 +158,23 @@ class Lock:
       elif content != seen:
         raise self._held(holder_of(content))
       if age >= STALE_SECONDS or time.monotonic() - since >= STALE_SECONDS:
-        self._remote.remove(self._name)
+        self._remove_if(content)
         seen, taken_over = None, True
       else:
         time.sleep(POLL_SECONDS)
-    if taken_over:  # another one may have taken it over at the same moment: the last one to write has it
+    if taken_over:  # another may have removed ours between its look and its removal: the last one to write has it
       time.sleep(SETTLE_SECONDS)
-      if not self._is_mine(content := self._remote.read(self._name)):
+      content = b""
+      with contextlib.suppress(FileNotFoundError):  # that other one has removed ours and not yet written its own
+        content = self._remote.read(self._name)
+      if not self._is_mine(content):
         raise self._held(holder_of(content))
 
-  def _create(self) -> bool:
-    try:
-      self._remote._fs.pipe_file(self._remote.path(self._name), self._content(), mode="create")
-    except FileExistsError:
-      return False
-    return True
-
-  def _age(self) -> float:
-    """Seconds since the holder wrote, by the clocks of the bucket and of this machine."""
-    modified = self._remote._fs.modified(self._remote.path(self._name))
-    return (datetime.datetime.now(datetime.UTC) - modified).total_seconds()
+  def _remove_if(self, stale: bytes) -> None:
+    """Removes the lock where it is still that one: another process may have taken it over in the meantime."""
+    with contextlib.suppress(FileNotFoundError):
+      if self._remote.read(self._name) == stale:
+        self._remote.remove(self._name)
 
   def _speak(self, done: threading.Event) -> None:
     while not done.wait(TOUCH_SECONDS):
@@ -177,7 +186,7 @@ class Lock:
         if not self._is_mine(content):
           self.taken_by = holder_of(content)
           return
-        self._remote._fs.pipe_file(self._remote.path(self._name), self._content())
+        self._remote.write(self._name, self._content())
 
   def _content(self) -> bytes:
     return json.dumps({**self._me, "beat": next(self._beat)}).encode()

@@ -156,3 +156,30 @@ def test_a_large_parameter_that_stays_whole_is_refused():
   ):
     check_not_replicated("w", (2048, 2049), whole)
   check_not_replicated("w", (2048, 2049), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp")))
+
+
+class Chip:
+  """What mesh_utils asks of a TPU: where it lies in the torus, and in which slice."""
+
+  platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5 lite", 0, 0
+
+  def __init__(self, x, y, slice_index):
+    self.id, self.coords, self.slice_index = slice_index * 16 + 4 * y + x, (x, y, 0), slice_index
+
+
+@pytest.mark.parametrize(
+  ("sizes", "num_slices", "shape"),
+  [
+    ({"data": 1, "fsdp": -1}, 1, {"fsdp": 16}),
+    ({"data": 1, "fsdp": 8, "tensor": 2}, 1, {"fsdp": 8, "tensor": 2}),  # neither is a side of 4 × 4
+    ({"data": 1, "fsdp": -1, "dcn_data": 2}, 2, {"data": 2, "fsdp": 16}),
+  ],
+)
+def test_a_mesh_of_chips(sizes, num_slices, shape):
+  chips = [Chip(x, y, number) for number in range(num_slices) for y in range(4) for x in range(4)]
+  mesh = config_lib.base().mesh
+  mesh.update(sizes)
+  made = make_mesh(mesh, chips)
+  assert {axis: size for axis, size in made.shape.items() if size > 1} == shape
+  for number in range(num_slices):  # the axes within a slice stay in it
+    assert {chip.slice_index for chip in made.devices[0, number % made.shape["data"]].flat} == {number}
