@@ -4,7 +4,7 @@ import ast
 import importlib.util
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "generate", "prepare", "convert", "doctor")
+COMMANDS = ("train", "evaluate", "report", "generate", "prepare", "convert", "doctor")
 
 
 def help_line(command: str) -> str:
