@@ -372,11 +372,10 @@ def _diagnosed(read: Callable[[Diagnosis], np.ndarray | None]) -> Callable[[Run]
   return lambda run: read(run.diagnosis) if run.diagnosis else None
 
 
-def _definition(source: Source, name: str) -> str:
-  """How diagnose says that it measured something, where it says so."""
+def _definition(source: Source, name: str, otherwise: str) -> str:
+  """How diagnose says that it measured something; where it does not say, what is meant by it."""
   texts = [run.diagnosis.definitions.get(name) for run in source.runs if run.diagnosis]
-  found = next(filter(None, texts), None)
-  return f"Measured as: {found.rstrip('.')}. " if found else ""
+  return f"{next(filter(None, texts), otherwise).rstrip('.')}."
 
 
 def diagnosed_gradient_norms(source: Source) -> Figure | None:
@@ -386,10 +385,8 @@ def diagnosed_gradient_norms(source: Source) -> Figure | None:
     for sublayer in SUBLAYERS:
       read = _diagnosed(lambda d, when=when, sublayer=sublayer: d.gradient_norm.get(when, {}).get(sublayer))
       panels.append(Panel(f"{sublayer}, {words}", LAYER, "gradient norm", _by_depth(source, read), log_y=True))
-  caption = (
-    "Norm of the gradient of the mean loss over a sublayer's matrices, at the initial weights and on the checkpoint, "
-    f"on the sample of diagnose. {_definition(source, 'gradient_norm')}{SEEDS_NOTE}"
-  )
+  meaning = "Norm of the gradient of the mean loss over a sublayer's matrices, on the sample of diagnose"
+  caption = f"{_definition(source, 'gradient_norm', meaning)} {SEEDS_NOTE}"
   return _figure("diagnosed_gradient_norm", "Gradient norm by layer, on one sample", caption, panels)
 
 
@@ -410,11 +407,13 @@ def angular_distance(source: Source, which: str) -> Figure | None:
         Panel(title, "layer l (1 = first)", "n", matrix=mean.T, runs=tuple(index for index, _ in found))
       )  # fmt: skip
   words = {"last": "last counted token", "all": "all counted tokens"}[which]
+  meaning = (
+    "arccos of the cosine, over π, between the residual stream before layer l and before layer l + n, mean over the "
+    "sample; before the final norm (Gromov et al., arXiv 2403.17887; Mix-LN, arXiv 2412.13795, figure 5)"
+  )
   caption = (
-    f"arccos of the cosine, over π, between the residual stream before layer l and before layer l + n, {words}, mean "
-    "over the sample; before the final norm. 0: the n layers leave the direction as it is; ½: they turn it by 90° "
-    "(Gromov et al., arXiv 2403.17887; Mix-LN, arXiv 2412.13795, figure 5). One colour scale for all. "
-    f"{_definition(source, 'angular_distance')}"
+    "0: the n layers from l on leave the direction of the stream as it is; ½: they turn it by 90°. One colour scale "
+    f"for all. {_definition(source, 'angular_distance', meaning)}"
   )
   figure = _figure(f"angular_distance_{which}", f"Angular distance, {words}", caption, panels)
   return figure and dataclasses.replace(figure, colour_label="angular distance")
@@ -451,9 +450,10 @@ def removal_drop(source: Source) -> Figure | None:
     )
     for n in blocks
   ]
+  meaning = "Validation loss without the layers, nothing trained after it"
   caption = (
-    "Validation loss without the layer less that of the whole model, nothing trained after it (arXiv 2412.13795, §2). "
-    f"About 0: the layer is not needed. {_definition(source, 'removal')}{SEEDS_NOTE}"
+    "Loss without the layers less that of the whole model (the drop in performance of arXiv 2412.13795, §2). About 0: "
+    f"they are not needed. {_definition(source, 'removal', meaning)} {SEEDS_NOTE}"
   )
   return _figure("removal", "Removal of layers", caption, panels)
 
@@ -461,18 +461,14 @@ def removal_drop(source: Source) -> Figure | None:
 def effective_rank(source: Source) -> Figure | None:
   """Effective rank of the stream by depth."""
   series = _by_depth(source, _diagnosed(lambda d: d.effective_rank), first=0)
-  caption = (
-    "exp of the entropy of the normalised singular values (Roy and Vetterli, 2007) of the centred residual stream; 0 "
-    f"layers: the embedding. {_definition(source, 'effective_rank')}{SEEDS_NOTE}"
-  )
+  meaning = "exp of the entropy of the normalised singular values (Roy and Vetterli, 2007) of the centred stream"
+  caption = f"{_definition(source, 'effective_rank', meaning)} {SEEDS_NOTE}"
   return _figure("effective_rank", "Effective rank by depth", caption, [Panel("", DEPTH, "effective rank", series)])
 
 
 def logit_lens(source: Source) -> Figure | None:
   """Perplexity of the stream read by the final norm and the head."""
   series = _by_depth(source, _diagnosed(lambda d: d.logit_lens_perplexity), first=0)
-  caption = (
-    "Validation perplexity of the final norm and the head applied to the residual stream at each depth: how early the "
-    f"prediction is there. {_definition(source, 'logit_lens_perplexity')}{SEEDS_NOTE}"
-  )
+  meaning = "Perplexity of the final norm and the head on the residual stream at each depth"
+  caption = f"How early the prediction is there. {_definition(source, 'logit_lens_perplexity', meaning)} {SEEDS_NOTE}"
   return _figure("logit_lens", "Logit lens by depth", caption, [Panel("", DEPTH, "perplexity", series, log_y=True)])

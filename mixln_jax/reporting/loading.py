@@ -191,7 +191,14 @@ def read_study(path: Path) -> Study:
     outside = [name for name in planned if Path(name).name != name]
     if outside:
       raise ValueError(f"the run name {outside[0]!r} is no name of a folder")
-    return Study(str(value["name"]), str(value.get("question", "")), dict(value["base"]), axes, planned, claims)
+    return Study(
+      str(value.get("name") or path.parent.name),
+      str(value.get("question", "")),
+      dict(value["base"]),
+      axes,
+      planned,
+      claims,
+    )
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise InputError(f"{path}: damaged ({_reason(error)}); restore it, or make the study again") from error
 

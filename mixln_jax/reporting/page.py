@@ -208,6 +208,7 @@ def _shown(figure: Figure, folder: Path) -> dict[str, Any]:
       {"id": f"{figure.name}-{index}", "title": panel.title, "plotly": chart}
       for index, (panel, chart) in enumerate(zip(figure.panels, charts.charts(figure), strict=True))
     ],
+    "diagnosed": figure.name in DIAGNOSED,
     "maps": figure.panels[0].matrix is not None,
     "bars": figure.panels[0].bars,
     "legend": [
@@ -274,6 +275,7 @@ def _render(analysis: Analysis, folder: Path) -> str:
     tables={table.name: table for table in analysis.tables},
     sections={name: some for name, some in sections.items() if some},
     some_groups=len(analysis.source.featured) < len(analysis.groups),
+    sample=next((text for run in runs if run.diagnosis and (text := run.diagnosis.definitions.get("data"))), ""),
     strips=_strips(analysis.source),
     filters=filters,
     light=LIGHT,

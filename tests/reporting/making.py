@@ -18,7 +18,7 @@ def config_of(**changes):
   return flat | {name.replace("__", "."): value for name, value in changes.items()}
 
 
-def metrics_lines(loss, num_steps=NUM_STEPS):
+def metrics_lines(loss, num_steps):
   """Training and validation lines that end at validation loss `loss`."""
   lines = []
   for step in range(1, num_steps + 1):
@@ -38,7 +38,7 @@ def make_run(folder, loss=5.0, *, diagnosed=False, ended=True, weights=None, fin
   write = lambda name, value: (folder / name).write_text(json.dumps(value))  # noqa: E731
   write("config.json", config)
   (folder / "placement.txt").write_text(placement_lib.parse(config["model.placement"], NUM_LAYERS).strip + "\n")
-  lines = metrics_lines(loss) if loss is not None else []
+  lines = metrics_lines(loss, config["train.num_steps"]) if loss is not None else []
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   sums = {name: 1000 * config["seed"] + index for index, name in enumerate(TENSORS)} | (weights or {})
   write("initial_weights.json", {"hash": f"{sum(sums.values()):x}", "bit_sums": sums})

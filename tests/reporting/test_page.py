@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mixln_jax.__main__ import main
-from mixln_jax.reporting.figures import draw_diagnose
+from mixln_jax.reporting import figures
 from mixln_jax.reporting.loading import load
 from mixln_jax.reporting.page import SECTIONS, analyze
 from mixln_jax.reporting.panels import DARK, DARK_PAGE, LIGHT, LIGHT_PAGE
@@ -164,10 +164,12 @@ def test_refusals(arguments, words, tmp_path, capsys):
   assert not out.exists()
 
 
-def test_draw_diagnose(tmp_path):
+def test_draw_diagnose(tmp_path, monkeypatch):
+  monkeypatch.setattr(figures, "FORMATS", ("svg", "png"))  # the whole report has drawn PDF
   path = make_run(tmp_path / "run", diagnosed=True) / "diagnose" / "20" / "diagnose.json"
-  written = draw_diagnose(path, tmp_path / "figures")
+  written = figures.draw_diagnose(path, tmp_path / "figures")
   assert {one.name for one in written if one.suffix == ".svg"} == {
     f"{name}.svg" for name in SECTIONS["Layers of the trained model"]
   }
+  assert {one.suffix for one in written} == {".svg", ".png"}
   assert all(one.read_bytes() for one in written)
