@@ -53,7 +53,9 @@
       const chosen = logs[figureOf(id)]?.[axis];
       if (chosen !== undefined) layout[axis].type = chosen ? "log" : "linear";
       Object.assign(layout[axis], { gridcolor: rule, linecolor: rule, zerolinecolor: rule, tickfont: { color: text } });
-      if (layout[axis].type === "log" && !layout[axis].tickvals) layout[axis].tickformat = ".4~g"; // 2000, not a small 2
+      if (layout[axis].type === "log" && !layout[axis].tickvals) {
+        Object.assign(layout[axis], { tickformat: ".4~g", nticks: 4 }); // 2000, not a small 2; and few of them
+      }
       layout[axis].title.font = { color: text, size: 13 };
     }
     return {
@@ -68,7 +70,8 @@
 
   const options = {
     responsive: true, displaylogo: false, doubleClick: "reset",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    displayModeBar: touch ? false : "hover", // it would lie on the data
+    modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]], // none that sends
   };
   const render = (id) => Plotly.react(id, charts[id].data.map(painted), laidOut(id), options);
 
