@@ -35,9 +35,11 @@ class CommandLine:
     if required:
       self._required.append(name)
 
-  def strings(self, name: str, meaning: str) -> None:
-    """Adds a flag that may stand there several times; its value is the list of what was given, empty where none."""
-    flags.DEFINE_multi_string(name, [], meaning, flag_values=self._values)
+  def strings(self, name: str, meaning: str, *, required: bool = False) -> None:
+    """Adds a flag that may stand there several times; its value is the list of what was given, None where none was."""
+    flags.DEFINE_multi_string(name, None, meaning, flag_values=self._values)
+    if required:
+      self._required.append(name)
 
   def boolean(self, name: str, meaning: str) -> None:
     """Adds --NAME, which is off where it does not stand there."""
@@ -79,8 +81,9 @@ class CommandLine:
     for name, value in self._values.flag_values_dict().items():
       if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"--{name}={value}: must be a finite number")
-      if isinstance(value, str) and not _is_text(value):
-        raise InputError(f"--{name}={value!r}: not valid UTF-8")
+      for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and not _is_text(text):
+          raise InputError(f"--{name}={text!r}: not valid UTF-8")
     for name in self._required:
       if self._values[name].value is None:
         raise InputError(f"--{name} is required; see --help")

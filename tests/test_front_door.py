@@ -11,6 +11,7 @@ import pytest
 from mixln_jax import commands
 from mixln_jax import config as config_lib
 from mixln_jax.__main__ import main
+from mixln_jax.reporting.loading import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +78,10 @@ def test_train_evaluate_generate_from_the_command_line(recipe, tmp_path, capsys)
   trained = json.loads((workdir / "outcome.json").read_text())["validation"]
   assert result["loss"] == pytest.approx(trained["loss"], rel=1e-5)
   assert result["unigram_entropy"] > 2
+  (run,) = load([str(workdir)]).runs  # what `report` reads
+  assert (run.final_loss, run.outcome["status"], run.problems) == (trained["loss"], "finished", [])
+  assert run.fingerprint
+  assert run.initial_weights["bit_sums"]
 
   assert main(["generate", f"--workdir={workdir}", "--prompt=the quick", "--num_tokens=4", "--step=4"]) == 0
   assert capsys.readouterr().out.startswith("the quick")

@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
   }
   target.write_json(FILE, result)
   if processes.is_first():
+    from mixln_jax.reporting.figures import draw_diagnose  # it loads matplotlib, which takes seconds
+
     drawn = draw_diagnose(target / FILE, target.path)
     print(json.dumps(result) if values.json else table(result, setup.table.strip))
     if not values.json:

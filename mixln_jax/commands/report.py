@@ -1,0 +1,35 @@
+"""Report on runs or a study: one HTML file, figures for a paper, and tables, from the run folders alone."""
+
+import sys
+
+import jax
+
+from mixln_jax.command_line import CommandLine
+from mixln_jax.errors import InputError
+
+
+def main(argv: list[str]) -> int:
+  line = CommandLine(__doc__ or "")
+  line.strings("workdir", "a run's folder, once for each run; or the folder of a study", required=True)
+  line.string("output", "the folder to write report.html, figures/ and tables/ to", required=True)
+  line.string("baseline", "the placement that the others are compared with", default="pre")
+  values = line.parse(argv)
+  # Reading checkpoints' facts must not take an accelerator from a run that trains on this machine.
+  jax.config.update("jax_platforms", "cpu")
+  # Here, since the drawing libraries take seconds and nothing else needs them.
+  from mixln_jax.reporting.loading import load
+  from mixln_jax.reporting.page import write_report
+
+  material = load(values.workdir)
+  placements = list(dict.fromkeys(run.placement for run in material.runs))
+  if line.was_given("baseline") and values.baseline not in placements:
+    raise InputError(f"--baseline={values.baseline}: no run has this placement; choices: {', '.join(placements)}")
+  report = write_report(material, values.output, values.baseline)
+  for problem in [*material.problems, *(text for run in material.runs for text in run.problems)]:
+    print(f"warning: {problem}", file=sys.stderr)
+  for finding in report.findings:
+    print(f"{'NOT FAIR' if finding.level == 'unfair' else finding.level:<10} {finding.text}")
+  print(f"result     {report.headline}")
+  print(f"figures    {len(report.figures)} files, {len(report.tables)} tables")
+  print(f"report     {report.page}")
+  return 0

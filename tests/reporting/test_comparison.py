@@ -1,0 +1,152 @@
+"""Means, paired differences and studies against numbers worked out by hand or by scipy's own tests."""
+
+import itertools
+import math
+
+import pytest
+from scipy import stats
+
+from mixln_jax.reporting.comparison import (
+  best_by_learning_rate,
+  featured,
+  make_groups,
+  paired_difference,
+  post_share,
+  spread,
+  standings,
+)
+from mixln_jax.reporting.evidence import Source, alpha_ablation, learning_rate_study
+from mixln_jax.reporting.loading import Run, load
+from mixln_jax.reporting.page import summarize
+from mixln_jax.reporting.tables import perplexity_table
+from reporting.making import config_of, make_run
+
+
+def load_runs(root, runs):
+  """Makes and loads runs: (name, loss, changes of the config)."""
+  return load([str(make_run(root / name, loss, **changes)) for name, loss, changes in runs])
+
+
+def test_mean_and_deviation_by_hand():
+  value = spread([1.0, 2.0, 4.0])
+  assert (value.n, value.mean) == (3, pytest.approx(7 / 3))
+  assert value.deviation == pytest.approx(math.sqrt((16 / 9 + 1 / 9 + 25 / 9) / 2))
+  assert spread([3.0]).deviation is None
+
+
+def test_interval_of_paired_differences_is_the_paired_t_tests():
+  ours, base = [5.1, 4.9, 5.3], [5.4, 5.5, 5.5]
+  result = paired_difference([a - b for a, b in zip(ours, base, strict=True)])
+  expected = stats.ttest_rel(ours, base).confidence_interval(0.95)
+  assert result.interval == pytest.approx((expected.low, expected.high))
+  # By hand: mean -11/30, s² = 0.13/3, t(2; 0.975) = 4.302653.
+  assert result.mean == pytest.approx(-11 / 30)
+  assert result.interval is not None
+  assert result.interval[1] - result.mean == pytest.approx(4.302653 * math.sqrt(0.13 / 3 / 3), rel=1e-6)
+
+
+def test_nothing_is_stated_where_there_is_nothing_to_state():
+  assert paired_difference([0.5]).interval is None
+  assert paired_difference([0.5, 0.5]).interval is None
+
+
+def test_the_table_pairs_equal_seeds_and_counts_only_whole_runs(tmp_path):
+  log = math.log
+  runs = [
+    ("pre0", log(10), {"model__placement": "pre"}),
+    ("pre1", log(12), {"model__placement": "pre", "seed": 1}),
+    ("mix0", log(8), {"model__placement": "mix:0.5"}),
+    ("mix1", log(6), {"model__placement": "mix:0.5", "seed": 1}),
+    ("mix2", log(4), {"model__placement": "mix:0.5", "seed": 2}),  # has no partner
+    ("mix3", None, {"model__placement": "mix:0.5", "seed": 3}),  # has not started to write
+    ("post0", log(9), {"model__placement": "post"}),
+  ]
+  material = load_runs(tmp_path, runs)
+  rows = standings(material.runs, make_groups(material), "pre")
+  table = perplexity_table(rows, "pre")
+  cells = {row[0]: row[1:] for row in table.rows}
+  assert list(cells) == ["pre", "mix:0.5", "post"]
+  assert cells["pre"][:2] == ("11.00 ± 1.41", "–")
+  assert cells["mix:0.5"][0] == "6.00 ± 2.00"
+  # Pairs: 8 - 10 = -2 and 6 - 12 = -6; mean -4, s = 2√2, t(1; 0.975) = 12.7062, half-width 12.7062 · 2.
+  assert cells["mix:0.5"][1] == "-4.00 [-29.41, +21.41]"
+  assert cells["mix:0.5"][4:] == ("2", "3 of 4", "0")
+  assert cells["post"][1] == "-1.00 (one seed: no interval)"
+  assert cells["post"][4:] == ("1", "1 of 1", "0")
+  assert summarize(rows, "pre").endswith("the interval holds 0, so these seeds do not tell them apart.")
+
+
+def test_groups_are_compared_only_at_equal_settings(tmp_path):
+  runs = [
+    ("pre", 5.0, {"model__placement": "pre", "optimizer__learning_rate": 1e-3}),
+    ("mix", 4.0, {"model__placement": "mix:0.5", "optimizer__learning_rate": 3e-3}),
+  ]
+  material = load_runs(tmp_path, runs)
+  rows = standings(material.runs, make_groups(material), "pre")
+  assert [row.loss_difference for row in rows] == [None, None]
+  assert "no pre run of equal settings" in summarize(rows, "pre")
+
+
+def test_the_best_learning_rate_and_an_edge_of_the_grid_are_marked(tmp_path):
+  losses = {"pre": {1e-3: 5.0, 3e-3: 4.0, 1e-2: 6.0}, "post": {1e-3: 4.5, 3e-3: 5.0, 1e-2: 7.0}}
+  runs = [
+    (f"{name}{rate}", loss, {"model__placement": name, "optimizer__learning_rate": rate})
+    for name, by_rate in losses.items()
+    for rate, loss in by_rate.items()
+  ]
+  material = load_runs(tmp_path, runs)
+  groups = make_groups(material)
+  rows = standings(material.runs, groups, "pre")
+  best = [(row.group.label, edge) for row, edge in best_by_learning_rate(rows)]
+  assert best == [("pre, learning_rate 0.003", "inside"), ("post, learning_rate 0.001", "lower edge")]
+  figure = learning_rate_study(Source(material.runs, groups, rows, groups))
+  assert figure is not None
+  pre, post = figure.panels[0].series
+  assert (list(pre.x), list(pre.y)) == ([1e-3, 3e-3, 1e-2], [5.0, 4.0, 6.0])
+  assert (pre.marked, post.marked) == ([1], [0])
+  assert post.notes[0].endswith("best, lower edge of the grid")
+
+
+def test_alpha_ablation_has_pre_at_0_and_post_at_1(tmp_path):
+  losses = {"mix:0.25": 3.0, "pre": 4.0, "post": 5.0, "mix:0.5": 3.5, "lns": 1.0, "post*1,pre*3": 3.1}
+  runs = [(name.replace(":", ""), loss, {"model__placement": name}) for name, loss in losses.items()]
+  material = load_runs(tmp_path, runs)
+  groups = make_groups(material)
+  rows = standings(material.runs, groups, "pre")
+  figure = alpha_ablation(Source(material.runs, groups, rows, groups))
+  assert figure is not None
+  (line,) = figure.panels[0].series
+  assert sorted(zip(line.x, line.y, strict=True)) == [(0.0, 4.0), (0.25, 3.0), (0.25, 3.1), (0.5, 3.5), (1.0, 5.0)]
+  assert [line.y[index] for index in line.marked] == [3.0]
+
+
+@pytest.mark.parametrize(
+  ("placement", "share"),
+  [
+    ("pre", (0.0, "")),
+    ("post", (1.0, "")),
+    ("mix:0.25+scaled_init", (0.25, "scaled_init")),
+    ("post*1,pre*3", (0.25, "")),
+    ("pre*3,post*1", None),
+    ("post*1,pre*3+gpas", None),
+    ("lns", None),
+    ("not a placement", None),
+  ],
+)
+def test_share_of_post_layers(placement, share, tmp_path):
+  assert post_share(Run("run", tmp_path, config_of(model__placement=placement))) == share
+
+
+def test_sixty_runs_stay_legible(tmp_path):
+  placements, rates = ["pre", "post", "lns", "mix:0.25", "mix:0.5"], (0.1, 0.2, 0.3, 0.4)
+  runs = []
+  for number, (name, seed, rate) in enumerate(itertools.product(placements, range(3), rates)):
+    changes = {"model__placement": name, "seed": seed, "optimizer__learning_rate": rate}
+    runs.append((f"run{number}", 4.0 + rate, changes))
+  material = load_runs(tmp_path, runs)
+  groups = make_groups(material)
+  rows = standings(material.runs, groups, "pre")
+  assert len(groups) == 20
+  assert len({(group.style.kind % 8, group.style.variant % 4) for group in groups}) == 20  # all look different
+  best = [f"{name}, learning_rate 0.1" for name in ("pre", "mix:0.25", "mix:0.5", "post", "lns")]
+  assert [group.label for group in featured(groups, rows)] == best

@@ -1,0 +1,86 @@
+"""What makes a comparison unfair is said, and what does not is not."""
+
+import pytest
+
+from mixln_jax.reporting.comparison import make_groups
+from mixln_jax.reporting.fairness import find
+from mixln_jax.reporting.loading import load
+from reporting.making import make_run, make_study
+
+
+def found(root, *changes):
+  """The findings on runs with these changes, as (level, text)."""
+  folders = [make_run(root / f"run{index}", **change) for index, change in enumerate(changes)]
+  material = load([str(folder) for folder in folders])
+  return [(finding.level, finding.text) for finding in find(material, make_groups(material))]
+
+
+PRE = {"model__placement": "pre"}
+POST = {"model__placement": "post"}
+
+
+def test_a_fair_comparison_has_nothing_to_say(tmp_path):
+  assert found(tmp_path, PRE, POST, {**PRE, "seed": 1}, {**POST, "seed": 1}) == []
+
+
+@pytest.mark.parametrize(
+  ("one", "other", "words"),
+  [
+    ({"train__batch_size": 8}, {"train__batch_size": 16}, "train.batch_size differs and is no axis"),
+    ({"optimizer__clip_norm": 0.0}, {"optimizer__clip_norm": 1.0}, "optimizer.clip_norm differs"),
+    ({"fingerprint": "a" * 16}, {"fingerprint": "b" * 16}, "different data (fingerprints): aaaaaaaaaaaa in run0"),
+    ({}, {"weights": {"layers/query": 7}}, "same seed but start from other numbers in layers/query"),
+    ({}, {"weights": {"embedding": 7, "final_norm": 8}}, "start from other numbers in embedding"),
+  ],
+)
+def test_what_is_not_fair_is_said(one, other, words, tmp_path):
+  findings = found(tmp_path, PRE | one, POST | other)
+  assert findings[0][0] == "unfair"
+  assert words in findings[0][1]
+
+
+def test_weights_that_a_placement_draws_otherwise_are_no_fault_but_the_embedding_is(tmp_path):
+  scaled = {"model__placement": "pre+scaled_init"}
+  findings = found(tmp_path / "a", PRE, scaled | {"weights": {"layers/output": 7, "layers/down": 8}})
+  assert [level for level, _ in findings] == ["note"]
+  findings = found(tmp_path / "b", PRE, scaled | {"weights": {"layers/output": 7, "embedding": 8}})
+  assert [level for level, _ in findings] == ["unfair", "note"]
+
+
+def test_fields_that_compute_the_same_are_only_noted(tmp_path):
+  findings = found(tmp_path, PRE, POST | {"model__remat": "full", "checkpoint__every_steps": 5})
+  assert findings == [("note", "fields that don't change what is computed differ: model.remat, checkpoint.every_steps")]
+
+
+def test_what_weakens_a_comparison_is_a_caution(tmp_path):
+  findings = found(
+    tmp_path,
+    PRE | {"optimizer__learning_rate": 1e-3},
+    PRE | {"optimizer__learning_rate": 3e-3},
+    POST | {"optimizer__learning_rate": 3e-3},
+    POST | {"optimizer__learning_rate": 3e-3},
+    POST | {"optimizer__learning_rate": 3e-3, "seed": 1, "loss": None, "ended": False, "fingerprint": None},
+  )
+  assert {level for level, _ in findings} == {"caution"}
+  text = "\n".join(text for _, text in findings)
+  for words in (
+    "run2, run3 are one run made again",
+    "optimizer.learning_rate was not the same set for each placement (pre: 0.001, 0.003; post: 0.003)",
+    "seed was not the same set for each placement (pre: 0; post: 0, 1)",
+    "no evaluation at their last step: run4 (running or killed, step 0 of 20)",
+    "which data they were trained on is not known yet of run4",
+  ):
+    assert words in text
+
+
+def test_a_study_holds_its_runs_to_its_plan(tmp_path):
+  losses = {name: ({"model.placement": name, "seed": 0}, 5.0) for name in ("pre", "post")}
+  folder = make_study(tmp_path / "study", losses)
+  material = load([str(folder)])
+  assert find(material, make_groups(material)) == []
+  (folder / "runs" / "post").rename(folder / "runs" / "gone")
+  make_run(folder / "runs" / "post", model__placement="post", seed=3, train__batch_size=4)
+  material = load([str(folder)])
+  findings = [finding.text for finding in find(material, make_groups(material))]
+  assert any(text.startswith("train.batch_size differs and is no axis") for text in findings)
+  assert any(text.startswith("post is not the run that the study planned: seed=3, planned 0, ") for text in findings)
