@@ -15,6 +15,7 @@ from mixln_jax.errors import InputError
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.sweeps import sequence
+from mixln_jax.sweeps.record import Held, hold_against, write_curves
 from mixln_jax.sweeps.study import Run, Study, load_study, make_study, parse_axes
 from mixln_jax.sweeps.together import joint_set, train_together
 from mixln_jax.training.loop import STOPPED
@@ -33,6 +34,9 @@ def main(argv: list[str]) -> int:
   line.integer("index", "train only the run of this number (from 0), as in a job array", minimum=0)
   line.boolean("together", "train all runs as one program; --config.mesh.run cuts them over devices")
   line.boolean("list", "only show the runs and how they stand")
+  line.string("export", "only write the curves of the runs to this CSV file")
+  line.string("compare", "only hold the runs' last validation losses against such a file; status 1 where one is off")
+  line.number("tolerance", "with --compare: nats that a loss may be off", default=0.05, minimum=0.0)
   values = line.parse(argv)
   base = line.config_value()
   recipe = line.config_path()
@@ -44,6 +48,11 @@ def main(argv: list[str]) -> int:
     raise InputError(f"--index={values.index}: the study has {len(runs)} runs; the last one is {len(runs) - 1}")
   if values.index is not None and values.together:
     raise InputError("--index and --together exclude one another: together all runs are one program")
+  if values.export:
+    print(f"wrote      {values.export}: {write_curves(runs, values.export)} lines")
+    return 0
+  if values.compare:
+    return _compare(hold_against(runs, values.compare), values.tolerance)
   if values.list:
     _show(runs)
     return 0
@@ -105,6 +114,15 @@ def _train(mine: list[Run], runs: list[Run]) -> list[str]:
       print(f"           exit status {status}: {_last_line(run)}", flush=True)
     sequence.weights_line(runs)
   return failed
+
+
+def _compare(held: list[Held], tolerance: float) -> int:
+  width = max(len(one.run) for one in held)
+  for one in held:
+    found = "not there" if one.found is None else f"{one.found:.4f}  {one.found - one.recorded:+.4f}"
+    verdict = "" if one.within(tolerance) else f"  more than {tolerance} off"
+    print(f"{one.run:<{width}}  step {one.step}  {one.recorded:.4f}  {found}{verdict}")
+  return 0 if all(one.within(tolerance) for one in held) else 1
 
 
 def _last_line(run: Run) -> str:

@@ -94,7 +94,7 @@ def test_one_of_four_is_killed_two_go_on_and_two_evaluate(recipe, one, tmp_path)
   assert two == pytest.approx(single, rel=1e-6)
 
 
-def test_different_commands_and_a_folder_that_is_not_shared_are_refused(recipe, tmp_path):
+def test_different_commands_are_refused(recipe, tmp_path):
   def command(index):
     rate = f"--config.optimizer.learning_rate={0.001 * (1 + index)}"
     return ["-m", "mixln_jax", "train", recipe, f"--workdir={tmp_path / 'run'}", rate]

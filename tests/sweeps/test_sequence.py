@@ -12,6 +12,7 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.commands import sweep
+from mixln_jax.errors import InputError
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.sweeps import sequence
 from mixln_jax.training import loop
@@ -57,7 +58,7 @@ def in_process(monkeypatch):
   return trained, failing
 
 
-def test_what_is_done_is_skipped_and_what_failed_is_said_and_tried_again(arguments, in_process, capsys):
+def test_what_is_done_is_skipped_and_what_failed_is_said_and_tried_again(arguments, in_process, tmp_path, capsys):
   trained, failing = in_process
   assert sweep.main([*arguments, "--list"]) == 0
   assert trained == []
@@ -76,6 +77,20 @@ def test_what_is_done_is_skipped_and_what_failed_is_said_and_tried_again(argumen
   assert len(lines) == 5  # the one that was trained, and the table of four
   assert sweep.main(arguments) == 0
   assert len(trained) == 5
+  # The study against its own record, against one that is off, and against what is none.
+  record = tmp_path / "record.csv"
+  assert sweep.main([*arguments, f"--export={record}"]) == 0
+  assert sweep.main([*arguments, f"--compare={record}", "--tolerance=0"]) == 0
+  lines = record.read_text().splitlines()
+  assert len(lines) == 1 + 4 * (2 + 1)  # two steps and one evaluation a run
+  name, split, step, loss = lines[-1].split(",")
+  record.write_text("\n".join([*lines[:-1], f"{name},{split},{step},{float(loss) + 0.1}"]))
+  capsys.readouterr()
+  assert sweep.main([*arguments, f"--compare={record}"]) == 1
+  assert "-0.1000  more than 0.05 off" in capsys.readouterr().out
+  record.write_text("thesis")
+  with pytest.raises(InputError, match="no validation loss"):
+    sweep.main([*arguments, f"--compare={record}"])
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(arguments, in_process, tmp_path, capsys):
