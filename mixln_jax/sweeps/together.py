@@ -106,6 +106,15 @@ class Program(NamedTuple):
   def _init_all(self, seeds_R: jax.Array, starts: Mapping[str, jax.Array]) -> step_lib.TrainState:
     return jax.vmap(lambda seed, start: step_lib.init_state(self.config, self.one, seed, start))(seeds_R, starts)
 
+  def compile_step(self) -> jax.stages.Compiled:
+    """The joint step `(state, batch, columns, rates) -> (state, metrics)`, compiled ahead of time, state donated."""
+    columns, rates_R = self.by_run((self.columns, self.rates_R))
+    step = self.map(step_lib.make_train_step(self.config), (0, None, 0, 0))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings(), None))
+    state = self.abstract_state()
+    with on_mesh(self.mesh):
+      return jitted.lower(state, abstract_batch(self.config, self.mesh), columns, rates_R).compile()
+
   def map(self, step: Callable[..., Any], in_axes: tuple[int | None, ...]) -> Callable[..., Any]:
     """A pure step of one run as a step of all."""
     return jax.vmap(step, in_axes=in_axes, spmd_axis_name="run")
@@ -215,6 +224,8 @@ def train_together(study: Study, runs: Sequence[Run]) -> list[loop.Outcome]:
   """
   clock = Clock()
   program = make_program(runs, study.base.mesh)
+  if is_first() and program.config.diagnostics.every_steps:
+    print("note       config.diagnostics.every_steps is not for --together; `diagnose` looks at the checkpoints")
   corpus = open_data(program.config)
   setups = [
     Setup(run.config, program.mesh, corpus, placement.parse(run.config.model.placement, run.config.model.num_layers))
@@ -266,7 +277,7 @@ class _Joint:
         tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=None if is_first() else True)
       )
       with self._clock("compile"):
-        train_step = self._compile()
+        train_step = self._program.compile_step()
       columns, rates_R = self._program.by_run((self._program.columns, self._program.rates_R))
       loader = make_loader(self._members[0].setup, config.train.batch_size)
       batches = stack.enter_context(contextlib.closing(loader.train(step)))
@@ -357,16 +368,6 @@ class _Joint:
   @property
   def _max_skipped(self) -> int:
     return self._config.train.max_skipped_in_a_row
-
-  def _compile(self) -> jax.stages.Compiled:
-    program = self._program
-    state = program.abstract_state()
-    columns, rates_R = program.by_run((program.columns, program.rates_R))
-    step = program.map(step_lib.make_train_step(program.config), (0, None, 0, 0))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, None))
-    batch = abstract_batch(program.config, program.mesh)
-    with on_mesh(program.mesh):
-      return jitted.lower(state, batch, columns, rates_R).compile()
 
   def _flush(self, state: step_lib.TrainState, step: int, bar: Any) -> step_lib.TrainState:
     """Reads the metrics of the step that is pending, passes them on, and freezes the runs that can't go on."""

@@ -54,7 +54,9 @@ def test_diagnose_an_imported_llama(llama, capsys):
   assert main(["diagnose", f"--workdir={llama}"]) == 0
   lines = capsys.readouterr().out.splitlines()
   result = json.loads((llama / "diagnose" / "0" / "diagnose.json").read_text())
-  assert lines[-1] == f"wrote      {llama / 'diagnose' / '0' / 'diagnose.json'}"
+  figures = {path.suffix for path in (llama / "diagnose" / "0").iterdir()}
+  assert lines[-1].startswith(f"wrote      {llama / 'diagnose' / '0'}: diagnose.json and ")
+  assert figures >= {".json", ".png", ".svg"}
   assert [line.split()[:2] for line in lines[2:4]] == [["0", "pre"], ["1", "pre"]]
   assert (result["step"], result["placement"], result["num_layers"]) == (0, "pre", 2)
   assert result["definitions"] == DEFINITIONS

@@ -1,0 +1,95 @@
+"""What training many runs as one program costs against training them one after another, on configs/tiny.py's width.
+
+    python -m benchmarks.together [--repeats=5] [--layers=4] [--out=benchmarks/results/together.json]
+
+Five placements × two seeds: the joint step (`sweep --together`) takes turns with the ten separate steps on the same
+batch; medians of the wall time and of the processor time of all threads. Compilation is counted apart: one program
+against one a placement. A CPU is busy with one run already, so no gain is expected there; an accelerator that a small
+model does not fill should gain.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs import tiny
+from mixln_jax.parallel.mesh import global_batch, make_mesh
+from mixln_jax.sweeps.study import make_study
+from mixln_jax.sweeps.together import make_program
+from mixln_jax.training import step as step_lib
+from mixln_jax.training.setup import lower_train_step
+
+PLACEMENTS, SEEDS = ("pre", "post", "mix:0.25", "lns", "sandwich"), (0, 1)
+
+
+def measure(num_layers: int, repeats: int) -> dict[str, Any]:
+  """Seconds of the joint step and of all separate ones, and of their compilation."""
+  base = tiny.get_config()
+  base.model.num_layers = num_layers
+  runs = make_study(base, [{"model.placement": PLACEMENTS, "seed": SEEDS}]).runs(tempfile.gettempdir())
+  program = make_program(runs, base.mesh)
+  mesh = make_mesh(base.mesh)
+  started = time.perf_counter()
+  joint_step = program.compile_step()
+  seconds = {"compile together": time.perf_counter() - started}
+  started = time.perf_counter()
+  separate = {}
+  for run in runs:
+    if run.config.model.placement not in separate:
+      shardings = step_lib.state_shardings(run.config, mesh)
+      separate[run.config.model.placement] = lower_train_step(run.config, mesh, shardings).compile()
+  seconds["compile apart"] = time.perf_counter() - started
+  tokens = np.random.default_rng(0).integers(
+    0, base.model.vocab_size, (base.train.batch_size, base.data.sequence_length)
+  )
+  columns = {"tokens_BT": tokens.astype(np.int32), "labels_BT": np.roll(tokens, -1, 1).astype(np.int32)}
+  batch = global_batch(columns | {"weights_BT": np.ones(tokens.shape, np.float32)}, mesh)
+  states = [jax.jit(lambda config=run.config: step_lib.init_state(config))() for run in runs]
+  joint = program.init()
+  arguments = program.by_run((program.columns, program.rates_R))
+  times: dict[str, list[tuple[float, float]]] = {"together": [], "apart": []}
+  for _ in range(repeats + 1):
+    clock = time.perf_counter(), time.process_time()
+    joint, _ = joint_step(joint, batch, *arguments)
+    jax.block_until_ready(joint)
+    times["together"].append((time.perf_counter() - clock[0], time.process_time() - clock[1]))
+    clock = time.perf_counter(), time.process_time()
+    for number, run in enumerate(runs):
+      states[number], _ = separate[run.config.model.placement](states[number], batch)
+    jax.block_until_ready(states)
+    times["apart"].append((time.perf_counter() - clock[0], time.process_time() - clock[1]))
+  for name, taken in times.items():
+    seconds[name], seconds[f"{name}, processor"] = (
+      statistics.median(column) for column in zip(*taken[1:], strict=True)
+    )
+  return seconds
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--layers", type=int, default=4)
+  parser.add_argument("--out", type=Path)
+  arguments = parser.parse_args()
+  seconds = measure(arguments.layers, arguments.repeats)
+  for name, value in seconds.items():
+    print(f"{name:<22}{value:9.3f} s")
+  ratio = seconds["together, processor"] / seconds["apart, processor"]
+  print(f"together / apart      {seconds['together'] / seconds['apart']:9.2f} wall, {ratio:.2f} processor time")
+  if arguments.out:
+    facts = {"machine": platform.machine(), "cpus": os.cpu_count(), "jax": jax.__version__}
+    facts |= {"device": jax.devices()[0].device_kind, "layers": arguments.layers, "runs": len(PLACEMENTS) * len(SEEDS)}
+    arguments.out.write_text(json.dumps(facts | {"seconds": seconds}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()
