@@ -5,8 +5,8 @@ Exit status: 0 all runs are done; 1 a run failed; 75 stopped by a signal, or oth
 """
 
 import sys
-from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
 from mixln_jax.command_line import CommandLine
@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
     raise InputError(f"--index={values.index}: the study has {len(runs)} runs; the last one is {len(runs) - 1}")
   if values.index is not None and values.together:
     raise InputError("--index and --together exclude one another: together all runs are one program")
+  if not values.together:
+    jax.config.update("jax_platforms", "cpu")  # the runs' own processes train: this one must not hold their devices
   if values.export:
     print(f"wrote      {values.export}: {write_curves(runs, values.export)} lines")
     return 0
@@ -63,9 +65,10 @@ def main(argv: list[str]) -> int:
   runs = sequence.open_study(study, values.workdir, write=not values.together or processes.is_first())
   mine = runs if values.index is None else [runs[values.index]]
   if values.together:
-    return _train_together(study, runs, Path(values.workdir))
+    return _train_together(study, runs)
   try:
-    failed = _train(mine, runs)
+    with sequence.Signals() as signals:
+      failed = _train(mine, runs, signals)
   except sequence.Stopped as stopped:
     print(f"stopped    by {stopped}; run the same command to go on")
     return STOPPED_STATUS
@@ -77,22 +80,22 @@ def main(argv: list[str]) -> int:
   return 0 if all(sequence.state_of(run).state == sequence.DONE for run in mine) else STOPPED_STATUS
 
 
-def _train_together(study: Study, runs: list[Run], folder: Path) -> int:
+def _train_together(study: Study, runs: list[Run]) -> int:
   use_compile_cache()
   with processes.failing_together():
-    chosen = joint_set(folder, runs)
-    if not chosen:
-      print("all runs are done")
-      return 0
-    outcomes = train_together(study, chosen)
-  if not processes.is_first():
-    return 0
-  _show(runs)
-  print(f"weights    initial, {sequence.weights_line(runs)}")
+    outcomes = []
+    while chosen := joint_set(runs):  # runs that were added to the study since come after those that were begun
+      outcomes = train_together(study, chosen)
+      if any(outcome.status == STOPPED for outcome in outcomes):
+        break
+    processes.wait_for_all("the end of the study")
+  if processes.is_first():
+    _show(runs)
+    print(f"weights    initial, {sequence.weights_line(runs)}")
   return STOPPED_STATUS if any(outcome.status == STOPPED for outcome in outcomes) else 0
 
 
-def _train(mine: list[Run], runs: list[Run]) -> list[str]:
+def _train(mine: list[Run], runs: list[Run], signals: sequence.Signals) -> list[str]:
   """Trains what is open; returns the names of the runs that failed."""
   tried: set[str] = set()
   failed = []
@@ -107,7 +110,7 @@ def _train(mine: list[Run], runs: list[Run]) -> list[str]:
           bar.set_postfix_str(words[2][:60], refresh=False)
           bar.update(int(words[1].split("/")[0]) - bar.n)
 
-      status = sequence.train_run(run, seen)
+      status = sequence.train_run(run, seen, signals)
     print(f"           {sequence.state_of(run).describe()}", flush=True)
     if status not in (0, STOPPED_STATUS) and sequence.state_of(run).state == sequence.OPEN:
       failed.append(run.name)

@@ -48,7 +48,7 @@ def count_params(config: Config) -> int:
   """Number of parameters that the model has: without columns that only pad the MLP, and what a layer does not use."""
   used = used_by_layer(placement.parse(config.placement, config.num_layers))
   count = 0
-  for path, leaf in _leaves(config):
+  for path, leaf in param_leaves(config):
     shape = logical_shape(path, leaf.shape, config)
     name = path.removeprefix("layers/")
     count += math.prod(shape[1:]) * int(used[name].sum()) if name in used else math.prod(shape)
@@ -60,7 +60,7 @@ def deviations(config: Config, columns: Columns | None = None) -> dict[str, floa
   `abstract_params`."""
   table = placement.parse(config.placement, config.num_layers)
   result: dict[str, float | np.ndarray] = {}
-  for path, leaf in _leaves(config, columns):
+  for path, leaf in param_leaves(config, columns):
     name = path.removeprefix("layers/")
     if name in SUBLAYER_OF:
       fans = config.embed_dim + math.prod(logical_shape(path, leaf.shape, config)[1:]) // config.embed_dim
@@ -77,11 +77,12 @@ def starting_values(config: Config, columns: Columns | None = None) -> dict[str,
   started as one program, these numbers being data.
   """
   table = placement.parse(config.placement, config.num_layers)
-  others = {path: _first_value(path, table) for path, _ in _leaves(config, columns) if not is_matrix(path)}
+  others = {path: _first_value(path, table) for path, _ in param_leaves(config, columns) if not is_matrix(path)}
   return others | deviations(config, columns)
 
 
-def _leaves(config: Config, columns: Columns | None = None) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+def param_leaves(config: Config, columns: Columns | None = None) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+  """Name, shape and type of each parameter of config.model; `columns` as in `abstract_params`."""
   shapes = nn.unbox(abstract_params(config, columns))
   return list(zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True))
 

@@ -1,6 +1,7 @@
 """A study's curves as one CSV file: what is kept of it, and what a new one is held against."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +24,18 @@ class Held(NamedTuple):
   found: float | None
 
   def within(self, tolerance: float) -> bool:
-    return self.found is not None and abs(self.found - self.recorded) <= tolerance
+    """Whether the two agree; a loss that was not finite agrees with one that is not."""
+    if self.found is None or not math.isfinite(self.recorded):
+      return self.found is not None and not math.isfinite(self.found)
+    return abs(self.found - self.recorded) <= tolerance
 
 
 def write_curves(runs: Sequence[Run], path: str | Path) -> int:
-  """Writes every validation loss and a thinned training curve of each run that has any; returns the number of lines."""
+  """Writes every validation loss and a thinned training curve of each run that has any; returns the number of lines.
+
+  Raises:
+    InputError: no run has any, or the file can't be written.
+  """
   rows = []
   for run in runs:
     lines = read_lines(run.folder / METRICS)
@@ -35,6 +43,8 @@ def write_curves(runs: Sequence[Run], path: str | Path) -> int:
     kept = train[:: max(1, len(train) // TRAIN_LINES)]
     kept += [line for line in lines if line["split"] == "validation"]
     rows += [(run.name, line["split"], line["step"], f"{float(line['loss']):.6f}") for line in kept]
+  if not rows:
+    raise InputError(f"--export={path}: no run of the study has been trained yet")
   try:
     with Path(path).open("w", newline="") as file:
       csv.writer(file).writerows([COLUMNS, *rows])

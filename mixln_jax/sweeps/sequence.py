@@ -1,18 +1,22 @@
 """The runs of a study one after another, each in a process of its own; any number of machines share them."""
 
-import contextlib
+import fcntl
 import json
+import os
+import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.runs.folder import OUTCOME
+from mixln_jax.runs.folder import LOCK, OUTCOME, RunFolder
+from mixln_jax.runs.remote import STALE_SECONDS, holder_of
 from mixln_jax.sweeps.study import STUDY, Run, Study, check_comparable, check_initial_weights
 from mixln_jax.training.loop import DIVERGED, FINISHED, NON_FINITE
 
@@ -48,7 +52,7 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
   runs = study.runs(folder)
   if (folder / STUDY).exists():
     _check_same(study, json.loads((folder / STUDY).read_text()), folder)
-  elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  elif folder.exists() and (not folder.is_dir() or any(not _is_partial(path) for path in folder.iterdir())):
     raise InputError(f"--workdir={folder}: not empty and holds no study; choose another folder, nothing was written")
   check_comparable(runs)
   if write:
@@ -58,8 +62,8 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
 
 
 def write_whole(path: Path, text: str) -> None:
-  """Writes a file, whole or not at all."""
-  partial = path.with_name(f".{path.name}.partial")
+  """Writes a file, whole or not at all; several processes may do it at once."""
+  partial = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
   partial.write_text(text)
   partial.replace(path)
 
@@ -79,15 +83,29 @@ def _check_same(study: Study, old: dict[str, Any], folder: Path) -> None:
     raise InputError(f"--workdir={folder} holds another study: {'; '.join(wrong)}; use another --workdir")
 
 
+def _is_partial(path: Path) -> bool:
+  return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def _is_busy(folder: RunFolder) -> bool:
+  """Whether another process trains there; looks, and takes nothing that a run could miss."""
+  try:
+    with (folder / LOCK).open() as file:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      holder = holder_of(file.read())
+  except BlockingIOError:
+    return True
+  except OSError:
+    return False
+  age = time.time() - (folder / LOCK).stat().st_mtime
+  return holder.get("host", platform.node()) != platform.node() and age < STALE_SECONDS
+
+
 def state_of(run: Run) -> State:
   """How a run stands."""
   outcome = json.loads((run.folder / OUTCOME).read_text()) if (run.folder / OUTCOME).exists() else None
-  if run.folder.has_run:
-    try:
-      with run.folder.lock():
-        pass
-    except InputError:
-      return State(BUSY, outcome)
+  if _is_busy(run.folder):
+    return State(BUSY, outcome)
   finished = outcome is not None and (
     outcome["status"] in (DIVERGED, NON_FINITE)
     or (outcome["status"] == FINISHED and outcome["step"] == run.config.train.num_steps)
@@ -99,48 +117,78 @@ class Stopped(Exception):
   """A signal ended the sweep; `args[0]` names it."""
 
 
-def train_run(run: Run, seen: Callable[[str], None]) -> int:
+class Signals:
+  """While the context is open, SIGTERM and Ctrl-C go on to the run that is being trained, as SIGTERM: it ends with a
+  checkpoint. Between two runs they end the sweep at once."""
+
+  def __init__(self) -> None:
+    self.child: subprocess.Popen[str] | None = None
+    self.name: str | None = None
+
+  def _handle(self, number: int, _: FrameType | None) -> None:
+    self.name = signal.Signals(number).name
+    if self.child is not None:
+      self.child.terminate()
+
+  def __enter__(self) -> "Signals":
+    self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def check(self) -> None:
+    """Raises Stopped where a signal came."""
+    if self.name is not None:
+      raise Stopped(self.name)
+
+
+def train_run(run: Run, seen: Callable[[str], None], signals: Signals) -> int:
   """Trains one run in a process of its own, from where it is; returns its exit status.
 
-  What it prints is appended to its `log.txt`, and each line given to `seen`. A SIGTERM or Ctrl-C is passed on to it, so
-  that it ends with a checkpoint.
+  What it prints is appended to its `log.txt`, and each line given to `seen`.
 
   Raises:
-    Stopped: after such a signal, once it has ended.
+    Stopped: a signal came; the run has ended.
   """
-  if not run.folder.has_run:
-    run.folder.create(config_lib.to_json(run.config))
+  signals.check()
+  _make(run)
   command = [sys.executable, "-m", "mixln_jax", "train", f"--workdir={run.folder.path}"]
   with (run.folder / LOG).open("a") as log:
+    # In a session of its own: Ctrl-C reaches it once, from here.
     child = subprocess.Popen(
       command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )
-    with _passed_on(child) as signals, contextlib.closing(child.stdout or ()) as lines:  # pyright: ignore[reportArgumentType]
-      for line in lines:
+    signals.child = child
+    try:
+      if signals.name is not None:  # it came while the process was made
+        child.terminate()
+      for line in child.stdout or ():
         log.write(line)
         log.flush()
         seen(line.rstrip("\n"))
       status = child.wait()
-  if signals:
-    raise Stopped(signals[0])
+    finally:
+      signals.child = None
+      if child.poll() is None:
+        child.terminate()
+        child.wait()
+      if child.stdout is not None:
+        child.stdout.close()
+  signals.check()
   return status
 
 
-@contextlib.contextmanager
-def _passed_on(child: "subprocess.Popen[str]") -> Iterator[list[str]]:
-  """While the context is open, SIGTERM and Ctrl-C go to the child as SIGTERM; the list has their names."""
-  names: list[str] = []
-
-  def handle(number: int, _: FrameType | None) -> None:
-    names.append(signal.Signals(number).name)
-    child.terminate()
-
-  previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+def _make(run: Run) -> None:
+  """Makes the run's folder, where no other machine has just done so."""
+  if run.folder.has_run:
+    return
   try:
-    yield names
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
+    run.folder.create(config_lib.to_json(run.config))
+  except InputError:
+    if not run.folder.has_run:
+      raise
 
 
 def next_run(runs: Sequence[Run], tried: set[str]) -> Run | None:

@@ -6,6 +6,7 @@ started here can go on alone.
 """
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -28,7 +28,9 @@ from mixln_jax.model.columns import Columns
 from mixln_jax.model.initial import starting_values
 from mixln_jax.parallel.mesh import attach, global_batch, make_mesh
 from mixln_jax.parallel.processes import agree, all_stop_at, is_first, wait_for_all
+from mixln_jax.parallel.rules import replicated
 from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
+from mixln_jax.runs.folder import OUTCOME
 from mixln_jax.runs.metrics import Metrics
 from mixln_jax.runs.opening import read_config
 from mixln_jax.sweeps.sequence import DONE, state_of, write_whole
@@ -110,7 +112,8 @@ class Program(NamedTuple):
     """The joint step `(state, batch, columns, rates) -> (state, metrics)`, compiled ahead of time, state donated."""
     columns, rates_R = self.by_run((self.columns, self.rates_R))
     step = self.map(step_lib.make_train_step(self.config), (0, None, 0, 0))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings(), None))
+    # The host of every process reads the metrics of all runs.
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings(), replicated(self.mesh)))
     state = self.abstract_state()
     with on_mesh(self.mesh):
       return jitted.lower(state, abstract_batch(self.config, self.mesh), columns, rates_R).compile()
@@ -171,11 +174,12 @@ class Member:
 
   def state(self, joint: step_lib.TrainState) -> step_lib.TrainState:
     """The run's own state out of the joint one, without what only other placements use."""
-    return jax.device_put(_take(self._own(joint), self.index), self.shardings)
+    return _taker(*_key(self.shardings))(self._own(joint), self.index)
 
   def put(self, joint: step_lib.TrainState, own: step_lib.TrainState) -> step_lib.TrainState:
     """The joint state with the run's own in its place; what the run does not use stays as it was."""
-    changed = _by_path(_put(self._own(joint), own, self.index))
+    part = self._own(joint)
+    changed = _by_path(_putter(*_key(jax.tree.map(lambda leaf: leaf.sharding, part)))(part, own, self.index))
     return jax.tree_util.tree_map_with_path(lambda path, leaf: changed.get(jax.tree_util.keystr(path), leaf), joint)
 
   def _own(self, joint: step_lib.TrainState) -> step_lib.TrainState:
@@ -184,33 +188,48 @@ class Member:
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[jax.tree_util.keystr(path)], self.shardings)
 
 
-@jax.jit
-def _take(tree: Any, index: jax.Array) -> Any:
-  return jax.tree.map(lambda leaf_R: leaf_R[index], tree)
+def _key(shardings: Any) -> tuple[tuple[Any, ...], Any]:
+  leaves, structure = jax.tree.flatten(shardings)
+  return tuple(leaves), structure
 
 
-@jax.jit
-def _put(tree: Any, own: Any, index: jax.Array) -> Any:
-  return jax.tree.map(lambda leaf_R, leaf: leaf_R.at[index].set(leaf), tree, own)
+@functools.cache
+def _taker(shardings: tuple[Any, ...], structure: Any) -> Callable[..., Any]:
+  """`(leaves [R, …], index) -> leaves`, sharded so; compiled once for all runs of one tree."""
+  return jax.jit(
+    lambda tree, index: jax.tree.map(lambda leaf_R: leaf_R[index], tree), out_shardings=structure.unflatten(shardings)
+  )
+
+
+@functools.cache
+def _putter(shardings: tuple[Any, ...], structure: Any) -> Callable[..., Any]:
+  """`(leaves [R, …], leaves, index) -> leaves [R, …]`, sharded so."""
+  return jax.jit(
+    lambda tree, own, index: jax.tree.map(lambda leaf_R, leaf: leaf_R.at[index].set(leaf), tree, own),
+    out_shardings=structure.unflatten(shardings),
+  )
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
   return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def joint_set(folder: Path, runs: Sequence[Run]) -> list[Run]:
-  """The runs that are trained together: those that were when it was last started, else all that are not done.
+def joint_set(runs: Sequence[Run]) -> list[Run]:
+  """The runs to be trained together: those that were when it was last begun, else all that are not done.
 
-  A run that ended before the others stays among them: another number of runs would round in another way.
+  A run that was frozen stays among them: another number of runs would round in another way. One that has finished does
+  not: it is never trained again.
   """
-  path = folder / TOGETHER
+  path = _study_folder(runs) / TOGETHER
   names = json.loads(path.read_text())["runs"] if path.exists() else []
-  chosen = [run for run in runs if run.name in names]
-  if all(state_of(run).state == DONE for run in chosen):
-    chosen = [run for run in runs if state_of(run).state != DONE]
-    if is_first():
-      write_whole(path, json.dumps({"runs": [run.name for run in chosen]}) + "\n")
-  return chosen
+  begun = [run for run in runs if run.name in names and loop.read_outcome(run.folder, (loop.FINISHED,)) is None]
+  if any(state_of(run).state != DONE for run in begun):
+    return begun
+  return [run for run in runs if state_of(run).state != DONE]
+
+
+def _study_folder(runs: Sequence[Run]) -> Path:
+  return runs[0].folder.path.parents[1]
 
 
 def train_together(study: Study, runs: Sequence[Run]) -> list[loop.Outcome]:
@@ -244,6 +263,8 @@ def train_together(study: Study, runs: Sequence[Run]) -> list[loop.Outcome]:
       stack.enter_context(run.folder.lock())
       checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(run.config, run.folder)))
       members.append(Member(index, run, setup, checkpoints))
+    if is_first():
+      write_whole(_study_folder(runs) / TOGETHER, json.dumps({"runs": [run.name for run in runs]}) + "\n")
     return _Joint(program, members, clock).train(old_configs)
 
 
@@ -270,6 +291,8 @@ class _Joint:
     with contextlib.ExitStack() as stack:
       for member in self._members:
         if member.live:  # a frozen one has written its last line
+          if is_first():
+            (member.run.folder / OUTCOME).unlink(missing_ok=True)
           member.divergence = loop.Divergence(member.setup, member.run.folder, step)
           metrics = loop.open_metrics(member.setup, member.run.folder, step)
           member.metrics = stack.enter_context(contextlib.closing(metrics))
@@ -326,26 +349,29 @@ class _Joint:
     """The newest step of which every run that still moves has a whole checkpoint, and the joint state there."""
     for member in self._members:
       member.frozen_outcome = loop.read_outcome(member.run.folder, (loop.NON_FINITE, loop.DIVERGED))
-    live = [member for member in self._members if member.live]
-    common = set.intersection(*(set(member.checkpoints.all_steps()) for member in live or self._members))
+    live = [member for member in self._members if member.live] or self._members
+    common = set.intersection(*(set(member.checkpoints.all_steps()) for member in live))
+    begun = any(member.checkpoints.all_steps() for member in live)
     state = self._program.init()
-    for step in [*sorted(common, reverse=True), 0]:
+    for step in sorted(common, reverse=True) if begun else [0]:
       try:
         points = [
-          resume_point(old, member.run.config, [step] if step in common else [], str(member.run.folder.path))
+          resume_point(old, member.run.config, [step] if begun else [], member.run.folder.address)
           for old, member in zip(old_configs, self._members, strict=True)
         ]
-        states = [self._restored(member, step) for member in self._members] if step in common else []
+        states = [self._restored(member, step, state) for member in self._members] if begun else []
       except DamagedError as error:
         print(f"warning: {error}; the runs go on from a step of which all have a whole checkpoint")
         continue
       break
     else:
       raise InputError(
-        "no step has a whole checkpoint of every run, and there is no way back to the first; see the warnings"
+        "--together: there is no step of which all of the runs have a whole checkpoint; leave --together out, and each "
+        "goes on from its own"
       )
+    agree("the step to go on from", {"step": step})
     for member, own in zip(self._members, states, strict=False):
-      state = jax.device_put(member.put(state, own), self._shardings)
+      state = member.put(state, own)
     for member, point in zip(self._members, points, strict=True):
       later = [number for number in member.checkpoints.all_steps() if number > step]
       if member.live and later:
@@ -358,11 +384,14 @@ class _Joint:
       loop.write_facts(member.setup, member.run.folder, own.params, point)
     return step, state
 
-  def _restored(self, member: Member, step: int) -> step_lib.TrainState:
+  def _restored(self, member: Member, step: int, fresh: step_lib.TrainState) -> step_lib.TrainState:
     """A run's own state at a step; of a frozen run what it ended with, so that it stays frozen."""
-    at = step if member.live else max(member.checkpoints.all_steps(), default=step)
-    check_facts(member.checkpoints.facts(at), member.setup, member.run.folder)
-    own = restore_state(member.run.config, member.shardings, member.checkpoints, at)
+    steps = [step] if member.live else member.checkpoints.all_steps()
+    if steps:
+      check_facts(member.checkpoints.facts(steps[-1]), member.setup, member.run.folder)
+      own = restore_state(member.run.config, member.shardings, member.checkpoints, steps[-1])
+    else:  # it froze before its first checkpoint
+      own = member.state(fresh)
     return own if member.live else own.replace(skipped_in_a_row=own.skipped_in_a_row * 0 + self._max_skipped)
 
   @property
@@ -386,30 +415,40 @@ class _Joint:
         what = f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}: not finite"
         state = self._freeze(state, member, step, loop.NON_FINITE, what)
     losses = [float(values_R["loss"][member.index]) for member in live]
-    bar.set_postfix_str(f"losses {min(losses):.3f} to {max(losses):.3f}, {len(live)} runs", refresh=False)
+    if losses:
+      bar.set_postfix_str(f"losses {min(losses):.3f} to {max(losses):.3f}, {len(live)} runs", refresh=False)
     bar.update(step - bar.n)
     return state
 
   def _freeze(
     self, state: step_lib.TrainState, member: Member, step: int, status: str, why: str
   ) -> step_lib.TrainState:
-    """Ends one run at a step: its checkpoint and outcome are written, and it is not updated any more."""
+    """Ends one run at a step: its outcome is written, and it is not updated any more.
+
+    Its checkpoint is written as well, unless its parameters are what was seen not to be finite.
+    """
     own = member.state(state)
-    if status == loop.NON_FINITE and int(own.skipped_in_a_row):  # those of later steps were skipped as well
-      own = loop.without_last(own, int(own.step) - step, member.shardings)
+    whole = status == loop.DIVERGED
+    if int(own.skipped_in_a_row):  # the parameters are those from before; later steps were skipped as well
+      own, whole = loop.without_last(own, int(own.step) - step, member.shardings), True
       why += f"; its batch and gradient norms are in {write_dump(member.run.folder, member.setup, own, step)}"
-    if step not in member.checkpoints.all_steps():
+    if whole and step not in member.checkpoints.all_steps():
       member.checkpoints.save(step, split(own), member.facts)
       member.checkpoints.wait()
-    member.frozen_outcome = self._finish(member, state, step, status, f"{why}; the other runs went on")
-    print(f"frozen     {member.run.name}: {member.frozen_outcome.message}")
-    halted = state.skipped_in_a_row.at[member.index].set(self._max_skipped)
-    return state.replace(skipped_in_a_row=jax.device_put(halted, self._shardings.skipped_in_a_row))
+    end = loop.End(status, step, f"{why}; the other runs went on", int(own.skipped))
+    member.frozen_outcome = loop.write_outcome(member.setup, member.run.folder, end, member.checkpoints, self._clock)
+    if is_first():
+      tqdm.write(f"frozen     {member.run.name}: {member.frozen_outcome.message}")
+    halt = jax.jit(
+      lambda skipped_R: skipped_R.at[member.index].set(self._max_skipped),
+      out_shardings=self._shardings.skipped_in_a_row,
+    )
+    return state.replace(skipped_in_a_row=halt(state.skipped_in_a_row))
 
   def _make_evaluator(self) -> Callable[..., list[Evaluation]]:
     setup, config = self._members[0].setup, self._config
     step = step_lib.make_evaluate_step(self._program.config, bytes_per_token(setup))
-    mapped = jax.jit(self._program.map(step, (0, None, 0)))
+    mapped = jax.jit(self._program.map(step, (0, None, 0)), out_shardings=replicated(self._program.mesh))
     loader = make_loader(setup, config.evaluate.batch_size)
 
     def evaluate(params: Any, columns: Columns) -> list[Evaluation]:
@@ -448,5 +487,5 @@ class _Joint:
   def _finish(self, member: Member, state: step_lib.TrainState, step: int, status: str, message: str) -> loop.Outcome:
     if member.frozen_outcome is not None:
       return member.frozen_outcome
-    end = loop.End(status, step, message, int(jnp.asarray(state.skipped)[member.index]))
+    end = loop.End(status, step, message, int(member.state(state).skipped))
     return loop.write_outcome(member.setup, member.run.folder, end, member.checkpoints, self._clock)

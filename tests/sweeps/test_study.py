@@ -6,6 +6,7 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
+from mixln_jax.model.initial import deviations
 from mixln_jax.sweeps.sequence import OPEN, open_study, state_of
 from mixln_jax.sweeps.study import check_initial_weights, load_study, make_study, parse_axes
 
@@ -109,6 +110,15 @@ def test_runs_that_should_start_from_the_same_numbers_are_compared(make_config, 
   runs[-1].folder.write_json("initial_weights.json", facts)
   with pytest.raises(InputError, match="should start from the same layers/query"):
     check_initial_weights(runs)
+
+
+def test_runs_of_other_shapes_share_nothing_of_those_shapes(make_config, tmp_path):
+  runs = study_of(make_config(), "num_kv_heads=1 2").runs(tmp_path)
+  for number, run in enumerate(runs):
+    run.folder.create(config_lib.to_json(run.config))
+    sums = dict.fromkeys(deviations(run.config.model), 7) | {"layers/key": number, "layers/value": number}
+    run.folder.write_json("initial_weights.json", {"hash": str(number), "bit_sums": sums})
+  assert len(check_initial_weights(runs)) == 2
 
 
 def test_every_study_of_the_repository_can_be_meant():

@@ -109,13 +109,13 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(trained, tmp_path, monkeyp
       pass
 
   runs = open_study(study, tmp_path / "study")
-  assert joint_set(tmp_path / "study", runs) == runs
+  assert joint_set(runs) == runs
   with monkeypatch.context() as patch:
     patch.setattr(together, "stop_on_signals", lambda: contextlib.nullcontext(AfterThreeSteps()))
     assert {outcome.status for outcome in train_together(study, runs)} == {loop.STOPPED}
   # As a kill would leave it that came between the checkpoints of two runs.
   shutil.rmtree(runs[4].folder / "checkpoints" / "3")
-  assert joint_set(tmp_path / "study", runs) == runs
+  assert joint_set(runs) == runs
   assert {outcome.status for outcome in train_together(study, runs)} == {loop.FINISHED}
   for run, other in zip(runs, expected, strict=True):
     for split in ("train", "validation"):
@@ -124,7 +124,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(trained, tmp_path, monkeyp
       np.testing.assert_array_equal, params(run.folder.path, run.config), params(other.folder.path, run.config)
     )
   assert [path.name for path in (runs[0].folder / "superseded_at_2").iterdir() if path.name.isdigit()] == ["3"]
-  assert joint_set(tmp_path / "study", runs) == []
+  assert joint_set(runs) == []
 
 
 def test_a_run_that_is_not_finite_is_frozen_and_the_others_go_on(make_config, tmp_path):
@@ -144,6 +144,35 @@ def test_a_run_that_is_not_finite_is_frozen_and_the_others_go_on(make_config, tm
       assert (run.folder / f"non_finite_{outcome.step}").is_dir()
   alone = loop.train(runs[0].config, tmp_path / "alone")
   np.testing.assert_allclose(alone.validation["loss"], outcomes[0].validation["loss"], rtol=2e-5)
+
+
+def test_all_may_freeze_and_a_finished_run_is_never_trained_again(make_config, tmp_path):
+  config = make_config(
+    **{"train.max_skipped_in_a_row": 2, "optimizer.clip_norm": 0.0, "evaluate.every_steps": 0, "train.num_steps": 5}
+  )
+  config.checkpoint.every_steps = 5
+  study = study_of(config, "learning_rate=1e30", "placement=post pre", "seed=0")
+  runs = open_study(study, tmp_path / "study")
+  loop.train(runs[1].config.copy_and_resolve_references(), runs[1].folder.path)  # one of them alone, to its end
+  before = runs[1].folder.read("outcome.json")
+  assert json.loads(before)["status"] == loop.NON_FINITE
+  outcomes = train_together(study, joint_set(runs))
+  assert [outcome.status for outcome in outcomes] == [loop.NON_FINITE]
+  assert outcomes[0].skipped_updates == json.loads(before)["skipped_updates"]
+  assert runs[1].folder.read("outcome.json") == before
+  assert joint_set(runs) == []
+
+
+def test_without_a_common_step_it_is_refused_and_nothing_is_lost(make_config, tmp_path):
+  study = study_of(make_config(), "placement=pre post")
+  runs = open_study(study, tmp_path / "study")
+  half = runs[0].config.copy_and_resolve_references()
+  loop.train(half, runs[0].folder.path)
+  (runs[0].folder / "outcome.json").unlink()  # as of a run that was killed on its way
+  checkpoints = sorted(path.name for path in (runs[0].folder / "checkpoints").iterdir())
+  with pytest.raises(InputError, match="no step of which all of the runs have a whole checkpoint"):
+    train_together(study, joint_set(runs))
+  assert sorted(path.name for path in (runs[0].folder / "checkpoints").iterdir()) == checkpoints
 
 
 @pytest.mark.parametrize(
