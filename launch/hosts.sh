@@ -43,7 +43,7 @@ verbs:
   free        ends every process that holds the TPU, and removes the lock of one that died
   supervise   create, setup and train, and again after each preemption, until training is done
     --poll=60 --wait=15 --longest-wait=900   seconds between looks; seconds to wait before a restart, doubled each time
-    --healthy=1800                         training that ran so many seconds clears the count of crashes and the wait
+    --healthy=1800                         training seen running after so many seconds clears crashes and the wait
     --max-crashes=3                        crashes in a row (not preemptions) after which it gives up
     --max-creations=100                    attempts in a row to get the TPU after which it gives up
     --delete-when-done                     deletes the TPU when training is done, was refused or keeps crashing

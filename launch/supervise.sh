@@ -69,6 +69,7 @@ try_to_start() {
     set_up_hosts && is_set_up=true
   fi
   "$is_set_up" && start_training && return
+  restart=true # hosts that did start were stopped by start_training: not by hand
   ! is_still_there || count_crash "the hosts could not be set up, or training not started (see above)"
 }
 
@@ -97,12 +98,12 @@ look_at_training() {
     return
   fi
   unreachable=0
-  ((seconds < healthy)) || crashes=0 pause=$wait
   if [ "$training" = running ]; then
     if [ "$theirs" != "$workdir" ]; then
       delete_when_done=false # it is not ours to delete
       give_up 2 "another run trains there ($theirs); stop it first, or take another TPU"
     fi
+    ((seconds < healthy)) || crashes=0 pause=$wait # only here: a run that has ended is looked at again and again
     restart=false
     rest "$poll"
     return

@@ -56,10 +56,11 @@ class Cloud:
     }
     self.plan("done")
 
-  def plan(self, *attempts, creations=("ok",)):
-    """What training does, attempt by attempt, and what creations do."""
+  def plan(self, *attempts, creations=("ok",), starts=("ok",)):
+    """What training does, attempt by attempt, and what creations and starts do."""
     (self.folder / "attempts").write_text("\n".join(attempts))
     (self.folder / "creations").write_text("\n".join(creations))
+    (self.folder / "starts").write_text("\n".join(starts))
 
   def start(self, script, *arguments, **environment):
     return subprocess.Popen(

@@ -1,7 +1,9 @@
 """A gcloud that has no cloud: hosts are folders of $FAKE_CLOUD, commands run in them as ssh would run them.
 
 Every call is kept in `calls`, a line a call, its words separated by NUL. Plans are files with a word a line, taken in
-order (the last one stays): `creations` (ok, capacity, denied, failed) is read here, `attempts` by fake_python.sh.
+order (the last one stays): `creations` (ok, capacity, denied, failed) and `starts` (ok; refused: no host is reached;
+cut: training starts, the connection breaks, and the TPU is in repair when next looked at) are read here, `attempts` by
+fake_python.sh.
 """
 # Only os and sys are imported: the tests call this some hundred times.
 # ruff: noqa: PTH102, PTH103, PTH110, PTH120, PTH123, SIM105
@@ -12,7 +14,7 @@ import sys
 
 CLOUD = os.environ["FAKE_CLOUD"]
 HOSTS = int(os.environ.get("FAKE_HOSTS", "2"))
-STATE = f"{CLOUD}/tpu"  # the state that describe tells; no file, no TPU
+STATE = f"{CLOUD}/tpu"  # its state, and line by line what it will be at each further describe; no file, no TPU
 
 
 def read(path):
@@ -26,7 +28,14 @@ def write(path, data):
 
 
 def state():
-  return read(STATE).decode().strip() if os.path.exists(STATE) else None
+  return read(STATE).decode().split("\n")[0].strip() if os.path.exists(STATE) else None
+
+
+def take(plan):
+  """The next word of a plan."""
+  words = read(f"{CLOUD}/{plan}").split()
+  write(f"{CLOUD}/{plan}", b"\n".join(words[1:] or words))
+  return words[0]
 
 
 def flag(name):
@@ -43,17 +52,16 @@ def folder(number):
 
 
 def create(created):
-  words = read(f"{CLOUD}/creations").split()
-  write(f"{CLOUD}/creations", b"\n".join(words[1:] or words))
-  if words[0] == b"capacity":
+  word = take("creations")
+  if word == b"capacity":
     return fail("There is no more capacity in the zone")
-  if words[0] == b"denied":
+  if word == b"denied":
     return fail("PERMISSION_DENIED: you may not")
   if state():
     return fail("ALREADY_EXISTS: there is one")
   for number in range(HOSTS):
     os.mkdir(folder(number))
-  write(STATE, b"FAILED\tQuota limit 'x' exceeded" if words[0] == b"failed" else created.encode())
+  write(STATE, b"FAILED\tQuota limit 'x' exceeded" if word == b"failed" else created.encode())
   return 0
 
 
@@ -72,6 +80,9 @@ def delete():
 def describe():
   if not state():
     return fail("NOT_FOUND: Resource was not found")
+  lines = read(STATE).split(b"\n")
+  if any(lines[1:]):
+    write(STATE, b"\n".join(lines[1:]))
   print(state())
   return 0
 
@@ -81,12 +92,19 @@ def ssh(numbers):
     return fail("ssh: no route to host", 255)
   # gcloud splits the command at spaces, and ssh joins it with them.
   command, output, running = " ".join(flag("command").split(" ")), flag("output-directory"), []
+  word = take("starts") if "on_host.sh start" in command else b"ok"
+  if word == b"refused":
+    return fail("ssh: connection reset", 255)
   for number in numbers:
     environment = {**os.environ, "HOME": folder(number), "FAKE_HOST": f"host-{number}"}
     actions = [(os.POSIX_SPAWN_OPEN, 1, f"{output}/{number}.log", os.O_WRONLY | os.O_CREAT, 0o644)] if output else []
     words = ["bash", "-c", 'cd "$HOME" && eval "$0"', command]
     running.append(os.posix_spawnp("bash", words, environment, file_actions=actions))
   statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in running]
+  if word == b"cut":
+    os.system(f"timeout 60 sh -c 'until [ -e {CLOUD}/running-host-{numbers[-1]} ]; do sleep 0.05; done'")
+    write(STATE, f"{state()}\nREPAIRING\n{state()}".encode())
+    return fail("ssh: connection reset", 255)
   return next((status for status in statuses if status), 0)
 
 

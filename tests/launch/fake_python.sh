@@ -11,10 +11,19 @@ count=$(cat "$FAKE_CLOUD/count-${FAKE_HOST:-here}" 2>/dev/null || echo 0)
 echo $((count + 1)) >"$FAKE_CLOUD/count-${FAKE_HOST:-here}"
 word=$(sed -n "$((count + 1))p" "$FAKE_CLOUD/attempts" 2>/dev/null)
 echo "attempt $((count + 1)): ${word:=$(tail -n 1 "$FAKE_CLOUD/attempts")}"
+looks() {
+  grep -ac 'on_host.sh state' "$FAKE_CLOUD/calls"
+}
 trap 'echo got SIGTERM && exit 75' TERM
 case "$word" in
   done) exit 0 ;;
   crash) echo "RuntimeError: something broke" && exit 1 ;;
+  long) # a crash after it was seen running for a second: once the second look is asked for, the first is over
+    sleep 1.1
+    seen=$(looks)
+    for _ in $(seq 600); do (($(looks) < seen + 2)) || break; sleep 0.05; done
+    echo "RuntimeError: something broke" && exit 1
+    ;;
   refused) echo "error: config.model.placement='mixx': unknown placement" && exit 2 ;;
   signal) exit 75 ;;
   preempted) [ "$FAKE_HOST" = host-0 ] && echo "${FAKE_PREEMPTED:-SUSPENDED}" >"$FAKE_CLOUD/tpu" ;;

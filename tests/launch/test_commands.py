@@ -117,7 +117,7 @@ def test_the_guide_can_be_typed(cloud):
   assert output.returncode == 0, output.stderr
   assert cloud.calls == []
   assert "--accelerator-type=v5litepod-16" in output.stdout
-  assert all(line.split()[0] in ("bash", "gcloud", "ssh-add") for line in lines)
+  assert all(line.split()[0] in ("bash", "gcloud", "ssh-add", ".venv/bin/python") for line in lines)
 
 
 @pytest.mark.slow

@@ -53,9 +53,27 @@ def test_waits_grow_and_are_bounded(cloud):
 
 @pytest.mark.slow
 def test_crashes_far_apart_are_no_loop(cloud):
-  cloud.plan("crash", "crash", "done")
-  status, output = supervise(cloud, "--max-crashes=2", "--healthy=0")  # every attempt ran for long enough
+  cloud.plan("long", "long", "done")
+  status, output = supervise(cloud, "--max-crashes=2", "--healthy=1")
   assert status == 0, output
+  assert output.count("crash 1 of 2") == 2
+
+
+def test_starts_that_fail_after_a_long_run_are_a_loop(cloud):
+  cloud.plan("long", "done", starts=("ok", "refused", "refused", "refused", "refused", "ok"))
+  status, output = supervise(cloud, "--max-crashes=3", "--healthy=1")
+  assert status == 1, output
+  assert re.findall(r"crash (\d) of 3: (\w+)", output) == [("1", "exit"), ("2", "the"), ("3", "the")]
+  assert attempts(cloud) == 1
+
+
+def test_a_start_that_was_undone_is_not_taken_for_a_stop_by_hand(cloud):
+  cloud.plan("run", "done", starts=("cut", "ok"))
+  status, output = supervise(cloud)
+  assert status == 0, output
+  assert "training did not start on all hosts" in output
+  assert "0 preemptions, 0 crashes" in output  # it was in repair
+  assert attempts(cloud) == 2
 
 
 def test_refused_input_is_never_tried_again(cloud):
