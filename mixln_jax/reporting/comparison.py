@@ -72,8 +72,9 @@ class Standing:
 
   Attributes:
     group: whose.
-    planned: its runs; `counted` of them have done their whole budget with a finite loss.
-    diverged: how many did not, or sit at the unigram entropy.
+    planned: its runs.
+    diverged: how many stopped at numbers that are not finite, or sit at the unigram entropy.
+    losses: final validation loss by seeds, of the runs that have done their whole budget with a finite loss.
     loss: validation loss, in nats a token.
     perplexity: its exponential, run by run.
     baseline: label of the group that it is compared with, or None.
@@ -82,13 +83,33 @@ class Standing:
 
   group: Group
   planned: int
-  counted: int
   diverged: int
+  losses: Mapping[tuple[Any, ...], float]
   loss: Spread | None
   perplexity: Spread | None
   baseline: str | None = None
   loss_difference: Difference | None = None
   perplexity_difference: Difference | None = None
+
+  @property
+  def counted(self) -> int:
+    return len(self.losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class BestRate:
+  """The best of groups that differ in nothing but the learning rate.
+
+  Attributes:
+    row: the best group.
+    place: where its rate stands among those that finished or diverged: `lower edge`, `upper edge`, `only rate`, or
+      `inside`.
+    seeds: on how many it was chosen.
+  """
+
+  row: Standing
+  place: str
+  seeds: int
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -197,18 +218,17 @@ def losses_by_pair(runs: Sequence[Run], group: Group) -> dict[tuple[Any, ...], f
 
 def _standing(runs: Sequence[Run], group: Group, baseline: Group | None) -> Standing:
   losses = losses_by_pair(runs, group)
-  counts = (len(group.runs), len(losses), sum(runs[index].diverged for index in group.runs))
+  facts = (group, len(group.runs), sum(runs[index].diverged for index in group.runs), losses)
   if not losses:
-    return Standing(group, *counts, None, None)
+    return Standing(*facts, None, None)
   loss = spread(list(losses.values()))
   perplexities = {key: perplexity(value) for key, value in losses.items()}
   base = losses_by_pair(runs, baseline) if baseline else {}
   pairs = [key for key in losses if key in base]
   if not baseline or not pairs:
-    return Standing(group, *counts, loss, spread(list(perplexities.values())))
+    return Standing(*facts, loss, spread(list(perplexities.values())))
   return Standing(
-    group,
-    *counts,
+    *facts,
     loss,
     spread(list(perplexities.values())),
     baseline.label,
@@ -217,22 +237,28 @@ def _standing(runs: Sequence[Run], group: Group, baseline: Group | None) -> Stan
   )
 
 
-def best_by_learning_rate(rows: Sequence[Standing]) -> list[tuple[Standing, str]]:
-  """Of groups that differ in nothing but the learning rate, the one of lowest mean loss, and where it stands among
-  the rates that finished: `lower edge`, `upper edge`, `only rate`, or `inside`."""
+def best_by_learning_rate(rows: Sequence[Standing]) -> list[BestRate]:
+  """Of groups that differ in nothing but the learning rate, the one of lowest mean loss over the seeds that all of them
+  have a loss of. Groups whose rates share no such seed have no best one."""
   families: dict[tuple[Any, ...], list[Standing]] = {}
   for row in rows:
-    if row.loss is not None and LEARNING_RATE in row.group.setting:
+    if LEARNING_RATE in row.group.setting and (row.losses or row.diverged):
       rest = tuple(value for field, value in row.group.setting.items() if field != LEARNING_RATE)
       families.setdefault((row.group.placement, *rest), []).append(row)
-  result = []
-  for family in families.values():
-    by_rate = sorted(family, key=lambda row: row.group.setting[LEARNING_RATE])
-    best = min(by_rate, key=lambda row: row.loss.mean if row.loss else math.inf)
-    position = by_rate.index(best)
-    edges = {0: "lower edge", len(by_rate) - 1: "upper edge"}
-    result.append((best, "only rate" if len(by_rate) == 1 else edges.get(position, "inside")))
-  return result
+  return [best for family in families.values() if (best := _best_rate(family))]
+
+
+def _best_rate(family: Sequence[Standing]) -> BestRate | None:
+  by_rate = sorted(family, key=lambda row: sort_key(row.group.setting[LEARNING_RATE]))
+  finished = [row for row in by_rate if row.losses]
+  common = set.intersection(*(set(row.losses) for row in finished)) if finished else set()
+  if not common:
+    return None
+  best = min(finished, key=lambda row: math.fsum(row.losses[key] for key in common))
+  # A rate beyond that was tried and diverged is no less tried.
+  edges = {0: "lower edge", len(by_rate) - 1: "upper edge"}
+  place = "only rate" if len(by_rate) == 1 else edges.get(by_rate.index(best), "inside")
+  return BestRate(best, place, len(common))
 
 
 def featured(groups: Sequence[Group], rows: Sequence[Standing], most: int = 8) -> list[Group]:

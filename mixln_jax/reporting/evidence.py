@@ -245,8 +245,11 @@ def learning_rate_study(source: Source) -> Figure | None:
     rate = group.setting.get(LEARNING_RATE)
     if isinstance(rate, (int, float)) and rate > 0:
       families.setdefault((group.placement, *_words(group, LEARNING_RATE)), []).append((float(rate), group))
-  edges = {row.group.label: edge for row, edge in best_by_learning_rate(source.rows)}
-  words = {label: "best" if edge == "inside" else f"best, {edge} of the grid" for label, edge in edges.items()}
+  places = {"inside": "best", "only rate": "best, the only rate so far"}
+  words = {
+    best.row.group.label: places.get(best.place, f"best, {best.place} of the grid")
+    for best in best_by_learning_rate(source.rows)
+  }
   mark = lambda group: words.get(group.label, "")  # noqa: E731
   series = [
     _loss_series(", ".join(key), points, source, Style(points[0][1].style.kind, number // 8), mark)
@@ -256,7 +259,8 @@ def learning_rate_study(source: Source) -> Figure | None:
     return None
   caption = (
     "Validation loss after the last step against the peak learning rate. Mean over seeds, bars one standard deviation "
-    "(none: one seed). The best rate of each placement is marked; one at an edge of its grid may lie beyond it."
+    "(none: one seed). The best rate of each placement is marked, chosen by the mean over the seeds that all its rates "
+    "share; one at an edge of its grid may lie beyond it."
   )
   panel = Panel("", "peak learning rate", "validation loss (nats)", series, log_x=True)
   return _figure("learning_rate", "Learning rate", caption, [panel])

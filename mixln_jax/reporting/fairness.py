@@ -46,7 +46,9 @@ def find(material: Material, groups: Sequence[Group]) -> list[Finding]:
     *_data(runs),
     *_initial_weights(runs),
     *_twice(runs, groups),
+    *_diagnosed_otherwise(runs),
     *_not_crossed(runs, groups),
+    *_unequal_seeds(runs, groups),
     *_unfinished(material),
     *_changed(runs),
     *_harmless(runs),
@@ -59,6 +61,12 @@ def find(material: Material, groups: Sequence[Group]) -> list[Finding]:
 def _names(runs: Sequence[Run], most: int = 4) -> str:
   shown = ", ".join(run.name for run in runs[:most])
   return f"{shown} and {len(runs) - most} more" if len(runs) > most else shown
+
+
+def _groups(labels: Sequence[str], most: int = 4) -> str:
+  """Labels hold commas."""
+  shown = " and in ".join(labels[:most])
+  return f"{shown} and in {len(labels) - most} more" if len(labels) > most else shown
 
 
 def _by_value(runs: Sequence[Run], field: str) -> str:
@@ -163,10 +171,28 @@ def _twice(runs: Sequence[Run], groups: Sequence[Group]) -> Iterator[Finding]:
         yield Finding("caution", f"{_names(same)} are one run made again; only the first counts in means and pairs")
 
 
+def _diagnosed_otherwise(runs: Sequence[Run]) -> Iterator[Finding]:
+  """Figures of layers compare each run's newest diagnosis: of one step, or each run's last, and of one sample."""
+  diagnosed = [(run, run.diagnosis) for run in runs if run.diagnosis]
+  kinds: dict[tuple[Any, ...], list[Run]] = {}
+  for run, diagnosis in diagnosed:
+    step = "last step" if diagnosis.step == run.num_steps else f"step {diagnosis.step}"
+    kinds.setdefault((step, diagnosis.tokens), []).append(run)
+  if len(kinds) > 1:
+    listed = [
+      f"{step}, {'an unknown number of' if tokens is None else f'{tokens:,}'} tokens in {_names(some)}"
+      for (step, tokens), some in kinds.items()
+    ]
+    text = f"the layers of the trained models were not diagnosed at one step on one sample ({'; '.join(listed)})"
+    yield Finding("unfair", f"{text}; diagnose all at the same --step and --tokens")
+  old = [f"{run.name} (step {one.step}, trained to {run.step})" for run, one in diagnosed if one.step < run.step]
+  if old:
+    yield Finding("caution", f"diagnosed before their last step: {', '.join(old)}")
+
+
 def _not_crossed(runs: Sequence[Run], groups: Sequence[Group]) -> Iterator[Finding]:
-  """Placements that were not run at the same settings, or with the same seeds."""
-  fields = dict.fromkeys(field for group in groups for field in group.setting)
-  for field in [*fields, *SEEDS]:
+  """Placements that were not run at the same settings."""
+  for field in dict.fromkeys(field for group in groups for field in group.setting):
     values: dict[str, set[Any]] = {}
     for group in groups:
       own = values_of((runs[index] for index in group.runs), field)
@@ -175,6 +201,23 @@ def _not_crossed(runs: Sequence[Run], groups: Sequence[Group]) -> Iterator[Findi
       listed = [f"{name}: {', '.join(map(show, sorted(own, key=sort_key)))}" for name, own in values.items()]
       text = f"{field} was not the same set for each placement ({'; '.join(listed)}); only equal values are compared"
       yield Finding("caution", text)
+
+
+def _unequal_seeds(runs: Sequence[Run], groups: Sequence[Group]) -> Iterator[Finding]:
+  """Groups that were not run with the same seeds: their means are over different seeds."""
+  by_seeds: dict[frozenset[tuple[Any, ...]], list[str]] = {}
+  for group in groups:
+    by_seeds.setdefault(frozenset(pair_key(runs[index]) for index in group.runs), []).append(group.label)
+  if len(by_seeds) > 1:
+    several = len({key[1:] for keys in by_seeds for key in keys}) > 1
+    word = lambda key: "/".join(map(show, key if several else key[:1]))  # noqa: E731
+    listed = [
+      f"{', '.join(map(word, sorted(keys, key=lambda key: tuple(map(sort_key, key)))))} in {_groups(labels)}"
+      for keys, labels in by_seeds.items()
+    ]
+    name = " / ".join(SEEDS) if several else SEEDS[0]
+    text = f"{name} was not the same set for each group ({'; '.join(listed)})"
+    yield Finding("caution", f"{text}; means are over different seeds, differences only over equal ones")
 
 
 def _unfinished(material: Material) -> Iterator[Finding]:

@@ -43,6 +43,7 @@ class Diagnosis:
 
   Attributes:
     step: the checkpoint's step.
+    tokens: counted tokens of the sample.
     placement: as the file says.
     definitions: name -> how it was measured, in words.
     angular_distance: `last`, `all` -> [L, L], entry [l, n-1] between the inputs of layers l and l + n (from 0); NaN
@@ -55,6 +56,7 @@ class Diagnosis:
   """
 
   step: int
+  tokens: int | None
   placement: str
   num_layers: int
   fingerprint: str | None
@@ -306,9 +308,10 @@ def read_diagnosis(path: Path) -> Diagnosis:
   try:
     layers = int(value["num_layers"])
     removal = value.get("removal") or {}
-    base = removal.get("loss")
+    base, tokens = removal.get("loss"), value.get("tokens")
     return Diagnosis(
       step=int(value["step"]),
+      tokens=None if tokens is None else int(tokens),
       placement=str(value.get("placement", "")),
       num_layers=layers,
       fingerprint=value.get("data_fingerprint"),

@@ -139,20 +139,27 @@ def summarize(rows: Sequence[Standing], baseline: str) -> str:
   seeds = "one seed" if best.perplexity.n == 1 else f"{best.perplexity.n} seeds"
   text = f"Lowest validation perplexity: {best.group.label}, {mean_and_deviation(best.perplexity, 2)} ({seeds})."
   if best.group.placement == baseline:
-    return f"{text} It is the baseline."
+    return f"{text} It is the baseline.{_not_counted(best)}"
+  base = next((r for r in rows if r.group.placement == baseline and r.group.setting == best.group.setting), None)
+  lost = _not_counted(best) + (_not_counted(base) if base else "")
   difference = best.perplexity_difference
   if difference is None:
-    return f"{text} There is no {baseline} run of equal settings and seeds to compare it with."
+    return f"{text} There is no {baseline} run of equal settings and seeds to compare it with.{lost}"
   text += f" Against {best.baseline}: {difference_and_interval(difference, 2)}"
-  base = next(row for row in rows if row.group.label == best.baseline)
-  collapsed = f" {base.diverged} of {base.planned} runs of {best.baseline} diverged." if base.diverged else ""
   if difference.interval is None:
-    return f"{text}.{collapsed}"
+    return f"{text}.{lost}"
   low, high = difference.interval
   verdict = (
     "the interval holds 0, so these seeds do not tell them apart" if low <= 0 <= high else "the interval excludes 0"
   )
-  return f"{text}, {comparison.CONFIDENCE:.0%} interval of {difference.n} paired runs; {verdict}.{collapsed}"
+  return f"{text}, {comparison.CONFIDENCE:.0%} interval of {difference.n} paired runs; {verdict}.{lost}"
+
+
+def _not_counted(row: Standing) -> str:
+  """What a mean is silent about: a group's runs that did not count, or diverged."""
+  if row.counted == row.planned and not row.diverged:
+    return ""
+  return f" {row.counted} of {row.planned} runs of {row.group.label} counted; {row.diverged} diverged."
 
 
 def _strips(source: Source) -> dict[str, Any]:

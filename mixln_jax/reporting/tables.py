@@ -96,22 +96,34 @@ def best_rates_table(rows: Sequence[Standing]) -> list[Table]:
   best = comparison.best_by_learning_rate(rows)
   if not best:
     return []
-  places = {"inside": "inside its grid", "only rate": "the only rate that finished"}
+  places = {"inside": "inside its grid", "only rate": "the only rate so far"}
   body = [
     (
-      row.group.label,
-      comparison.show(row.group.setting[comparison.LEARNING_RATE]),
-      places.get(edge, f"at the {edge}: it may lie beyond"),
-      mean_and_deviation(row.perplexity, 2),
-      mean_and_deviation(row.loss),
+      one.row.group.label,
+      comparison.show(one.row.group.setting[comparison.LEARNING_RATE]),
+      places.get(one.place, f"at the {one.place}: it may lie beyond"),
+      str(one.seeds),
+      mean_and_deviation(one.row.perplexity, 2),
+      mean_and_deviation(one.row.loss),
+      f"{one.row.counted} of {one.row.planned}",
     )
-    for row, edge in best
+    for one in best
   ]
   note = (
-    "The rate of lowest mean validation loss. It is chosen by the number that is reported, on the same seeds: a little "
-    "optimistic, and more so for placements with more rates."
+    "The rate of lowest mean validation loss over the seeds that all rates of its grid share, of the rates that have a "
+    "loss; where they share none, none is chosen. Rates that diverged belong to the grid. Perplexity and loss are "
+    "those of all its seeds. It is chosen by numbers that are reported, on the same seeds: a little optimistic, and "
+    "more so for placements with more rates."
   )
-  headers = ("group", "learning rate", "where in its grid", "perplexity", "loss (nats)")
+  headers = (
+    "group",
+    "learning rate",
+    "where in its grid",
+    "seeds compared",
+    "perplexity",
+    "loss (nats)",
+    "runs counted",
+  )
   return [Table("best_learning_rate", "Best learning rate", headers, body, note)]
 
 

@@ -31,8 +31,20 @@ def metrics_lines(loss, num_steps):
   return lines
 
 
-def make_run(folder, loss=5.0, *, diagnosed=False, ended=True, weights=None, fingerprint="f" * 16, **changes):
-  """Writes a run's folder; `weights` changes some tensors' sums of bits. Returns the folder."""
+def make_run(
+  folder,
+  loss=5.0,
+  *,
+  diagnosed=False,
+  diagnosis=None,
+  ended=True,
+  status="finished",
+  weights=None,
+  fingerprint="f" * 16,
+  **changes,
+):
+  """Writes a run's folder; `weights` changes some tensors' sums of bits, `diagnosis` some of diagnose.json. Returns the
+  folder."""
   folder.mkdir(parents=True)
   config = config_of(**changes)
   write = lambda name, value: (folder / name).write_text(json.dumps(value))  # noqa: E731
@@ -45,14 +57,14 @@ def make_run(folder, loss=5.0, *, diagnosed=False, ended=True, weights=None, fin
   write("environment.json", {"python": "3.11", "git": "abc", "devices": ["cpu:cpu"], "packages": {"jax": "0.10.2"}})
   if ended:
     outcome = {
-      "status": "finished",
+      "status": status,
       "diverged": False,
       "skipped_updates": 2,
       "seconds": {"total": 90.0},
       "message": "x",
     }
     write("outcome.json", outcome | {"best_validation": {"step": 20, "loss": loss}})
-  diagnosis = make_diagnosis(config) if diagnosed else {"step": 20, "num_layers": NUM_LAYERS}
+  diagnosis = (make_diagnosis(config) if diagnosed else {"step": 20, "num_layers": NUM_LAYERS}) | (diagnosis or {})
   (folder / "diagnose" / "20").mkdir(parents=True)
   write("diagnose/20/diagnose.json", diagnosis | {"data_fingerprint": fingerprint})
   if diagnosed:

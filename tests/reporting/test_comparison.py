@@ -23,7 +23,7 @@ from reporting.making import config_of, make_run
 
 
 def load_runs(root, runs):
-  """Makes and loads runs: (name, loss, changes of the config)."""
+  """Makes and loads runs: (name, loss, changes of the config, or of how it is made)."""
   return load([str(make_run(root / name, loss, **changes)) for name, loss, changes in runs])
 
 
@@ -73,7 +73,9 @@ def test_the_table_pairs_equal_seeds_and_counts_only_whole_runs(tmp_path):
   assert cells["mix:0.5"][4:] == ("2", "3 of 4", "0")
   assert cells["post"][1] == "-1.00 (one seed: no interval)"
   assert cells["post"][4:] == ("1", "1 of 1", "0")
-  assert summarize(rows, "pre").endswith("the interval holds 0, so these seeds do not tell them apart.")
+  assert summarize(rows, "pre").endswith(
+    "so these seeds do not tell them apart. 3 of 4 runs of mix:0.5 counted; 0 diverged."
+  )
 
 
 def test_groups_are_compared_only_at_equal_settings(tmp_path):
@@ -97,7 +99,7 @@ def test_the_best_learning_rate_and_an_edge_of_the_grid_are_marked(tmp_path):
   material = load_runs(tmp_path, runs)
   groups = make_groups(material)
   rows = standings(material.runs, groups, "pre")
-  best = [(row.group.label, edge) for row, edge in best_by_learning_rate(rows)]
+  best = [(one.row.group.label, one.place) for one in best_by_learning_rate(rows)]
   assert best == [("pre, learning_rate 0.003", "inside"), ("post, learning_rate 0.001", "lower edge")]
   figure = learning_rate_study(Source(material.runs, groups, rows, groups))
   assert figure is not None
@@ -105,6 +107,75 @@ def test_the_best_learning_rate_and_an_edge_of_the_grid_are_marked(tmp_path):
   assert (list(pre.x), list(pre.y)) == ([1e-3, 3e-3, 1e-2], [5.0, 4.0, 6.0])
   assert (pre.marked, post.marked) == ([1], [0])
   assert post.notes[0].endswith("best, lower edge of the grid")
+
+
+def rates_of(root, losses, **changes):
+  """The best rates of runs of `pre`: {rate: losses by seed}, where None is a run that `changes` says the end of."""
+  runs = [
+    (f"{rate}_{seed}", loss, {"model__placement": "pre", "optimizer__learning_rate": rate, "seed": seed})
+    for rate, by_seed in losses.items()
+    for seed, loss in enumerate(by_seed)
+  ]
+  material = load_runs(root, [(name, loss, own | (changes if loss is None else {})) for name, loss, own in runs])
+  rows = standings(material.runs, make_groups(material), "pre")
+  return [
+    (one.row.group.setting["optimizer.learning_rate"], one.place, one.seeds) for one in best_by_learning_rate(rows)
+  ]
+
+
+@pytest.mark.parametrize(
+  ("end", "place"),
+  [({"status": "non_finite"}, "inside"), ({"ended": False}, "upper edge")],
+  ids=["diverged", "still_training"],
+)
+def test_a_rate_that_diverged_was_tried_and_one_that_still_trains_was_not(end, place, tmp_path):
+  assert rates_of(tmp_path, {1e-3: [5.0], 3e-3: [4.0], 1e-2: [None]}, **end) == [(3e-3, place, 1)]
+
+
+def test_rates_are_compared_on_the_seeds_that_they_share(tmp_path):
+  # Over all its seeds 3e-3 has the mean 5.0, above 4.5; on seed 0, the only one that both have, it is the better one.
+  assert rates_of(tmp_path / "a", {1e-3: [4.5], 3e-3: [4.0, 5.0, 6.0]}) == [(3e-3, "upper edge", 1)]
+  # A dead seed is not shared either; where no seed is shared there is no best rate.
+  losses = {1e-3: [4.5, 4.6], 3e-3: [None, 4.7]}
+  assert rates_of(tmp_path / "b", losses, status="non_finite") == [(1e-3, "lower edge", 1)]
+  losses = {1e-3: [4.5], 3e-3: [None, 4.0]}
+  assert rates_of(tmp_path / "c", losses, status="non_finite") == []
+
+
+DEAD = {"status": "non_finite"}
+
+
+@pytest.mark.parametrize(
+  ("losses", "words"),
+  [
+    (  # the winner is no baseline, with one pair left
+      {"pre": [3.0, 3.1, 3.2], "mix:0.5": [2.9, None, None]},
+      " (one seed: no interval). 1 of 3 runs of mix:0.5 counted; 2 diverged.",
+    ),
+    (  # two pairs, and an interval
+      {"pre": [3.0, 3.1, None], "mix:0.5": [2.9, 2.8, None]},
+      " apart. 2 of 3 runs of mix:0.5 counted; 1 diverged. 2 of 3 runs of pre counted; 1 diverged.",
+    ),
+    (  # the winner is the baseline
+      {"pre": [2.9, None], "mix:0.5": [3.0, 3.1]},
+      " It is the baseline. 1 of 2 runs of pre counted; 1 diverged.",
+    ),
+    (  # no baseline is left
+      {"pre": [None, None], "mix:0.5": [3.0, 3.1]},
+      "to compare it with. 0 of 2 runs of pre counted; 2 diverged.",
+    ),
+  ],
+  ids=["one_pair", "interval", "baseline", "no_baseline"],
+)
+def test_the_headline_counts_the_dead(losses, words, tmp_path):
+  runs = [
+    (f"{number}_{seed}", loss, {"model__placement": name, "seed": seed} | (DEAD if loss is None else {}))
+    for number, (name, by_seed) in enumerate(losses.items())
+    for seed, loss in enumerate(by_seed)
+  ]
+  material = load_runs(tmp_path, runs)
+  headline = summarize(standings(material.runs, make_groups(material), "pre"), "pre")
+  assert headline.endswith(words), headline
 
 
 def test_alpha_ablation_has_pre_at_0_and_post_at_1(tmp_path):

@@ -31,6 +31,12 @@ def test_a_fair_comparison_has_nothing_to_say(tmp_path):
     ({"fingerprint": "a" * 16}, {"fingerprint": "b" * 16}, "different data (fingerprints): aaaaaaaaaaaa in run0"),
     ({}, {"weights": {"layers/query": 7}}, "same seed but start from other numbers in layers/query"),
     ({}, {"weights": {"embedding": 7, "final_norm": 8}}, "start from other numbers in embedding"),
+    ({}, {"diagnosis": {"step": 10}}, "(last step, an unknown number of tokens in run0; step 10, an unknown number"),
+    (
+      {"diagnosis": {"tokens": 4096}},
+      {"diagnosis": {"tokens": 1024}},
+      "on one sample (last step, 4,096 tokens in run0; last step, 1,024 tokens in run1); diagnose all",
+    ),
   ],
 )
 def test_what_is_not_fair_is_said(one, other, words, tmp_path):
@@ -52,6 +58,32 @@ def test_fields_that_compute_the_same_are_only_noted(tmp_path):
   assert findings == [("note", "fields that don't change what is computed differ: model.remat, checkpoint.every_steps")]
 
 
+def test_diagnoses_of_each_runs_last_step_are_alike_and_old_ones_are_a_caution(tmp_path):
+  longer = {"train__num_steps": 40, "diagnosis": {"step": 40}}
+  assert not any("diagnosed" in text for _, text in found(tmp_path / "a", PRE, POST | longer))
+  early = {"diagnosis": {"step": 10}}
+  findings = found(tmp_path / "b", PRE | early, POST | early)
+  assert findings == [
+    ("caution", "diagnosed before their last step: run0 (step 10, trained to 20), run1 (step 10, trained to 20)")
+  ]
+
+
+def test_seeds_are_held_against_each_other_by_group(tmp_path):
+  rates = [{"optimizer__learning_rate": 3e-3, "seed": seed} for seed in range(2)] + [{"optimizer__learning_rate": 1e-3}]
+  findings = found(tmp_path / "a", *(name | rate for name in (PRE, POST) for rate in rates))
+  assert findings == [
+    (
+      "caution",
+      "seed was not the same set for each group (0 in pre, learning_rate 0.001 and in post, learning_rate 0.001; "
+      "0, 1 in pre, learning_rate 0.003 and in post, learning_rate 0.003); "
+      "means are over different seeds, differences only over equal ones",
+    )
+  ]
+  crossed = [PRE | {"seed": 0}, PRE | {"seed": 1, "data__seed": 1}, POST | {"seed": 1}, POST | {"data__seed": 1}]
+  ((_, text),) = found(tmp_path / "b", *crossed)
+  assert text.startswith("seed / data.seed was not the same set for each group (0/0, 1/1 in pre; 0/1, 1/0 in post)")
+
+
 def test_what_weakens_a_comparison_is_a_caution(tmp_path):
   findings = found(
     tmp_path,
@@ -66,7 +98,7 @@ def test_what_weakens_a_comparison_is_a_caution(tmp_path):
   for words in (
     "run2, run3 are one run made again",
     "optimizer.learning_rate was not the same set for each placement (pre: 0.001, 0.003; post: 0.003)",
-    "seed was not the same set for each placement (pre: 0; post: 0, 1)",
+    "seed was not the same set for each group (0 in pre, learning_rate 0.001 and in pre, learning_rate 0.003; 0, 1 in",
     "no evaluation at their last step: run4 (running or killed, step 0 of 20)",
     "which data they were trained on is not known yet of run4",
   ):
