@@ -103,7 +103,10 @@ def train(config: Config, workdir: str | Path) -> Outcome:
     folder.create(config_lib.to_json(config))
   wait_for_all("the run's folder")
   folder.check_shared()
-  with folder.lock(), contextlib.closing(open_checkpoints(config, folder)) as checkpoints:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(folder.lock())
+    wait_for_all("the lock of the run")  # orbax waits for all where it opens the checkpoints, and hears of no failure
+    checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, folder)))
     if not checkpoints.all_steps() and not read_lines(folder / folder_lib.METRICS):
       old_config = config  # nothing was trained: a first start that failed pins nothing
     shardings = step_lib.state_shardings(config, setup.mesh)
