@@ -5,7 +5,6 @@ changed at each checkpoint and at the end; checkpoints are written to the bucket
 """
 
 import contextlib
-import datetime
 import itertools
 import json
 import threading
@@ -75,10 +74,6 @@ class Remote:
       return False
     return True
 
-  def age(self, name: str) -> float:
-    """Seconds since an object was written, by the clocks of the bucket and of this machine."""
-    return (datetime.datetime.now(datetime.UTC) - self._fs.modified(self.path(name))).total_seconds()
-
   def files(self) -> list[str]:
     """The files directly in the folder."""
     try:
@@ -135,8 +130,8 @@ class Lock:
     finally:
       done.set()
       thread.join()
-      if self.taken_by is None:
-        with contextlib.suppress(Exception):  # it goes stale by itself
+      with contextlib.suppress(Exception):  # it goes stale by itself
+        if self._is_mine(self._remote.read(self._name)):  # another may have taken it since we last spoke
           self._remote.remove(self._name)
 
   def check(self) -> None:
@@ -148,16 +143,15 @@ class Lock:
     seen, since, taken_over = None, 0.0, False
     while not self._remote.create(self._name, self._content()):
       try:
-        content, age = self._remote.read(self._name), self._remote.age(self._name)
+        content = self._remote.read(self._name)
       except FileNotFoundError:
         continue
       if seen is None:
         seen, since = content, time.monotonic()
-        if age < STALE_SECONDS:
-          print(f"waiting    to see whether the holder of {self._remote.url} is alive ({_who(content)})", flush=True)
+        print(f"waiting    to see whether the holder of {self._remote.url} is alive ({_who(content)})", flush=True)
       elif content != seen:
         raise self._held(holder_of(content))
-      if age >= STALE_SECONDS or time.monotonic() - since >= STALE_SECONDS:
+      if time.monotonic() - since >= STALE_SECONDS:  # by this clock alone: the bucket's may be another
         self._remove_if(content)
         seen, taken_over = None, True
       else:

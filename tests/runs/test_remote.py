@@ -118,10 +118,10 @@ def test_one_writer(bucket, quick):
     assert (bucket[0] / "lock" / ".lock").exists()
   assert not (bucket[0] / "lock" / ".lock").exists()
   # One that died holds it no longer than it takes to see that it is silent.
-  (bucket[0] / "lock" / ".lock").write_text(json.dumps({"host": "gone", "process": 7}))
+  folder.remote.write(".lock", json.dumps({"host": "gone", "process": 7}).encode())
   started = time.monotonic()
   with other.lock():
-    assert time.monotonic() - started < 10
+    assert remote_lib.STALE_SECONDS <= time.monotonic() - started < 10
 
 
 @needs_bucket
@@ -150,6 +150,14 @@ def test_of_several_that_find_a_stale_lock_one_gets_it(bucket, quick, monkeypatc
   for thread in threads:
     thread.join()
   assert (len(got), len(refused)) == (1, 3), (got, refused)
+
+
+@needs_bucket
+def test_a_lock_taken_over_since_its_holder_last_spoke_is_not_removed(bucket):
+  remote = Remote("gs://bucket/silent")
+  with Lock(remote, ".lock", {"host": "here"})():
+    remote.write(".lock", b'{"host": "thief"}')
+  assert remote.read(".lock") == b'{"host": "thief"}'
 
 
 @needs_bucket
@@ -183,10 +191,12 @@ def command(tmp_path_factory, make_config, bucket):
     f"  return config.from_json(Path({str(place / 'config.json')!r}).read_text())\n"
   )
 
-  def run(*arguments, env=None, **options):
+  def run(*arguments, env=None, stale_seconds=remote_lib.STALE_SECONDS, **options):
     machine = tmp_path_factory.mktemp("machine")
+    front_door = f"remote.STALE_SECONDS = {stale_seconds}; sys.exit(__main__.main(sys.argv[1:]))"
+    script = f"import sys; from mixln_jax import __main__; from mixln_jax.runs import remote; {front_door}"
     return subprocess.Popen(
-      [sys.executable, "-m", "mixln_jax", *arguments],
+      [sys.executable, "-c", script, *arguments],
       env=os.environ | bucket[1] | {"PYTHONPATH": str(ROOT), "TMPDIR": str(machine), **(env or {})},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -221,10 +231,7 @@ def test_killed_and_gone_on_with_elsewhere_is_the_run_that_was_never_touched(buc
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   process.communicate()
-  holder = place / ".lock"
-  if holder.exists():  # else it was quicker than the kill
-    os.utime(holder, (time.time() - 500, time.time() - 500))
-  output = finish(command("train", recipe, "--workdir=gs://bucket/killed"))
+  output = finish(command("train", recipe, "--workdir=gs://bucket/killed", stale_seconds=3.0))
   assert "goes on from step" in output or "were done already" in output
   expected = curve(tmp_path / "local" / "metrics.jsonl")
   assert curve(place / "metrics.jsonl") == expected
