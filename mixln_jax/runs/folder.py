@@ -293,6 +293,8 @@ class RunFolder:
     try:
       return self.remote.read(name).decode() if self.remote else (self / name).read_text()
     except OSError as error:
+      if self.remote is not None and not isinstance(error, FileNotFoundError):
+        raise  # of the network: it may pass
       reason = error.strerror or " ".join(str(error).split())[:200]
       raise InputError(
         f"--workdir={self.address}: no run there ({name}: {reason}); give the folder of a run"

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from gcsfs.retry import HttpError
 
 from mixln_jax import config as config_lib
 from mixln_jax.commands import doctor
@@ -61,6 +62,43 @@ def test_without_gcsfs_the_error_says_what_to_install(monkeypatch):
   monkeypatch.setattr(remote_lib, "url_to_fs", missing)
   with pytest.raises(InputError, match=r"needs the package gcsfs; run `pip install gcsfs`"):
     RunFolder("gs://bucket/run")
+
+
+class _BusyStore:
+  """A bucket whose every answer is an error."""
+
+  def __init__(self, error):
+    self.error = error
+
+  def __getattr__(self, name):
+    def fail(*_, **__):
+      raise self.error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+  ("error", "refused"),
+  [
+    (OSError("Forbidden: https://storage.googleapis.com/b/bucket"), True),
+    (HttpError({"code": 403, "message": "no rights"}), True),
+    (HttpError({"code": 503, "message": "busy"}), False),
+    (HttpError({"code": 401, "message": "Invalid Credentials"}), False),
+    (OSError("Network is unreachable"), False),
+    (TimeoutError("timed out"), False),
+  ],
+)
+def test_what_may_pass_is_not_refused(monkeypatch, error, refused):
+  monkeypatch.setattr(remote_lib, "url_to_fs", lambda *_, **__: (_BusyStore(error), "bucket/run"))
+  folder = RunFolder("gs://bucket/run")
+  for act in (
+    *(lambda: folder.has_run, folder.occupants, lambda: folder.read("config.json"), lambda: folder.create("{}")),
+    *(lambda: folder.remote.create(".lock", b""), lambda: folder.remote.remove(".lock"), folder.remote.files),
+  ):
+    with pytest.raises(InputError if refused else type(error)) as raised:
+      act()
+    assert isinstance(raised.value, InputError) == refused
+  assert "bucket/run" in doctor._check_workdir("gs://bucket/run")[0]
 
 
 @needs_bucket
