@@ -157,7 +157,8 @@ def _go_on(
       continue
     for step, error in damaged.items():
       aside = put_aside(folder, checkpoints, [step], f"damaged_{step}")
-      print(f"warning: {error}; it lies in {aside} now, and the run goes on from the one before", file=sys.stderr)
+      if is_first():
+        print(f"warning: {error}; it lies in {aside} now, and the run goes on from the one before", file=sys.stderr)
     return point, state
 
 
