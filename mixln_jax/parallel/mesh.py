@@ -50,6 +50,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def describe_mesh(sizes: Mapping[str, int]) -> str:
+  """The axes of a mesh that are longer than 1, in words: `data 2 × fsdp 4`."""
+  return " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
 def _arranged(arrange: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
   """A grid of devices whose axes run along those of the torus where they can (8 × 2 on 4 × 4 can't, and splits one)."""
   try:
