@@ -16,7 +16,6 @@ REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 OPTIONAL = {
   "wandb": "logging.wandb_project",
   "gcsfs": "gs:// work directories and data",
-  "matplotlib": "figures",
   "torch": "making the golden values of the tests",
 }
 
@@ -101,8 +100,10 @@ def _check_workdir(workdir: str) -> list[str]:
     remote = Remote(workdir)
     remote.write(".doctor", b"write access")
     remote.remove(".doctor")
-  except (InputError, OSError) as error:
+  except InputError as error:
     return [str(error)]
+  except Exception as error:  # of the network, in whatever shape
+    return [f"--workdir={workdir}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
   print(f"folder     {remote.url} can be written")
   return []
 

@@ -21,7 +21,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
   Args:
     sizes: devices along each axis within a slice, and `dcn_AXIS` over slices; one may be -1, all that is left. Where
-      the devices don't say what slice they are of (CPUs; GPUs of one NVLink domain), each process counts as one.
+      the devices don't say what slice they are of (CPUs; GPUs of one NVLink domain), each process counts as one;
+      a TPU slice is one, however many processes it has.
     devices: by default all of them.
 
   Raises:
@@ -34,8 +35,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   if math.prod(dcn) > 1:
     slices, hosts = ({getattr(device, name, 0) for device in devices} for name in ("slice_index", "process_index"))
     try:
+      # Chips of one slice are on one torus, whatever hosts hold them.
+      by_process = len(slices) == 1 and devices[0].platform != "tpu"
       grid = _arranged(
-        functools.partial(mesh_utils.create_hybrid_device_mesh, process_is_granule=len(slices) == 1), ici, dcn, devices
+        functools.partial(mesh_utils.create_hybrid_device_mesh, process_is_granule=by_process), ici, dcn, devices
       )
     except ValueError as error:
       raise InputError(
@@ -45,6 +48,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   else:
     grid = _arranged(mesh_utils.create_device_mesh, ici, devices)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def describe_mesh(sizes: Mapping[str, int]) -> str:
+  """The axes of a mesh that are longer than 1, in words: `data 2 × fsdp 4`."""
+  return " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
 def _arranged(arrange: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.model.flops import executed_flops_per_token
-from mixln_jax.parallel.mesh import abstract_mesh
+from mixln_jax.parallel.mesh import abstract_mesh, describe_mesh
 from mixln_jax.planning.plan import Plan, arithmetic, compile_plan
 from mixln_jax.planning.topology import Topology
 from mixln_jax.training.setup import check_batches
@@ -37,7 +37,7 @@ class Candidate(NamedTuple):
 
   @property
   def label(self) -> str:
-    mesh = " × ".join(f"{axis} {size}" for axis, size in self.mesh if size > 1) or "one device"
+    mesh = describe_mesh(dict(self.mesh))
     return f"{mesh}, remat {self.remat}, micro-batches {self.micro_batches}"
 
   def needs_at_least(self, other: "Candidate") -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from mixln_jax import placement
+from mixln_jax.parallel.mesh import describe_mesh
 from mixln_jax.planning.plan import Compiled, Estimate, Plan, advice
 from mixln_jax.planning.search import NOT_TRIED, Tried
 
@@ -15,7 +16,7 @@ def describe(plan: Plan) -> str:
 def _lines(plan: Plan) -> Iterator[str]:
   config, topology = plan.config, plan.topology
   table = placement.parse(config.model.placement, config.model.num_layers)
-  mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+  mesh = describe_mesh(plan.mesh)
   slices = f" × {topology.num_slices} slices" if topology.num_slices > 1 else ""
   yield f"placement  {table.strip}"
   shape = f"{config.model.num_layers} layers × {config.model.embed_dim}"

@@ -6,6 +6,7 @@ and the facts that say what they are (config, placement table, data fingerprint)
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,13 @@ from mixln_jax.parallel.bits import bit_sums
 
 METRIC = "validation_loss"
 SUMS, SEAL = "bit_sums", "sha256"  # facts that say whether the rest is what was written
+
+
+# What tensorstore says of a bucket, a disk or a network that fails now and may not the next time: no damage.
+TRANSIENT = re.compile(
+  r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED)\b|"
+  r"CURL error|Connection (reset|refused|timed out)|Could not resolve host"
+)
 
 
 class DamagedError(InputError):
@@ -80,6 +88,7 @@ class Checkpoints:
 
     Raises:
       DamagedError: they can't be read, or are not those that were written.
+      Exception: of orbax, as it is, where the storage could not be reached or did not let us in.
     """
     facts = self._restore(step, facts=ocp.args.JsonRestore())["facts"]
     if not isinstance(facts, dict) or facts.get(SEAL) != _seal(facts):
@@ -91,6 +100,7 @@ class Checkpoints:
 
     Raises:
       DamagedError: they can't be read, are of other shapes, or a tensor is not what was written, bit for bit.
+      Exception: of orbax, as it is, where the storage could not be reached or did not let us in.
     """
     expected = self.facts(step)[SUMS]
     restored = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
@@ -105,6 +115,8 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # orbax raises bare Exceptions, KeyErrors and ValueErrors for damaged files
+      if _is_transient(error):
+        raise
       reason = " ".join(str(error).split())[:300]
       raise self._damaged(step, reason) from error
 
@@ -137,6 +149,15 @@ class Checkpoints:
 
 def _sums(tree: Any) -> dict[str, int]:
   return {name: int(total) for name, total in jax.device_get(jax.jit(bit_sums)(tree)).items()}
+
+
+def _is_transient(error: BaseException | None) -> bool:
+  """Whether an error, or one that it came from, says that the storage could not be reached or did not let us in."""
+  while error is not None:
+    if isinstance(error, (ConnectionError, TimeoutError, PermissionError)) or TRANSIENT.search(str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def _seal(facts: Mapping[str, Any]) -> str:

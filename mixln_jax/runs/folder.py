@@ -41,7 +41,7 @@ import jax
 from etils import epath
 
 from mixln_jax.errors import InputError
-from mixln_jax.parallel.processes import is_first
+from mixln_jax.parallel.processes import is_first, wait_for_all
 from mixln_jax.parallel.rules import mesh_axes
 from mixln_jax.runs import remote as remote_lib
 from mixln_jax.runs.remote import Lock, Remote, Spool, held
@@ -202,12 +202,13 @@ class RunFolder:
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
-    """Keeps a second process from writing to the run. Of several processes of one run the first one holds it for all.
+    """Keeps a second process from writing to the run. Of several processes of one run the first one holds it for all;
+    the others meet it at `wait_for_all` after they entered, so that they hear of a lock that was refused.
 
     The lock says who holds it and since when, and its holder touches it while it lives. On one machine the system frees
     the lock of a process that died; a holder on another machine is believed dead once it was silent for STALE_SECONDS.
 
-    Of a run in a bucket, the small files are there (`path`) while the lock is held.
+    Of a run in a bucket, the small files are there (`path`) while the lock is held, and all processes enter together.
 
     Raises:
       InputError: another process holds it, or the folder can't be written.
@@ -240,14 +241,14 @@ class RunFolder:
 
   def _is_touched(self) -> bool:
     """Whether the holder of the lock file, on another machine, lives: it is watched until it would be stale."""
+    # Its age would be the file server's clock against this machine's, and a clock that is ahead would rob the living.
     seen = (self / LOCK).stat().st_mtime
     until = time.monotonic() + remote_lib.STALE_SECONDS
-    if time.time() - seen < remote_lib.STALE_SECONDS:
-      print(f"waiting    to see whether the holder of {self.address} is alive", flush=True)
-      while time.monotonic() < until:
-        time.sleep(min(1.0, remote_lib.POLL_SECONDS))
-        if (self / LOCK).stat().st_mtime != seen:
-          return True
+    print(f"waiting    to see whether the holder of {self.address} is alive", flush=True)
+    while time.monotonic() < until:
+      time.sleep(min(1.0, remote_lib.POLL_SECONDS))
+      if (self / LOCK).stat().st_mtime != seen:
+        return True
     return False
 
   @contextlib.contextmanager
@@ -257,6 +258,7 @@ class RunFolder:
       if is_first():
         self._lock = Lock(self.remote, LOCK, _me())
         stack.enter_context(self._lock())
+      wait_for_all("the lock of the run in the bucket")  # before, another run may still write what is fetched
       self.spool.fetch(skip=LOCK)
       try:
         yield
@@ -291,6 +293,8 @@ class RunFolder:
     try:
       return self.remote.read(name).decode() if self.remote else (self / name).read_text()
     except OSError as error:
+      if self.remote is not None and not isinstance(error, FileNotFoundError):
+        raise  # of the network: it may pass
       reason = error.strerror or " ".join(str(error).split())[:200]
       raise InputError(
         f"--workdir={self.address}: no run there ({name}: {reason}); give the folder of a run"

@@ -5,7 +5,6 @@ changed at each checkpoint and at the end; checkpoints are written to the bucket
 """
 
 import contextlib
-import datetime
 import itertools
 import json
 import threading
@@ -54,14 +53,24 @@ class Remote:
 
   def entries(self) -> list[str]:
     """What lies directly in the folder; empty where there is none."""
+    return [name for name, _ in self._listed()]
+
+  def files(self) -> list[str]:
+    """The files directly in the folder."""
+    return [name for name, kind in self._listed() if kind == "file"]
+
+  def _listed(self) -> list[tuple[str, str]]:
+    """Name and kind (`file`, `directory`) of what lies directly in the folder."""
     with self._named():
       try:
-        return [entry["name"].rsplit("/", 1)[-1] for entry in self._fs.ls(self._root, detail=True)]
+        return [(entry["name"].rsplit("/", 1)[-1], entry["type"]) for entry in self._fs.ls(self._root, detail=True)]
       except FileNotFoundError:
         return []
 
   def read(self, name: str) -> bytes:
-    return self._fs.cat_file(self.path(name))
+    """Raises FileNotFoundError where there is no such object."""
+    with self._named(FileNotFoundError):
+      return self._fs.cat_file(self.path(name))
 
   def write(self, name: str, content: bytes) -> None:
     with self._named():
@@ -69,23 +78,12 @@ class Remote:
 
   def create(self, name: str, content: bytes) -> bool:
     """Writes an object that does not exist; False where it does. Of several at once one gets True."""
-    try:
-      self._fs.pipe_file(self.path(name), content, mode="create")
-    except FileExistsError:
-      return False
-    return True
-
-  def age(self, name: str) -> float:
-    """Seconds since an object was written, by the clocks of the bucket and of this machine."""
-    return (datetime.datetime.now(datetime.UTC) - self._fs.modified(self.path(name))).total_seconds()
-
-  def files(self) -> list[str]:
-    """The files directly in the folder."""
-    try:
-      listed = self._fs.ls(self._root, detail=True)
-    except FileNotFoundError:
-      return []
-    return [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
+    with self._named():
+      try:
+        self._fs.pipe_file(self.path(name), content, mode="create")
+      except FileExistsError:
+        return False
+      return True
 
   def get(self, name: str, local: Path) -> None:
     self._fs.get_file(self.path(name), str(local))
@@ -94,19 +92,39 @@ class Remote:
     self._fs.put_file(str(local), self.path(name))
 
   def remove(self, name: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    with self._named(), contextlib.suppress(FileNotFoundError):
       self._fs.rm_file(self.path(name))
 
   @contextlib.contextmanager
-  def _named(self) -> Iterator[None]:
-    """What a bucket refuses (no such bucket, no rights, no network) as an error that names it."""
+  def _named(self, *expected: type[Exception]) -> Iterator[None]:
+    """What a bucket refuses (no such bucket, no rights) as an error that names it; what may pass is let through.
+
+    Args:
+      expected: errors that the caller looks at.
+
+    Raises:
+      InputError: it is refused.
+    """
     try:
       yield
     except Exception as error:  # gcsfs raises OSErrors, HttpErrors and Google's own
+      if isinstance(error, expected) or not _is_refusal(error):
+        raise
       raise InputError(
         f"--workdir={self.url}: can't be used ({type(error).__name__}: {' '.join(str(error).split())[:200]}); see that "
         "the bucket exists and that this machine may read and write it"
       ) from error
+
+
+def _is_refusal(error: Exception) -> bool:
+  """Whether a bucket says that something is missing or forbidden, which it would say again. A network that fails, a
+  server that is busy and credentials that expired may pass."""
+  return (
+    isinstance(error, (FileNotFoundError, PermissionError))
+    or type(error).__name__ == "DefaultCredentialsError"  # there are none
+    or str(getattr(error, "code", "")) in ("403", "404")
+    or (isinstance(error, OSError) and str(error).startswith("Forbidden"))  # gcsfs, of a status 403
+  )
 
 
 class Lock:
@@ -135,8 +153,8 @@ class Lock:
     finally:
       done.set()
       thread.join()
-      if self.taken_by is None:
-        with contextlib.suppress(Exception):  # it goes stale by itself
+      with contextlib.suppress(Exception):  # it goes stale by itself
+        if self._is_mine(self._remote.read(self._name)):  # another may have taken it since we last spoke
           self._remote.remove(self._name)
 
   def check(self) -> None:
@@ -148,16 +166,15 @@ class Lock:
     seen, since, taken_over = None, 0.0, False
     while not self._remote.create(self._name, self._content()):
       try:
-        content, age = self._remote.read(self._name), self._remote.age(self._name)
+        content = self._remote.read(self._name)
       except FileNotFoundError:
         continue
       if seen is None:
         seen, since = content, time.monotonic()
-        if age < STALE_SECONDS:
-          print(f"waiting    to see whether the holder of {self._remote.url} is alive ({_who(content)})", flush=True)
+        print(f"waiting    to see whether the holder of {self._remote.url} is alive ({_who(content)})", flush=True)
       elif content != seen:
         raise self._held(holder_of(content))
-      if age >= STALE_SECONDS or time.monotonic() - since >= STALE_SECONDS:
+      if time.monotonic() - since >= STALE_SECONDS:  # by this clock alone: the bucket's may be another
         self._remove_if(content)
         seen, taken_over = None, True
       else:

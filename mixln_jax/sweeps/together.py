@@ -261,6 +261,7 @@ def train_together(study: Study, runs: Sequence[Run]) -> list[loop.Outcome]:
     members = []
     for index, (run, setup) in enumerate(zip(runs, setups, strict=True)):
       stack.enter_context(run.folder.lock())
+      wait_for_all(f"the lock of {run.name}")
       checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(run.config, run.folder)))
       members.append(Member(index, run, setup, checkpoints))
     if is_first():

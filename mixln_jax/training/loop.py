@@ -26,7 +26,7 @@ from mixln_jax.model.flops import train_flops_per_token
 from mixln_jax.model.initial import count_params
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.devices import peak_flops
-from mixln_jax.parallel.mesh import global_batch
+from mixln_jax.parallel.mesh import describe_mesh, global_batch
 from mixln_jax.parallel.processes import agree, all_stop_at, is_first, wait_for_all
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
@@ -103,7 +103,10 @@ def train(config: Config, workdir: str | Path) -> Outcome:
     folder.create(config_lib.to_json(config))
   wait_for_all("the run's folder")
   folder.check_shared()
-  with folder.lock(), contextlib.closing(open_checkpoints(config, folder)) as checkpoints:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(folder.lock())
+    wait_for_all("the lock of the run")  # orbax waits for all where it opens the checkpoints, and hears of no failure
+    checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, folder)))
     if not checkpoints.all_steps() and not read_lines(folder / folder_lib.METRICS):
       old_config = config  # nothing was trained: a first start that failed pins nothing
     shardings = step_lib.state_shardings(config, setup.mesh)
@@ -154,7 +157,8 @@ def _go_on(
       continue
     for step, error in damaged.items():
       aside = put_aside(folder, checkpoints, [step], f"damaged_{step}")
-      print(f"warning: {error}; it lies in {aside} now, and the run goes on from the one before", file=sys.stderr)
+      if is_first():
+        print(f"warning: {error}; it lies in {aside} now, and the run goes on from the one before", file=sys.stderr)
     return point, state
 
 
@@ -362,7 +366,7 @@ def _progress(setup: Setup, start_step: int) -> Progress:
 def _announce(setup: Setup, folder: RunFolder, point: ResumePoint) -> None:
   model, manifest = setup.config.model, setup.corpus.manifest
   devices = setup.mesh.devices.flat
-  mesh = " × ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1) or "one device"
+  mesh = describe_mesh(setup.mesh.shape)
   print(f"placement  {setup.table.strip}")
   print(f"model      {count_params(model) / 1e6:.2f} M parameters, {model.num_layers} layers × {model.embed_dim}")
   train = manifest.splits["train"]

@@ -161,9 +161,10 @@ def test_a_large_parameter_that_stays_whole_is_refused():
 class Chip:
   """What mesh_utils asks of a TPU: where it lies in the torus, and in which slice."""
 
-  platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5 lite", 0, 0
+  platform, device_kind, core_on_chip = "tpu", "TPU v5 lite", 0
 
   def __init__(self, x, y, slice_index):
+    self.process_index = 2 * slice_index + y // 2  # two hosts a slice
     self.id, self.coords, self.slice_index = slice_index * 16 + 4 * y + x, (x, y, 0), slice_index
 
 
@@ -183,3 +184,11 @@ def test_a_mesh_of_chips(sizes, num_slices, shape):
   assert {axis: size for axis, size in made.shape.items() if size > 1} == shape
   for number in range(num_slices):  # the axes within a slice stay in it
     assert {chip.slice_index for chip in made.devices[0, number % made.shape["data"]].flat} == {number}
+
+
+def test_the_hosts_of_one_slice_of_chips_are_no_slices():
+  chips = [Chip(x, y, 0) for y in range(4) for x in range(4)]
+  mesh = config_lib.base().mesh
+  mesh.update({"data": 1, "fsdp": -1, "dcn_data": 2})
+  with pytest.raises(InputError, match=r"they ask for 2 slices of 8 devices, but the slices number 1, the processes 2"):
+    make_mesh(mesh, chips)

@@ -1,12 +1,17 @@
 """2 and 4 processes through the front door (gloo) are one run: trained, evaluated, killed, gone on with by others."""
 
 import json
+import os
+import platform
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mixln_jax import config as config_lib
+from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import read_lines
 from parallel import pod
 
@@ -92,6 +97,18 @@ def test_one_of_four_is_killed_two_go_on_and_two_evaluate(recipe, one, tmp_path)
   assert second.count("\n") <= first.count("\n") - 3  # only the first one speaks
   two, single = (json.loads(output.splitlines()[-1]) for output in (first, alone))
   assert two == pytest.approx(single, rel=1e-6)
+
+
+def test_a_run_that_another_trains_is_refused_to_all(recipe, tmp_path):
+  """Only the first one tries the lock; the others must not wait for it where orbax does, for ever."""
+  config = config_lib.from_json((Path(recipe.partition("=")[2]).parent / "config.json").read_text())
+  folder = RunFolder(tmp_path / "run")
+  folder.create(config_lib.to_json(config))
+  with folder.lock():
+    outputs = pod.finish(train(recipe, folder.path, 2), [2, 2])
+  for output in outputs:
+    assert f"another process trains there (host {platform.node()}, process {os.getpid()}" in output
+  assert not (folder / "checkpoints").exists()
 
 
 def test_different_commands_are_refused(recipe, tmp_path):

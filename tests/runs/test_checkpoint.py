@@ -70,6 +70,34 @@ def test_a_damaged_or_foreign_checkpoint_is_named(checkpoints, tmp_path):
     one.restore(1, {"params": abstract(params)})
 
 
+@pytest.mark.parametrize(
+  ("error", "damaged"),
+  [
+    (ValueError("UNAVAILABLE: Error reading gs://bucket/run/params: HTTP 503"), False),
+    (ValueError("PERMISSION_DENIED: Error reading gs://bucket/run/params"), False),
+    (ValueError("UNAVAILABLE: CURL error: Couldn't resolve host name"), False),
+    (ConnectionResetError("connection reset by peer"), False),
+    (ValueError("DATA_LOSS: Error decoding chunk"), True),
+    (KeyError("a"), True),
+  ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_storage_that_fails_is_no_damage(checkpoints, monkeypatch, error, damaged, wrapped):
+  one = checkpoints()
+  one.save(1, trees(1), {})
+  one.wait()
+
+  def fail(*_, **__):
+    if wrapped:
+      raise RuntimeError("Failed to restore") from error
+    raise error
+
+  monkeypatch.setattr(one._manager, "restore", fail)
+  with pytest.raises(Exception) as raised:  # noqa: PT011 - which one it is is the question
+    one.facts(1)
+  assert isinstance(raised.value, DamagedError) == damaged
+
+
 def test_a_bit_that_orbax_does_not_miss_is_missed_here(checkpoints, tmp_path):
   """Other numbers, another type and other facts, written by orbax itself: nothing but the sums can tell."""
   import orbax.checkpoint as ocp

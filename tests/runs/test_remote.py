@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from gcsfs.retry import HttpError
 
 from mixln_jax import config as config_lib
 from mixln_jax.commands import doctor
@@ -61,6 +62,43 @@ def test_without_gcsfs_the_error_says_what_to_install(monkeypatch):
   monkeypatch.setattr(remote_lib, "url_to_fs", missing)
   with pytest.raises(InputError, match=r"needs the package gcsfs; run `pip install gcsfs`"):
     RunFolder("gs://bucket/run")
+
+
+class _BusyStore:
+  """A bucket whose every answer is an error."""
+
+  def __init__(self, error):
+    self.error = error
+
+  def __getattr__(self, name):
+    def fail(*_, **__):
+      raise self.error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+  ("error", "refused"),
+  [
+    (OSError("Forbidden: https://storage.googleapis.com/b/bucket"), True),
+    (HttpError({"code": 403, "message": "no rights"}), True),
+    (HttpError({"code": 503, "message": "busy"}), False),
+    (HttpError({"code": 401, "message": "Invalid Credentials"}), False),
+    (OSError("Network is unreachable"), False),
+    (TimeoutError("timed out"), False),
+  ],
+)
+def test_what_may_pass_is_not_refused(monkeypatch, error, refused):
+  monkeypatch.setattr(remote_lib, "url_to_fs", lambda *_, **__: (_BusyStore(error), "bucket/run"))
+  folder = RunFolder("gs://bucket/run")
+  for act in (
+    *(lambda: folder.has_run, folder.occupants, lambda: folder.read("config.json"), lambda: folder.create("{}")),
+    *(lambda: folder.remote.create(".lock", b""), lambda: folder.remote.remove(".lock"), folder.remote.files),
+  ):
+    with pytest.raises(InputError if refused else type(error)) as raised:
+      act()
+    assert isinstance(raised.value, InputError) == refused
+  assert "bucket/run" in doctor._check_workdir("gs://bucket/run")[0]
 
 
 @needs_bucket
@@ -118,10 +156,10 @@ def test_one_writer(bucket, quick):
     assert (bucket[0] / "lock" / ".lock").exists()
   assert not (bucket[0] / "lock" / ".lock").exists()
   # One that died holds it no longer than it takes to see that it is silent.
-  (bucket[0] / "lock" / ".lock").write_text(json.dumps({"host": "gone", "process": 7}))
+  folder.remote.write(".lock", json.dumps({"host": "gone", "process": 7}).encode())
   started = time.monotonic()
   with other.lock():
-    assert time.monotonic() - started < 10
+    assert remote_lib.STALE_SECONDS <= time.monotonic() - started < 10
 
 
 @needs_bucket
@@ -150,6 +188,14 @@ def test_of_several_that_find_a_stale_lock_one_gets_it(bucket, quick, monkeypatc
   for thread in threads:
     thread.join()
   assert (len(got), len(refused)) == (1, 3), (got, refused)
+
+
+@needs_bucket
+def test_a_lock_taken_over_since_its_holder_last_spoke_is_not_removed(bucket):
+  remote = Remote("gs://bucket/silent")
+  with Lock(remote, ".lock", {"host": "here"})():
+    remote.write(".lock", b'{"host": "thief"}')
+  assert remote.read(".lock") == b'{"host": "thief"}'
 
 
 @needs_bucket
@@ -183,10 +229,12 @@ def command(tmp_path_factory, make_config, bucket):
     f"  return config.from_json(Path({str(place / 'config.json')!r}).read_text())\n"
   )
 
-  def run(*arguments, env=None, **options):
+  def run(*arguments, env=None, stale_seconds=remote_lib.STALE_SECONDS, **options):
     machine = tmp_path_factory.mktemp("machine")
+    front_door = f"remote.STALE_SECONDS = {stale_seconds}; sys.exit(__main__.main(sys.argv[1:]))"
+    script = f"import sys; from mixln_jax import __main__; from mixln_jax.runs import remote; {front_door}"
     return subprocess.Popen(
-      [sys.executable, "-m", "mixln_jax", *arguments],
+      [sys.executable, "-c", script, *arguments],
       env=os.environ | bucket[1] | {"PYTHONPATH": str(ROOT), "TMPDIR": str(machine), **(env or {})},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -221,10 +269,7 @@ def test_killed_and_gone_on_with_elsewhere_is_the_run_that_was_never_touched(buc
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   process.communicate()
-  holder = place / ".lock"
-  if holder.exists():  # else it was quicker than the kill
-    os.utime(holder, (time.time() - 500, time.time() - 500))
-  output = finish(command("train", recipe, "--workdir=gs://bucket/killed"))
+  output = finish(command("train", recipe, "--workdir=gs://bucket/killed", stale_seconds=3.0))
   assert "goes on from step" in output or "were done already" in output
   expected = curve(tmp_path / "local" / "metrics.jsonl")
   assert curve(place / "metrics.jsonl") == expected

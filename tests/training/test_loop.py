@@ -424,6 +424,7 @@ def test_a_second_process_is_kept_out(make_config, tmp_path, monkeypatch):
   # One on another machine, which this machine's lock knows nothing of: alive while it touches its file.
   lock = tmp_path / "run" / ".lock"
   lock.write_text(json.dumps({"host": "another", "process": 7, "since": "today"}))
+  os.utime(lock, (time.time() - 500, time.time() - 500))  # by the file server's clock
   holder = threading.Timer(0.5, lambda: os.utime(lock, (time.time() + 5, time.time() + 5)))
   holder.start()
   monkeypatch.setattr(remote, "POLL_SECONDS", 0.1)
