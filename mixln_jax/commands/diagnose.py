@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -43,11 +44,11 @@ def main(argv: list[str]) -> int:
   config = read_config(folder)
   processes.join(config.parallel)
   use_compile_cache()
-  config = spread_over_all_devices(config)
   sizes = _sizes(values.blocks, config.model.num_layers)
   if values.batch_size is not None:
     config.evaluate.batch_size = values.batch_size
   with processes.failing_together():
+    config = spread_over_all_devices(config)
     setup = set_up(config)
     check_batch(setup, "--batch_size", config.evaluate.batch_size)
     run = open_run(folder, setup.mesh, values.step)
@@ -61,23 +62,31 @@ def main(argv: list[str]) -> int:
       measured = diagnose(
         config, run.params, lambda: initial_weights(setup, shardings), batches, setup.mesh, sizes=sizes, watch=_bar
       )
-  result = {
-    "step": run.step,
-    "placement": config.model.placement,
-    "num_layers": config.model.num_layers,
-    "data_fingerprint": setup.corpus.manifest.fingerprint,
-    **measured,
-  }
-  target.write_json(FILE, result)
+    result = {
+      "step": run.step,
+      "placement": config.model.placement,
+      "num_layers": config.model.num_layers,
+      "data_fingerprint": setup.corpus.manifest.fingerprint,
+      **measured,
+    }
+    target.write_json(FILE, result)
+    drawn = _draw(target)
+    target.copy_out()
+    processes.wait_for_all("the end of the diagnosis")
   if processes.is_first():
-    from mixln_jax.reporting.figures import draw_diagnose  # it loads matplotlib, which takes seconds
-
-    drawn = draw_diagnose(target / FILE, target.path)
     print(json.dumps(result) if values.json else table(result, setup.table.strip))
     if not values.json:
       print(f"wrote      {target.address}: {FILE} and {len(drawn)} figures")
-  target.copy_out()
   return 0
+
+
+def _draw(target: RunFolder) -> list[Path]:
+  """Draws the figures; of several processes the first one does."""
+  if not processes.is_first():
+    return []
+  from mixln_jax.reporting.figures import draw_diagnose  # it loads matplotlib, which takes seconds
+
+  return draw_diagnose(target / FILE, target.path)
 
 
 def _sizes(blocks: str | None, num_layers: int) -> list[int]:
@@ -94,6 +103,9 @@ def _make(target: RunFolder) -> None:
   """Makes the folder before anything is measured."""
   try:
     if processes.is_first():
+      if target.remote is not None:
+        target.remote.write(f".{FILE}.partial", b"")
+        target.remote.remove(f".{FILE}.partial")
       target.path.mkdir(parents=True, exist_ok=True)
       probe = target / f".{FILE}.partial"
       probe.write_text("")

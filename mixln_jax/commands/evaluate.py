@@ -19,19 +19,20 @@ def main(argv: list[str]) -> int:
   folder = RunFolder(values.workdir)
   config = read_config(folder)
   processes.join(config.parallel)
-  config = spread_over_all_devices(config)
-  if values.batch_size is not None:
-    config.evaluate.batch_size = values.batch_size
   with processes.failing_together():
+    config = spread_over_all_devices(config)
+    if values.batch_size is not None:
+      config.evaluate.batch_size = values.batch_size
     setup = set_up(config)
     check_batch(setup, "--batch_size", config.evaluate.batch_size)
     run = open_run(folder, setup.mesh, values.step)
     evaluation = Evaluator(setup)(run.params)
+    rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
+    entropy = unigram_entropy(rows)
+    processes.wait_for_all("the end of the evaluation")
   if not processes.is_first():
     return 0
   print(f"validation step {run.step}  {evaluation.describe(official_compat=True)}")
-  rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
-  entropy = unigram_entropy(rows)
   print(f"unigram entropy of the same labels {entropy:.4f}; the model is {entropy - evaluation.loss:.4f} nats below it")
   print(json.dumps({"step": run.step, "unigram_entropy": entropy, **evaluation.metrics(official_compat=True)}))
   return 0

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
   use_compile_cache()
   with processes.failing_together():
     outcome = loop.train(config, values.workdir)
+    processes.wait_for_all("the end of the run")  # process 0 may still copy: the others must not time out meanwhile
   show = print if processes.is_first() else _nothing
   if outcome.diverged:
     show("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
