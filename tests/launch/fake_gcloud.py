@@ -8,6 +8,7 @@ fake_python.sh.
 # Only os and sys are imported: the tests call this some hundred times.
 # ruff: noqa: PTH102, PTH103, PTH110, PTH120, PTH123, SIM105
 
+import fcntl
 import os
 import signal
 import sys
@@ -32,9 +33,11 @@ def state():
 
 
 def take(plan):
-  """The next word of a plan."""
-  words = read(f"{CLOUD}/{plan}").split()
-  write(f"{CLOUD}/{plan}", b"\n".join(words[1:] or words))
+  """The next word of a plan; hosts that are started at the same time take turns."""
+  with open(f"{CLOUD}/{plan}.turn", "w") as turn:
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    words = read(f"{CLOUD}/{plan}").split()
+    write(f"{CLOUD}/{plan}", b"\n".join(words[1:] or words))
   return words[0]
 
 

@@ -2,12 +2,17 @@
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import read_lines
@@ -189,6 +194,28 @@ def test_sets_that_are_not_one_program_are_refused(make_config, tmp_path, axes, 
   with pytest.raises(InputError, match=message):
     train_together(study, runs)
   assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.slow
+def test_cut_over_devices_they_are_the_same_runs(make_config, tmp_path):
+  """Two runs a device pair: mesh run 2 × fsdp 2, in a process with 4 devices."""
+  config = make_config()
+  (tmp_path / "config.json").write_text(config_lib.to_json(config))
+  read = f"config.from_json(Path({str(tmp_path / 'config.json')!r}).read_text())"
+  recipe = f"from pathlib import Path\nfrom mixln_jax import config\ndef get_config():\n  return {read}\n"
+  (tmp_path / "recipe.py").write_text(recipe)
+  axes = ("--axis=model.placement=pre mix:0.5", "--axis=seed=0 1")
+  mesh = ("--config.mesh.run=2", "--config.mesh.data=1", "--config.mesh.fsdp=2")
+  command = [sys.executable, "-m", "mixln_jax", "sweep", f"--config={tmp_path / 'recipe.py'}", "--together"]
+  environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "JAX_PLATFORMS": "cpu"}
+  environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+  command += [f"--workdir={tmp_path / 'study'}", *axes, *mesh]
+  subprocess.run(command, env=environment, check=True)
+  for run in study_of(config, *(axis.removeprefix("--axis=") for axis in axes)).runs(tmp_path / "study"):
+    alone = loop.train(run.config, tmp_path / run.name)
+    np.testing.assert_allclose(values(run, "validation")[-1]["loss"], alone.validation["loss"], rtol=2e-5)
+    there, here = (json.loads((f / "initial_weights.json").read_text()) for f in (run.folder.path, tmp_path / run.name))
+    assert there == here
 
 
 def test_the_axis_run_must_divide_the_runs(make_config, tmp_path):
