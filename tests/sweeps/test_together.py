@@ -208,7 +208,7 @@ def test_cut_over_devices_they_are_the_same_runs(make_config, tmp_path):
   mesh = ("--config.mesh.run=2", "--config.mesh.data=1", "--config.mesh.fsdp=2")
   command = [sys.executable, "-m", "mixln_jax", "sweep", f"--config={tmp_path / 'recipe.py'}", "--together"]
   environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "JAX_PLATFORMS": "cpu"}
-  environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+  environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
   command += [f"--workdir={tmp_path / 'study'}", *axes, *mesh]
   subprocess.run(command, env=environment, check=True)
   for run in study_of(config, *(axis.removeprefix("--axis=") for axis in axes)).runs(tmp_path / "study"):
