@@ -16,7 +16,7 @@ from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
 from mixln_jax.runs.opening import read_config
 
 STUDY, RUNS = "study.json", "runs"
-FREE_AXIS_NAMES = {"model.placement": ""}  # fields whose value alone names them
+NAMED_BY_VALUE = {"model.placement": ""}  # fields whose value alone names them
 
 Grid = Mapping[str, Sequence[Any]]  # field -> its values; a grid is their product
 
@@ -100,7 +100,7 @@ def _order(field: str) -> tuple[bool, int]:
 
 def run_name(values: Mapping[str, Any]) -> str:
   """A folder's name of a run's values: `mix_0.25-learning_rate0.003-seed0`."""
-  parts = [FREE_AXIS_NAMES.get(field, field.split(".")[-1]) + str(value) for field, value in values.items()]
+  parts = [NAMED_BY_VALUE.get(field, field.split(".")[-1]) + str(value) for field, value in values.items()]
   return re.sub(r"[^\w.+-]", "_", "-".join(parts)) or "base"
 
 
