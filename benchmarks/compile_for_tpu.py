@@ -12,7 +12,6 @@ tiles that a TPU keeps arrays in: each of the four counters takes 512 bytes, and
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
@@ -24,32 +23,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
+from benchmarks.recipes import RECIPES, load
 from mixln_jax.planning import topology
 from mixln_jax.planning.plan import Plan, arithmetic, compile_plan
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 CASES = (
   *(("1b", "v5e:4x4", placement) for placement in ("pre", "mix:0.25")),
   *(("7b", slice_, placement) for slice_ in ("v5p:2x2x4", "v6e:4x4") for placement in ("pre", "mix:0.25")),
   ("7b", "v5e:16x16", "mix:0.25"),
 )
-RECIPES = {
-  **dict.fromkeys(("9m", "20m", "35m", "40m", "60m", "71m", "100m"), "v5e:2x2"),
-  **dict.fromkeys(("130m", "250m"), "v5e:2x4"),
-  **dict.fromkeys(("350m", "1b"), "v5e:4x4"),
-  "3b": "v5e:8x8",
-  "7b": "v5e:16x16",
-}
-
-
-def load(recipe: str) -> Any:
-  path = CONFIGS / f"llama_{recipe}.py"
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  assert spec is not None
-  module = importlib.util.module_from_spec(spec)
-  assert spec.loader is not None
-  spec.loader.exec_module(module)
-  return module.get_config()
 
 
 def measure(recipe: str, slice_: str, placement: str) -> Plan:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import topologies
 
-from benchmarks.compile_for_tpu import load
+from benchmarks.recipes import load
 from mixln_jax.model import transformer
 from mixln_jax.model.columns import Columns
 from mixln_jax.model.initial import abstract_sharded_params

@@ -18,6 +18,7 @@ from mixln_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 RECORD_MODES = ("pack", "pad")
 
@@ -94,6 +95,12 @@ FIELDS: Mapping[str, Field] = {
     "what the backward pass recomputes: nothing, whole layers, all but matrix products, "
     "all but matrix products without batch dimensions",
     choices=REMAT_POLICIES,
+    on_resume=FREE,
+  ),
+  "model.attention": Field(
+    "auto",
+    "how attention is computed (mixln_jax/model/attention_kernels.py); auto = what does best on the platform",
+    choices=ATTENTIONS,
     on_resume=FREE,
   ),
   "model.unroll": Field(1, "layers a step of the scan over layers; 0 = a plain Python loop", minimum=0, on_resume=FREE),

@@ -1,7 +1,7 @@
 """Rotary position embedding, attention, and its key-value cache."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,13 @@ def rotate(x_BTHK: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   return rotated.astype(x_BTHK.dtype)
 
 
-def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array | None) -> jax.Array:
+def attention(
+  q_BTHK: jax.Array,
+  k_BSGK: jax.Array,
+  v_BSGK: jax.Array,
+  mask_BTS: jax.Array | None,
+  implementation: Literal["xla", "cudnn"] = "xla",
+) -> jax.Array:
   """Softmax attention, scale 1/√K, logits and softmax in fp32; H query heads share G key-value heads.
 
   Args:
@@ -50,12 +56,15 @@ def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS:
     k_BSGK: keys.
     v_BSGK: values.
     mask_BTS: True where query t may read key s; None = causal, with S = T.
+    implementation: of `jax.nn.dot_product_attention`.
 
   Returns:
     [B, T, H, K] in the queries' type.
   """
   mask = None if mask_BTS is None else mask_BTS[:, None]
-  return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask, is_causal=mask is None, implementation="xla")
+  return jax.nn.dot_product_attention(
+    q_BTHK, k_BSGK, v_BSGK, mask=mask, is_causal=mask is None, implementation=implementation
+  )
 
 
 def attention_statistics(q_BTHK: jax.Array, k_BSGK: jax.Array, mask_BTS: jax.Array | None) -> dict[str, jax.Array]:

@@ -26,6 +26,7 @@ from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import Config
 from mixln_jax.model import attention as attention_lib
+from mixln_jax.model.attention_kernels import choose_attention, self_attention
 from mixln_jax.model.columns import LEARNED, Columns
 from mixln_jax.model.norm import rms_norm
 from mixln_jax.model.residual import OutNorm, settle, sublayer
@@ -95,7 +96,7 @@ class Layer(nn.Module):
     Args:
       carry: ((sum, the N_out that it lacks or None), the key-value cache of all layers or None).
       varying: this layer's `columns` that vary, its `index`, and `keep` (or None): 0 removes the layer.
-      shared: what all layers read: `rope`, `mask`, `positions`, `weights`.
+      shared: what all layers read: `rope`, `mask`, `segments`, `positions`, `weights`.
 
     Returns:
       The carry after the layer, and its taps, or what `observe` makes of them.
@@ -188,7 +189,12 @@ class Layer(nn.Module):
     q_BTHK, k_BSGK, v_BSGK = constrain(q_BTHK, *QUERIES), constrain(k_BSGK, *KEYS), constrain(v_BSGK, *KEYS)
     if cache is not None:
       cache, k_BSGK, v_BSGK = attention_lib.update_cache(cache, layer, k_BSGK, v_BSGK, shared["positions"])
-    out_BTHK = attention_lib.attention(q_BTHK, k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype), shared["mask"])
+      k_BSGK, v_BSGK = k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype)
+      out_BTHK = attention_lib.attention(q_BTHK, k_BSGK, v_BSGK, shared["mask"])
+    else:
+      segments = shared["segments"]
+      implementation = choose_attention(c, q_BTHK.shape[1], segments=segments is not None)
+      out_BTHK = self_attention(implementation, q_BTHK, k_BSGK, v_BSGK, shared["mask"], segments)
     seen = {}
     if self.observe is not None:
       statistics = attention_lib.attention_statistics(q_BTHK, k_BSGK, shared["mask"])
@@ -295,6 +301,7 @@ class Transformer(nn.Module):
     shared = {
       "rope": attention_lib.rope_table(positions_BT, attention_lib.rope_frequencies(c)),
       "mask": attention_lib.attention_mask(positions_BT, segment_ids_BT, cache),
+      "segments": segment_ids_BT,
       "positions": positions_BT,
       "weights": weights_BT,
     }

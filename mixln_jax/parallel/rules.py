@@ -36,7 +36,7 @@ def logical_rules() -> list[tuple[str, Any]]:
   return list(RULES.items())
 
 
-def constrain(x: jax.Array, *axes: str) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """An activation, laid out on the mesh by the logical axis of each of its dimensions; as it is where there is no mesh.
 
   Raises:
@@ -44,6 +44,18 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
   """
   check_axes("an activation", axes)
   return nn.with_logical_constraint(x, axes)
+
+
+def shards(axis: str) -> int:
+  """Into how many pieces the mesh in use (`jax.set_mesh`) cuts a logical axis; 1 where there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape.get(name, 1) for name in mesh_axes(RULES[axis]))
+
+
+def platform() -> str:
+  """What a program that is traced now is for, `cpu`, `gpu` or `tpu`: the mesh in use, or JAX's default backend."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
 
 
 def check_axes(name: str, axes: Iterable[str | None]) -> None:

@@ -50,6 +50,7 @@ from mixln_jax.training.resume import ResumePoint, resume_point
 from mixln_jax.training.setup import (
   Evaluator,
   Setup,
+  attention_of,
   check_batches,
   lower_train_step,
   make_loader,
@@ -373,6 +374,7 @@ def _announce(setup: Setup, folder: RunFolder, point: ResumePoint) -> None:
   size = f"{train.counted:,} training tokens" if train.counted else f"{train.documents:,} documents on the fly"
   print(f"data       {setup.corpus.folder}, {size}, fingerprint {manifest.fingerprint[:12]}")
   print(f"devices    {len(devices)} × {devices[0].device_kind}, mesh: {mesh}")
+  print(f"attention  {attention_of(setup.config, setup.mesh)}")
   print(f"run        {folder.address}" + (f", goes on from step {point.step}" if point.step else ""))
   for change in point.changes:
     print(f"changed    {change}")

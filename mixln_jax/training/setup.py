@@ -17,6 +17,7 @@ from mixln_jax.data.loader import Data, Loader, example
 from mixln_jax.data.opening import open_data
 from mixln_jax.data.records import Record
 from mixln_jax.errors import InputError
+from mixln_jax.model.attention_kernels import choose_attention
 from mixln_jax.model.initial import abstract_sharded_params
 from mixln_jax.parallel.mesh import attach, make_mesh, rows_share
 from mixln_jax.parallel.processes import check_devices
@@ -53,12 +54,19 @@ def set_up(config: Config) -> Setup:
   check_devices(config.parallel)
   mesh = make_mesh(config.mesh)
   abstract_sharded_params(config.model, mesh)  # for its checks
+  attention_of(config, mesh)
   return Setup(config, mesh, open_data(config), placement.parse(config.model.placement, config.model.num_layers))
 
 
 def check_batch(setup: Setup, name: str, size: int) -> None:
   """Refuses a batch of `size` rows that the mesh can't cut; raises InputError naming it."""
   check_divides(name, (size, setup.config.data.sequence_length), batch_sharding(setup.mesh))
+
+
+def attention_of(config: Config, mesh: Mesh) -> str:
+  """The implementation of attention that a run trains with; raises InputError where it can't be the one asked for."""
+  with on_mesh(mesh):
+    return choose_attention(config.model, config.data.sequence_length, segments=config.data.document_mask)
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:

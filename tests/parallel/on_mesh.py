@@ -1,6 +1,7 @@
 """Trains a small model on a mesh and says what came of it; run as a script, in a process of its own with 8 devices."""
 
 import json
+import math
 import re
 import sys
 import tempfile
@@ -8,12 +9,15 @@ import zlib
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mixln_jax import config as config_lib
 from mixln_jax.diagnostics.diagnose import diagnose
 from mixln_jax.errors import InputError
+from mixln_jax.model import next_token_loss
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
+from mixln_jax.parallel.rules import batch_sharding
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.folder import parameter_table
 from mixln_jax.training import step as step_lib
@@ -79,6 +83,52 @@ def gathered(text):
   return sorted([int(size) for size in shape.split(",")] for shape in found)
 
 
+def head(config_json, mesh):
+  """What the head and its loss cost on a mesh: FLOPs of a device with one chunk, and with chunks of 8 positions its
+  value and each collective operation, whether it lies in the loop, and the elements that it moves."""
+  config = config_lib.from_json(config_json)
+  config.mesh.update(mesh)
+  setup = set_up(config)
+  rows, by_name = batch_sharding(setup.mesh), step_lib.state_shardings(config, setup.mesh).params
+  batch, length = config.train.batch_size, config.data.sequence_length
+  hidden_sharding = NamedSharding(setup.mesh, PartitionSpec(*rows.spec, None))
+  rng = np.random.default_rng(0)
+  arguments = [
+    jax.device_put(np.asarray(value, dtype), sharding)
+    for value, dtype, sharding in (
+      (rng.normal(size=(batch, length, config.model.embed_dim)), np.float32, hidden_sharding),
+      (rng.normal(size=(config.model.embed_dim, config.model.vocab_size)), np.float32, by_name["head"]),
+      (rng.integers(0, config.model.vocab_size, (batch, length)), np.int32, rows),
+      (rng.integers(0, 2, (batch, length)), np.int32, rows),
+    )
+  ]
+
+  def compiled(chunk):
+    step = jax.value_and_grad(lambda *a: next_token_loss(*a, chunk=chunk)[0], argnums=(0, 1))
+    with on_mesh(setup.mesh):
+      return jax.jit(step, out_shardings=(None, (hidden_sharding, by_name["head"]))).lower(*arguments).compile()
+
+  program = compiled(8)
+  return {
+    "flops": compiled(length).cost_analysis()["flops"],
+    "value": float(program(*arguments)[0]),
+    "collectives": list(collectives(program.as_text())),
+  }
+
+
+def collectives(text):
+  """(operation, whether it is in a loop's body, elements) of each collective operation of a compiled program."""
+  inside = False
+  for line in text.splitlines():
+    if line.endswith("{") and not line.startswith(" "):
+      inside = not line.startswith("ENTRY")
+    if found := re.search(
+      r"= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)", line
+    ):
+      sizes = re.findall(r"\w+\[([\d,]*)\]", found[1])
+      yield found[2], inside, max(math.prod(int(size) for size in shape.split(",") if size) for shape in sizes)
+
+
 def diagnosed(config_json, mesh):
   """What a diagnostic step says of the first batch, and `diagnose` of the initial weights."""
   config = config_lib.from_json(config_json)
@@ -136,5 +186,6 @@ if __name__ == "__main__":
     print(json.dumps(diagnosed(text, DIAGNOSED)))
     sys.exit()
   result = {name: run(text, mesh) for name, mesh in MESHES.items()}
+  result["head"] = {name: head(text, mesh) for name, mesh in MESHES.items()}
   result["refused"] = {name: refusal(text, mesh) for name, mesh in REFUSED.items()}
   print(json.dumps(result))

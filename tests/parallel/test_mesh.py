@@ -101,6 +101,25 @@ def test_weights_are_gathered_and_activations_are_not(on_eight):
     assert bool(wide) == ("sequence" in mesh)
 
 
+def test_each_device_takes_its_share_of_the_head_and_sends_only_its_gradient(on_eight, config_json):
+  """Cut over flattened rows and positions, chunks would lie on other devices than their hidden states."""
+  one = on_mesh.head(config_json, {"data": -1})
+  assert one["collectives"] == []
+  elements = 16 * 264  # of the head
+  for mesh, of_mesh in on_eight["head"].items():
+    np.testing.assert_allclose(of_mesh["value"], one["value"], rtol=1e-6)
+    np.testing.assert_allclose(of_mesh["flops"], one["flops"] / 8, rtol=0.05, err_msg=mesh)
+    gathers = [(inside, size) for kind, inside, size in of_mesh["collectives"] if kind == "all-gather"]
+    tensor = 2 if "tensor" in mesh else 1
+    assert gathers == ([(False, elements // tensor)] if "fsdp" in mesh else []), mesh  # the head itself, once
+    # The loop sends sums over the vocabulary where that is cut, [rows, 8] or [rows, 8, 16] of a device, and nothing else.
+    in_loop = [size for _, inside, size in of_mesh["collectives"] if inside]
+    assert max(in_loop, default=0) == (
+      0 if tensor == 1 else 8 * 16 * 16 // (8 // tensor // (2 if "sequence" in mesh else 1))
+    ), mesh
+    assert {kind for kind, *_ in of_mesh["collectives"]} <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
 @pytest.mark.slow
 def test_diagnostics_are_those_of_one_device(config_json):
   expected, actual = on_mesh.diagnosed(config_json, {"data": -1}), of_script(config_json, "diagnosed")

@@ -1,0 +1,24 @@
+"""The recipes for LLaMA shapes, `configs/llama_NAME.py`, and a TPU topology for each."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = {
+  **dict.fromkeys(("9m", "20m", "35m", "40m", "60m", "71m", "100m"), "v5e:2x2"),
+  **dict.fromkeys(("130m", "250m"), "v5e:2x4"),
+  **dict.fromkeys(("350m", "1b"), "v5e:4x4"),
+  "3b": "v5e:8x8",
+  "7b": "v5e:16x16",
+}
+
+
+def load(recipe: str) -> Any:
+  path = CONFIGS / f"llama_{recipe}.py"
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  assert spec is not None
+  module = importlib.util.module_from_spec(spec)
+  assert spec.loader is not None
+  spec.loader.exec_module(module)
+  return module.get_config()
