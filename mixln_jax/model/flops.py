@@ -23,8 +23,9 @@ def train_flops_per_token(model: Config, sequence_length: int) -> float:
 def executed_flops_per_token(model: Config, sequence_length: int) -> float:
   """FLOPs of the matrix products that the training step really does for a token: with recomputation, masked positions.
 
-  Attention is taken to multiply all T positions, masked or not, as `xla` does. The backward pass does the layers' forward
-  products again with remat full (but `down`, whose result it does not need), those of attention with dots_no_batch.
+  Attention is taken to multiply all T positions, masked or not, as `xla` does. The backward pass does the layers'
+  forward products again with remat full (but `down`, whose result it does not need), and those of attention with
+  dots_no_batch.
   """
   attention = 4.0 * model.num_layers * model.num_heads * head_dim(model) * sequence_length
   forward = 2.0 * matmul_params(model) + attention
