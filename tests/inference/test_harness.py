@@ -1,20 +1,23 @@
 """The lm-evaluation-harness on our models: scores, tasks from local files, and two controls."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, small_model
+from lm_eval.api.instance import Instance
 
-from mixln_jax.data.tokenizer import ByteTokenizer
+from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.inference.harness import HarnessModel
 from mixln_jax.inference.scoring import score, score_batch
 from mixln_jax.inference.tasks import Tasks, main_metric, report, table
 from mixln_jax.model import Transformer
 
+GOLDEN = Path(__file__).parents[1] / "data" / "harness.npz"
 LETTERS = np.array([3 + byte for byte in b"abcdefghijklmnopqrstuvwxyz"])
 NUM_QUESTIONS = 120
 TASK = """
@@ -59,6 +62,42 @@ def test_scores_are_the_sums_of_log_probabilities(byte_model):
       scores = score(model, params, pairs, batch_size=2, keep_L=keep_L)
       np.testing.assert_allclose([one.log_likelihood for one in scores], expected, atol=2e-5)
       assert [one.greedy for one in scores] == ([True, True, False] if greedy else [False] * 3)
+
+
+def test_answers_equal_those_of_the_harnesss_own_hugging_face_model():
+  """On an exported checkpoint, by torch: tests/data/make_export_golden.py."""
+  data = np.load(GOLDEN)
+  texts = json.loads(str(data["texts"]))
+  tokenizer = HuggingFaceTokenizer(data["tokenizer"].tobytes(), GOLDEN.name)
+  model = small_model(placement="mix:0.5", vocab_size=280)
+  asked = HarnessModel(model, random_params(model), tokenizer, max_length=24, batch_size=8)
+
+  def ask(kind, arguments):
+    return getattr(asked, kind)([Instance(kind, {}, tuple(one), index) for index, one in enumerate(arguments)])
+
+  values, greedy = zip(*ask("loglikelihood", texts["pairs"]), strict=True)
+  np.testing.assert_allclose(values, data["log_likelihoods"], atol=1e-4)
+  assert list(greedy) == data["greedy"].tolist()
+  whole = ask("loglikelihood_rolling", [(text,) for text in texts["whole"]])
+  np.testing.assert_allclose(whole, data["whole"], rtol=1e-6, atol=1e-4)
+  assert ask("generate_until", texts["prompts"]) == texts["added"]
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"max_gen_toks": 32}, "max_gen_toks=32 leaves no room .* 32 tokens"),
+    ({"num_beams": 4}, "generation_kwargs has 'num_beams'.*supported: until"),
+  ],
+)
+def test_generation_that_can_not_be_done_is_named(harness_model, options, words):
+  with pytest.raises(InputError, match=words):
+    harness_model.generate_until([Instance("generate_until", {}, ("tea", options), 0)])
+
+
+def test_a_continuation_that_does_not_fit_is_named(harness_model):
+  with pytest.raises(InputError, match="continuation of 33 tokens does not fit the 32"):
+    harness_model.loglikelihood([Instance("loglikelihood", {}, ("tea", "x" * 33), 0)])
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +148,12 @@ def test_a_limit_shots_and_removed_layers(harness_model, folder):
   tasks = Tasks(f"{folder / 'sure.yaml'},{folder / 'chance.yaml'}")
   assert tasks.run(harness_model, limit=5, only="sure")["sure"]["num_documents"] == 5
   alone = HarnessModel(harness_model._model, harness_model._params, ByteTokenizer(), 32, 64)
-  values = []
+  values, programs = [], []
   for keep in ([1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 1]):
     alone.keep_L = jnp.array(keep)
     values.append(main_metric(tasks.run(alone, only="sure")["sure"]))
-    programs = score_batch._cache_size()
-    assert len(values) == 1 or programs == before
-    before = programs
+    programs.append(score_batch._cache_size())
+  assert programs[0] == programs[2]
   assert values[0] == 1.0
   assert max(values[1:]) < 1.0
   with_shots = Tasks(str(folder / "sure.yaml")).run(harness_model, limit=20, num_fewshot=2)["sure"]
