@@ -90,7 +90,7 @@ def generate(
     lengths_B,
     np.int32(num_tokens),
     stop_N,
-    (np.float32(sampling.temperature), narrowing, jax.random.key(sampling.seed)),
+    (np.float32(sampling.temperature), narrowing, np.uint32(sampling.seed)),
   )
   rows = np.asarray(tokens_BS)
   ends = lengths_B + int(steps)
@@ -127,18 +127,18 @@ def generate_batch(
     lengths_B: of the prompts; 0 for a row that only pads the batch.
     num_tokens: the most to add.
     stop_N: ids that end a row; -1 matches none.
-    sampling: temperature, narrowing (as `choose` takes them), key.
+    sampling: temperature, narrowing (as `choose` takes them), seed.
 
   Returns:
     The tokens [B, S] (prompts, what was added, and PAD from where a row stopped), and how many tokens were added to
     the row that went on longest.
   """
   model = Transformer(config)
-  temperature, narrowing, key = sampling
+  temperature, narrowing, seed = sampling
   batch, prompt_length = tokens_BT.shape
   # Padding of shorter prompts writes keys behind their ends; each is overwritten before a query can reach it.
   positions_BT = jnp.broadcast_to(jnp.arange(prompt_length), tokens_BT.shape)
-  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
   last_B = jnp.maximum(lengths_B, 1) - 1  # of the prompt
 
   def next_logits(tokens_BT: Any, positions_BT: Any, cache: Cache, index_B: Any) -> tuple[jax.Array, Cache]:

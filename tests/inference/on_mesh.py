@@ -38,7 +38,7 @@ def answers(model, params):
 def gathered(model, params):
   """Shapes that the compiled loop gathers from several devices."""
   tokens_BT, lengths_B = batching.pad(PROMPTS, batching.bucket_rows(3), 16)
-  sampling = (np.float32(0), None, jax.random.key(0))
+  sampling = (np.float32(0), None, np.uint32(0))
   arguments = (params, tokens_BT, lengths_B, np.int32(6), np.full(4, -1, np.int32), sampling)
   text = generate_batch.lower(FrozenConfigDict(model), 32, 64, *arguments).compile().as_text()
   shapes = re.findall(r"= (\([^=]*?\)|\S+) all-gather(?:-start)?\(", text)

@@ -67,7 +67,7 @@ def test_a_row_ends_with_its_stop_token_and_the_loop_with_the_last_row(small):
   ends = [min(ids.index(stop) for stop in stops if stop in ids) for ids in free]
   assert rows == [ids[: end + 1] for ids, end in zip(free, ends, strict=True)]
   tokens_BT, lengths_B = batching.pad(PROMPTS, 4, 16)
-  greedy = (np.float32(0), None, jax.random.key(0))
+  greedy = (np.float32(0), None, np.uint32(0))
   stop_N = np.array([*stops, -1], np.int32)
   model = FrozenConfigDict(small.model)
   tokens, steps = generate_batch(model, 32, 50, small.params, tokens_BT, lengths_B, np.int32(20), stop_N, greedy)

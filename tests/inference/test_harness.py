@@ -12,9 +12,9 @@ from lm_eval.api.instance import Instance
 
 from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.inference.harness import HarnessModel
+from mixln_jax.inference.harness import HarnessModel, TaskManager
 from mixln_jax.inference.scoring import score, score_batch
-from mixln_jax.inference.tasks import Tasks, main_metric, report, table
+from mixln_jax.inference.tasks import PAPER_TASKS, Tasks, main_metric, report, table
 from mixln_jax.model import Transformer
 
 GOLDEN = Path(__file__).parents[1] / "data" / "harness.npz"
@@ -177,3 +177,11 @@ def test_tasks_that_are_not_there_are_named(names, words, folder, tmp_path):
   root = folder if "empty" in names else tmp_path
   with pytest.raises(InputError, match=words):
     Tasks(names.format(folder=root))
+
+
+@pytest.mark.slow
+def test_the_papers_tasks_have_the_harnesss_names_and_others_are_named():
+  """Reads all of the harness's task files, and fetches nothing."""
+  assert set(PAPER_TASKS) <= set(TaskManager().all_tasks)
+  with pytest.raises(InputError, match="--tasks=arc_eazy: the harness has no such task; did you mean 'arc_easy'"):
+    Tasks("arc_eazy")
