@@ -25,7 +25,7 @@ from mixln_jax.training.setup import lower_train_step
 def random_batch(config: Any) -> dict[str, np.ndarray]:
   shape = (config.train.batch_size, config.data.sequence_length + 1)
   ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
-  return {"tokens_BT": ids[:, :-1], "labels_BT": ids[:, 1:], "weights_BT": np.ones_like(ids[:, 1:])}
+  return {"tokens_BT": ids[:, :-1], "labels_BT": ids[:, 1:], "weights_BT": np.ones(ids[:, 1:].shape, np.float32)}
 
 
 def matmul(size: int, dtype: str) -> float:

@@ -85,6 +85,43 @@ def test_train_evaluate_generate_from_the_command_line(recipe, tmp_path, capsys)
 
   assert main(["generate", f"--workdir={workdir}", "--prompt=the quick", "--num_tokens=4", "--step=4"]) == 0
   assert capsys.readouterr().out.startswith("the quick")
+  prompts = tmp_path / "prompts.jsonl"
+  prompts.write_text('{"prompt": "the"}\n{"prompt": "naïve"}\n')
+  many = ["generate", f"--workdir={workdir}", f"--prompts={prompts}", "--num_tokens=9", "--stop=e", "--top_p=0.9"]
+  assert main([*many, "--json"]) == 0
+  texts = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+  assert [text["prompt"] for text in texts] == ["the", "naïve"]
+  assert all(text["stopped"] or text["tokens"] == 9 for text in texts)
+  assert "--num_tokens=40: with the 7 tokens" in refused([*many[:3], "--num_tokens=40"], capsys)
+  assert "--stop='ab': is 2 tokens" in refused([*many[:3], "--stop=ab"], capsys)
+  prompts.write_text("{}\n")
+  assert "no JSON object with a text" in refused(many, capsys)
+
+  (tmp_path / "fox.jsonl").write_text('{"q": "the quick", "c": [" brown", " x"], "a": 0}\n' * 3)
+  (tmp_path / "fox.yaml").write_text(
+    f"""task: fox
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "fox.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: q
+doc_to_choice: c
+doc_to_target: a
+metric_list: [{{metric: acc}}]
+metadata: {{version: 1.0}}
+"""
+  )
+  assert main(["evaluate", f"--workdir={workdir}", f"--tasks={tmp_path / 'fox.yaml'}", "--limit=2"]) == 0
+  assert re.search(r"fox +2 +0  acc +[01]\.0000", capsys.readouterr().out)
+  written = json.loads((workdir / "tasks" / "6" / "tasks.json").read_text())
+  assert (written["step"], written["limit"], written["placement"]) == (6, 2, "pre")
+  assert written["tasks"]["fox"]["num_documents"] == 2
+  assert str(tmp_path) not in json.dumps(written)
+  for flag, words in (
+    ("--limit=3", "no meaning without --tasks"),
+    ("--tasks=no.yaml", "--tasks=no.yaml: no such file"),
+  ):
+    assert words in refused(["evaluate", f"--workdir={workdir}", flag], capsys)
   assert "has no checkpoint of that step; it has 4, 6" in refused(
     ["evaluate", f"--workdir={workdir}", "--step=5"], capsys
   )
@@ -169,10 +206,14 @@ def test_a_recipe_that_is_wrong_is_refused(tmp_path, capsys):
 def test_weights_go_out_and_come_back_as_a_run_that_trains_on(recipe, tmp_path, capsys):
   run, out, back = tmp_path / "run", tmp_path / "out", tmp_path / "back"
   assert main(["train", f"--config={recipe}", f"--workdir={run}"]) == 0
-  assert "no stock decoder" in refused(["convert", f"--workdir={run}", f"--output={out}"], capsys)
+  assert "no stock decoder" in refused(["convert", f"--workdir={run}", f"--output={out}", "--layout=stock"], capsys)
   assert not out.exists()
-  assert main(["convert", f"--workdir={run}", f"--output={out}", "--layout=official", "--shard_gb=1e-5"]) == 0
+  assert main(["convert", f"--workdir={run}", f"--output={out}", "--shard_gb=1e-5"]) == 0
+  assert "modeling_mixln.py" in capsys.readouterr().out
   assert len(list(out.glob("*.safetensors"))) > 1
+  described = json.loads((out / "config.json").read_text())
+  assert all((out / f"{name.split('.')[0]}.py").is_file() for name in described["auto_map"].values())
+  assert described["eos_token_id"] == 1
   arguments = ["convert", f"--workdir={back}", f"--input={out}"]
   assert "--config is required" in refused(arguments, capsys)
   assert main([*arguments, f"--config={recipe}"]) == 0

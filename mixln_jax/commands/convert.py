@@ -1,5 +1,6 @@
 """Convert weights: a run to a safetensors folder (--output), or such a folder to a run (--input)."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.command_line import CommandLine
 from mixln_jax.config import Config
+from mixln_jax.data.opening import open_data
+from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.interop import hf
+from mixln_jax.interop import export, hf
 from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
 from mixln_jax.model.initial import count_params
 from mixln_jax.parallel.mesh import make_mesh
@@ -21,7 +24,7 @@ from mixln_jax.runs.opening import read_config
 from mixln_jax.training.checkpoints import begin_from, check_new
 from mixln_jax.training.setup import open_run, spread_over_all_devices
 
-LAYOUTS = ("stock", "official")
+LAYOUTS = ("auto", "stock", "official")
 
 
 def main(argv: list[str]) -> int:
@@ -33,9 +36,9 @@ def main(argv: list[str]) -> int:
   line.string("placement", "with --input: the norm placement, where its config.json does not say it")
   line.string(
     "layout",
-    "with --output: stock, a directory that transformers loads, or official, the Mix-LN code's names with the "
-    "placement in config.json",
-    default="stock",
+    "with --output: stock, a model that transformers has; official, the Mix-LN code's names with the placement in "
+    "config.json and a modelling file beside it; auto, the first where there is one",
+    default="auto",
   )
   line.integer("step", "with --output: which checkpoint; by default the newest", minimum=0)
   line.number("shard_gb", "with --output: largest file", default=5.0, minimum=1e-6)
@@ -66,15 +69,32 @@ def _refuse_flags_of_the_other_direction(line: CommandLine, values: Any) -> None
 
 def _write(folder: RunFolder, output: str, step: int | None, layout: str, shard_gb: float) -> None:
   config = spread_over_all_devices(read_config(folder))
-  description = hf.hf_config(config.model, config.data.sequence_length, official=layout == "official")
+  official = layout == "official" or (layout == "auto" and hf.family_of(config.model) is None)
+  description = hf.hf_config(config.model, config.data.sequence_length, official=official)
+  tokenizer = _tokenizer(config)
+  if tokenizer is not None:
+    description |= export.token_ids(tokenizer)
+  others = export.modeling_files(description)
+  others |= export.tokenizer_files(tokenizer, config.data.sequence_length) if tokenizer is not None else {}
   run = open_run(folder, make_mesh(config.mesh), step)
   tensors = hf.export_weights(jax.tree.map(np.asarray, run.params), config.model)
-  files = write_folder(output, tensors, description, int(shard_gb * 1e9))
+  files = write_folder(output, tensors, description, int(shard_gb * 1e9), others)
   print(f"read       {folder.address}, step {run.step}")
   print(
     f"wrote      {Path(output).expanduser()}: {description['model_type']}, {count_params(config.model) / 1e6:.2f} M "
-    f"parameters in {files} file{'s' * (files > 1)}"
+    f"parameters in {files} file{'s' * (files > 1)}{''.join(f', {name}' for name in others)}"
   )
+  if hf.MODELING.name in others:
+    print("load it    transformers.AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)")
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+  """The run's tokenizer; None where its data is not on this machine, which the weights don't need."""
+  try:
+    return open_data(config).tokenizer
+  except InputError as error:
+    print(f"warning: written without its tokenizer: {error}", file=sys.stderr)
+    return None
 
 
 def _read(

@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from mixln_jax.command_line import CommandLine
 from mixln_jax.diagnostics.diagnose import diagnose, table
+from mixln_jax.diagnostics.removal import Score
 from mixln_jax.errors import InputError
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.compile_cache import use_compile_cache
@@ -17,7 +19,7 @@ from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
 from mixln_jax.training.checkpoints import initial_weights
-from mixln_jax.training.setup import check_batch, make_loader, on_mesh, open_run, set_up, spread_over_all_devices
+from mixln_jax.training.setup import Setup, check_batch, make_loader, on_mesh, open_run, set_up, spread_over_all_devices
 from mixln_jax.training.step import state_shardings
 
 TOKENS = 262_144  # the paper's 256K
@@ -38,8 +40,12 @@ def main(argv: list[str]) -> int:
   )
   line.string("blocks", "how many neighbouring layers to remove together, as in 1,2,4; by default those that there are")
   line.integer("batch_size", "sequences a batch; by default the run's. Lower it where memory is short", minimum=1)
+  line.string("tasks", "also the accuracy on tasks without each layer or block; tasks as `evaluate --tasks` has them")
+  line.integer("limit", "with --tasks: only the first documents of each", minimum=1)
   line.boolean("json", "print the JSON instead of a table")
   values = line.parse(argv)
+  if values.limit is not None and values.tasks is None:
+    raise InputError("--limit has no meaning without --tasks; leave it out")
   folder = RunFolder(values.workdir)
   config = read_config(folder)
   processes.join(config.parallel)
@@ -48,19 +54,27 @@ def main(argv: list[str]) -> int:
   if values.batch_size is not None:
     config.evaluate.batch_size = values.batch_size
   with processes.failing_together():
+    tasks = _tasks(values.tasks)
     config = spread_over_all_devices(config)
     setup = set_up(config)
     check_batch(setup, "--batch_size", config.evaluate.batch_size)
     run = open_run(folder, setup.mesh, values.step)
     target = RunFolder(values.output or f"{folder.address}/{folder_lib.DIAGNOSE}/{run.step}")
-    _make(target)
+    target.make_writable(FILE)
     tokens = values.tokens or min(TOKENS, config.evaluate.max_tokens or TOKENS)
     rows = make_loader(setup, config.evaluate.batch_size).validation(tokens)
     batches = [global_batch(batch, setup.mesh) for batch in rows]
     shardings = state_shardings(config, setup.mesh).params
     with on_mesh(setup.mesh):
       measured = diagnose(
-        config, run.params, lambda: initial_weights(setup, shardings), batches, setup.mesh, sizes=sizes, watch=_bar
+        config,
+        run.params,
+        lambda: initial_weights(setup, shardings),
+        batches,
+        setup.mesh,
+        sizes=sizes,
+        scores=_scores(tasks, setup, values.limit),
+        watch=_bar,
       )
     result = {
       "step": run.step,
@@ -80,6 +94,36 @@ def main(argv: list[str]) -> int:
   return 0
 
 
+def _tasks(names: str | None) -> Any:
+  """The tasks of --tasks, loaded; None where there are none."""
+  if names is None:
+    return None
+  from mixln_jax.inference.tasks import Tasks  # it loads the harness, which takes seconds
+
+  return Tasks(names)
+
+
+def _scores(tasks: Any, setup: Setup, limit: int | None) -> dict[str, Score]:
+  """Each task as `removal` scores it."""
+  if tasks is None:
+    return {}
+  from mixln_jax.inference.harness import HarnessModel
+  from mixln_jax.inference.tasks import main_metric
+
+  config, tokenizer = setup.config, setup.corpus.tokenizer
+  rows = config.evaluate.batch_size
+
+  def score_of(task: str) -> Score:
+    def score(params: Any, keep_L: jax.Array) -> float:
+      model = HarnessModel(config.model, params, tokenizer, config.data.sequence_length, rows)
+      model.keep_L = keep_L
+      return main_metric(tasks.run(model, limit=limit, only=task)[task])
+
+    return score
+
+  return {task: score_of(task) for task in tasks}
+
+
 def _draw(target: RunFolder) -> list[Path]:
   """Draws the figures; of several processes the first one does."""
   if not processes.is_first():
@@ -97,21 +141,6 @@ def _sizes(blocks: str | None, num_layers: int) -> list[int]:
   if not all(word.isdecimal() and 1 <= int(word) <= num_layers for word in words):
     raise InputError(f"--blocks={blocks}: must be whole numbers from 1 to the run's {num_layers} layers, as in 1,2,4")
   return sorted(set(map(int, words)))
-
-
-def _make(target: RunFolder) -> None:
-  """Makes the folder before anything is measured."""
-  try:
-    if processes.is_first():
-      if target.remote is not None:
-        target.remote.write(f".{FILE}.partial", b"")
-        target.remote.remove(f".{FILE}.partial")
-      target.path.mkdir(parents=True, exist_ok=True)
-      probe = target / f".{FILE}.partial"
-      probe.write_text("")
-      probe.unlink()
-  except OSError as error:
-    raise InputError(f"--output={target.path}: can't be written ({error.strerror}); choose another folder") from error
 
 
 def _bar(batches: Iterable[Any], stage: str) -> Iterable[Any]:

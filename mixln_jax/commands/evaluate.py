@@ -1,13 +1,27 @@
-"""Evaluate a run's checkpoint on its validation set: loss, perplexity, bits per byte, and the unigram entropy."""
+"""Evaluate a run's checkpoint: loss and perplexity on its validation set, or accuracy on tasks (--tasks)."""
 
 import json
+from typing import Any
 
 from mixln_jax.command_line import CommandLine
+from mixln_jax.config import Config
 from mixln_jax.data.loader import unigram_entropy
+from mixln_jax.errors import InputError
 from mixln_jax.parallel import processes
+from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
-from mixln_jax.training.setup import Evaluator, check_batch, make_loader, open_run, set_up, spread_over_all_devices
+from mixln_jax.training.setup import (
+  Evaluator,
+  check_batch,
+  make_loader,
+  on_mesh,
+  open_run,
+  set_up,
+  spread_over_all_devices,
+)
+
+FILE = "tasks.json"
 
 
 def main(argv: list[str]) -> int:
@@ -15,7 +29,18 @@ def main(argv: list[str]) -> int:
   line.string("workdir", "the run's folder", required=True)
   line.integer("step", "which checkpoint; by default the newest", minimum=0)
   line.integer("batch_size", "sequences a batch; by default the run's", minimum=1)
+  line.string(
+    "tasks",
+    "evaluate on tasks of the lm-evaluation-harness instead: names, .yaml files or folders of them, separated by "
+    "commas; `mixln` = the paper's seven",
+  )
+  line.integer("limit", "with --tasks: only the first documents of each", minimum=1)
+  line.integer("num_fewshot", "with --tasks: solved examples before each question; by default the task's", minimum=0)
+  line.string("output", "with --tasks: folder to write tasks.json to; by default RUN/tasks/STEP")
   values = line.parse(argv)
+  for name in ("limit", "num_fewshot", "output"):
+    if line.was_given(name) and values.tasks is None:
+      raise InputError(f"--{name} has no meaning without --tasks; leave it out")
   folder = RunFolder(values.workdir)
   config = read_config(folder)
   processes.join(config.parallel)
@@ -23,16 +48,42 @@ def main(argv: list[str]) -> int:
     config = spread_over_all_devices(config)
     if values.batch_size is not None:
       config.evaluate.batch_size = values.batch_size
-    setup = set_up(config)
-    check_batch(setup, "--batch_size", config.evaluate.batch_size)
-    run = open_run(folder, setup.mesh, values.step)
-    evaluation = Evaluator(setup)(run.params)
-    rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
-    entropy = unigram_entropy(rows)
+    lines = _on_validation(folder, config, values) if values.tasks is None else _on_tasks(folder, config, values)
     processes.wait_for_all("the end of the evaluation")
-  if not processes.is_first():
-    return 0
-  print(f"validation step {run.step}  {evaluation.describe(official_compat=True)}")
-  print(f"unigram entropy of the same labels {entropy:.4f}; the model is {entropy - evaluation.loss:.4f} nats below it")
-  print(json.dumps({"step": run.step, "unigram_entropy": entropy, **evaluation.metrics(official_compat=True)}))
+  if processes.is_first():
+    print("\n".join(lines))
   return 0
+
+
+def _on_validation(folder: RunFolder, config: Config, values: Any) -> list[str]:
+  setup = set_up(config)
+  check_batch(setup, "--batch_size", config.evaluate.batch_size)
+  run = open_run(folder, setup.mesh, values.step)
+  evaluation = Evaluator(setup)(run.params)
+  rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
+  entropy = unigram_entropy(rows)
+  metrics = evaluation.metrics(official_compat=True)
+  return [
+    f"validation step {run.step}  {evaluation.describe(official_compat=True)}",
+    f"unigram entropy of the same labels {entropy:.4f}; the model is {entropy - evaluation.loss:.4f} nats below it",
+    json.dumps({"step": run.step, "unigram_entropy": entropy, **metrics}),
+  ]
+
+
+def _on_tasks(folder: RunFolder, config: Config, values: Any) -> list[str]:
+  from mixln_jax.inference.harness import HarnessModel
+  from mixln_jax.inference.tasks import Tasks, report, table  # it loads the harness, which takes seconds
+
+  tasks = Tasks(values.tasks)
+  setup = set_up(config)
+  run = open_run(folder, setup.mesh, values.step)
+  target = RunFolder(values.output or f"{folder.address}/{folder_lib.TASKS}/{run.step}")
+  target.make_writable(FILE)
+  length, rows = config.data.sequence_length, config.evaluate.batch_size
+  model = HarnessModel(config.model, run.params, setup.corpus.tokenizer, length, rows)
+  with on_mesh(setup.mesh):
+    results = tasks.run(model, limit=values.limit, num_fewshot=values.num_fewshot)
+  result = report(tasks, results, step=run.step, placement=config.model.placement, limit=values.limit)
+  target.write_json(FILE, result)
+  target.copy_out()
+  return [table(result), f"wrote      {target.address}: {FILE}"]

@@ -1,37 +1,95 @@
-"""Generate text from a run's checkpoint."""
+"""Generate text from a run's checkpoint, for one prompt or many."""
+
+import json
+from typing import Any
 
 from mixln_jax.command_line import CommandLine
-from mixln_jax.inference.generate import generate_text
+from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.errors import InputError
+from mixln_jax.inference.generate import BATCH_SIZE, Text, check_context, encode_prompt, generate_texts
+from mixln_jax.inference.prompts import read_prompts
+from mixln_jax.inference.sampling import Sampling
 from mixln_jax.parallel import processes
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
 from mixln_jax.training.setup import on_mesh, open_run, set_up, spread_over_all_devices
 
+NUM_TOKENS = 100
+
 
 def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
   line.string("workdir", "the run's folder", required=True)
-  line.string("prompt", "text to go on from", default="")
-  line.integer("num_tokens", "tokens to generate", default=100, minimum=1)
+  line.strings("prompt", "text to go on from; may stand there several times. By default the start of a document")
+  line.string("prompts", "file of prompts: .txt, one a line, or .jsonl, objects with `prompt`")
+  line.integer("num_tokens", f"most tokens to add; by default {NUM_TOKENS}, or what the run's length allows", minimum=1)
   line.number("temperature", "0 = always the likeliest token", default=0.8, minimum=0.0)
+  line.integer("top_k", "only the k likeliest tokens; 0 = all", default=0, minimum=0)
+  line.number("top_p", "only the likeliest tokens whose probabilities reach p; 1 = all", default=1.0)
   line.integer("seed", "seed of the sampling", default=0, minimum=0, maximum=2**32 - 1)
+  line.strings("stop", "text that ends a row, one token of the run's tokenizer; may stand there several times")
+  line.boolean("ignore_end", "go on past the end of a document")
+  line.boolean("beyond_context", "go on past the length that the run was trained at")
+  line.integer("batch_size", "prompts at a time", default=BATCH_SIZE, minimum=1)
   line.integer("step", "which checkpoint; by default the newest", minimum=0)
+  line.boolean("json", "print a JSON object a prompt")
   values = line.parse(argv)
+  sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
+  sampling.check()
+  prompts = _prompts(values)
   folder = RunFolder(values.workdir)
   config = read_config(folder)
   processes.join(config.parallel)
-  setup = set_up(spread_over_all_devices(config))
-  run = open_run(folder, setup.mesh, values.step)
-  with on_mesh(setup.mesh):
-    text = generate_text(
-      run.config.model,
-      run.params,
-      setup.corpus.tokenizer,
-      values.prompt,
-      values.num_tokens,
-      temperature=values.temperature,
-      seed=values.seed,
-    )
+  with processes.failing_together():
+    setup = set_up(spread_over_all_devices(config))
+    tokenizer = setup.corpus.tokenizer
+    stop_ids = _stop_ids(tokenizer, values)
+    num_tokens = _num_tokens(tokenizer, prompts, values, config.data.sequence_length)
+    run = open_run(folder, setup.mesh, values.step)
+    with on_mesh(setup.mesh):
+      texts = generate_texts(
+        run.config.model,
+        run.params,
+        tokenizer,
+        prompts,
+        num_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        batch_size=values.batch_size,
+      )
+    processes.wait_for_all("the end of the generation")
   if processes.is_first():
-    print(values.prompt + text)
+    shown = [_shown(prompt, text, as_json=values.json) for prompt, text in zip(prompts, texts, strict=True)]
+    print(("\n" if values.json else "\n\n").join(shown))
   return 0
+
+
+def _prompts(values: Any) -> list[str]:
+  if values.prompts is not None and values.prompt:
+    raise InputError("give --prompt or --prompts, not both")
+  return read_prompts(values.prompts) if values.prompts is not None else values.prompt or [""]
+
+
+def _stop_ids(tokenizer: Tokenizer, values: Any) -> list[int]:
+  stop_ids = [] if values.ignore_end else [tokenizer.eos_id]
+  for text in values.stop or ():
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+      raise InputError(f"--stop={text!r}: is {len(ids)} tokens of the run's tokenizer; give a text that is one")
+    stop_ids += ids
+  return stop_ids
+
+
+def _num_tokens(tokenizer: Tokenizer, prompts: list[str], values: Any, context: int) -> int:
+  longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+  if values.beyond_context:
+    return values.num_tokens or NUM_TOKENS
+  num_tokens = values.num_tokens or max(1, min(NUM_TOKENS, context - longest))
+  check_context(longest, num_tokens, context)
+  return num_tokens
+
+
+def _shown(prompt: str, text: Text, *, as_json: bool) -> str:
+  if not as_json:
+    return prompt + text.text
+  return json.dumps({"prompt": prompt, "text": text.text, "tokens": len(text.ids), "stopped": text.stopped})

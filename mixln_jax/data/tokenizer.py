@@ -128,6 +128,7 @@ class HuggingFaceTokenizer:
       known = ", ".join(END_TOKENS)
       raise InputError(f"tokenizer {origin}: has none of the special tokens {known} to end a document with")
     self.eos_id = ends[0]
+    self.eos_token = str(self._model.id_to_token(self.eos_id))
     self._byte_level = '"ByteLevel"' in json.dumps(self._description.get("decoder"))
     kind = (self._description.get("model") or {}).get("type")
     if not self._byte_level and (kind == "WordPiece" or "▁" not in json.dumps(self._description, ensure_ascii=False)):

@@ -27,7 +27,8 @@ DEFINITIONS = {
   "clipped to [-1, 1], then the mean: `last` over the last counted token of each record (Gromov et al., arXiv "
   "2403.17887; Mix-LN, arXiv 2412.13795), `all` over all counted tokens. fp32 does not resolve distances under 1e-4.",
   "removal": "Validation loss in nats a token with layers l to l + n - 1 removed (their output is their input), at "
-  "blocks[n][l], without any training; `loss` with all layers. A drop is the difference of the two.",
+  "blocks[n][l], without any training; `loss` with all layers. A drop is the difference of the two. `scores`, "
+  "where tasks were given: the same of each task's accuracy (of one that has none, its first metric).",
   "gradient_norm": "L2 norm of the gradient of the mean loss over the same tokens, with respect to all weights of a "
   "sublayer together (attention: query, key, value, output; mlp: gate, up, down; biases among them, gains of norms "
   "not), without clipping. `initial`: at initial weights drawn again from the run's config.seed, which for an imported "
@@ -151,13 +152,14 @@ def finite(value: Any) -> Any:
 def table(result: Mapping[str, Any], strip: str) -> str:
   """The numbers by layer for a terminal. `strip`: the placement, a word a layer."""
   distance, removed, norms = result["angular_distance"], result["removal"], result["gradient_norm"]
-  num_layers = len(strip.split())
+  num_layers, scores = len(strip.split()), removed.get("scores")
   columns = [
     (("", "layer"), [*map(str, range(num_layers)), "end"]),
     (("", "placement"), strip.split()),
     (("angular dist.", "last token"), _cells((row[0] for row in distance["last"]), ".4f")),
     (("to the next,", "all tokens"), _cells((row[0] for row in distance["all"]), ".4f")),
     (("loss", "without it"), _cells(removed["blocks"].get("1", []), ".4f")),
+    *([(("score", "without it"), _cells(_mean_score(removed)["blocks"].get("1", []), ".4f"))] if scores else []),
     *(
       ((f"gradient, {when}", sublayer), _cells(norms[when][sublayer], ".3e"))
       for when in ("initial", "checkpoint")
@@ -172,7 +174,20 @@ def table(result: Mapping[str, Any], strip: str) -> str:
     "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in zip(*texts, strict=True)
   )
   (loss,) = _cells([removed["loss"]], ".4f")
-  return "\n".join((*rows, f"loss with all layers {loss}, over {result['tokens']:,} tokens"))
+  lines = [*rows, f"loss with all layers {loss}, over {result['tokens']:,} tokens"]
+  if scores:
+    lines.append(f"score with all layers {_mean_score(removed)['score']:.4f}, the mean of {', '.join(scores)}")
+  return "\n".join(lines)
+
+
+def _mean_score(removed: Mapping[str, Any]) -> dict[str, Any]:
+  """The mean over tasks of what `removal` calls `scores`."""
+  scores = list(removed["scores"].values())
+  blocks = {
+    size: [math.fsum(values) / len(scores) for values in zip(*(one["blocks"][size] for one in scores), strict=True)]
+    for size in scores[0]["blocks"]
+  }
+  return {"score": math.fsum(one["score"] for one in scores) / len(scores), "blocks": blocks}
 
 
 def _cells(values: Iterable[float | None], form: str) -> list[str]:

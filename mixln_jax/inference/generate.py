@@ -1,18 +1,44 @@
-"""Sampling with a key-value cache."""
+"""Generation with a key-value cache: one compiled loop for a batch of prompts of any lengths."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
 from mixln_jax.config import Config
-from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.data.tokenizer import PAD, Tokenizer
+from mixln_jax.errors import InputError
+from mixln_jax.inference import batching
+from mixln_jax.inference.sampling import Sampling, choose
 from mixln_jax.model import Transformer
-from mixln_jax.model.transformer import empty_cache
+from mixln_jax.model.transformer import Cache, empty_cache, project_to_logits
+from mixln_jax.parallel.rules import constrain
+
+CACHE = ("layers", "batch", "key_length", "kv_heads", "head_dim")  # its logical axes
+BATCH_SIZE = 32  # prompts at a time
+
+
+class Text(NamedTuple):
+  """What was added to a prompt."""
+
+  text: str
+  ids: list[int]  # with the stop token, where there is one
+  stopped: bool  # at a stop token; else the number of tokens was reached
+
+
+class _State(NamedTuple):
+  """Where the loop is. Row b's newest token stands at position lengths_B[b] + step - 1."""
+
+  step: jax.Array  # tokens added so far
+  token_B: jax.Array  # the newest
+  active_B: jax.Array  # False for rows that have stopped
+  tokens_BS: jax.Array  # prompts and what was added
+  cache: Cache
 
 
 def generate(
@@ -21,78 +47,187 @@ def generate(
   prompts: Sequence[Sequence[int]],
   num_tokens: int,
   *,
-  temperature: float = 0.0,
-  seed: int = 0,
+  sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+  stop_ids: Sequence[int] = (),
   num_ids: int | None = None,
-) -> np.ndarray:
+) -> list[list[int]]:
   """Goes on with prompts of any lengths, as one batch.
+
+  On a mesh (`training.setup.on_mesh`) its rows are cut as those of a training batch. Lengths and rows are padded to few
+  sizes, so that few shapes are compiled.
 
   Args:
     config: config.model.
     params: the parameters.
     prompts: ids, at least one each.
-    num_tokens: how many to add.
-    temperature: 0 = the likeliest token.
-    seed: of the sampling.
+    num_tokens: the most to add to each.
+    sampling: how the next token is chosen; by default the likeliest.
+    stop_ids: a row ends with the first of these; the loop ends with the last row.
     num_ids: only ids below it are sampled; by default all rows of the head (a tokenizer may have fewer ids).
 
   Returns:
-    The added ids, [B, num_tokens].
+    The added ids of each prompt, up to and with its stop token.
+
+  Raises:
+    ValueError: a prompt is empty.
+    InputError: `sampling` can't be meant.
   """
-  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  if lengths.min() == 0:
+  sampling.check()
+  if not all(map(len, prompts)):
     raise ValueError("a prompt is empty; give it at least one id, such as the end-of-document id")
-  tokens = np.zeros((len(prompts), int(lengths.max())), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[: len(prompt)] = prompt
-  return np.asarray(
-    _generate(
-      FrozenConfigDict(config),
-      num_tokens,
-      num_ids or config.vocab_size,
-      params,
-      tokens,
-      lengths,
-      jnp.float32(temperature),
-      jax.random.key(seed),
-    )
+  longest = max(map(len, prompts))
+  tokens_BT, lengths_B = batching.pad(prompts, batching.bucket_rows(len(prompts)), batching.bucket(longest))
+  num_slots = max(tokens_BT.shape[1], batching.bucket(longest + num_tokens))
+  stop_N = np.full(batching.bucket(max(1, len(stop_ids)), smallest=4), -1, np.int32)
+  stop_N[: len(stop_ids)] = stop_ids
+  narrowing = (np.int32(sampling.top_k), np.float32(sampling.top_p)) if sampling.narrows else None
+  tokens_BS, steps = generate_batch(
+    FrozenConfigDict(config),
+    num_slots,
+    num_ids or config.vocab_size,
+    params,
+    tokens_BT,
+    lengths_B,
+    np.int32(num_tokens),
+    stop_N,
+    (np.float32(sampling.temperature), narrowing, np.uint32(sampling.seed)),
   )
+  rows = np.asarray(tokens_BS)
+  ends = lengths_B + int(steps)
+  return [
+    _through_stop(rows[index, lengths_B[index] : ends[index]].tolist(), stop_ids) for index in range(len(prompts))
+  ]
+
+
+def _through_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+  end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
+  return ids[: end + 1]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(
+def generate_batch(
   config: Config,
-  num_tokens: int,
+  num_slots: int,
   num_ids: int,
   params: Any,
   tokens_BT: jax.Array,
   lengths_B: jax.Array,
-  temperature: jax.Array,
-  key: jax.Array,
-) -> jax.Array:
+  num_tokens: jax.Array,
+  stop_N: jax.Array,
+  sampling: tuple[jax.Array, Any, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """Reads the prompts in one pass, then adds a token to all rows at a time.
+
+  Args:
+    config: config.model, frozen.
+    num_slots: S, positions that prompt and added tokens have; a cache of that size is made.
+    num_ids: only ids below it are chosen.
+    params: the parameters.
+    tokens_BT: the prompts, padded behind their ends.
+    lengths_B: of the prompts; 0 for a row that only pads the batch.
+    num_tokens: the most to add.
+    stop_N: ids that end a row; -1 matches none.
+    sampling: temperature, narrowing (as `choose` takes them), seed.
+
+  Returns:
+    The tokens [B, S] (prompts, what was added, and PAD from where a row stopped), and how many tokens were added to
+    the row that went on longest.
+  """
   model = Transformer(config)
+  temperature, narrowing, seed = sampling
   batch, prompt_length = tokens_BT.shape
-
-  def choose(logits_BV: jax.Array, key: jax.Array) -> jax.Array:
-    logits_BV = logits_BV[:, :num_ids]
-    sampled = jax.random.categorical(key, logits_BV / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, sampled, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
-
   # Padding of shorter prompts writes keys behind their ends; each is overwritten before a query can reach it.
   positions_BT = jnp.broadcast_to(jnp.arange(prompt_length), tokens_BT.shape)
-  cache = empty_cache(config, batch, prompt_length + num_tokens)
-  logits_BTV, cache = model.apply({"params": params}, tokens_BT, positions_BT=positions_BT, cache=cache)
-  keys = jax.random.split(key, num_tokens)
-  first_B = choose(jnp.take_along_axis(logits_BTV, lengths_B[:, None, None] - 1, axis=1)[:, 0], keys[0])
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+  last_B = jnp.maximum(lengths_B, 1) - 1  # of the prompt
 
-  def advance(carry: Any, key: jax.Array) -> Any:
-    token_B, position_B, cache = carry
-    logits_B1V, cache = model.apply({"params": params}, token_B[:, None], positions_BT=position_B[:, None], cache=cache)
-    next_B = choose(logits_B1V[:, 0], key)
-    return (next_B, position_B + 1, cache), next_B
+  def next_logits(tokens_BT: Any, positions_BT: Any, cache: Cache, index_B: Any) -> tuple[jax.Array, Cache]:
+    logits_BV, cache = nn.apply(_next_logits, model)({"params": params}, tokens_BT, positions_BT, cache, index_B)
+    return logits_BV[:, :num_ids], {name: constrain(part, *CACHE) for name, part in cache.items()}
 
-  _, rest_NB = jax.lax.scan(advance, (first_B, lengths_B, cache), keys[1:])
-  return jnp.concatenate((first_B[None], rest_NB)).T
+  def add(state: _State, logits_BV: jax.Array, cache: Cache) -> _State:
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
+    token_B = jnp.where(state.active_B, choose(logits_BV, step_keys_B, temperature, narrowing), PAD)
+    tokens_BS = state.tokens_BS.at[jnp.arange(batch), last_B + 1 + state.step].set(token_B)
+    active_B = state.active_B & ~jnp.isin(token_B, stop_N)
+    return _State(state.step + 1, token_B, active_B, tokens_BS, cache)
+
+  def advance(state: _State) -> _State:
+    positions_B1 = (last_B + state.step)[:, None]
+    first_B = jnp.zeros(batch, jnp.int32)
+    return add(state, *next_logits(state.token_B[:, None], positions_B1, state.cache, first_B))
+
+  tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, num_slots - prompt_length)), constant_values=PAD)
+  start = _State(jnp.int32(0), tokens_BT[:, 0], lengths_B > 0, constrain(tokens_BS, "batch", "key_length"), {})
+  cache = empty_cache(config, batch, num_slots)
+  state = add(start, *next_logits(tokens_BT, positions_BT, cache, last_B))
+  state = jax.lax.while_loop(lambda state: (state.step < num_tokens) & state.active_B.any(), advance, state)
+  return nn.with_logical_constraint(state.tokens_BS, (None, None)), state.step  # whole on every process
+
+
+def _next_logits(
+  model: Transformer, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache, index_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+  """Logits [B, V] after each row's token at index_B, and the cache with all tokens of the rows."""
+  hidden_BTD, taps = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
+  hidden_B1D = jnp.take_along_axis(hidden_BTD, index_B[:, None, None], axis=1)
+  return project_to_logits(hidden_B1D, model.head_weights())[:, 0], taps["cache"]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+  """Ids of a prompt; it stands at the start of a document, after the end of another."""
+  return [tokenizer.eos_id, *tokenizer.encode(prompt)]
+
+
+def check_context(longest: int, num_tokens: int, context: int) -> None:
+  """Refuses to go beyond the positions that a run was trained at, where RoPE's angles are new to the model.
+
+  Args:
+    longest: tokens of the longest prompt.
+    num_tokens: tokens to add.
+    context: config.data.sequence_length of the run.
+
+  Raises:
+    InputError: they don't fit.
+  """
+  if longest + num_tokens > context:
+    room = context - longest
+    hint = f"lower it to {room}" if room > 0 else "shorten the prompt"
+    raise InputError(
+      f"--num_tokens={num_tokens}: with the {longest} tokens of the longest prompt that is {longest + num_tokens}, "
+      f"more than the {context} that the run was trained at (config.data.sequence_length); "
+      f"{hint}, or give --beyond_context"
+    )
+
+
+def generate_texts(
+  config: Config,
+  params: Any,
+  tokenizer: Tokenizer,
+  prompts: Sequence[str],
+  num_tokens: int,
+  *,
+  sampling: Sampling,
+  stop_ids: Sequence[int],
+  batch_size: int = BATCH_SIZE,
+) -> list[Text]:
+  """What comes after each prompt, in their order. Arguments as `generate`; `batch_size` prompts at a time."""
+  rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+  results: dict[int, Text] = {}
+  for indices in batching.by_length([len(row) for row in rows], batch_size):
+    added = generate(
+      config,
+      params,
+      [rows[index] for index in indices],
+      num_tokens,
+      sampling=sampling,
+      stop_ids=stop_ids,
+      num_ids=tokenizer.vocab_size,
+    )
+    for index, ids in zip(indices, added, strict=True):
+      stopped = ids[-1] in stop_ids
+      results[index] = Text(tokenizer.decode(ids[:-1] if stopped else ids), ids, stopped)
+  return [results[index] for index in range(len(prompts))]
 
 
 def generate_text(
@@ -106,9 +241,6 @@ def generate_text(
   seed: int = 0,
 ) -> str:
   """Text that goes on from `prompt`, up to the end of a document; from the start of a document where it is empty."""
-  prompts = [[tokenizer.eos_id, *tokenizer.encode(prompt)]]
-  ids = generate(config, params, prompts, num_tokens, temperature=temperature, seed=seed, num_ids=tokenizer.vocab_size)[
-    0
-  ]
-  ends = np.flatnonzero(ids == tokenizer.eos_id)
-  return tokenizer.decode(ids[: ends[0]].tolist() if len(ends) else ids.tolist())
+  sampling = Sampling(temperature, seed=seed)
+  stop_ids = (tokenizer.eos_id,)
+  return generate_texts(config, params, tokenizer, [prompt], num_tokens, sampling=sampling, stop_ids=stop_ids)[0].text

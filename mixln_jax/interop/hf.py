@@ -9,6 +9,7 @@ in a layer that has no norm after attention.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -208,6 +209,7 @@ UNSUPPORTED = {
   "hidden_act": ("silu", None),
 }
 OFFICIAL_TYPE = "mixln_llama"  # no type of transformers', which would build a Pre-LN LLaMA of it
+MODELING = Path(__file__).with_name("modeling_mixln.py")  # what transformers reads that layout with; it needs torch
 
 
 def model_fields(hf: Mapping[str, Any], placement_string: str | None = None) -> dict[str, Any]:
@@ -308,8 +310,8 @@ def hf_config(model: Config, max_length: int, *, official: bool = False) -> dict
   Args:
     model: config.model.
     max_length: positions that the model was trained on.
-    official: write it in the layout of the official Mix-LN code, and its placement with it; transformers refuses such a
-      directory, since it would build a Pre-LN LLaMA of it.
+    official: write it in the layout of the official Mix-LN code, and its placement with it, which MODELING, written
+      beside it, reads; without that file transformers refuses the directory.
 
   Raises:
     InputError: no stock decoder computes this placement, and `official` was not asked for.
@@ -323,7 +325,8 @@ def hf_config(model: Config, max_length: int, *, official: bool = False) -> dict
     bias = f" with config.model.qkv_bias={model.qkv_bias}" if model.qkv_bias else ""
     raise InputError(
       f"config.model.placement={model.placement!r}{bias} is no stock decoder of transformers (those are {known}), "
-      "which would load these weights as another model; --layout=official writes them with their placement"
+      "which would load these weights as another model; --layout=official writes them with their placement and a "
+      "modelling file"
     )
   result: dict[str, Any] = {
     "architectures": ["MixLNForCausalLM" if official or family is None else family.architecture],
@@ -347,8 +350,17 @@ def hf_config(model: Config, max_length: int, *, official: bool = False) -> dict
   if official:
     table = placement.parse(model.placement, model.num_layers)
     result |= {"norm_placement": model.placement, "norm_placement_of_layers": table.strip.split()}
-    result |= {"qkv_bias": model.qkv_bias}
+    result |= {"placement_table": [_said(layer) for layer in table.layers], "qkv_bias": model.qkv_bias}
+    classes = {"AutoConfig": "MixLNConfig", "AutoModelForCausalLM": "MixLNForCausalLM"}
+    result |= {"auto_map": {auto: f"{MODELING.stem}.{name}" for auto, name in classes.items()}}
   return result
+
+
+def _said(layer: Layer) -> dict[str, dict[str, Any]]:
+  """What a layer's rows have that an empty row has not, without what only decides initial weights."""
+  empty = dataclasses.asdict(Row())
+  rows = {name: dataclasses.asdict(_of_inference(getattr(layer, name))) for name in placement.SUBLAYERS}
+  return {name: {key: value for key, value in row.items() if value != empty[key]} for name, row in rows.items()}
 
 
 def _rope_scaling(model: Config) -> dict[str, Any] | None:

@@ -79,9 +79,15 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
 
 def write_folder(
-  path: str | Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], shard_bytes: int
+  path: str | Path,
+  tensors: Mapping[str, np.ndarray],
+  config: Mapping[str, Any],
+  shard_bytes: int,
+  others: Mapping[str, bytes] | None = None,
 ) -> int:
   """Writes a checkpoint: config.json, and one file, or as many as keep each within `shard_bytes`. Returns how many.
+
+  `others`: files to lie beside them, by name.
 
   Raises:
     InputError: the folder is not empty, or can't be written.
@@ -106,6 +112,8 @@ def write_folder(
       }
       (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    for name, content in (others or {}).items():
+      (partial / name).write_bytes(content)
     if folder.exists():
       folder.rmdir()
     partial.rename(folder)

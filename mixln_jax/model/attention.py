@@ -118,7 +118,19 @@ def update_cache(
   cache: dict[str, jax.Array], layer: jax.Array | int, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
   """Writes keys and values at (layer, row, position); returns the cache, and the layer's own [B, S, G, K]."""
-  rows_B1 = jnp.arange(k_BTGK.shape[0])[:, None]
-  k = cache["k"].at[layer, rows_B1, positions_BT].set(k_BTGK.astype(cache["k"].dtype))
-  v = cache["v"].at[layer, rows_B1, positions_BT].set(v_BTGK.astype(cache["v"].dtype))
+  places_BT2 = jnp.stack(jnp.broadcast_arrays(layer, jnp.broadcast_to(positions_BT, k_BTGK.shape[:2])), axis=-1)
+  # `.at[].set` would index the rows as well: where they are sharded, each device would gather the keys of all of them.
+  numbers = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3),
+    inserted_window_dims=(0, 2),
+    scatter_dims_to_operand_dims=(0, 2),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+  )
+
+  def write(cache_LBSGK: jax.Array, new_BTGK: jax.Array) -> jax.Array:
+    new_BTGK = new_BTGK.astype(cache_LBSGK.dtype)
+    return jax.lax.scatter(cache_LBSGK, places_BT2, new_BTGK, numbers, unique_indices=True)
+
+  k, v = write(cache["k"], k_BTGK), write(cache["v"], v_BTGK)
   return {"k": k, "v": v}, k[layer], v[layer]

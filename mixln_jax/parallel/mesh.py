@@ -105,9 +105,14 @@ def rows_share(mesh: Mesh) -> tuple[int, int]:
   return parts.index(groups[jax.process_index()]), len(parts)
 
 
+def ways_of_rows(mesh: Mesh | AbstractMesh) -> int:
+  """How many parts a batch's rows are cut into; 1 on a mesh without axes."""
+  return math.prod(mesh.shape.get(axis, 1) for axis in rules.mesh_axes(rules.RULES["batch"]))
+
+
 def _row_groups(mesh: Mesh) -> dict[int, frozenset[int]]:
   """Which pieces of a batch's rows each process holds, numbered in their order."""
-  ways = math.prod(mesh.shape[axis] for axis in rules.mesh_axes(rules.RULES["batch"]))
+  ways = ways_of_rows(mesh)
   held: dict[int, set[int]] = {}
   for device, index in rules.batch_sharding(mesh).devices_indices_map((ways, mesh.shape["sequence"])).items():
     held.setdefault(device.process_index, set()).update(range(ways)[index[0]])

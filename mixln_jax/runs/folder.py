@@ -12,6 +12,7 @@ changes.jsonl      fields that were changed when the run went on, and from which
 non_finite_STEP/   batch and gradient norms of a step that could not be made
 damaged_STEP/      checkpoints that were not what was written
 diagnose/STEP/     what `diagnose` measured on the checkpoint of that step
+tasks/STEP/        what `evaluate --tasks` measured on it
 outcome.json       why the run ended, and with what
 checkpoints/       one folder a step
 tensorboard/  profile/
@@ -51,7 +52,7 @@ ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.js
 INITIAL_WEIGHTS, CHANGES, DATA = "initial_weights.json", "changes.jsonl", "data.json"
 DIAGNOSTICS = "diagnostics.jsonl"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
-DIAGNOSE = "diagnose"
+DIAGNOSE, TASKS = "diagnose", "tasks"
 PACKAGES = (
   "jax",
   "jaxlib",
@@ -310,6 +311,24 @@ class RunFolder:
 
   def write_json(self, name: str, value: Mapping[str, Any]) -> None:
     self.write(name, json.dumps(value, indent=1) + "\n")
+
+  def make_writable(self, name: str, flag: str = "--output") -> None:
+    """Makes the folder, before anything is measured that `name` is to hold. Of several processes the first one does.
+
+    Raises:
+      InputError: nothing can be written there; `flag` is what it was given as.
+    """
+    probe = f".{name}.partial"
+    try:
+      if is_first():
+        if self.remote is not None:
+          self.remote.write(probe, b"")
+          self.remote.remove(probe)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self / probe).write_text("")
+        (self / probe).unlink()
+    except OSError as error:
+      raise InputError(f"{flag}={self.path}: can't be written ({error.strerror}); choose another folder") from error
 
 
 def environment() -> dict[str, Any]:

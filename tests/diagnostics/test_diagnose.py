@@ -84,6 +84,33 @@ def test_diagnose_an_imported_llama(llama, capsys):
 
 
 @pytest.mark.slow
+def test_tasks_without_each_layer(llama, tmp_path, capsys):
+  (tmp_path / "fox.jsonl").write_text('{"q": "the quick", "c": [" brown", " dog"], "a": 0}\n' * 3)
+  (tmp_path / "fox.yaml").write_text(
+    f"""task: fox
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "fox.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: q
+doc_to_choice: c
+doc_to_target: a
+metric_list: [{{metric: acc}}]
+metadata: {{version: 1.0}}
+"""
+  )
+  tasks = f"--tasks={tmp_path / 'fox.yaml'}"
+  command = ["diagnose", f"--workdir={llama}", "--tokens=60", f"--output={tmp_path / 'out'}", tasks]
+  assert main(command) == 0
+  assert "the mean of fox" in capsys.readouterr().out
+  scores = json.loads((tmp_path / "out" / "diagnose.json").read_text())["removal"]["scores"]["fox"]
+  assert main(["evaluate", f"--workdir={llama}", tasks]) == 0
+  evaluated = json.loads((llama / "tasks" / "0" / "tasks.json").read_text())["tasks"]["fox"]
+  assert scores["score"] == evaluated["metrics"]["acc"]["value"]
+  assert {size: len(values) for size, values in scores["blocks"].items()} == {"1": 2, "2": 1}
+
+
+@pytest.mark.slow
 def test_other_tokens_blocks_and_folders(llama, tmp_path, capsys):
   command = ["diagnose", f"--workdir={llama}", "--tokens=60", "--blocks=2", "--batch_size=1", "--json"]
   assert main([*command, f"--output={tmp_path / 'out'}"]) == 0

@@ -1,43 +1,151 @@
-"""Sampling with a cache equals recomputing without one."""
+"""Generation with a cache equals recomputing without one; rows end at their stop tokens; sampling is what it says."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, small_model
+from ml_collections import FrozenConfigDict
 
 from mixln_jax.data.tokenizer import ByteTokenizer
-from mixln_jax.inference.generate import generate, generate_text
+from mixln_jax.errors import InputError
+from mixln_jax.inference import batching
+from mixln_jax.inference.generate import check_context, generate, generate_batch, generate_text
+from mixln_jax.inference.sampling import Sampling, choose, keep_likeliest
 from mixln_jax.model import Transformer
+from mixln_jax.placement import ROWS
+
+# Every kind of row, four to a model: the cache does not know what a layer's norms are.
+MODELS = (
+  "pre*1,post*1,sandwich*1,lns*1",
+  "hybrid_first*2,hybrid*1,peri*1+qk_norm",
+  "deepnorm*1,keel*2,admin*1",
+  "layerscale*1+gpas,skipinit*1,reordered*1+qk_norm_full,deepnorm_as_published*1",
+)
+PROMPTS = [[5, 9, 2, 44, 17], [8], [30, 31, 32]]
 
 
-@pytest.mark.parametrize("name", ["pre", "post", "mix:0.5"])
+def test_the_models_below_have_every_placement():
+  named = " ".join(MODELS)
+  assert all(name in named for name in ROWS)
+
+
+@pytest.mark.parametrize("name", [*MODELS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS[2:])])
 def test_greedy_prompts_of_different_lengths_equal_recomputing(name):
+  """All rows are read at once without a cache: each added token is the likeliest one after those before it."""
   model = small_model(placement=name, num_kv_heads=1)
   params = random_params(model)
-  prompts = [[5, 9, 2, 44, 17], [8], [30, 31, 32]]
-  added = generate(model, params, prompts, 6)
-  assert added.shape == (3, 6)
-  for prompt, ids in zip(prompts, added, strict=True):
-    tokens = list(prompt)
-    for token in ids:
-      logits = Transformer(model).apply({"params": params}, jnp.asarray([tokens + [0] * (11 - len(tokens))]))
-      assert int(token) == int(jnp.argmax(logits[0, len(tokens) - 1]))
-      tokens.append(int(token))
+  added = generate(model, params, PROMPTS, 6)
+  rows = [prompt + ids for prompt, ids in zip(PROMPTS, added, strict=True)]
+  tokens_BT, lengths_B = batching.pad(rows, 3, 11)
+  likeliest_BT = jnp.argmax(jax.jit(Transformer(model).apply)({"params": params}, tokens_BT), axis=-1)
+  for prompt, ids, likeliest, length in zip(PROMPTS, added, likeliest_BT, lengths_B, strict=True):
+    assert ids == likeliest[len(prompt) - 1 : length - 1].tolist()
+  assert len({tuple(ids) for ids in added}) > 1
 
 
-def test_temperature_and_seed():
-  model = small_model()
-  params = random_params(model)
-  greedy = generate(model, params, [[3]], 20)
-  np.testing.assert_array_equal(generate(model, params, [[3]], 20, temperature=1e-4, seed=5), greedy)
-  hot = generate(model, params, [[3]] * 2, 20, temperature=2.0, seed=5)
-  np.testing.assert_array_equal(generate(model, params, [[3]] * 2, 20, temperature=2.0, seed=5), hot)
-  assert not np.array_equal(hot[0], hot[1])
-  assert not np.array_equal(generate(model, params, [[3]] * 2, 20, temperature=2.0, seed=6), hot)
-  assert generate(model, params, [[3]] * 8, 30, temperature=5.0, num_ids=7).max() == 6
+class Small:
+  """A small model whose calls below have one shape, and so share two programs (with and without narrowing)."""
+
+  def __init__(self):
+    self.model = small_model()
+    self.params = random_params(self.model)
+
+  def __call__(self, prompts, num_tokens, **options):
+    return generate(self.model, self.params, prompts, num_tokens, num_ids=50, **options)
+
+
+@pytest.fixture(scope="module")
+def small():
+  return Small()
+
+
+def test_a_row_ends_with_its_stop_token_and_the_loop_with_the_last_row(small):
+  free = small(PROMPTS, 20)
+  stops = [free[0][2], free[1][5], free[2][3]]
+  rows = small(PROMPTS, 20, stop_ids=stops)
+  ends = [min(ids.index(stop) for stop in stops if stop in ids) for ids in free]
+  assert rows == [ids[: end + 1] for ids, end in zip(free, ends, strict=True)]
+  tokens_BT, lengths_B = batching.pad(PROMPTS, 4, 16)
+  greedy = (np.float32(0), None, np.uint32(0))
+  stop_N = np.array([*stops, -1], np.int32)
+  model = FrozenConfigDict(small.model)
+  tokens, steps = generate_batch(model, 32, 50, small.params, tokens_BT, lengths_B, np.int32(20), stop_N, greedy)
+  assert steps == max(ends) + 1 < 20
+  for row, prompt, end in zip(tokens, PROMPTS, ends, strict=False):
+    assert not row[len(prompt) + end + 1 :].any()  # padding
+
+
+def test_temperature_and_seed(small):
+  greedy = small([[3]] * 3, 20)
+  assert max(map(max, greedy)) < 50
+  assert small([[3]] * 3, 20, sampling=Sampling(1e-4, seed=5)) == greedy
+  hot = small([[3]] * 3, 20, sampling=Sampling(2.0, seed=5))
+  assert small([[3]] * 3, 20, sampling=Sampling(2.0, seed=5)) == hot
+  assert hot[0] != hot[1]
+  assert small([[3]] * 3, 20, sampling=Sampling(2.0, seed=6)) != hot
+  assert small([[3], [4, 5], [3], [7, 8, 9]], 20, sampling=Sampling(2.0, seed=5))[::2] == hot[::2]
+  assert small([[3]] * 3, 20, sampling=Sampling(2.0, top_k=1, seed=5)) == greedy
+  assert small([[3]] * 3, 20, sampling=Sampling(2.0, top_p=1e-6, seed=5)) == greedy
   with pytest.raises(ValueError, match="a prompt is empty"):
-    generate(model, params, [[3], []], 2)
+    small([[3], []], 2)
+
+
+def test_lengths_and_rows_of_one_bucket_are_one_program(small):
+  small([[3]] * 4, 28)
+  before = generate_batch._cache_size()
+  small([[3, 4, 5], [6] * 11, [7]], 9, sampling=Sampling(0.5, seed=1), stop_ids=[3, 4])
+  assert generate_batch._cache_size() == before
+
+
+@pytest.mark.parametrize(
+  ("top_k", "top_p", "kept"), [(0, 1.0, 5), (2, 1.0, 2), (0, 0.69, 2), (0, 0.71, 3), (3, 0.8, 2), (0, 1e-6, 1)]
+)
+def test_top_k_then_top_p_of_what_it_left(top_k, top_p, kept):
+  """Probabilities .4 .3 .15 .1 .05; of the three likeliest alone .47 .35 .18."""
+  logits = jnp.log(jnp.array([[0.4, 0.3, 0.15, 0.1, 0.05]]))
+  np.testing.assert_array_equal(jnp.isfinite(keep_likeliest(logits, top_k, top_p))[0], np.arange(5) < kept)
+
+
+def test_draws_have_the_models_probabilities():
+  probabilities = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
+  logits = jnp.tile(jnp.log(probabilities), (4000, 1))
+  keys = jax.random.split(jax.random.key(0), 4000)
+  for narrowing, allowed in ((None, np.ones(5)), ((3, 1.0), np.array([0, 1, 0, 1, 1]))):
+    drawn = np.bincount(choose(logits, keys, jnp.float32(1.0), narrowing), minlength=5) / 4000
+    expected = probabilities * allowed / (probabilities * allowed).sum()
+    np.testing.assert_allclose(drawn, expected, atol=4 * np.sqrt(0.25 / 4000))
+    assert (drawn[allowed == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+  ("sampling", "words"),
+  [
+    (Sampling(-1.0), "--temperature=-1.0"),
+    (Sampling(1.0, top_k=-1), "--top_k=-1"),
+    (Sampling(1.0, top_p=0.0), r"--top_p=0\.0.*above 0"),
+    (Sampling(0.0, top_k=3), "no meaning with --temperature=0"),
+  ],
+)
+def test_sampling_that_can_not_be_meant_is_refused(sampling, words):
+  with pytest.raises(InputError, match=words):
+    sampling.check()
+
+
+def test_the_length_that_a_run_was_trained_at():
+  check_context(10, 22, 32)
+  with pytest.raises(InputError, match=r"--num_tokens=23: .* 10 tokens.* is 33, more than the 32 .*lower it to 22"):
+    check_context(10, 23, 32)
+  with pytest.raises(InputError, match=r"40 tokens.*the 32 .*shorten the prompt"):
+    check_context(40, 1, 32)
+
+
+def test_buckets_waste_little_and_are_few():
+  buckets = [batching.bucket(length) for length in range(1, 2049)]
+  assert all(length <= size for length, size in enumerate(buckets, 1))
+  assert all(size <= max(16, 1.5 * length) for length, size in enumerate(buckets, 1))
+  assert len(set(buckets)) == 15
+  assert [batching.bucket_rows(rows) for rows in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
 
 
 def test_text_ends_with_the_document():

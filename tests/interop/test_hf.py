@@ -1,16 +1,21 @@
 """Against transformers: weights and configs come in and go out with equal logits; other models are refused."""
 
+import hashlib
+import io
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 from helpers import random_params, random_tokens, small_model
 
 from mixln_jax import config as config_lib
+from mixln_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_hugging_face, train_sentencepiece
 from mixln_jax.errors import InputError
 from mixln_jax.interop import hf
+from mixln_jax.interop.export import tokenizer_files
 from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
 from mixln_jax.model import Transformer
 
@@ -76,6 +81,43 @@ def test_any_other_placement_needs_the_official_layout_and_says_what_it_is(name,
   expected = Transformer(model).apply({"params": params}, tokens)
   imported = hf.import_weights(folder, again)
   np.testing.assert_array_equal(Transformer(again).apply({"params": imported}, tokens), expected)
+
+
+EXPORTED = dict(np.load(GOLDEN.parent / "exported.npz"))
+OPTIONS = json.loads(str(EXPORTED["options"]))
+
+
+def test_the_modelling_file_is_the_one_that_was_compared():
+  assert {"mix:0.25", "post", "lns", "sandwich", "deepnorm"} < OPTIONS.keys()
+  assert hashlib.sha256(hf.MODELING.read_bytes()).hexdigest() == str(EXPORTED["modeling_sha256"]), (
+    "the modelling file has changed: run tests/data/make_export_golden.py, which compares it with the model"
+  )
+
+
+@pytest.mark.parametrize(
+  "name", [name if name == "mix:0.25" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
+def test_the_modelling_file_computes_the_exported_model(name):
+  """What transformers made of the exported folder with it: tests/data/make_export_golden.py."""
+  model = small_model(placement=name, **OPTIONS[name])
+  logits = Transformer(model).apply({"params": random_params(model)}, random_tokens(model, 2, 10))
+  np.testing.assert_allclose(logits, EXPORTED[f"logits/{name}"], atol=2e-5)
+
+
+def test_tokenizers_go_along_where_transformers_builds_the_same_of_them():
+  """Equal ids there: tests/data/make_export_golden.py."""
+  texts = ["the quick brown fox jumps over a lazy dog", "naïve cafés serve tea"] * 20
+  files = tokenizer_files(train_sentencepiece(texts, 300), 64)
+  assert json.loads(files["tokenizer_config.json"])["tokenizer_class"] == "LlamaTokenizer"
+  assert set(tokenizer_files(train_hugging_face(texts, 270), 64)) == {"tokenizer.json", "tokenizer_config.json"}
+  assert not tokenizer_files(ByteTokenizer(), 64)
+  other = io.BytesIO()
+  trainer = sentencepiece.SentencePieceTrainer
+  trainer.train(
+    sentence_iterator=iter(texts), model_writer=other, vocab_size=40, model_type="unigram", hard_vocab_limit=False,
+    minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+  )  # fmt: skip
+  assert set(tokenizer_files(SentencePieceTokenizer(other.getvalue(), "T5's kind"), 64)) == {"tokenizer.model"}
 
 
 def test_initial_weights_and_learned_constants_are_no_part_of_being_stock():

@@ -1,0 +1,38 @@
+"""Few shapes for rows of many lengths: each shape is a compilation."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from mixln_jax.parallel.mesh import ways_of_rows
+
+SMALLEST = 16  # positions that no row is shorter than
+
+
+def bucket(length: int, smallest: int = SMALLEST) -> int:
+  """The next of 16, 24, 32, 48, 64, 96, … (halves between powers of two): at most half of a row is padding."""
+  power = smallest * 2 ** max(0, math.ceil(math.log2(length / smallest)))
+  return power * 3 // 4 if power > smallest and length <= power * 3 // 4 else power
+
+
+def bucket_rows(rows: int) -> int:
+  """A number of rows from `rows` on that the mesh of this context cuts evenly: a power of two on each part of it."""
+  ways = ways_of_rows(jax.sharding.get_abstract_mesh())
+  return ways * 2 ** math.ceil(math.log2(max(1, rows / ways)))
+
+
+def pad(rows: Sequence[Sequence[int]], num_rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows as one array [B, T], zeros after their ends and in the rows that are added, and their lengths [B]."""
+  tokens_BT, lengths_B = np.zeros((num_rows, length), np.int32), np.zeros(num_rows, np.int32)
+  for index, row in enumerate(rows):
+    tokens_BT[index, : len(row)], lengths_B[index] = row, len(row)
+  return tokens_BT, lengths_B
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+  """Indices of rows in batches of similar lengths, the longest first: what does not fit memory fails at once."""
+  order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+  for start in range(0, len(order), batch_size):
+    yield order[start : start + batch_size]

@@ -1,0 +1,153 @@
+"""A model of this project as EleutherAI's lm-evaluation-harness asks it (`pip install -r requirements-eval.txt`).
+
+Importing this module imports the harness, which takes seconds. It needs neither torch nor transformers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mixln_jax.config import Config
+from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.errors import InputError
+from mixln_jax.inference.generate import generate
+from mixln_jax.inference.sampling import Sampling
+from mixln_jax.inference.scoring import score
+
+try:
+  from lm_eval.api.model import TemplateLM
+  from lm_eval.evaluator import evaluate  # noqa: F401 (what else the project uses of it is imported from here)
+  from lm_eval.tasks import TaskManager  # noqa: F401
+  from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+  raise InputError(
+    f"--tasks needs the lm-evaluation-harness ({error.name} is missing): pip install -r requirements-eval.txt"
+  ) from error
+
+NEW_TOKENS = 256  # of a generation whose task does not say, as the harness's own models have it
+GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+
+
+class HarnessModel(TemplateLM):
+  """A model as the harness asks it. Several processes of one run each ask the same, and compute it together.
+
+  Attributes:
+    keep_L: 0 where a layer is removed; None = none is.
+  """
+
+  def __init__(self, model: Config, params: Any, tokenizer: Tokenizer, max_length: int, batch_size: int):
+    """
+    Args:
+      model: config.model.
+      params: the parameters, on the mesh of the context in which the harness runs.
+      tokenizer: the run's.
+      max_length: most tokens that are read at a time; of a longer text the end.
+      batch_size: rows at a time.
+    """
+    super().__init__()
+    self.keep_L: Any = None
+    self._model, self._params, self._text = model, params, tokenizer
+    self._max_length, self._batch_size = max_length, batch_size
+
+  @property
+  def eot_token_id(self) -> int:
+    return self._text.eos_id
+
+  @property
+  def tokenizer_name(self) -> str:
+    return self._text.name
+
+  def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    """Ids of a text. No special token is ever added: a context is read as it stands."""
+    del add_special_tokens
+    return self._text.encode(string)
+
+  def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    return super().loglikelihood(requests, disable_tqdm)
+
+  def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+    pairs = [self._fitted(context, continuation) for _, context, continuation in requests]
+    return [tuple(one) for one in self._score(pairs)]
+
+  def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+    """The end of the context that leaves room for the continuation; its last token is predicted and not read."""
+    room = self._max_length + 1 - len(continuation)
+    if room < 1:
+      raise InputError(
+        f"--tasks: a continuation of {len(continuation)} tokens does not fit the {self._max_length} that the run was "
+        "trained at (config.data.sequence_length); leave the task out"
+      )
+    return context[-room:], continuation
+
+  def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Any:
+    return score(self._model, self._params, pairs, batch_size=self._batch_size, keep_L=self.keep_L)
+
+  def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+    """Log-likelihood of whole texts, cut into windows of the model's length; each token is predicted once."""
+    del disable_tqdm
+    windows: list[tuple[list[int], list[int]]] = []
+    owners: list[int] = []
+    for index, request in enumerate(requests):
+      ids = self.tok_encode(request.args[0])
+      for window in get_rolling_token_windows(ids, self.prefix_token_id, self._max_length, context_len=1):
+        windows.append(make_disjoint_window(window))
+        owners.append(index)
+    totals = [0.0] * len(requests)
+    for owner, one in zip(owners, self._score(windows), strict=True):
+      totals[owner] += one.log_likelihood
+    return totals
+
+  def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+    """Texts up to the first of a request's `until`."""
+    del disable_tqdm
+    settings = [_Generation.of(request.args[1], self._max_length) for request in requests]
+    texts: dict[int, str] = {}
+    for kind in dict.fromkeys(settings):
+      indices = [index for index, one in enumerate(settings) if one == kind]
+      contexts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
+      for start in range(0, len(indices), self._batch_size):
+        part = slice(start, start + self._batch_size)
+        texts |= dict(zip(indices[part], self._generate(contexts[part], kind), strict=True))
+    return [texts[index] for index in range(len(requests))]
+
+  def _generate(self, contexts: Sequence[list[int]], kind: "_Generation") -> list[str]:
+    stops = [ids for ids in map(self.tok_encode, kind.until) if len(ids) == 1]
+    added = generate(
+      self._model,
+      self._params,
+      [context[-(self._max_length - kind.num_tokens) :] for context in contexts],
+      kind.num_tokens,
+      sampling=kind.sampling,
+      stop_ids=[self.eot_token_id, *(ids[0] for ids in stops)],
+      num_ids=self._text.vocab_size,
+    )
+    return [kind.cut(self._text.decode(ids)) for ids in added]  # decoding drops the end of the document
+
+
+class _Generation(NamedTuple):
+  """How a request is to be gone on with."""
+
+  until: tuple[str, ...]
+  num_tokens: int
+  sampling: Sampling
+
+  @classmethod
+  def of(cls, options: Mapping[str, Any], max_length: int) -> "_Generation":
+    unknown = sorted(set(options) - set(GENERATION_OPTIONS))
+    if unknown:
+      known = ", ".join(GENERATION_OPTIONS)
+      raise InputError(f"--tasks: generation_kwargs has {unknown[0]!r}, which is not supported; supported: {known}")
+    until = options.get("until") or []
+    num_tokens = int(options.get("max_gen_toks", min(NEW_TOKENS, max_length // 2)))
+    if num_tokens >= max_length:
+      raise InputError(
+        f"--tasks: max_gen_toks={num_tokens} leaves no room for a context in the {max_length} tokens that the run was "
+        "trained at (config.data.sequence_length); lower it in the task's file"
+      )
+    temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
+    narrowing = (int(options.get("top_k", 0)), float(options.get("top_p", 1.0))) if temperature else (0, 1.0)
+    return cls((until,) if isinstance(until, str) else tuple(until), num_tokens, Sampling(temperature, *narrowing))
+
+  def cut(self, text: str) -> str:
+    for end in self.until:
+      text = text.split(end)[0] if end else text
+    return text
