@@ -1,0 +1,22 @@
+"""Fine-tuning on a laptop: was a passage said to Congress before or after 1900, from a run of configs/tiny.py.
+
+Command:  python -m benchmarks.finetuning --only_task (writes work/eras), then with
+          --config=configs/finetune/tiny.py --config.train.start_from=RUN first
+          python -m mixln_jax prepare, then python -m mixln_jax finetune --workdir=DIR
+Hardware: 2 CPU cores; TIME.
+Result:   RESULT.
+Source:   ours; the embedded corpus.
+"""
+
+from mixln_jax.config import base
+
+
+def get_config():
+  config = base()
+  config.data.update(source="work/eras/train.json", validation_source="work/eras/validation.json")
+  config.data.update(mode="instructions", document_mask=True, sequence_length=256)
+  config.train.update(num_steps=150, batch_size=8)
+  config.optimizer.update(learning_rate=1e-3, schedule="linear")
+  config.checkpoint.every_steps = 50
+  config.evaluate.update(every_steps=50, batch_size=16)
+  return config
