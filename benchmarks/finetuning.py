@@ -37,7 +37,7 @@ from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.training.loop import train
 from mixln_jax.training.setup import open_run
-from mixln_jax.training.start import follow, pin
+from mixln_jax.training.start import resolve
 
 TASK = Path("work/eras")
 SIZES = {"train": 4000, "validation": 400}
@@ -131,7 +131,7 @@ def tune(base: str, seed: int) -> dict[str, Any]:
   config = tiny.get_config()
   config.train.start_from = base
   config.data.seed = seed
-  config = pin(follow(config, {}), workdir)
+  config = resolve(config, {}, workdir)
   prepare(config)
   outcome = train(config, workdir.address)
   before, after = (

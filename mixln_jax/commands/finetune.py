@@ -6,11 +6,9 @@ an ordinary run: the same command goes on with it, and so does `train`.
 
 from mixln_jax.command_line import CommandLine
 from mixln_jax.errors import InputError
-from mixln_jax.parallel import processes
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
 from mixln_jax.training.session import train_here
-from mixln_jax.training.start import follow, pin
 
 
 def main(argv: list[str]) -> int:
@@ -29,8 +27,4 @@ def main(argv: list[str]) -> int:
       "config.train.start_from is required: the folder of the run whose weights are fine-tuned (of `train`, or of "
       "`convert --input`)"
     )
-  processes.join(config.parallel)
-  with processes.failing_together():
-    if values.config is not None:
-      config = pin(follow(config, line.overrides(), folder), folder)
-  return train_here(config, folder)
+  return train_here(config, {} if values.config is None else line.overrides(), folder)

@@ -17,5 +17,6 @@ def main(argv: list[str]) -> int:
   folder = RunFolder(values.workdir)
   if values.config is None and not folder.has_run:
     raise InputError("--config is required for a new run, and --workdir holds none; see --help")
-  config = read_config(folder) if values.config is None else line.config_value()
-  return train_here(config, folder)
+  if values.config is None:
+    return train_here(read_config(folder), {}, folder)
+  return train_here(line.config_value(), line.overrides(), folder)

@@ -1,6 +1,7 @@
 """A run in this process: it joins the others, trains, and says how it ended."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from mixln_jax.config import Config
@@ -10,16 +11,27 @@ from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.training import loop
 from mixln_jax.training.setup import on_mesh, open_run, set_up
+from mixln_jax.training.start import resolve
 from mixln_jax.training.stopping import STOPPED_STATUS
 
 STATUSES = {loop.FINISHED: 0, loop.DIVERGED: 0, loop.STOPPED: STOPPED_STATUS, loop.NON_FINITE: 1}
 
 
-def train_here(config: Config, folder: RunFolder) -> int:
-  """Trains config in a run's folder, as `loop.train`; returns the exit status."""
+def train_here(config: Config, overrides: Mapping[str, Any], folder: RunFolder) -> int:
+  """Trains config in a run's folder; returns the exit status.
+
+  Args:
+    config: of a recipe and the command line, or of the run itself.
+    overrides: the fields that stand on the command line.
+    folder: the run's.
+
+  Raises:
+    InputError: as `start.resolve` and `loop.train`.
+  """
   processes.join(config.parallel)
   use_compile_cache()
   with processes.failing_together():
+    config = resolve(config, overrides, folder)
     outcome = loop.train(config, folder.address)
     processes.wait_for_all("the end of the run")  # process 0 may still copy: the others must not time out meanwhile
   show = print if processes.is_first() else _nothing

@@ -48,6 +48,14 @@ class Start(NamedTuple):
     return f"{self.folder.address}, step {self.step}, hash {hash_of_sums(self.facts[SUMS]['params'])}"
 
 
+def resolve(config: Config, overrides: Mapping[str, Any], own: RunFolder) -> Config:
+  """The config as it is trained: with what it takes from the run that it starts from, where it does.
+
+  Args and errors are those of `follow` and `pin`.
+  """
+  return pin(follow(config, overrides, own), own) if config.train.start_from else config
+
+
 def follow(config: Config, overrides: Mapping[str, Any], own: RunFolder | None = None) -> Config:
   """The config with the model and the tokenizer of the run that it starts from; as it is where it starts from none.
 

@@ -1,5 +1,6 @@
-"""Fine-tuning: from the bits of another run, on answers alone, exact over a crash, and refused where it can't be meant."""
+"""Fine-tuning: from the bits of another run, on answers alone, exact over a crash, refused where it can't be meant."""
 
+import hashlib
 import json
 import shutil
 
@@ -9,6 +10,8 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.__main__ import main
+from mixln_jax.data.corpus import is_validation
+from mixln_jax.data.instructions import prompt_of
 from mixln_jax.data.tokenizer import train_hugging_face
 from mixln_jax.errors import InputError
 from mixln_jax.model import Transformer
@@ -20,8 +23,9 @@ from mixln_jax.training import loop
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.checkpoints import begin_from, initial_weights, open_checkpoints, restore_state, split
 from mixln_jax.training.setup import open_run, set_up
-from mixln_jax.training.start import find_start, follow, pin
+from mixln_jax.training.start import find_start, resolve
 
+NUM_STEPS = 6
 EXAMPLES = [{"instruction": f"which number? {n}", "input": "", "output": f"the answer is {n}"} for n in range(60)]
 
 
@@ -34,11 +38,11 @@ def base(make_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(base, tmp_path_factory):
-  """A recipe that fine-tunes the run; its records are prepared. It says nothing of the model or the tokenizer."""
+def fields(base, tmp_path_factory):
+  """The fields of a recipe that fine-tunes the run; it says nothing of the model or the tokenizer."""
   folder = tmp_path_factory.mktemp("recipe")
   (folder / "examples.json").write_text(json.dumps(EXAMPLES))
-  changes = {
+  return {
     "data.source": str(folder / "examples.json"),
     "data.validation_share": 0.2,
     "data.directory": str(folder / "records"),
@@ -46,18 +50,23 @@ def recipe(base, tmp_path_factory):
     "data.document_mask": True,
     "data.sequence_length": 256,
     "train.start_from": str(base),
-    "train.num_steps": 5,
+    "train.num_steps": NUM_STEPS,
     "train.batch_size": 8,
     "optimizer.warmup_steps": 1,
-    "checkpoint.every_steps": 2,
-    "evaluate.every_steps": 5,
+    "checkpoint.every_steps": 3,
+    "evaluate.every_steps": NUM_STEPS,
     "evaluate.batch_size": 8,
     "logging.tensorboard": False,
   }
-  path = folder / "recipe.py"
+
+
+@pytest.fixture(scope="module")
+def recipe(fields, tmp_path_factory):
+  """Its file; its records are prepared."""
+  path = tmp_path_factory.mktemp("recipe") / "recipe.py"
   path.write_text(
     "from mixln_jax.config import base\n\n\ndef get_config():\n  config = base()\n"
-    f"  config.update_from_flattened_dict({changes!r})\n  return config\n"
+    f"  config.update_from_flattened_dict({fields!r})\n  return config\n"
   )
   assert main(["prepare", f"--config={path}"]) == 0
   return path
@@ -79,7 +88,7 @@ def state_of(workdir):
   """Every leaf of the last checkpoint, optimizer and all."""
   config = config_lib.from_json((workdir / "config.json").read_text())
   checkpoints = open_checkpoints(config, RunFolder(workdir))
-  state = restore_state(config, step_lib.state_shardings(config, make_mesh(config.mesh)), checkpoints, 5)
+  state = restore_state(config, step_lib.state_shardings(config, make_mesh(config.mesh)), checkpoints, NUM_STEPS)
   checkpoints.close()
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(split(state))}
 
@@ -91,18 +100,20 @@ def curve(workdir):
 
 def answer_losses(model, params, examples):
   """Summed loss and number of the answers' tokens, each example by itself, from its text."""
+  logits_of = jax.jit(Transformer(model).apply)
   total = count = 0
   for example in examples:
-    prompt = (
+    prompt = (  # written out, so that another wording in the code is seen
       "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
       f"### Instruction:\n{example['instruction']}\n\n### Response:\n"
     )
     answer = [*(3 + byte for byte in example["output"].encode()), 1]
     ids = np.array([[1, *(3 + byte for byte in prompt.encode()), *answer]])
     ids_256 = np.pad(ids, ((0, 0), (0, 256 - ids.shape[1])))  # one shape: compiled once
-    logs = jax.nn.log_softmax(Transformer(model).apply({"params": params}, ids_256)[0])
+    logits = np.asarray(logits_of({"params": params}, ids_256)[0], np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     begin, end = ids.shape[1] - len(answer), ids.shape[1]
-    total -= sum(float(logs[at - 1, ids[0, at]]) for at in range(begin, end))
+    total -= sum(logs[at - 1, ids[0, at]] for at in range(begin, end))
     count += len(answer)
   return total, count
 
@@ -133,17 +144,11 @@ def test_it_starts_from_the_bits_of_the_other_run_and_says_so(base, tuned, capsy
 
 def test_its_loss_is_that_of_the_answers_each_example_by_itself(tuned):
   """Packed rows with masks against single examples made from their text."""
-  from mixln_jax.data.corpus import is_validation
-  from mixln_jax.data.instructions import Example, prompt_of
-  from mixln_jax.data.prepare import _split_of
-
-  del Example, is_validation
-  import hashlib
-
-  def name(example):
-    return hashlib.sha256(prompt_of(example["instruction"]).encode()).hexdigest()
-
-  held_out = [e for e in EXAMPLES if _split_of(type("D", (), {"name": name(e)}), 0.2) == "validation"]
+  held_out = [
+    example
+    for example in EXAMPLES
+    if is_validation(hashlib.sha256(prompt_of(example["instruction"]).encode()).hexdigest(), 0.2)
+  ]
   model = config_lib.from_json((tuned / "config.json").read_text()).model
   total, count = answer_losses(model, params_of(tuned), held_out)
   last = read_lines(tuned / "metrics.jsonl")[-1]
@@ -162,7 +167,7 @@ def test_after_a_crash_it_is_the_untouched_run_even_where_the_other_run_is_gone(
 
   def crash(*arguments):
     calls.append(None)
-    if len(calls) == 4:
+    if len(calls) == 6:
       raise RuntimeError("out of the blue")
     return real(*arguments)
 
@@ -170,7 +175,7 @@ def test_after_a_crash_it_is_the_untouched_run_even_where_the_other_run_is_gone(
   with pytest.raises(RuntimeError, match="out of the blue"):
     main(command)
   monkeypatch.undo()
-  assert [line["step"] for line in curve(tmp_path / "run")][-1] == 3
+  assert curve(tmp_path / "run")[-1]["step"] == 4  # behind the checkpoint of step 3
   shutil.rmtree(copy)
   assert main(command) == 0
   assert curve(tmp_path / "run") == curve(tuned)
@@ -205,9 +210,7 @@ def test_what_can_not_be_meant_is_refused_and_nothing_is_made(arguments, words, 
   assert not (tmp_path / "run").exists()
 
 
-def test_training_itself_checks_model_tokenizer_and_start(recipe, base, tuned, make_config, tmp_path, capsys):
-  assert main(["train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]) == 2
-  assert "config.data.tokenizer='sentencepiece' did not make the records" in capsys.readouterr().err
+def test_training_itself_checks_model_tokenizer_and_start(base, tuned, make_config, tmp_path):
   config = config_lib.from_json((tuned / "config.json").read_text())
   wrong = config.copy_and_resolve_references()
   wrong.model.placement = "pre"
@@ -228,23 +231,19 @@ def test_training_itself_checks_model_tokenizer_and_start(recipe, base, tuned, m
   assert not (tmp_path / "run").exists()
 
 
-def test_an_imported_checkpoint_and_the_best_one_can_be_started_from(recipe, base, make_config, tmp_path):
+def test_an_imported_checkpoint_and_the_best_one_can_be_started_from(fields, recipe, base, make_config, tmp_path):
   imported = begin_from(make_config(), jax.tree.map(np.asarray, params_of(base)), tmp_path / "imported")
-  from mixln_jax.commands import finetune  # the recipe as the command reads it
+  own = RunFolder(tmp_path / "run")
 
-  del finetune
-  line = {"train.start_from": imported.address}
-  config = config_lib.base()
-  namespace: dict = {}
-  exec(recipe.read_text(), namespace)
-  config = namespace["get_config"]()
-  config.update_from_flattened_dict(line)
+  def pinned(folder, checkpoint):
+    config = config_lib.base()
+    config.update_from_flattened_dict(fields)
+    config.train.update(start_from=str(folder), start_checkpoint=checkpoint)
+    return resolve(config, {}, own)
+
   with pytest.raises(InputError, match=r"none of its checkpoints was evaluated"):
-    config.train.start_checkpoint = "best"
-    pin(follow(config, line), RunFolder(tmp_path / "run"))
-  config.train.start_checkpoint = "newest"
-  config = pin(follow(config, line), RunFolder(tmp_path / "run"))
+    pinned(imported.address, "best")
+  config = pinned(imported.address, "newest")
   assert config.train.start_checkpoint == "0"
   assert find_start(set_up(config)).identity()["data_fingerprint"] is None
-  config.train.update(start_from=str(base), start_checkpoint="best")
-  assert pin(follow(config, {}), RunFolder(tmp_path / "run")).train.start_checkpoint == "6"  # the only one evaluated
+  assert pinned(base, "best").train.start_checkpoint == "6"  # the only one of the two that was evaluated
