@@ -3,11 +3,11 @@
     python -m benchmarks.finetuning --only_task                    # only write the examples, work/eras/*.json
     python -m benchmarks.finetuning --base=RUN --base=RUN [--seeds=0,1] [--out=benchmarks/results/finetuning.json]
 
-The task: whether a passage of a State of the Union message is of before or after 1900. Its passages have no digits and
-are thirty words long; those to validate on come from other messages, which the pre-training of configs/tiny.py holds
-out as well. Both answers stand equally often, so that chance is one half. Each --base is a run of configs/tiny.py; it
-is fine-tuned with configs/finetune/tiny.py, once for each --seeds (of the sample order). An answer is chosen by the
-likelihood of its tokens, its end among them.
+The task: whether a passage of a State of the Union message is of before 1860 or of after 1960. Its passages have no
+digits and are thirty words long; those to validate on come from other messages, which the pre-training of
+configs/tiny.py holds out as well. Both answers stand equally often, so that chance is one half. Each --base is a run of
+configs/tiny.py; it is fine-tuned with configs/finetune/tiny.py, once for each --seeds (of the sample order). An answer
+is chosen by the likelihood of its tokens, its end among them.
 """
 
 import argparse
@@ -43,7 +43,8 @@ TASK = Path("work/eras")
 SIZES = {"train": 4000, "validation": 400}
 CHOICES = ("before", "after")
 WORDS = 30
-QUESTION = "Was this said to Congress before 1900 or after? Answer with before or after."
+BEFORE, AFTER = 1860, 1960  # the years between are left out
+QUESTION = f"Was this said before {BEFORE} or after {AFTER}?"
 HELD_OUT = 0.05  # of the messages, by the hash of their names, as configs/tiny.py
 BATCH = 50
 
@@ -55,8 +56,9 @@ def passages() -> Iterator[tuple[str, str, str]]:
       if isinstance(document, Document) and not any(sign.isdigit() for sign in document.text):
         words = document.text.split()
         split = "validation" if corpus_lib.is_validation(document.name, HELD_OUT) else "train"
-        if len(words) >= WORDS:
-          yield split, CHOICES[int(document.name[:4]) >= 1900], " ".join(words[:WORDS])
+        year = int(document.name[:4])
+        if len(words) >= WORDS and not BEFORE <= year < AFTER:
+          yield split, CHOICES[year >= AFTER], " ".join(words[:WORDS])
 
 
 def make_task(folder: Path) -> None:

@@ -139,7 +139,7 @@ FIELDS: Mapping[str, Field] = {
   ),
   "data.tokenizer": Field(
     "sentencepiece",
-    "sentencepiece (trained on the corpus; with data.mode=instructions that of train.start_from), bytes, the path of a "
+    "sentencepiece (trained on the corpus; with train.start_from that of its run), bytes, the path of a "
     "SentencePiece .model file or a tokenizer.json, hf:NAME, or records:FOLDER, that of prepared records",
   ),
   "data.on_the_fly": Field(

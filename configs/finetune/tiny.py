@@ -1,4 +1,4 @@
-"""Fine-tuning on a laptop: was a passage said to Congress before or after 1900, from a run of configs/tiny.py.
+"""Fine-tuning on a laptop: was a passage said before 1860 or after 1960, from a run of configs/tiny.py.
 
 Command:  python -m benchmarks.finetuning --only_task (writes work/eras), then with
           --config=configs/finetune/tiny.py --config.train.start_from=RUN first

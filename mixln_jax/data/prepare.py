@@ -154,19 +154,19 @@ class _SplitOfPart:
     self._documents = self._tokens = self._largest_id = 0
     self.cut_prompts = 0
 
-  def add(self, document: Document | Example) -> bool:
-    """Whether there is room for the document; only an example's answer can lack it."""
+  def add(self, document: Document | Example) -> Bad | None:
+    """Takes a document; returns what is bad about one that no record can hold."""
     if isinstance(document, Document):
       ids = [*self._tokenizer.encode(document.text), self._tokenizer.eos_id]
       self._write(document.name, ids, self._packer.add(ids))
-      return True
+      return None
     tokens = instructions.tokenize(document, self._tokenizer, self._length)
     if tokens is None:
-      return False
+      return Bad(instructions.ANSWER_TOO_LONG, f"the example that answers {document.answer[:60]!r}")
     self.cut_prompts += tokens.num_cut > 0
     self._tokens += tokens.num_cut
     self._write(document.name, tokens.ids, self._packer.add(tokens.ids, tokens.num_answer))
-    return True
+    return None
 
   def _write(self, name: str, ids: Sequence[int], full: Iterable[records_lib.Record]) -> None:
     largest = max(ids)
@@ -215,10 +215,10 @@ def write_part(job: Job, count: Callable[[int], None] = lambda _: None) -> dict[
       skip(document)
       continue
     _hash_document(digest, document)
-    if splits[job.split or _split_of(document, job.validation_share)].add(document):
-      count(1)
+    if bad := splits[job.split or _split_of(document, job.validation_share)].add(document):
+      skip(bad)
     else:
-      skip(Bad(instructions.ANSWER_TOO_LONG, f"{job.part.paths[0]}, the example that answers {document[-1][:60]!r}"))
+      count(1)
   result = {
     "splits": {name: dataclasses.asdict(split.finish()) for name, split in splits.items()},
     "sha256": digest.hexdigest(),

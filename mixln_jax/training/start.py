@@ -77,7 +77,7 @@ def follow(config: Config, overrides: Mapping[str, Any], own: RunFolder | None =
     return config
   folder = RunFolder(config.train.start_from)
   known = read_config(folder)
-  if stated == SENTENCEPIECE:  # what nobody stated: none is trained on instructions
+  if stated == SENTENCEPIECE:  # what nobody stated: none is trained where a model has one
     config.data.tokenizer = _tokenizer_name(folder, known)
   elif not (stated == known.data.tokenizer and stated.startswith(HUB)):
     _check_tokenizer(folder, known, content_hash(named_tokenizer(stated)), stated)
