@@ -146,7 +146,6 @@ def tune(base: str, seed: int) -> dict[str, Any]:
     "before": before,
     "after": after,
     "validation_loss": validation.get("loss"),
-    "seconds": outcome.seconds["total"],
   }
 
 
