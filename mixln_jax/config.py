@@ -20,7 +20,8 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-RECORD_MODES = ("pack", "pad")
+RECORD_MODES = ("pack", "pad", "instructions")
+NEWEST, BEST = "newest", "best"
 
 # An ml_collections ConfigDict of FIELDS; `Any` to a type checker, since FIELDS gives its attributes their types.
 Config = Any
@@ -145,8 +146,8 @@ FIELDS: Mapping[str, Field] = {
   ),
   "data.tokenizer": Field(
     "sentencepiece",
-    "sentencepiece (trained on the corpus), bytes, the path of a SentencePiece .model file or a tokenizer.json, or "
-    "hf:NAME",
+    "sentencepiece (trained on the corpus; with train.start_from that of its run), bytes, the path of a "
+    "SentencePiece .model file or a tokenizer.json, hf:NAME, or records:FOLDER, that of prepared records",
   ),
   "data.on_the_fly": Field(
     False, "no prepared records: tokenize the documents of a tfds or hf source while training (data.mode=pad)"
@@ -162,11 +163,13 @@ FIELDS: Mapping[str, Field] = {
   "data.sequence_length": Field(256, "tokens a record (position t predicts t+1, so one fewer is predicted)", minimum=2),
   "data.mode": Field(
     "pack",
-    "pack: documents concatenated and split; pad: one document a record, truncated and padded",
+    "pack: documents concatenated and split; pad: one document a record, truncated and padded; instructions: examples "
+    "of instruction, input and output, several whole ones a record, only the output counted (needs data.document_mask)",
     choices=RECORD_MODES,
   ),
   "data.document_mask": Field(
-    False, "packed records: attention stays inside a document, positions restart, no label across a boundary"
+    False,
+    "packed records: attention stays inside a document (or example), positions restart, no label across a boundary",
   ),
   "data.seed": Field(0, "seed of the sample order; the same for all runs of a study", minimum=0, maximum=2**32 - 1),
   "data.verify": Field(
@@ -178,6 +181,14 @@ FIELDS: Mapping[str, Field] = {
   ),
   # train
   "train.num_steps": Field(10_000, "optimizer updates of the whole run", minimum=1, on_resume=CHECKED),
+  "train.start_from": Field(
+    "",
+    "folder of the run whose weights this one starts from, with an optimizer and a schedule of its own (`finetune`); "
+    "empty = weights drawn with the seed",
+  ),
+  "train.start_checkpoint": Field(
+    NEWEST, "which checkpoint of train.start_from: newest, best (of lowest validation loss), or its step"
+  ),
   "train.batch_size": Field(512, "global batch of one update, in sequences", minimum=1),
   "train.micro_batches": Field(
     1, "the batch is cut into this many; their token sums are added before the one update", minimum=1, on_resume=FREE
@@ -431,8 +442,17 @@ def _validate_training(config: Config) -> None:
     "config.data.on_the_fly=True and config.data.mixture can't be combined; prepare the records of the mixture",
   )
   _contradiction(
-    config.data.document_mask and config.data.mode != "pack",
+    config.data.document_mask and config.data.mode == "pad",
     "config.data.document_mask=True needs config.data.mode=pack (padded records hold one document each)",
+  )
+  _contradiction(
+    config.data.mode == "instructions" and not config.data.document_mask,
+    "config.data.mode=instructions needs config.data.document_mask=True (a record holds several examples)",
+  )
+  start = train.start_checkpoint
+  _contradiction(
+    start not in (NEWEST, BEST) and not (start.isascii() and start.isdecimal()),
+    f"config.train.start_checkpoint={start!r}: must be {NEWEST}, {BEST}, or the step of a checkpoint",
   )
   profile = config.profile
   _contradiction(

@@ -31,9 +31,10 @@ def load(name):
 
 def test_every_recipe_is_counted():
   assert {path.stem for path in CONFIGS.glob("*.py")} == {*MILLIONS, "tiny"}
+  assert {path.stem for path in CONFIGS.glob("finetune/*.py")} == {"commonsense_170k", "tiny"}
 
 
-@pytest.mark.parametrize("name", [*MILLIONS, "tiny"])
+@pytest.mark.parametrize("name", [*MILLIONS, "tiny", "finetune/commonsense_170k", "finetune/tiny"])
 def test_recipes_are_valid_short_and_documented(name):
   module = load(name)
   config_lib.validate(module.get_config())
@@ -115,6 +116,8 @@ def test_every_field_refuses_wrong_types_and_values(name):
     ({"optimizer.warmup_steps": 10_000}, "config.optimizer.warmup_steps=10000 leaves no step"),
     ({"optimizer.schedule": "wsd", "optimizer.decay_steps": 9500}, "don't fit"),
     ({"data.document_mask": True, "data.mode": "pad"}, "needs config.data.mode=pack"),
+    ({"data.mode": "instructions"}, "needs config.data.document_mask=True"),
+    ({"train.start_checkpoint": "-3"}, "config.train.start_checkpoint='-3': must be newest, best, or the step"),
     ({"profile.start_step": 9999, "profile.num_steps": 3}, "config.profile.start_step=9999 and num_steps=3 end after"),
     ({"mesh.fsdp": -1}, "config.mesh.data and config.mesh.fsdp are all -1"),
     ({"mesh.tensor": 0}, "config.mesh.tensor=0"),

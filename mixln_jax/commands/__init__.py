@@ -13,6 +13,7 @@ COMMANDS = (
   "plan",
   "prepare",
   "generate",
+  "finetune",
   "convert",
   "doctor",
 )

@@ -3,6 +3,7 @@
 from mixln_jax.command_line import CommandLine
 from mixln_jax.data.prepare import prepare, train_tokenizer
 from mixln_jax.errors import InputError
+from mixln_jax.training.start import follow
 
 
 def main(argv: list[str]) -> int:
@@ -23,12 +24,16 @@ def main(argv: list[str]) -> int:
   if config.data.on_the_fly or config.data.mixture:
     field = "on_the_fly" if config.data.on_the_fly else "mixture"
     raise InputError(f"config.data.{field} is set, so there is nothing to prepare; leave it out to prepare a source")
-  corpus = prepare(config, workers=values.workers)
+  corpus = prepare(follow(config, line.overrides()), workers=values.workers)
   manifest = corpus.manifest
   for name, split in manifest.splits.items():
     print(
       f"{name:<10} {split.documents:,} documents, {split.tokens:,} tokens, {split.counted:,} "
       f"predicted, {split.records:,} records"
+    )
+  if manifest.cut_prompts:
+    print(
+      f"cut        {manifest.cut_prompts:,} prompts lost their beginning, to fit into {manifest.sequence_length} tokens"
     )
   for reason, count in manifest.skipped.items():
     print(f"skipped    {count:,} documents: {reason}")

@@ -1,20 +1,10 @@
 """Train a model: starts a run in --workdir, or goes on with the one that is there."""
 
-import sys
-from typing import Any
-
 from mixln_jax.command_line import CommandLine
 from mixln_jax.errors import InputError
-from mixln_jax.inference.generate import generate_text
-from mixln_jax.parallel import processes
-from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config
-from mixln_jax.training import loop
-from mixln_jax.training.setup import on_mesh, open_run, set_up
-from mixln_jax.training.stopping import STOPPED_STATUS
-
-STATUSES = {loop.FINISHED: 0, loop.DIVERGED: 0, loop.STOPPED: STOPPED_STATUS, loop.NON_FINITE: 1}
+from mixln_jax.training.session import train_here
 
 
 def main(argv: list[str]) -> int:
@@ -27,30 +17,6 @@ def main(argv: list[str]) -> int:
   folder = RunFolder(values.workdir)
   if values.config is None and not folder.has_run:
     raise InputError("--config is required for a new run, and --workdir holds none; see --help")
-  config = read_config(folder) if values.config is None else line.config_value()
-  processes.join(config.parallel)
-  use_compile_cache()
-  with processes.failing_together():
-    outcome = loop.train(config, values.workdir)
-    processes.wait_for_all("the end of the run")  # process 0 may still copy: the others must not time out meanwhile
-  show = print if processes.is_first() else _nothing
-  if outcome.diverged:
-    show("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
-  if outcome.skipped_updates:
-    show(f"skipped    {outcome.skipped_updates} updates, whose loss or gradient was not finite")
-  show(f"{outcome.status:<10} {outcome.message}", file=sys.stderr if outcome.status == loop.NON_FINITE else sys.stdout)
-  if outcome.validation:
-    loss, perplexity = (float(outcome.validation[name]) for name in ("loss", "perplexity"))
-    show(f"validation loss {loss:.4f}, perplexity {perplexity:.3f} (step {outcome.validation['step']})")
-  if outcome.status == loop.FINISHED and config.train.sample_tokens:
-    setup = set_up(config)
-    run = open_run(folder, setup.mesh)
-    with on_mesh(setup.mesh):
-      text = generate_text(run.config.model, run.params, setup.corpus.tokenizer, "", config.train.sample_tokens)
-    show(f"sample     {text!r}")
-  show(f"files      {folder.address}")
-  return STATUSES[outcome.status]
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-  """What the processes print that are not the first."""
+  if values.config is None:
+    return train_here(read_config(folder), {}, folder)
+  return train_here(line.config_value(), line.overrides(), folder)

@@ -9,6 +9,7 @@ A part is read from front to end and never depends on how many processes read a 
 counted; a file that can't be read, or is damaged, is refused by name.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -227,11 +228,18 @@ def read(part: Part, text_field: str = "text") -> Iterator[Document | Bad]:
   Raises:
     InputError: a file can't be read or is damaged.
   """
-  try:
+  with reading(part.paths[0]):
     yield from READERS[part.kind](part, text_field)
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+  """Makes an error of the system one that names the file."""
+  try:
+    yield
   except OSError as error:
     raise InputError(
-      f"config.data.source: {part.paths[0]} can't be read ({error.strerror or error}); mend or replace it"
+      f"config.data.source: {path} can't be read ({error.strerror or error}); mend or replace it"
     ) from error
 
 
@@ -262,20 +270,27 @@ def _paragraphs(part: Part, text_field: str) -> Iterator[Document | Bad]:
 
 
 def _json_lines(part: Part, text_field: str) -> Iterator[Document | Bad]:
-  path = part.paths[0]
-  for at, line in File(path).lines(part.begin, None if part.end == -1 else part.end):
+  for where, value in json_values(part.paths[0], part.begin, None if part.end == -1 else part.end):
+    if isinstance(value, Bad):
+      yield value
+    else:
+      yield document_of(value.get(text_field) if isinstance(value, dict) else None, where)
+
+
+def json_values(path: str, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, Any]]:
+  """(where, value) of the lines of a file that start in [begin, end); Bad stands for a value that can't be read."""
+  for at, line in File(path).lines(begin, end):
     where = f"{path}, byte {at}"
     if line is None:
-      yield Bad(TOO_LONG, where)
+      yield where, Bad(TOO_LONG, where)
     elif line.strip():
       try:
         value = json.loads(line)
       except UnicodeDecodeError:
-        yield Bad(BAD_UNICODE, where)
+        value = Bad(BAD_UNICODE, where)
       except (ValueError, RecursionError):
-        yield Bad(NOT_JSON, where)
-      else:
-        yield document_of(value.get(text_field) if isinstance(value, dict) else None, where)
+        value = Bad(NOT_JSON, where)
+      yield where, value
 
 
 def _parquet_rows(part: Part, text_field: str) -> Iterator[Document | Bad]:

@@ -60,6 +60,8 @@ def example(record: Record, sequence_length: int, *, document_mask: bool) -> Bat
   tokens, starts = record.tokens[:sequence_length], record.starts[:sequence_length]
   position = np.arange(sequence_length)
   weights = position + 1 < min(record.length, sequence_length)
+  if record.answers is not None:
+    weights = weights & np.append(record.answers[1:sequence_length], False)
   row = {"tokens_BT": tokens, "labels_BT": np.append(tokens[1:], 0).astype(np.int32)}
   if document_mask:
     weights = weights & ~np.append(starts[1:], False)

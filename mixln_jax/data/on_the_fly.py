@@ -12,7 +12,7 @@ import numpy as np
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data import tokenizer as tokenizer_lib
 from mixln_jax.data.corpus import Document
-from mixln_jax.data.records import Manifest, Padder, Record, Split
+from mixln_jax.data.records import Manifest, Padder, Record, Split, named_tokenizer
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 
@@ -90,10 +90,7 @@ class OnTheFly:
       raise InputError(
         "config.data.tokenizer=sentencepiece is trained by `prepare`; with config.data.on_the_fly give a path or bytes"
       )
-    if data.tokenizer == tokenizer_lib.BYTES:
-      self.tokenizer: Tokenizer = tokenizer_lib.ByteTokenizer()
-    else:
-      self.tokenizer = tokenizer_lib.read_tokenizer(data.tokenizer)
+    self.tokenizer = named_tokenizer(data.tokenizer)
     self._texts = {
       "train": Texts(data.source, data.text_field),
       "validation": Texts(data.validation_source, data.text_field),

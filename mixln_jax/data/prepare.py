@@ -25,10 +25,12 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from mixln_jax.data import corpus as corpus_lib
+from mixln_jax.data import instructions
 from mixln_jax.data import records as records_lib
 from mixln_jax.data import tokenizer as tokenizer_lib
 from mixln_jax.data.corpus import Bad, Document, Part
 from mixln_jax.data.files import File
+from mixln_jax.data.instructions import Example
 from mixln_jax.errors import InputError
 
 DEFAULT_ROOT = Path("work/data")
@@ -98,7 +100,8 @@ def prepare(config: Any, *, progress: bool = True, workers: int | None = None) -
   sources = [(data.source, "train" if data.validation_source else None)]
   if data.validation_source:
     sources.append((data.validation_source, "validation"))
-  parts = [(part, split) for source, split in sources for part in corpus_lib.parts_of(source)]
+  parts_of = instructions.parts_of if data.mode == instructions.KIND else corpus_lib.parts_of
+  parts = [(part, split) for source, split in sources for part in parts_of(source)]
   _check_disjoint(parts)
   state = _source_state([part for part, _ in parts], data.text_field)
   if (folder / records_lib.MANIFEST).is_file():
@@ -147,20 +150,35 @@ class _SplitOfPart:
     self._tokenizer = tokenizer
     self._writer = records_lib.ShardWriter(path, records_lib.token_dtype(tokenizer.vocab_size))
     self._packer = records_lib.PACKERS[job.mode](job.sequence_length, tokenizer_lib.PAD)
+    self._length = job.sequence_length
     self._documents = self._tokens = self._largest_id = 0
+    self.cut_prompts = 0
 
-  def add(self, document: Document) -> None:
-    ids = [*self._tokenizer.encode(document.text), self._tokenizer.eos_id]
+  def add(self, document: Document | Example) -> Bad | None:
+    """Takes a document; returns what is bad about one that no record can hold."""
+    if isinstance(document, Document):
+      ids = [*self._tokenizer.encode(document.text), self._tokenizer.eos_id]
+      self._write(document.name, ids, self._packer.add(ids))
+      return None
+    tokens = instructions.tokenize(document, self._tokenizer, self._length)
+    if tokens is None:
+      return Bad(instructions.ANSWER_TOO_LONG, f"the example that answers {document.answer[:60]!r}")
+    self.cut_prompts += tokens.num_cut > 0
+    self._tokens += tokens.num_cut
+    self._write(document.name, tokens.ids, self._packer.add(tokens.ids, tokens.num_answer))
+    return None
+
+  def _write(self, name: str, ids: Sequence[int], full: Iterable[records_lib.Record]) -> None:
     largest = max(ids)
     if largest >= self._tokenizer.vocab_size:
       raise InputError(
-        f"config.data.tokenizer: gives id {largest} for document {document.name!r}, beyond its vocabulary of "
+        f"config.data.tokenizer: gives id {largest} for document {name!r}, beyond its vocabulary of "
         f"{self._tokenizer.vocab_size}; choose another"
       )
     self._documents += 1
     self._tokens += len(ids)
     self._largest_id = max(self._largest_id, largest)
-    for record in self._packer.add(ids):
+    for record in full:
       self._writer.write(record)
 
   def finish(self) -> records_lib.Split:
@@ -186,33 +204,44 @@ def write_part(job: Job, count: Callable[[int], None] = lambda _: None) -> dict[
   skipped: Counter[str] = Counter()
   where: list[str] = []
   digest = hashlib.sha256()
-  for document in corpus_lib.read(job.part, job.text_field):
+
+  def skip(bad: Bad) -> None:
+    skipped[bad.reason] += 1
+    if len(where) < EXAMPLES:
+      where.append(f"{bad.reason}: {bad.where}")
+
+  for document in _read(job.part, job.text_field):
     if isinstance(document, Bad):
-      skipped[document.reason] += 1
-      if len(where) < EXAMPLES:
-        where.append(f"{document.reason}: {document.where}")
+      skip(document)
       continue
     _hash_document(digest, document)
-    splits[job.split or _split_of(document, job.validation_share)].add(document)
-    count(1)
+    if bad := splits[job.split or _split_of(document, job.validation_share)].add(document):
+      skip(bad)
+    else:
+      count(1)
   result = {
     "splits": {name: dataclasses.asdict(split.finish()) for name, split in splits.items()},
     "sha256": digest.hexdigest(),
     "skipped": skipped,
     "where": where,
+    "cut_prompts": sum(split.cut_prompts for split in splits.values()),
   }
   _write_whole(job.result, json.dumps(result))
   return result
 
 
-def _hash_document(digest: Any, document: Document) -> None:
+def _read(part: Part, text_field: str) -> Iterator[Document | Example | Bad]:
+  return instructions.read(part) if part.kind == instructions.KIND else corpus_lib.read(part, text_field)
+
+
+def _hash_document(digest: Any, document: Document | Example) -> None:
   for text in document:
     data = text.encode(errors="surrogateescape")
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)
 
 
-def _split_of(document: Document, validation_share: float) -> str:
+def _split_of(document: Document | Example, validation_share: float) -> str:
   return "validation" if corpus_lib.is_validation(document.name, validation_share) else "train"
 
 
@@ -383,8 +412,13 @@ def _given_tokenizer(config: Any) -> tokenizer_lib.Tokenizer | None:
   """
   name = config.data.tokenizer
   if name == tokenizer_lib.SENTENCEPIECE:
+    if config.data.mode == instructions.KIND:
+      raise InputError(
+        f"config.data.tokenizer={name!r}: instructions need the tokenizer that the model was trained with; set "
+        "config.train.start_from to its run, or name the tokenizer"
+      )
     return None
-  given = tokenizer_lib.ByteTokenizer() if name == tokenizer_lib.BYTES else tokenizer_lib.read_tokenizer(name)
+  given = records_lib.named_tokenizer(name)
   if given.vocab_size > config.model.vocab_size:
     raise InputError(
       f"config.model.vocab_size={config.model.vocab_size} is under the {given.vocab_size} ids of "
@@ -438,6 +472,8 @@ def train_tokenizer(config: Any, path: str, size: int) -> tokenizer_lib.Tokenize
     raise InputError(f"--train_tokenizer={path}: must end in .model (SentencePiece) or .json (tokenizers)")
   if target.exists():
     raise InputError(f"--train_tokenizer={path}: is there already; give another path, or use it")
+  if config.data.mode == instructions.KIND:
+    raise InputError("--train_tokenizer: not with config.data.mode=instructions, which need that of the trained model")
   parts = [
     (part, "train" if config.data.validation_source else None) for part in corpus_lib.parts_of(config.data.source)
   ]
@@ -504,6 +540,7 @@ def _finish(
     mode=config.data.mode,
     bytes_per_token=tuple(tokenizer.bytes_per_token()),
     splits={name: _merge([result["splits"][name] for result in results]) for name in records_lib.SPLITS},
+    cut_prompts=sum(result["cut_prompts"] for result in results) if config.data.mode == instructions.KIND else None,
   )
   for entry in partial.glob(".*.array_record.*"):  # of processes that were killed
     entry.unlink()
@@ -546,8 +583,8 @@ def _reuse(folder: Path, config: Any, parts: Sequence[tuple[Part, str | None]], 
     digests = []
     for part, _ in parts:
       digest = hashlib.sha256()
-      for document in corpus_lib.read(part, config.data.text_field):
-        if isinstance(document, Document):
+      for document in _read(part, config.data.text_field):
+        if not isinstance(document, Bad):
           _hash_document(digest, document)
       digests.append(digest.hexdigest())
     if _documents_hash(digests) != corpus.manifest.source_sha256:
@@ -597,15 +634,19 @@ def check_tokenizer(manifest: records_lib.Manifest, config: Any, where: str) -> 
     matches = manifest.tokenizer == name
   elif name.startswith(tokenizer_lib.HUB):
     matches = name == manifest.tokenizer_source
-  elif name == manifest.tokenizer_source and not Path(name).expanduser().exists():
+  elif name == manifest.tokenizer_source and not _tokenizer_place(name).exists():
     matches = True
   else:
-    matches = tokenizer_lib.content_hash(tokenizer_lib.read_tokenizer(name)) == manifest.tokenizer_sha256
+    matches = tokenizer_lib.content_hash(records_lib.named_tokenizer(name)) == manifest.tokenizer_sha256
   if not matches:
     raise InputError(
       f"config.data.tokenizer={name!r} did not make {where} (theirs: {manifest.tokenizer}, "
       f"sha256 {manifest.tokenizer_sha256[:12]}…); set it to theirs, or prepare again"
     )
+
+
+def _tokenizer_place(name: str) -> Path:
+  return Path(name.removeprefix(tokenizer_lib.RECORDS)).expanduser()
 
 
 def check_shape(manifest: records_lib.Manifest, config: Any, where: str) -> None:
@@ -626,7 +667,7 @@ def check_shape(manifest: records_lib.Manifest, config: Any, where: str) -> None
     raise InputError(
       f"config.data.mode={data.mode}, but {where} are in mode {manifest.mode}; prepare them again in another folder"
     )
-  if manifest.mode == "pack" and data.sequence_length != manifest.sequence_length:
+  if manifest.mode != "pad" and data.sequence_length != manifest.sequence_length:
     raise InputError(
       f"config.data.sequence_length={data.sequence_length}, but {where} are packed at "
       f"{manifest.sequence_length} and cutting them would drop text; prepare records of that length"

@@ -5,9 +5,11 @@ A record holds T tokens (position t predicts t + 1), how many of them are real, 
     tokens: T × the smallest unsigned type that holds the vocabulary, little-endian
     length: uint32; positions from it on are padding
     starts: T bits, most significant first
+    answers: T bits, only in mode instructions: tokens that count where they are predicted; elsewhere all do
 
 Padded records hold one document each, truncated and padded. Packed records cut the concatenated documents of a part of
 the corpus every T - 1 tokens and overlap by one, so that each of its tokens but the first is predicted exactly once.
+Records of instructions hold several whole examples and are padded.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,15 @@ import grain
 import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from mixln_jax.data.tokenizer import Tokenizer, content_hash, load_tokenizer
+from mixln_jax.data.tokenizer import (
+  BYTES,
+  RECORDS,
+  ByteTokenizer,
+  Tokenizer,
+  content_hash,
+  load_tokenizer,
+  read_tokenizer,
+)
 from mixln_jax.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -37,6 +47,12 @@ class Record(NamedTuple):
   tokens: np.ndarray  # [T]
   length: int
   starts: np.ndarray  # [T] bool
+  answers: np.ndarray | None = None  # [T] bool: tokens that count where they are predicted; None = all
+
+  @property
+  def counted(self) -> int:
+    """Tokens that are predicted and count: the first one is not predicted."""
+    return max(0, self.length - 1) if self.answers is None else int(self.answers[1 : self.length].sum())
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -45,16 +61,17 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def encode_record(record: Record, dtype: np.dtype) -> bytes:
-  starts = np.packbits(record.starts).tobytes()
-  return record.tokens.astype(dtype).tobytes() + record.length.to_bytes(4, "little") + starts
+  bits = [np.packbits(flags).tobytes() for flags in (record.starts, record.answers) if flags is not None]
+  return b"".join((record.tokens.astype(dtype).tobytes(), record.length.to_bytes(4, "little"), *bits))
 
 
 def decode_record(data: bytes, sequence_length: int, dtype: np.dtype) -> Record:
   end = sequence_length * dtype.itemsize
   tokens = np.frombuffer(data, dtype, sequence_length).astype(np.int32)
   length = int(np.frombuffer(data, "<u4", 1, end)[0])
-  bits = np.frombuffer(data, np.uint8, -1, end + 4)
-  return Record(tokens, length, np.unpackbits(bits, count=sequence_length).astype(bool))
+  rows = np.frombuffer(data, np.uint8, -1, end + 4).reshape(-1, -(-sequence_length // 8))
+  starts, *answers = np.unpackbits(rows, axis=1, count=sequence_length).astype(bool)
+  return Record(tokens, length, starts, *answers)
 
 
 class Padder:
@@ -104,7 +121,46 @@ class Packer:
       yield Record(np.pad(self._tokens, missing, constant_values=self._pad_id), length, np.pad(self._starts, missing))
 
 
-PACKERS = {"pad": Padder, "pack": Packer}
+class ExamplePacker:
+  """Whole examples, several a record: each goes into the first of the open records that has room for it."""
+
+  OPEN = 16  # records that wait to be filled up; the one that waited longest is given out
+
+  def __init__(self, sequence_length: int, pad_id: int):
+    self._length, self._pad_id = sequence_length, pad_id
+    self._open: list[list[tuple[Sequence[int], int]]] = []
+
+  def add(self, ids: Sequence[int], num_answer: int) -> Iterator[Record]:
+    """The records that are given out after one more example.
+
+    Args:
+      ids: of the example, at most T.
+      num_answer: how many of them, the last ones, count where they are predicted.
+    """
+    room = self._length - len(ids)
+    chosen = next((examples for examples in self._open if sum(len(one) for one, _ in examples) <= room), None)
+    if chosen is None:
+      self._open.append(chosen := [])
+    chosen.append((ids, num_answer))
+    if len(self._open) > self.OPEN:
+      yield self._record(self._open.pop(0))
+
+  def finish(self) -> Iterator[Record]:
+    """What is left."""
+    while self._open:
+      yield self._record(self._open.pop(0))
+
+  def _record(self, examples: Sequence[tuple[Sequence[int], int]]) -> Record:
+    tokens = np.full(self._length, self._pad_id, np.int32)
+    starts, answers = np.zeros((2, self._length), bool)
+    end = 0
+    for ids, num_answer in examples:
+      begin, end = end, end + len(ids)
+      tokens[begin:end], starts[begin], answers[end - num_answer : end] = ids, True, True
+    return Record(tokens, end, starts, answers)
+
+
+PACKERS: dict[str, Callable[[int, int], Any]] = {"pad": Padder, "pack": Packer, "instructions": ExamplePacker}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +175,7 @@ class Shard:
 class Split:
   documents: int
   tokens: int  # of the documents, their end included, before truncation
-  counted: int  # positions that are predicted
+  counted: int  # tokens that are predicted and count
   largest_id: int  # of the same tokens
   shards: tuple[Shard, ...]
 
@@ -146,16 +202,21 @@ class Manifest:
   mode: str
   bytes_per_token: tuple[int, ...]  # [vocab_size]
   splits: dict[str, Split]
+  cut_prompts: int | None = None  # examples whose prompt lost its beginning; None where there are no prompts
 
   @property
   def fingerprint(self) -> str:
     """Hash over all of it but names of where it came from, which may move: what a run's data is."""
     names = ("source", "validation_source", "text_field", "tokenizer_source")
-    content = {name: value for name, value in dataclasses.asdict(self).items() if name not in names}
+    content = {name: value for name, value in self._content().items() if name not in names}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+  def _content(self) -> dict[str, Any]:
+    """Its fields, without one that says nothing here."""
+    return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
   def to_json(self) -> str:
-    return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, **dataclasses.asdict(self)}, indent=1) + "\n"
+    return json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, **self._content()}, indent=1) + "\n"
 
 
 class Corpus(NamedTuple):
@@ -208,7 +269,7 @@ class ShardWriter:
     except RuntimeError as error:
       raise self._unwritable(error) from error
     self.records += 1
-    self.counted += max(0, record.length - 1)
+    self.counted += record.counted
 
   def finish(self) -> tuple[Shard, ...]:
     """The shard; none where nothing was written."""
@@ -241,13 +302,31 @@ def open_corpus(folder: Path, *, verify: bool = False) -> Corpus:
   for split in manifest.splits.values():
     for shard in split.shards:
       _check_shard(folder, shard, verify=verify)
+  return Corpus(folder, manifest, _stored_tokenizer(folder, manifest))
+
+
+def _stored_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
   path = folder / TOKENIZER
   if not path.is_file():
     raise _changed(path, "is missing")
   tokenizer = load_tokenizer(manifest.tokenizer, path.read_bytes(), str(path))
   if content_hash(tokenizer) != manifest.tokenizer_sha256 or tokenizer.vocab_size != manifest.vocab_size:
     raise _changed(path, "is not the tokenizer that made the records")
-  return Corpus(folder, manifest, tokenizer)
+  return tokenizer
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+  """The tokenizer that config.data.tokenizer names, where that is not one to be trained.
+
+  Raises:
+    InputError: it can't be read or is no tokenizer.
+  """
+  if name == BYTES:
+    return ByteTokenizer()
+  if name.startswith(RECORDS):
+    folder = Path(name.removeprefix(RECORDS)).expanduser()
+    return _stored_tokenizer(folder, _read_manifest(folder))
+  return read_tokenizer(name)
 
 
 def _changed(path: Path, problem: str) -> InputError:

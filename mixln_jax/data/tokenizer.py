@@ -22,6 +22,7 @@ BYTES = "bytes"
 SENTENCEPIECE = "sentencepiece"
 HUGGING_FACE = "tokenizers"  # a tokenizer.json
 HUB = "hf:"  # prefix of a name on the Hugging Face hub
+RECORDS = "records:"  # prefix of a folder of records, which has a tokenizer of its own
 TRAINING_BYTES = 256 << 20  # of text that a tokenizer is trained on, from the corpus's beginning
 # What tokenizers on the hub call the token that ends a document, likeliest first.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
@@ -265,7 +266,10 @@ def read_tokenizer(path: str) -> Tokenizer:
   try:
     content = Path(path).expanduser().read_bytes()
   except OSError as error:
-    choices = f"{SENTENCEPIECE} (trained on the corpus), {BYTES}, {HUB}NAME, or the path of a .model or tokenizer.json"
+    choices = (
+      f"{SENTENCEPIECE} (trained on the corpus), {BYTES}, {HUB}NAME, {RECORDS}FOLDER, or the path of a .model or "
+      "tokenizer.json"
+    )
     raise InputError(f"config.data.tokenizer={path!r}: can't be read ({error.strerror}); give {choices}") from error
   return HuggingFaceTokenizer(content, path) if path.endswith(".json") else SentencePieceTokenizer(content, path)
 

@@ -31,8 +31,9 @@ DEFINITIONS = {
   "where tasks were given: the same of each task's accuracy (of one that has none, its first metric).",
   "gradient_norm": "L2 norm of the gradient of the mean loss over the same tokens, with respect to all weights of a "
   "sublayer together (attention: query, key, value, output; mlp: gate, up, down; biases among them, gains of norms "
-  "not), without clipping. `initial`: at initial weights drawn again from the run's config.seed, which for an imported "
-  "model are not those that it started from; `checkpoint`: at those of this step.",
+  "not), without clipping. `initial`: at initial weights drawn again from the run's config.seed (or those of "
+  "config.train.start_from), which for an imported model are not those that it started from; `checkpoint`: at those "
+  "of this step.",
   "effective_rank": "exp of the entropy of the singular values over their sum (Roy and Vetterli 2007), of the counted "
   "tokens' residual streams at each depth, their mean taken off; depth 0 is the input of the first layer.",
   "logit_lens_perplexity": "Perplexity of the final norm and head on the residual stream at each depth (logit lens).",

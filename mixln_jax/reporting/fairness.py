@@ -132,11 +132,12 @@ def _matrices(run: Run) -> dict[str, int]:
 
 
 def _starts(runs: Sequence[Run]) -> list[list[Run]]:
-  """Runs of one shape and one seed, which must start from the same numbers."""
+  """Runs of one shape and one seed, which must start from the same numbers; those of another run, where it is one."""
   starts: dict[tuple[Any, ...], list[Run]] = {}
   for run in runs:
     shape = [(name, str(value)) for name, value in sorted(run.config.items()) if name.startswith("model.")]
-    key = (run.config["seed"], *(field for field in shape if field[0] != PLACEMENT))
+    start = [str(run.config.get(field)) for field in ("train.start_from", "train.start_checkpoint")]
+    key = (run.config["seed"], *start, *(field for field in shape if field[0] != PLACEMENT))
     starts.setdefault(key, []).append(run)
   return list(starts.values())
 

@@ -68,6 +68,10 @@ class Checkpoints:
   def all_steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
+  def best_step(self) -> int | None:
+    """The one of lowest validation loss; None where none was evaluated."""
+    return self._manager.best_step()
+
   def save(
     self, step: int, trees: Mapping[str, Any], facts: Mapping[str, Any], validation_loss: float | None = None
   ) -> None:

@@ -3,7 +3,8 @@
 config.json        the config, one flat field a line
 placement.txt      the strip, first layer first: post post post pre …
 parameters.txt     name, shape, type and size of each tensor, how it is sharded, what one device holds
-data.json          the records that it is trained on: their fingerprint and folder
+data.json          the records that it is trained on: their fingerprint, folder and tokenizer
+start.json         of a fine-tuned run: the run and checkpoint that it started from, a hash of its weights' bits
 environment.json   versions, devices, git revision, command, hash of the training step's program
 initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
 metrics.jsonl      the truth: one object a line, each (split, step) once
@@ -49,7 +50,7 @@ from mixln_jax.runs.remote import Lock, Remote, Spool, held
 
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
-INITIAL_WEIGHTS, CHANGES, DATA = "initial_weights.json", "changes.jsonl", "data.json"
+INITIAL_WEIGHTS, CHANGES, DATA, START = "initial_weights.json", "changes.jsonl", "data.json", "start.json"
 DIAGNOSTICS = "diagnostics.jsonl"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
 DIAGNOSE, TASKS = "diagnose", "tasks"

@@ -137,6 +137,10 @@ def make_program(runs: Sequence[Run], mesh_sizes: Config) -> Program:
         f"--together: {runs[0].name} and {run.name} differ in {', '.join('config.' + field for field in different)}, "
         f"which is compiled into the program; only {', '.join(AXES)} are data: leave --together out"
       )
+  if first.train.start_from:
+    raise InputError(
+      "--together: the runs start from another's weights (config.train.start_from); leave --together out"
+    )
   tables = [placement.parse(run.config.model.placement, run.config.model.num_layers) for run in runs]
   for run, table in zip(runs, tables, strict=True):
     if any(table.column(sublayer, "vector_c_res").any() for sublayer in placement.SUBLAYERS):

@@ -23,6 +23,7 @@ from mixln_jax.runs.folder import RunFolder
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.optimizer import init_moments, make_optimizer
 from mixln_jax.training.setup import Setup, make_loader
+from mixln_jax.training.start import find_start, starting_params
 
 
 def open_checkpoints(config: Config, folder: RunFolder) -> Checkpoints:
@@ -79,13 +80,15 @@ def restore_state(
 
 
 def initial_state(setup: Setup, shardings: step_lib.TrainState) -> step_lib.TrainState:
-  """The state before the first update, created sharded."""
+  """The state before the first update of a run that draws its weights, created sharded."""
   state = jax.jit(lambda: step_lib.init_state(setup.config), out_shardings=shardings)()
   return state.replace(params=_profiled(setup, state.params, shardings.params))
 
 
 def initial_weights(setup: Setup, shardings: Any) -> Any:
-  """The parameters of `initial_state` alone; `shardings`: of each of them."""
+  """The parameters before the first update, drawn or those that the run starts from; `shardings`: of each of them."""
+  if setup.config.train.start_from:
+    return starting_params(setup, find_start(setup))
   model, seed = setup.config.model, setup.config.seed
   return _profiled(setup, jax.jit(lambda: initial_params(model, seed), out_shardings=shardings)(), shardings)
 
@@ -125,6 +128,16 @@ def _first_rows(setup: Setup, count: int) -> dict[str, np.ndarray]:
     batches.close()
 
 
+def fresh_state(config: Config, params: Any, shardings: step_lib.TrainState) -> step_lib.TrainState:
+  """The state of no updates with given parameters, which lie on the mesh and are donated, and a fresh optimizer."""
+
+  def state_of(params: Any) -> step_lib.TrainState:
+    moments = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
+    return step_lib.start_state(params, moments)
+
+  return jax.jit(state_of, out_shardings=shardings, donate_argnums=0)(params)
+
+
 def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
   """Makes a run whose first checkpoint, of step 0, holds the given parameters and a fresh optimizer.
 
@@ -145,13 +158,7 @@ def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
   if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
     raise ValueError("params are not of the shapes of config.model")
   folder = check_new(workdir)
-  placed = jax.device_put(params, shardings.params)
-
-  def state_of(params: Any) -> step_lib.TrainState:
-    moments = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
-    return step_lib.start_state(params, moments)
-
-  state = jax.jit(state_of, out_shardings=shardings, donate_argnums=0)(placed)
+  state = fresh_state(config, jax.device_put(params, shardings.params), shardings)
   try:
     if folder.remote is not None:  # its config comes last: it is what makes the folder a run
       _write_first_checkpoint(config, folder, state)

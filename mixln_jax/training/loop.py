@@ -38,6 +38,7 @@ from mixln_jax.training.checkpoints import (
   check_facts,
   decay_start,
   facts_of,
+  fresh_state,
   initial_state,
   open_checkpoints,
   restore_state,
@@ -57,6 +58,7 @@ from mixln_jax.training.setup import (
   program_hash,
   set_up,
 )
+from mixln_jax.training.start import find_start, starting_params
 from mixln_jax.training.stopping import stop_on_signals
 
 FINISHED, STOPPED, NON_FINITE, DIVERGED, FAILED = "finished", "stopped", "non_finite", "diverged", "failed"
@@ -101,6 +103,8 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   old_config = read_config(folder) if folder.has_run else config
   agree("the start of the run", start_facts(setup))
   if not folder.has_run:
+    if config.train.start_from:
+      find_start(setup)  # for its checks: nothing is written where they fail
     folder.create(config_lib.to_json(config))
   wait_for_all("the run's folder")
   folder.check_shared()
@@ -196,8 +200,7 @@ def _train(
     (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
     _announce(setup, folder, point)
   if state is None:
-    state = initial_state(setup, shardings)
-    report_initial_weights(folder, state.params)
+    state = first_state(setup, shardings, folder)
   write_facts(setup, folder, state.params, point)
   facts = facts_of(config, setup.corpus.manifest.fingerprint)
   evaluator = Evaluator(setup)
@@ -324,6 +327,20 @@ def due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
+def first_state(setup: Setup, shardings: step_lib.TrainState, folder: RunFolder) -> step_lib.TrainState:
+  """The state before the first update, of drawn weights or of another run's; says which, and writes it."""
+  if setup.config.train.start_from:
+    start = find_start(setup)
+    state = fresh_state(setup.config, starting_params(setup, start), shardings)
+    folder.write_json(folder_lib.START, start.identity())
+    if is_first():
+      print(f"start      {start.describe()}")
+  else:
+    state = initial_state(setup, shardings)
+  report_initial_weights(folder, state.params)
+  return state
+
+
 def report_initial_weights(folder: RunFolder, params: Any) -> None:
   """Prints one hash of the initial weights and writes it with the sum behind it of each tensor: runs that start from
   the same numbers show the same, on any mesh (Admin's scales are means, which a mesh may round another way)."""
@@ -341,8 +358,9 @@ def write_facts(setup: Setup, folder: RunFolder, params: Any, point: ResumePoint
   folder.write(folder_lib.CONFIG, config_lib.to_json(setup.config))
   folder.write(folder_lib.PLACEMENT, setup.table.strip + "\n")
   folder.write(folder_lib.PARAMETERS, folder_lib.parameter_table(params, count_params(setup.config.model)))
-  data = {"fingerprint": setup.corpus.manifest.fingerprint, "folder": str(setup.corpus.folder)}
-  folder.write_json(folder_lib.DATA, data)
+  manifest = setup.corpus.manifest
+  data = {"fingerprint": manifest.fingerprint, "folder": str(setup.corpus.folder)}
+  folder.write_json(folder_lib.DATA, data | {"tokenizer_sha256": manifest.tokenizer_sha256})
   folder.write_json(folder_lib.ENVIRONMENT, folder_lib.environment())
 
 

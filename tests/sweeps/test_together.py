@@ -186,6 +186,7 @@ def test_without_a_common_step_it_is_refused_and_nothing_is_lost(make_config, tm
     (("placement=pre", "weight_decay=0.0 0.1"), r"differ in config\.optimizer\.weight_decay, which is compiled"),
     (("placement=pre", "embed_dim=16 32"), r"config\.model\.embed_dim"),
     (("placement=pre admin",), "admin needs a profiling pass"),
+    (("placement=pre", "start_from=work/runs/another"), "start from another's weights"),
   ],
 )
 def test_sets_that_are_not_one_program_are_refused(make_config, tmp_path, axes, message):

@@ -1,0 +1,145 @@
+"""Instruction data: files of examples, the prompt of an example, and its tokens.
+
+A file is a JSON list, as Commonsense170K (Hu et al. 2023, arXiv 2304.01933) is published, or JSON lines, of objects
+with `instruction`, `output`, and where there is one an `input`; other fields are left alone. The model is to answer the
+prompt with the output: nothing else counts in the loss.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from mixln_jax.data import corpus as corpus_lib
+from mixln_jax.data import files
+from mixln_jax.data.corpus import BAD_UNICODE, JSON_LINES, Bad, Part
+from mixln_jax.data.files import File
+from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.errors import InputError
+
+KIND = "instructions"  # of a part
+SUFFIXES = tuple(f"{end}{packed}" for end in JSON_LINES for packed in ("", *files.COMPRESSIONS))
+NO_OBJECT, NO_INSTRUCTION, NO_OUTPUT, NO_TEXT = "not an object", "no instruction", "no output", "input is no text"
+ANSWER_TOO_LONG = "answer too long"
+
+# Alpaca's wording, which the code of Commonsense170K took over (and indents there).
+WITH_INPUT = """\
+Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Input:
+{input}
+
+### Response:
+"""
+WITHOUT_INPUT = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Response:
+"""
+
+
+class Example(NamedTuple):
+  name: str  # of the prompt: a question that stands twice is never on both sides of the split
+  prompt: str
+  answer: str
+
+
+class Tokens(NamedTuple):
+  """An example as a model sees it: the end-of-document id, the prompt, the answer, the end-of-document id."""
+
+  ids: list[int]
+  num_answer: int  # how many of them, the last ones, are the answer and its end
+  num_cut: int  # ids of the prompt that had no room
+
+
+def prompt_of(instruction: str, text: str = "") -> str:
+  """What is asked, up to where the answer begins; `text` is the example's input, where there is one."""
+  template = WITH_INPUT if text else WITHOUT_INPUT
+  return template.format(instruction=instruction, input=text)
+
+
+def parts_of(source: str) -> list[Part]:
+  """The files of a path, folder or glob, one part each, in an order that never changes.
+
+  Raises:
+    InputError: there is none, or one is of another kind.
+  """
+  try:
+    found = [path for _, path in files.find(source, SUFFIXES)]
+    parts = [Part(KIND, (path,), size=File(path).stat()[0]) for path in found]
+  except OSError as error:
+    raise InputError(f"config.data.source={source!r}: can't be read ({error}); mend or replace it") from error
+  other = [path for path in found if not path.endswith(SUFFIXES)]
+  if other or not found:
+    raise InputError(
+      f"config.data.source={source!r}: {f'{other[0]} is' if other else 'there are'} no instructions; with "
+      f"config.data.mode={KIND} give a path, folder or glob of {', '.join(SUFFIXES)} files"
+    )
+  return parts
+
+
+def read(part: Part) -> Iterator[Example | Bad]:
+  """The examples of a file, and those that can't be used.
+
+  Raises:
+    InputError: the file can't be read, is damaged, or begins as a JSON list and is none.
+  """
+  (path,) = part.paths
+  with corpus_lib.reading(path):
+    values = _of_list(path) if _begins_with(path, b"[") else corpus_lib.json_values(path)
+    for where, value in values:
+      yield value if isinstance(value, Bad) else _example_of(value, where)
+
+
+def _begins_with(path: str, sign: bytes) -> bool:
+  for chunk in File(path).chunks():
+    if text := chunk.removeprefix(b"\xef\xbb\xbf").lstrip():
+      return text.startswith(sign)
+  return False
+
+
+def _of_list(path: str) -> Iterator[tuple[str, Any]]:
+  try:
+    values = json.loads(b"".join(File(path).chunks()))
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"config.data.source: {path} is no JSON list ({error}); mend it, or download it again") from error
+  return ((f"{path}, number {number}", value) for number, value in enumerate(values))
+
+
+def _example_of(value: Any, where: str) -> Example | Bad:
+  if not isinstance(value, dict):
+    return Bad(NO_OBJECT, where)
+  instruction, text, output = (value.get(name) for name in ("instruction", "input", "output"))
+  if not isinstance(instruction, str) or not instruction.strip():
+    return Bad(NO_INSTRUCTION, where)
+  if not isinstance(output, str) or not output.strip():
+    return Bad(NO_OUTPUT, where)
+  if not isinstance(text, str | None):
+    return Bad(NO_TEXT, where)
+  prompt, answer = prompt_of(instruction.strip(), (text or "").strip()), output.strip()
+  try:
+    answer.encode()
+    return Example(hashlib.sha256(prompt.encode()).hexdigest(), prompt, answer)
+  except UnicodeEncodeError:  # a lone surrogate
+    return Bad(BAD_UNICODE, where)
+
+
+def tokenize(example: Example, tokenizer: Tokenizer, sequence_length: int) -> Tokens | None:
+  """The tokens of an example, at most `sequence_length`; None where its answer is too long for that.
+
+  Prompt and answer are encoded apart, so that no token spans both. A prompt that is too long loses its beginning: the
+  answer stays whole, right behind the words that ask for it.
+  """
+  prompt, answer = tokenizer.encode(example.prompt), tokenizer.encode(example.answer)
+  room = sequence_length - len(answer) - 2
+  if room < 1:
+    return None
+  end = tokenizer.eos_id
+  return Tokens([end, *prompt[-room:], *answer, end], len(answer) + 1, max(0, len(prompt) - room))
