@@ -89,7 +89,7 @@ def main() -> None:
       answer(flops_per_second=matmul(request["matmul"], trainer.dtype))
       continue
     timed = [trainer.timed() for _ in range(request["steps"])]
-    answer(seconds=[seconds for seconds, _ in timed], peak_gb=peak_gb(), loss=float(timed[-1][1]))
+    answer(seconds=[seconds for seconds, _ in timed], peak_gb=peak_gb(), loss=timed[-1][1].item())
 
 
 if __name__ == "__main__":
