@@ -30,7 +30,7 @@ def test_the_models_below_have_every_placement():
   assert all(name in named for name in ROWS)
 
 
-@pytest.mark.parametrize("name", [*MODELS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS[2:])])
+@pytest.mark.parametrize("name", [MODELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS[1:])])
 def test_greedy_prompts_of_different_lengths_equal_recomputing(name):
   """All rows are read at once without a cache: each added token is the likeliest one after those before it."""
   model = small_model(placement=name, num_kv_heads=1)
