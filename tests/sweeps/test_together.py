@@ -151,6 +151,7 @@ def test_a_run_that_is_not_finite_is_frozen_and_the_others_go_on(make_config, tm
   np.testing.assert_allclose(alone.validation["loss"], outcomes[0].validation["loss"], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_all_may_freeze_and_a_finished_run_is_never_trained_again(make_config, tmp_path):
   config = make_config(
     **{"train.max_skipped_in_a_row": 2, "optimizer.clip_norm": 0.0, "evaluate.every_steps": 0, "train.num_steps": 5}

@@ -93,6 +93,7 @@ def test_the_update_is_optax_adamw_with_decay_on_matrices_only(make_config, clip
   assert metrics["learning_rate"] == np.float32(1e-3)
 
 
+@pytest.mark.slow  # tests/sweeps/test_together.py compares runs trained together by default
 def test_five_placements_as_one_program_equal_five_runs(make_config):
   names, rates = ("pre", "post", "mix:0.5", "deepnorm", "lns"), (1e-3, 4e-3, 2e-3, 1e-3, 3e-3)
   config = make_config(**{"model.placement": "pre", "train.num_steps": 20})
