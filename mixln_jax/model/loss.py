@@ -12,8 +12,8 @@ from mixln_jax.model.columns import Columns
 from mixln_jax.model.transformer import Transformer
 from mixln_jax.parallel.rules import constrain, platform, shards
 
-# Logits that a device forms at once. On a CPU, 256 tokens of a vocabulary of 32,000 (33 MB) were the fastest of 64 to
-# 2,048, at widths 128 and 512. On an accelerator 512 MB, so that a product is long enough to fill it.
+# Logits that a device forms at once. On a CPU 256 tokens of a vocabulary of 32,000 (33 MB) were among the fastest of 64
+# to 2,048, at widths 128 and 512. On an accelerator 512 MB, to make products long enough to fill it: not measured.
 CHUNK_LOGITS = {"cpu": 2**23, "accelerator": 2**27}
 PIECE = ("batch", "length", None, None)  # the logical axes of P, Q, B / P, C (see `_cut`)
 
