@@ -180,6 +180,8 @@ def test_what_is_printed_is_what_is_done(cloud):
     expected += [words[1:] for words in printed(cloud, "tpu.sh", verb, *tpu) if words[0] == "gcloud"]
     status, output = cloud.run("tpu.sh", verb, *tpu)
     assert status == 0, output
+    if verb == "train":
+      wait_until_trained(cloud)  # it copies the data in the background
   by_host = [call for call in cloud.calls if call[:3] == ["storage", "rsync", "gs://bucket/records"]]
   assert [call for call in cloud.calls if call not in by_host] == expected
   ((_, _, _, records, _),) = by_host
@@ -219,7 +221,7 @@ def test_quoting_survives_gcloud_and_ssh(cloud):
 
 
 def wait_until_trained(cloud, host="host-0"):
-  for _ in range(100):
+  for _ in range(600):
     if list(cloud.folder.glob(f"{host}/mixln_jax/work/launch/status")):
       return
     subprocess.run(["sleep", "0.1"], check=True)
