@@ -56,7 +56,7 @@ def c4_config(make_config, c4, directory, **changes):
   )
 
 
-@pytest.mark.parametrize("mode", ["pad", "pack"])
+@pytest.mark.parametrize("mode", [pytest.param("pad", marks=pytest.mark.slow), "pack"])
 def test_c4_goes_through_prepare_to_training(make_config, c4, tmp_path, mode):
   config = c4_config(make_config, c4, tmp_path / "records", **{"data.mode": mode})
   manifest = prepare(config, progress=False, workers=2).manifest

@@ -25,6 +25,7 @@ STRIPS = {
   "hybrid_first*2,skipinit*1,deepnorm*1+gpas": "hybrid_first hybrid_first skipinit deepnorm+gpas",
   "pre*1+qk_norm,reordered*2+qk_norm_full,hybrid*1": "pre+qk_norm reordered+qk_norm_full reordered+qk_norm_full hybrid",
 }
+MIXED = {kind for name, strip in STRIPS.items() if "*" in name for kind in strip.split()}
 CORE = ("pre", "post", "mix:0.25", "mix:0.5", "hybrid_first*2,skipinit*1,deepnorm*1+gpas")
 
 

@@ -16,11 +16,16 @@ from mixln_jax.model.columns import used_by_layer
 from mixln_jax.model.transformer import empty_cache
 from mixln_jax.placement import ROWS, Layer, Table
 from model import reference
-from model.cases import CORE, STRIPS, apply, assert_trees_close, mean_loss, reference_case
+from model.cases import CORE, MIXED, STRIPS, apply, assert_trees_close, mean_loss, reference_case
+
+
+def strip(name):
+  """A placement that also stands in a mixture is tested alone with the long tests."""
+  return pytest.param(name, 1, marks=[pytest.mark.slow] if name in MIXED.difference(CORE) else [])
 
 
 @pytest.mark.parametrize(
-  ("name", "unroll"), [("mix:0.5", 2), *((name, 1) for name in STRIPS), *((name, 0) for name in CORE)]
+  ("name", "unroll"), [("mix:0.5", 2), *(strip(name) for name in STRIPS), *((name, 0) for name in CORE)]
 )
 def test_logits_and_gradients_equal_the_independent_reference(name, unroll):
   model = small_model(placement=name, unroll=unroll)
@@ -96,7 +101,7 @@ def together(names):
   return columns, random_params(model, columns=jax.tree.map(lambda c: c[0], columns))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_placements_as_data_equal_the_same_compiled_in(dtype):
   names = [*ROWS, "mix:0.5", "mix:0.5+gpas", "sandwich+gpas", "pre+qk_norm", "reordered+qk_norm_full"]
   columns, params = together(names)

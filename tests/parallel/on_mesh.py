@@ -9,6 +9,7 @@ import zlib
 
 import jax
 import numpy as np
+from helpers import EXACT
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixln_jax import config as config_lib
@@ -46,7 +47,7 @@ def run(config_json, mesh):
   config.mesh.update(mesh)
   setup = set_up(config)
   shardings = step_lib.state_shardings(config, setup.mesh)
-  state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
+  state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings, compiler_options=EXACT)()
   initial = {
     jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes())
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)

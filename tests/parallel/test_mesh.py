@@ -56,7 +56,7 @@ def of_script(config_json, *arguments):
     capture_output=True,
     text=True,
     timeout=300,
-    env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])},
+    env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (SCRIPT.parents[2], SCRIPT.parents[1])))},
     check=False,
   )
   assert result.returncode == 0, result.stderr[-3000:]

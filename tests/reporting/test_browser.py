@@ -22,7 +22,7 @@ def find_chromium():
   return next(on_path, None) or next(cached, None)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # like the report, so that without a browser none is made
 def browser():
   playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
   path = find_chromium()

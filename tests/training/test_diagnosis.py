@@ -1,5 +1,6 @@
 """Diagnostics while training: the same update, the same program on all other steps, numbers that are what they say."""
 
+import functools
 import hashlib
 import json
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_params
+from helpers import EXACT, random_params
 from training.test_loop import assert_same_run
 from training.test_step import state_of, unequal_batch
 
@@ -26,7 +27,8 @@ def lines_of(workdir):
 
 def run_step(config, *, diagnose):
   params, batch = random_params(config.model), unequal_batch(config)
-  return jax.jit(step_lib.make_train_step(config, diagnose=diagnose))(state_of(config, params), batch)
+  step = jax.jit(step_lib.make_train_step(config, diagnose=diagnose), compiler_options=EXACT)
+  return step(state_of(config, params), batch)
 
 
 def assert_bit_equal(a, b):
@@ -143,6 +145,14 @@ def test_with_diagnostics_the_ordinary_program_is_the_same(make_config):
     return hashlib.sha256(lower_train_step(setup.config, setup.mesh, shardings).as_text().encode()).hexdigest()
 
   assert text(0) == text(3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+  """Programs that are compiled before they run, as the loop's steps are, are compiled exactly."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax.stages.Lowered, "compile", functools.partialmethod(jax.stages.Lowered.compile, EXACT))
+    yield
 
 
 @pytest.fixture(scope="module")
