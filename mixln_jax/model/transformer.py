@@ -29,6 +29,7 @@ from mixln_jax.model import attention as attention_lib
 from mixln_jax.model.attention_kernels import choose_attention, self_attention
 from mixln_jax.model.columns import LEARNED, Columns
 from mixln_jax.model.norm import rms_norm
+from mixln_jax.model.product import multiply
 from mixln_jax.model.residual import OutNorm, settle, sublayer
 from mixln_jax.parallel.rules import constrain
 
@@ -164,7 +165,7 @@ class Layer(nn.Module):
 
     def project(name: str, heads: int, axis: str) -> jax.Array:
       weight_DHK = self.matrix(name, (c.embed_dim, heads, width), ("embed", axis, "head_dim"))
-      out_BTHK = constrain(jnp.einsum("btd,dhk->bthk", x_BTD, weight_DHK), "batch", "length", axis, "head_dim")
+      out_BTHK = constrain(multiply("btd,dhk->bthk", x_BTD, weight_DHK), "batch", "length", axis, "head_dim")
       return out_BTHK + self.matrix(f"{name}_bias", (heads, width), (axis, "head_dim")) if c.qkv_bias else out_BTHK
 
     def norm(name: str, x_BTHK: jax.Array, column: str) -> jax.Array:
@@ -200,14 +201,19 @@ class Layer(nn.Module):
       statistics = attention_lib.attention_statistics(q_BTHK, k_BSGK, shared["mask"])
       seen = {f"attention_{name}": value for name, value in statistics.items()}
     weight_HKD = self.matrix("output", (c.num_heads, width, c.embed_dim), ("heads", "head_dim", "embed"))
-    out_BTD = constrain(jnp.einsum("bthk,hkd->btd", constrain(out_BTHK, *QUERIES), weight_HKD), *STREAM)
+    out_BTD = constrain(multiply("bthk,hkd->btd", constrain(out_BTHK, *QUERIES), weight_HKD), *STREAM)
     return out_BTD, cache, seen
 
   def mlp(self, x_BTD: jax.Array) -> jax.Array:
     embed, hidden = self.config.embed_dim, config_lib.stored_mlp_dim(self.config)
-    gate_BTF = constrain(x_BTD @ self.matrix("gate", (embed, hidden), ("embed", "mlp")), *HIDDEN)
-    up_BTF = constrain(x_BTD @ self.matrix("up", (embed, hidden), ("embed", "mlp")), *HIDDEN)
-    return constrain((nn.silu(gate_BTF) * up_BTF) @ self.matrix("down", (hidden, embed), ("mlp", "embed")), *STREAM)
+
+    def widen(name: str) -> jax.Array:
+      weight_DF = self.matrix(name, (embed, hidden), ("embed", "mlp"))
+      return constrain(multiply("btd,df->btf", x_BTD, weight_DF), *HIDDEN)
+
+    hidden_BTF = nn.silu(widen("gate")) * widen("up")
+    weight_FD = self.matrix("down", (hidden, embed), ("mlp", "embed"))
+    return constrain(multiply("btf,fd->btd", hidden_BTF, weight_FD), *STREAM)
 
 
 class Transformer(nn.Module):
