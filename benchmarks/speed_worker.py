@@ -7,13 +7,13 @@ when it is ready, then answers `{"steps": n}` with the seconds of each, and `{"m
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import process_memory
 from benchmarks.recipes import load
 from mixln_jax import config as config_lib
 from mixln_jax.model.flops import train_flops_per_token
@@ -44,17 +44,11 @@ def answer(**values: Any) -> None:
   print(json.dumps(values), flush=True)
 
 
-def forget_peak() -> None:
-  """The peak memory of this process counts from now on (Linux): without what compiling took."""
-  Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak_gb() -> float:
   """The most memory that the device, or where that is the CPU this process, has held."""
   if statistics := jax.local_devices()[0].memory_stats():
     return statistics["peak_bytes_in_use"] / 1e9
-  lines = Path("/proc/self/status").read_text().splitlines()
-  return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+  return process_memory.peak_gb()
 
 
 def main() -> None:
@@ -70,7 +64,7 @@ def main() -> None:
   compile_seconds = time.perf_counter() - started
   state, metrics = step(state, batch)
   jax.block_until_ready((state, metrics))
-  forget_peak()
+  process_memory.forget_peak()
   answer(
     compile_seconds=compile_seconds,
     device=jax.devices()[0].device_kind,

@@ -7,9 +7,9 @@ speaks as `benchmarks.speed_worker` does. AdamW (fused), clipping at 1, SDPA att
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import process_memory
 import torch
 import transformers
 
@@ -40,8 +40,7 @@ def matmul(size: int, dtype: Any) -> float:
 def peak_gb() -> float:
   if DEVICE == "cuda":
     return torch.cuda.max_memory_allocated() / 1e9
-  lines = Path("/proc/self/status").read_text().splitlines()
-  return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+  return process_memory.peak_gb()
 
 
 class Trainer:
@@ -76,7 +75,7 @@ def main() -> None:
   first, _ = trainer.timed()
   second, _ = trainer.timed()
   if DEVICE == "cpu":
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on, without what compiling took
+    process_memory.forget_peak()
   answer(
     compile_seconds=first - second,
     device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",

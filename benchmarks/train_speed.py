@@ -1,10 +1,11 @@
 """Training speed of this repository against Hugging Face's LlamaForCausalLM, on one machine, in one run.
 
-    python -m benchmarks.train_speed --recipes 9m 71m --torch=PYTHON [--out=benchmarks/results/train_speed.json]
+    python -m benchmarks.train_speed --recipes 9m 71m --torch=PYTHON --flax=PYTHON2 [--out=FILE]
 
-PYTHON is an interpreter that has torch and transformers; without it only this repository is timed. Each trainer lives
-in a process of its own, and they take turns, so that what else the machine does meets all of them alike: a round is
-some steps of each, and the matrix product that the machine can do at that time. The table quotes medians over all
+PYTHON is an interpreter that has torch and transformers, PYTHON2 one that has JAX, flax and transformers 4, the last
+with FlaxLlamaForCausalLM; without them only this repository is timed. Each trainer lives in a process of its own, and
+they take turns, so that what else the machine does meets all of them alike: a round is some steps of each, and the
+matrix product that the machine can do at that time. The table quotes medians over all
 steps, the spread between quartiles, and utilisation: model FLOPs (mixln_jax/model/flops.py) against the best product
 that any of them measured. Peak memory is that of the process on a CPU, of the device elsewhere, while it trains.
 
@@ -26,6 +27,7 @@ from benchmarks.recipes import RECIPES, load
 from mixln_jax import config as config_lib
 
 WORKERS = Path(__file__).parent
+PEERS = ("torch eager", "torch compile", "flax")
 CASES = ("pre", "post", "mix:0.25", "mix:0.25/unroll=0")
 
 
@@ -106,16 +108,15 @@ def start(recipe: str, arguments: argparse.Namespace) -> dict[str, Worker]:
     case: Worker(ours, {"recipe": recipe, "fields": fields_of(case, arguments)}, {"JAX_ENABLE_COMPILATION_CACHE": "0"})
     for case in arguments.cases
   }
+  request = {
+    "shape": llama_shape(recipe, arguments.length),
+    "batch": [arguments.batch, arguments.length],
+    "dtype": arguments.dtype,
+  }
   for name, compiled in (("torch eager", False), ("torch compile", True)) if arguments.torch else ():
-    workers[name] = Worker(
-      [arguments.torch, str(WORKERS / "torch_worker.py")],
-      {
-        "shape": llama_shape(recipe, arguments.length),
-        "batch": [arguments.batch, arguments.length],
-        "compiled": compiled,
-        "dtype": arguments.dtype,
-      },
-    )
+    workers[name] = Worker([arguments.torch, str(WORKERS / "torch_worker.py")], request | {"compiled": compiled})
+  if arguments.flax:
+    workers["flax"] = Worker([arguments.flax, str(WORKERS / "flax_worker.py")], request)
   return workers
 
 
@@ -154,9 +155,9 @@ def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-  """A line a case; ratios are to the best torch figure, or to the first case where torch is not there."""
+  """A line a case; ratios are to the best peer, or to the first case where there is none."""
   rows = result["rows"]
-  peers = [row for row in rows if row["case"].startswith("torch")] or rows[:1]
+  peers = [row for row in rows if row["case"] in PEERS] or rows[:1]
   fastest = min(peers, key=lambda row: row["seconds"])
   leanest = min(peers, key=lambda row: row["peak_gb"])
   print(f"\n{result['recipe']} on {result['device']}; matrix product {result['ceiling_gflops']:,.0f} GFLOP/s")
@@ -183,6 +184,7 @@ def main() -> None:
   parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=["9m", "71m"])
   parser.add_argument("--cases", nargs="+", default=list(CASES))
   parser.add_argument("--torch", help="a Python with torch and transformers")
+  parser.add_argument("--flax", help="a Python with JAX, flax and transformers 4")
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--length", type=int, default=256)
   parser.add_argument("--dtype", choices=config_lib.DTYPES, default="float32")
