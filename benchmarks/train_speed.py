@@ -28,7 +28,8 @@ from mixln_jax import config as config_lib
 
 WORKERS = Path(__file__).parent
 PEERS = ("torch eager", "torch compile", "flax")
-CASES = ("pre", "post", "mix:0.25", "mix:0.25/unroll=0")
+PLACEMENTS = ("pre", "post", "mix:0.25")
+CASES = (*PLACEMENTS, *(f"{name}/remat=dots_no_batch" for name in PLACEMENTS))
 
 
 class Worker:
