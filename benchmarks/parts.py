@@ -122,18 +122,40 @@ def placements() -> dict[str, Group]:
   return {"training step, llama_9m": {name: Step(on_cpu("9m", placement=name)) for name in names}}
 
 
+class Update:
+  """An update of the parameters, whose state it keeps."""
+
+  def __init__(self, transform: Any, params: Any, opt_state: Any, arguments: Callable[[Any], dict[str, Any]]):
+    self.grads, self.state = params, jax.tree.map(jnp.copy, (params, opt_state))
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: Any, grads: Any) -> Any:
+      params, opt_state = state
+      updates, opt_state = transform.update(grads, opt_state, params, **arguments(grads))
+      return optax.apply_updates(params, jax.tree.map(lambda u: -1e-3 * u, updates)), opt_state
+
+    self.update = update
+
+  def __call__(self) -> Any:
+    self.state = self.update(self.state, self.grads)
+    return self.state
+
+
 def optimizer() -> dict[str, Group]:
   config = on_cpu("71m")
   params = jax.jit(lambda: step_lib.init_state(config).params)()
-  transform = make_optimizer(config)
-  opt_state = init_moments(transform, params, config.optimizer.moment_dtype)
-
-  @jax.jit
-  def update(grads: Any, opt_state: Any, params: Any) -> Any:
-    updates, opt_state = transform.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-  return {"AdamW, llama_71m": {"update": partial(update, params, opt_state, params)}}
+  ours = make_optimizer(config)
+  opt_state = init_moments(ours, params, config.optimizer.moment_dtype)
+  c = config.optimizer
+  plain = optax.chain(optax.clip_by_global_norm(c.clip_norm), optax.scale_by_adam(c.b1, c.b2, c.epsilon))
+  return {
+    "clip and AdamW, llama_71m": {
+      "optax": Update(plain, params, plain.init(params), lambda _: {}),
+      "ours": Update(
+        ours, params, opt_state, lambda grads: {"norm": optax.tree.norm(grads), "accept": jnp.bool_(True)}
+      ),
+    }
+  }
 
 
 GROUPS = {"head": head, "attention": attention, "placements": placements, "optimizer": optimizer}

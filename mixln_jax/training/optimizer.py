@@ -8,6 +8,7 @@ import optax
 
 from mixln_jax.config import Config, decay_steps, warmup_steps
 from mixln_jax.model.transformer import is_matrix, param_paths
+from mixln_jax.parallel.rules import platform
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
@@ -34,18 +35,58 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
   """Clip, Adam, decoupled weight decay: everything of AdamW but the learning rate, which the step applies.
+
+  Its `update` needs two arguments more than optax's own: `norm`, the global norm of the gradients; and `accept`, a
+  boolean: where it is False the state stays as it is, and the update that is returned means nothing.
 
   Its state is made by `init` from parameters in `optimizer.moment_dtype` (see `moment_cast`).
   """
   c = config.optimizer
   return optax.chain(
-    optax.clip_by_global_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
+    clip_by_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
     moment_cast(c.moment_dtype),
-    optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.epsilon),
+    scale_by_adam(c.b1, c.b2, c.epsilon),
     optax.add_decayed_weights(c.weight_decay, mask=decayed) if c.weight_decay > 0 else optax.identity(),
   )
+
+
+def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.clip_by_global_norm` for gradients whose norm is known, as one factor.
+
+  optax divides by the norm. A CPU would not repeat a division in each of the passes that read its result, and so writes
+  all gradients once more.
+  """
+
+  def update(updates: Any, state: Any, params: Any = None, **extra: jax.Array) -> tuple[Any, Any]:
+    del params
+    factor = jnp.where(extra["norm"] < limit, 1.0, limit / extra["norm"])
+    return jax.tree.map(lambda g: g * factor, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_adam`, whose update is made of the moments that it keeps.
+
+  On a CPU a pass over memory has one output. Without the barrier the pass that updates the parameters makes the new
+  moments once more, out of the old ones, of which XLA then keeps a copy: twice the traffic. Elsewhere one pass makes
+  all three, and a barrier would cut it up.
+  """
+  adam = optax.scale_by_adam(b1, b2, epsilon)
+
+  def update(updates: Any, state: Any, params: Any = None, **extra: jax.Array) -> tuple[Any, Any]:
+    del params
+    _, new = adam.update(updates, state)
+    new: Any = jax.tree.map(lambda new, old: jnp.where(extra["accept"], new, old), new, state)
+    if platform() == "cpu":
+      new = jax.lax.optimization_barrier(new)
+    mean = optax.tree.bias_correction(new.mu, b1, new.count)
+    square = optax.tree.bias_correction(new.nu, b2, new.count)
+    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square), new
+
+  return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def moment_cast(dtype: str) -> optax.GradientTransformation:

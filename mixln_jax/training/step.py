@@ -151,19 +151,17 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
     total, count, grads, statistics = gradient_and_statistics(
       model, state.params, batch, config.train.micro_batches, columns
     )
-    grads = jax.tree.map(lambda g: g / count, grads)
-    rate = jnp.asarray(schedule(state.step), jnp.float32)
-    if learning_rate is not None:
-      rate = rate * (learning_rate / config.optimizer.learning_rate)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
-    loss, gradient_norm = total / count, optax.tree.norm(grads)
+    loss, gradient_norm = total / count, optax.tree.norm(grads) / count
+    grads = jax.tree.map(lambda g: g * (1 / count), grads)
     # After too many in a row nothing more is updated: the host, which reads a step late, finds all as it was.
     halted = state.skipped_in_a_row >= config.train.max_skipped_in_a_row
     update = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & ~halted
-    params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(update, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
+    rate = jnp.asarray(schedule(state.step), jnp.float32)
+    if learning_rate is not None:
+      rate = rate * (learning_rate / config.optimizer.learning_rate)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=gradient_norm, accept=update)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+    params = jax.tree.map(lambda new, old: jnp.where(update, new, old), params, state.params)
     in_a_row = jnp.where(update, 0, state.skipped_in_a_row + 1)
     skipped = state.skipped + jnp.where(update, 0, 1)
     metrics = {
