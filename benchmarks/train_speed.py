@@ -10,7 +10,8 @@ steps, the spread between quartiles, and utilisation: model FLOPs (mixln_jax/mod
 that any of them measured. Peak memory is that of the process on a CPU, of the device elsewhere, while it trains.
 
 Both train in --dtype (bfloat16: over fp32 weights), from the same shape, batch, AdamW and clipping. A recipe's
-placement, remat and unroll are replaced by those of --cases: PLACEMENT[/FIELD=VALUE…], FIELD one of config.model.
+placement, remat, unroll and micro-batches are replaced by those of --cases: PLACEMENT[/FIELD=VALUE…], FIELD one of
+config.model, or with its section (train.micro_batches=2).
 """
 
 import argparse
@@ -83,8 +84,8 @@ def fields_of(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
   }
   for change in changes:
     name, value = change.split("=")
-    kind = type(config_lib.FIELDS[f"model.{name}"].default)
-    fields[f"model.{name}"] = kind(value)
+    name = name if "." in name else f"model.{name}"
+    fields[name] = type(config_lib.FIELDS[name].default)(value)
   return fields
 
 
