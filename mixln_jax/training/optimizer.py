@@ -8,7 +8,6 @@ import optax
 
 from mixln_jax.config import Config, decay_steps, warmup_steps
 from mixln_jax.model.transformer import is_matrix, param_paths
-from mixln_jax.parallel.rules import platform
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
@@ -68,11 +67,10 @@ def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
 
 
 def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformationExtraArgs:
-  """`optax.scale_by_adam`, whose update is made of the moments that it keeps.
+  """`optax.scale_by_adam`, whose update is made of the moments that are kept, after `accept` had its say.
 
-  On a CPU a pass over memory has one output. Without the barrier the pass that updates the parameters makes the new
-  moments once more, out of the old ones, of which XLA then keeps a copy: twice the traffic. Elsewhere one pass makes
-  all three, and a barrier would cut it up.
+  optax's own is made of the new moments before that. XLA on a CPU, whose passes over memory have one output each, then
+  makes the new moments once more where it updates the parameters, and for that keeps a copy of all old ones.
   """
   adam = optax.scale_by_adam(b1, b2, epsilon)
 
@@ -80,8 +78,6 @@ def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransfo
     del params
     _, new = adam.update(updates, state)
     new: Any = jax.tree.map(lambda new, old: jnp.where(extra["accept"], new, old), new, state)
-    if platform() == "cpu":
-      new = jax.lax.optimization_barrier(new)
     mean = optax.tree.bias_correction(new.mu, b1, new.count)
     square = optax.tree.bias_correction(new.nu, b2, new.count)
     return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square), new

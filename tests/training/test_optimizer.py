@@ -1,12 +1,17 @@
-"""Schedules, against their formulas."""
+"""Schedules, against their formulas; the update, against optax's and without a copy of the moments."""
 
 import math
+import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mixln_jax import config as config_lib
-from mixln_jax.training.optimizer import learning_rate_schedule
+from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
+from mixln_jax.training.step import init_state, make_train_step
 
 
 def rates(**fields):
@@ -41,3 +46,36 @@ def test_warmup_stable_decay():
 def test_constant_with_any_warm_up(warmup):
   expected = [2 * min(1, step / warmup) if warmup else 2 for step in range(100)]
   np.testing.assert_allclose(rates(schedule="constant", warmup_steps=warmup), expected, rtol=1e-6)
+
+
+def test_a_step_keeps_no_copy_of_the_moments_on_a_cpu(make_config):
+  config = make_config()
+  config.model.vocab_size = 4096  # so that the moments are most of the memory
+  state = jax.eval_shape(lambda: init_state(config))
+  batch = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in ("tokens_BT", "labels_BT", "weights_BT")}
+  compiled = jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
+  shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1}
+  copies = re.findall(r"f32\[([\d,]+)\]\S* copy\(%state_opt_state", compiled.as_text())
+  assert not shapes & set(copies)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0])  # below the limit of the clip, and above
+def test_updates_are_those_of_optax_and_a_refused_one_leaves_the_state_as_it_is(scale):
+  config = config_lib.base()
+  config.optimizer.update(clip_norm=0.5, weight_decay=0.1)
+  c = config.optimizer
+  rng = np.random.default_rng(0)
+  params, *grads = ({"head": jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)} for _ in range(4))
+  grads = [jax.tree.map(lambda g: g * scale, one) for one in grads]
+  plain = optax.chain(
+    optax.clip_by_global_norm(0.5), optax.scale_by_adam(c.b1, c.b2, c.epsilon), optax.add_decayed_weights(0.1)
+  )
+  ours = make_optimizer(config)
+  expected_state, state = plain.init(params), init_moments(ours, params, "float32")
+  for one in grads:
+    _, refused = ours.update(one, state, params, norm=optax.tree.norm(one), accept=jnp.bool_(False))
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(refused), strict=True):
+      np.testing.assert_array_equal(before, after)
+    expected, expected_state = plain.update(one, expected_state, params)
+    updates, state = ours.update(one, state, params, norm=optax.tree.norm(one), accept=jnp.bool_(True))
+    np.testing.assert_allclose(updates["head"], expected["head"], rtol=2e-5)
