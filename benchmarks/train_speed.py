@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks.recipes import RECIPES, load
 from mixln_jax import config as config_lib
+from mixln_jax.errors import InputError
 
 WORKERS = Path(__file__).parent
 PEERS = ("torch eager", "torch compile", "flax")
@@ -83,9 +84,15 @@ def fields_of(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     "data.sequence_length": arguments.length,
   }
   for change in changes:
-    name, value = change.split("=")
+    name, _, value = change.partition("=")
     name = name if "." in name else f"model.{name}"
-    fields[name] = type(config_lib.FIELDS[name].default)(value)
+    kind = type(config_lib.FIELDS[name].default) if name in config_lib.FIELDS else None
+    if kind not in (str, int):
+      raise SystemExit(f"error: --cases: {case!r}: {name} must be a config field that holds text or a whole number")
+    try:
+      fields[name] = kind(value)
+    except ValueError:
+      raise SystemExit(f"error: --cases: {case!r}: {name} must be a whole number, not {value!r}") from None
   return fields
 
 
@@ -102,6 +109,18 @@ def llama_shape(recipe: str, length: int) -> dict[str, Any]:
     "rms_norm_eps": model.norm_epsilon,
     "tie_word_embeddings": model.tied_embeddings,
   }
+
+
+def check(arguments: argparse.Namespace) -> None:
+  """Refuses a case that is no config, before anything is measured."""
+  for recipe in arguments.recipes:
+    for case in arguments.cases:
+      config = load(recipe)
+      config.update_from_flattened_dict(fields_of(case, arguments))
+      try:
+        config_lib.validate(config)
+      except InputError as error:
+        raise SystemExit(f"error: --cases: {case!r}: {error}") from error
 
 
 def start(recipe: str, arguments: argparse.Namespace) -> dict[str, Worker]:
@@ -195,6 +214,7 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=2, help="steps of each trainer a round")
   parser.add_argument("--out", type=Path, help="results of recipes that it has already are kept, not measured again")
   arguments = parser.parse_args()
+  check(arguments)
   stored = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {"results": []}
   results = {result["recipe"]: result for result in stored["results"]}
   for recipe in arguments.recipes:

@@ -151,6 +151,7 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
     total, count, grads, statistics = gradient_and_statistics(
       model, state.params, batch, config.train.micro_batches, columns
     )
+    # Of the sums, and the mean by a factor: a norm of means, or a division, would make a CPU write all gradients again.
     loss, gradient_norm = total / count, optax.tree.norm(grads) / count
     grads = jax.tree.map(lambda g: g * (1 / count), grads)
     # After too many in a row nothing more is updated: the host, which reads a step late, finds all as it was.
