@@ -1,6 +1,9 @@
-"""Every config field once: default, type, what is allowed, and what it means.
+"""Every config field once: type, default, what is allowed, and what it means.
 
 A recipe (`configs/*.py`) is `base()` and its differences. Nothing else in the project states a default.
+
+**A new field's default is what the code did before it.** A `config.json` of an earlier version lacks the field and then
+takes its default, so that a run of that version opens, evaluates and resumes as what it is.
 """
 
 import dataclasses
@@ -9,11 +12,11 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, cast, get_type_hints
 
 from ml_collections import ConfigDict
 
-from mixln_jax import placement
+from mixln_jax import __version__, placement
 from mixln_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
@@ -22,9 +25,6 @@ ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 RECORD_MODES = ("pack", "pad", "instructions")
 NEWEST, BEST = "newest", "best"
-
-# An ml_collections ConfigDict of FIELDS; `Any` to a type checker, since FIELDS gives its attributes their types.
-Config = Any
 
 # What a change of a field does to a run that is resumed.
 REFUSED = "refused"  # it would make another run
@@ -37,7 +37,7 @@ LARGEST_INT = 2**31 - 1  # what an array can count
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """One config field. Its type is the type of its default."""
+  """What is known of a config field besides its name and type."""
 
   default: Any
   meaning: str
@@ -56,249 +56,425 @@ class Field:
     """The allowed values in words, for messages and `--help`."""
     if self.choices:
       return "one of " + ", ".join(str(choice) or "nothing" for choice in self.choices)
-    bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum), ("<", self.below))
-    return " and ".join([type(self.default).__name__, *(f"{sign} {b}" for sign, b in bounds if b is not None)])
+    words = [type(self.default).__name__]
+    for sign, bound in ((">=", self.minimum), (">", self.above), ("<=", self.maximum), ("<", self.below)):
+      if bound is not None:
+        words.append(f"{sign} {bound}")
+    return " and ".join(words)
 
   def admits(self, value: Any) -> bool:
+    """Whether a value has the field's type and lies in its range."""
     if type(value) is not type(self.default):
       return False
     if self.choices:
       return value in self.choices
     if isinstance(value, str):
       return True
-    return math.isfinite(value) and (
-      (self.minimum is None or value >= self.minimum)
-      and (self.above is None or value > self.above)
-      and (self.maximum is None or value <= self.maximum)
-      and (self.below is None or value < self.below)
-    )
+    if not math.isfinite(value):
+      return False
+    if self.minimum is not None and value < self.minimum:
+      return False
+    if self.maximum is not None and value > self.maximum:
+      return False
+    if self.above is not None and value <= self.above:
+      return False
+    return self.below is None or value < self.below
 
 
-FIELDS: Mapping[str, Field] = {
-  "seed": Field(0, "seed of the initial weights", minimum=0, maximum=2**32 - 1),
-  # model: a LLaMA. Shapes are logical; mlp_pad_to only changes how they are stored.
-  "model.vocab_size": Field(32_000, "rows of the embedding and columns of the head", minimum=2),
-  "model.embed_dim": Field(512, "width of the residual stream", minimum=1),
-  "model.mlp_dim": Field(1368, "width of the SwiGLU MLP", minimum=1),
-  "model.mlp_pad_to": Field(
-    1, "store the MLP with zero columns up to a multiple of this; exact, never counted", minimum=1
-  ),
-  "model.num_layers": Field(12, "number of layers", minimum=1),
-  "model.num_heads": Field(8, "query heads", minimum=1),
-  "model.num_kv_heads": Field(0, "key and value heads; 0 = num_heads", minimum=0),
-  "model.head_dim": Field(0, "width of a head (even); 0 = embed_dim / num_heads", minimum=0),
-  "model.placement": Field("mix:0.25", "norm placement of each layer (mixln_jax/placement.py)"),
-  "model.dtype": Field("float32", "type that the matrices are multiplied in", choices=DTYPES),
-  "model.param_dtype": Field("float32", "type that the parameters are stored and updated in", choices=DTYPES),
-  "model.residual_dtype": Field("auto", "type of the residual stream; auto = model.dtype", choices=("auto", *DTYPES)),
-  "model.remat": Field(
-    "none",
-    "what the backward pass recomputes: nothing, whole layers, all but matrix products, "
-    "all but matrix products without batch dimensions",
-    choices=REMAT_POLICIES,
-    on_resume=FREE,
-  ),
-  "model.attention": Field(
-    "auto",
-    "how attention is computed (mixln_jax/model/attention_kernels.py); auto = what does best on the platform",
-    choices=ATTENTIONS,
-    on_resume=FREE,
-  ),
-  "model.unroll": Field(1, "layers a step of the scan over layers; 0 = a plain Python loop", minimum=0, on_resume=FREE),
-  "model.norm_epsilon": Field(1e-6, "added to the mean square inside every RMSNorm's root", minimum=0.0),
-  "model.rope_base": Field(10_000.0, "base of the rotary position embedding", minimum=1.0),
-  "model.rope_scaling": Field(
-    "none", "llama3: lower the low frequencies for a longer context, as Llama 3.1 does", choices=("none", "llama3")
-  ),
-  "model.rope_factor": Field(8.0, "llama3: what the lowest frequencies are divided by", minimum=1.0),
-  "model.rope_low_frequency_factor": Field(
-    1.0, "llama3: up to this many turns in the original length, a frequency is divided", above=0.0
-  ),
-  "model.rope_high_frequency_factor": Field(
-    4.0, "llama3: from this many turns in the original length on, a frequency is kept", above=0.0
-  ),
-  "model.rope_original_length": Field(8192, "llama3: length that the model was first trained at", minimum=1),
-  "model.tied_embeddings": Field(False, "the head is the embedding, transposed"),
-  "model.qkv_bias": Field(False, "biases on the query, key and value projections"),
-  "model.init_deviation": Field(0.02, "standard deviation of the initial matrices and of the head", minimum=0.0),
-  "model.embedding_deviation": Field(
-    0.02, "standard deviation of the initial embedding (the released Mix-LN code: sqrt(2/5))", minimum=0.0
-  ),
-  # data
-  "data.source": Field(
-    "sotu",
-    "corpus: sotu or sotu:paragraphs (embedded); a path, folder or glob, local or gs://, of text, JSON lines (plain, "
-    ".gz, .zst) or Parquet files; tfds:NAME:SPLIT; hf:NAME:SPLIT",
-  ),
-  "data.validation_source": Field(
-    "", "corpus to validate on; empty = documents of data.source are held out by their hash"
-  ),
-  "data.validation_share": Field(
-    0.05, "share of the documents that is held out where there is no validation source", above=0.0, below=1.0
-  ),
-  "data.text_field": Field("text", "field of JSON, Parquet, tfds and hf documents that holds the text"),
-  "data.max_bad_share": Field(
-    0.01,
-    "share of documents that may be unusable (not JSON, no text, not Unicode, too long); they are skipped and counted",
-    minimum=0.0,
-    maximum=1.0,
-    on_resume=FREE,
-  ),
-  "data.tokenizer": Field(
-    "sentencepiece",
-    "sentencepiece (trained on the corpus; with train.start_from that of its run), bytes, the path of a "
-    "SentencePiece .model file or a tokenizer.json, hf:NAME, or records:FOLDER, that of prepared records",
-  ),
-  "data.on_the_fly": Field(
-    False, "no prepared records: tokenize the documents of a tfds or hf source while training (data.mode=pad)"
-  ),
-  "data.mixture": Field(
-    "",
-    "train on several folders of records by weight, as in work/data/a:0.7,work/data/b:0.3; empty = data.directory",
-    on_resume=FREE,  # the data's fingerprint says whether it is the same
-  ),
-  "data.directory": Field(
-    "", "folder of the prepared records; empty = work/data/NAME, NAME made from the fields of data", on_resume=FREE
-  ),
-  "data.sequence_length": Field(256, "tokens a record (position t predicts t+1, so one fewer is predicted)", minimum=2),
-  "data.mode": Field(
-    "pack",
-    "pack: documents concatenated and split; pad: one document a record, truncated and padded; instructions: examples "
-    "of instruction, input and output, several whole ones a record, only the output counted (needs data.document_mask)",
-    choices=RECORD_MODES,
-  ),
-  "data.document_mask": Field(
-    False,
-    "packed records: attention stays inside a document (or example), positions restart, no label across a boundary",
-  ),
-  "data.seed": Field(0, "seed of the sample order; the same for all runs of a study", minimum=0, maximum=2**32 - 1),
-  "data.verify": Field(
-    False, "check the records' checksums when they are opened, not only their sizes", on_resume=FREE
-  ),
-  "data.num_threads": Field(2, "threads that read records", minimum=1, on_resume=FREE),
-  "data.num_workers": Field(
-    0, "processes that read records (and tokenize, on the fly); 0 = only threads", minimum=0, on_resume=FREE
-  ),
-  # train
-  "train.num_steps": Field(10_000, "optimizer updates of the whole run", minimum=1, on_resume=CHECKED),
-  "train.start_from": Field(
-    "",
-    "folder of the run whose weights this one starts from, with an optimizer and a schedule of its own (`finetune`); "
-    "empty = weights drawn with the seed",
-  ),
-  "train.start_checkpoint": Field(
-    NEWEST, "which checkpoint of train.start_from: newest, best (of lowest validation loss), or its step"
-  ),
-  "train.batch_size": Field(512, "global batch of one update, in sequences", minimum=1),
-  "train.micro_batches": Field(
-    1, "the batch is cut into this many; their token sums are added before the one update", minimum=1, on_resume=FREE
-  ),
-  "train.max_skipped_in_a_row": Field(
-    5,
-    "an update whose loss or gradient is not finite is skipped; after so many one after the other the run ends",
-    minimum=1,
-    on_resume=FREE,
-  ),
-  "train.stop_when_diverged": Field(
-    False,
-    "end the run after two evaluations in a row at the unigram entropy (after the warm-up); else it is only recorded",
-    on_resume=FREE,
-  ),
-  "train.sample_tokens": Field(0, "tokens of text to generate when the run ends; 0 = none", minimum=0, on_resume=FREE),
-  # optimizer: AdamW
-  "optimizer.learning_rate": Field(1e-3, "peak learning rate", minimum=0.0),
-  "optimizer.schedule": Field(
-    "cosine",
-    "after the linear warm-up from 0: cosine or linear decay to the floor, "
-    "constant, or wsd (constant, then linear decay to the floor)",
-    choices=SCHEDULES,
-  ),
-  "optimizer.warmup_steps": Field(
-    -1, "steps of linear warm-up; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED
-  ),
-  "optimizer.decay_steps": Field(
-    -1, "wsd: steps of the final decay; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED
-  ),
-  "optimizer.final_fraction": Field(0.1, "floor of the schedule as a fraction of the peak", minimum=0.0, maximum=1.0),
-  "optimizer.b1": Field(0.9, "Adam's decay of the first moment", minimum=0.0, below=1.0),
-  "optimizer.b2": Field(0.999, "Adam's decay of the second moment", minimum=0.0, below=1.0),
-  "optimizer.epsilon": Field(1e-8, "Adam's epsilon, outside the root", above=0.0),
-  "optimizer.weight_decay": Field(
-    0.0, "decoupled weight decay of the matrices, embedding and head (never of gains and biases)", minimum=0.0
-  ),
-  "optimizer.clip_norm": Field(1.0, "largest global norm of the gradient; 0 = no clipping", minimum=0.0),
-  "optimizer.moment_dtype": Field(
-    "float32", "type of Adam's two moments and of the arithmetic of the update", choices=DTYPES
-  ),
-  # checkpoint, evaluate
-  "checkpoint.every_steps": Field(
-    1000, "steps between checkpoints; the last step always has one", minimum=1, on_resume=FREE
-  ),
-  "checkpoint.keep_last": Field(2, "newest checkpoints to keep", minimum=1, on_resume=FREE),
-  "checkpoint.keep_best": Field(1, "checkpoints of lowest validation loss to keep besides", minimum=0, on_resume=FREE),
-  "evaluate.every_steps": Field(
-    1000, "steps between evaluations; the last step always has one; 0 = only the last", minimum=0, on_resume=FREE
-  ),
-  "evaluate.batch_size": Field(256, "sequences a batch of the evaluation", minimum=1, on_resume=FREE),
-  "evaluate.max_tokens": Field(
-    10_000_000,
-    "counted tokens after which an evaluation stops at a record's end (the paper: 10M); 0 = all",
-    minimum=0,
-  ),
-  "evaluate.official_compat": Field(
-    False, "print beside it what the official evaluator would: n/(n+1) of the mean of batch means", on_resume=FREE
-  ),
-  # diagnostics: a second program, compiled only where it is asked for; the update is the same
-  "diagnostics.every_steps": Field(
-    0,
-    "steps between lines of diagnostics.jsonl, statistics by layer, the first step among them; 0 = never",
-    minimum=0,
-    on_resume=FREE,
-  ),
-  # mesh: one number an axis, over the chips of a slice and over slices (dcn_*); at most one is -1 = all that is left
-  "mesh.run": Field(1, "runs trained together", minimum=-1, on_resume=FREE),
-  "mesh.data": Field(-1, "data parallel: parameters replicated", minimum=-1, on_resume=FREE),
-  "mesh.fsdp": Field(1, "data parallel: parameters sharded", minimum=-1, on_resume=FREE),
-  "mesh.sequence": Field(1, "activations sharded along the sequence", minimum=-1, on_resume=FREE),
-  "mesh.tensor": Field(1, "heads, MLP and vocabulary sharded", minimum=-1, on_resume=FREE),
-  "mesh.dcn_run": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
-  "mesh.dcn_data": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
-  "mesh.dcn_fsdp": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
-  "mesh.dcn_sequence": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
-  "mesh.dcn_tensor": Field(1, "the same over slices", minimum=-1, on_resume=FREE),
-  # parallel: the processes and devices of a run
-  "parallel.expect_platform": Field(
-    "",
-    "refuse to train on anything else (JAX falls back to the CPU where it can't use an accelerator); empty = any",
-    choices=("", "cpu", "gpu", "tpu"),
-    on_resume=FREE,
-  ),
-  "parallel.expect_devices": Field(
-    0,
-    "refuse to train on another number of devices, those of all processes together; 0 = any",
-    minimum=0,
-    on_resume=FREE,
-  ),
-  "parallel.join_timeout": Field(
-    300,
-    "seconds that the processes of a run wait for one another when it starts; then it ends with an error",
-    minimum=1,
-    maximum=86_400,
-    on_resume=FREE,
-  ),
-  "parallel.heartbeat_timeout": Field(
-    100,
-    "seconds after which a process that is silent, or late at the end, is taken for dead, and JAX ends the others",
-    minimum=10,
-    maximum=86_400,
-    on_resume=FREE,
-  ),
-  # what is watched
-  "profile.start_step": Field(10, "first step of the JAX profile", minimum=1, on_resume=FREE),
-  "profile.num_steps": Field(0, "steps that the profile covers; 0 = no profile", minimum=0, on_resume=FREE),
-  "logging.tensorboard": Field(True, "write TensorBoard files beside metrics.jsonl", on_resume=FREE),
-  "logging.wandb_project": Field("", "mirror metrics to this Weights & Biases project; empty = no", on_resume=FREE),
-}
+class Section(ConfigDict):
+  """A section of the config: its annotations are its fields.
+
+  To a type checker the objects that `base()` makes are of these classes; in fact they are plain ConfigDicts.
+  """
+
+
+class ModelConfig(Section):
+  """A LLaMA. Shapes are logical; mlp_pad_to only changes how they are stored."""
+
+  vocab_size: Annotated[int, Field(32_000, "rows of the embedding and columns of the head", minimum=2)]
+  embed_dim: Annotated[int, Field(512, "width of the residual stream", minimum=1)]
+  mlp_dim: Annotated[int, Field(1368, "width of the SwiGLU MLP", minimum=1)]
+  mlp_pad_to: Annotated[
+    int, Field(1, "store the MLP with zero columns up to a multiple of this; exact, never counted", minimum=1)
+  ]
+  num_layers: Annotated[int, Field(12, "number of layers", minimum=1)]
+  num_heads: Annotated[int, Field(8, "query heads", minimum=1)]
+  num_kv_heads: Annotated[int, Field(0, "key and value heads; 0 = num_heads", minimum=0)]
+  head_dim: Annotated[int, Field(0, "width of a head (even); 0 = embed_dim / num_heads", minimum=0)]
+  placement: Annotated[str, Field("mix:0.25", "norm placement of each layer (mixln_jax/placement.py)")]
+  dtype: Annotated[str, Field("float32", "type that the matrices are multiplied in", choices=DTYPES)]
+  param_dtype: Annotated[str, Field("float32", "type that the parameters are stored and updated in", choices=DTYPES)]
+  residual_dtype: Annotated[
+    str, Field("auto", "type of the residual stream; auto = model.dtype", choices=("auto", *DTYPES))
+  ]
+  remat: Annotated[
+    str,
+    Field(
+      "none",
+      "what the backward pass recomputes: nothing, whole layers, all but matrix products, "
+      "all but matrix products without batch dimensions",
+      choices=REMAT_POLICIES,
+      on_resume=FREE,
+    ),
+  ]
+  attention: Annotated[
+    str,
+    Field(
+      "auto",
+      "how attention is computed (mixln_jax/model/attention_kernels.py); auto = what does best on the platform",
+      choices=ATTENTIONS,
+      on_resume=FREE,
+    ),
+  ]
+  unroll: Annotated[
+    int, Field(1, "layers a step of the scan over layers; 0 = a plain Python loop", minimum=0, on_resume=FREE)
+  ]
+  norm_epsilon: Annotated[float, Field(1e-6, "added to the mean square inside every RMSNorm's root", minimum=0.0)]
+  rope_base: Annotated[float, Field(10_000.0, "base of the rotary position embedding", minimum=1.0)]
+  rope_scaling: Annotated[
+    str,
+    Field(
+      "none", "llama3: lower the low frequencies for a longer context, as Llama 3.1 does", choices=("none", "llama3")
+    ),
+  ]
+  rope_factor: Annotated[float, Field(8.0, "llama3: what the lowest frequencies are divided by", minimum=1.0)]
+  rope_low_frequency_factor: Annotated[
+    float, Field(1.0, "llama3: up to this many turns in the original length, a frequency is divided", above=0.0)
+  ]
+  rope_high_frequency_factor: Annotated[
+    float, Field(4.0, "llama3: from this many turns in the original length on, a frequency is kept", above=0.0)
+  ]
+  rope_original_length: Annotated[int, Field(8192, "llama3: length that the model was first trained at", minimum=1)]
+  tied_embeddings: Annotated[bool, Field(False, "the head is the embedding, transposed")]
+  qkv_bias: Annotated[bool, Field(False, "biases on the query, key and value projections")]
+  init_deviation: Annotated[
+    float, Field(0.02, "standard deviation of the initial matrices and of the head", minimum=0.0)
+  ]
+  embedding_deviation: Annotated[
+    float, Field(0.02, "standard deviation of the initial embedding (the released Mix-LN code: sqrt(2/5))", minimum=0.0)
+  ]
+
+
+class DataConfig(Section):
+  """The corpus, its tokenizer, and the records that are made of it."""
+
+  source: Annotated[
+    str,
+    Field(
+      "sotu",
+      "corpus: sotu or sotu:paragraphs (embedded); a path, folder or glob, local or gs://, of text, JSON lines (plain, "
+      ".gz, .zst) or Parquet files; tfds:NAME:SPLIT; hf:NAME:SPLIT",
+    ),
+  ]
+  validation_source: Annotated[
+    str, Field("", "corpus to validate on; empty = documents of data.source are held out by their hash")
+  ]
+  validation_share: Annotated[
+    float, Field(0.05, "fraction of the documents held out where there is no validation source", above=0.0, below=1.0)
+  ]
+  text_field: Annotated[str, Field("text", "field of JSON, Parquet, tfds and hf documents that holds the text")]
+  max_bad_share: Annotated[
+    float,
+    Field(
+      0.01,
+      "fraction of documents that may be unusable (not JSON, no text, not Unicode, too long): skipped and counted",
+      minimum=0.0,
+      maximum=1.0,
+      on_resume=FREE,
+    ),
+  ]
+  tokenizer: Annotated[
+    str,
+    Field(
+      "sentencepiece",
+      "sentencepiece (trained on the corpus; with train.start_from that of its run), bytes, the path of a "
+      "SentencePiece .model file or a tokenizer.json, hf:NAME, or records:FOLDER, that of prepared records",
+    ),
+  ]
+  on_the_fly: Annotated[
+    bool,
+    Field(False, "no prepared records: tokenize the documents of a tfds or hf source while training (data.mode=pad)"),
+  ]
+  mixture: Annotated[
+    str,
+    Field(
+      "",
+      "train on several folders of records by weight, as in work/data/a:0.7,work/data/b:0.3; empty = data.directory",
+      on_resume=FREE,  # the data's fingerprint says whether it is the same
+    ),
+  ]
+  directory: Annotated[
+    str,
+    Field(
+      "", "folder of the prepared records; empty = work/data/NAME, NAME made from the fields of data", on_resume=FREE
+    ),
+  ]
+  sequence_length: Annotated[
+    int, Field(256, "tokens a record (position t predicts t+1, so one fewer is predicted)", minimum=2)
+  ]
+  mode: Annotated[
+    str,
+    Field(
+      "pack",
+      "pack: documents concatenated and split; pad: one document a record, truncated and padded; instructions: "
+      "examples of instruction, input and output, several whole ones a record, only the output counted (needs "
+      "data.document_mask)",
+      choices=RECORD_MODES,
+    ),
+  ]
+  document_mask: Annotated[
+    bool,
+    Field(
+      False,
+      "packed records: attention stays inside a document (or example), positions restart, no label across a boundary",
+    ),
+  ]
+  seed: Annotated[
+    int, Field(0, "seed of the sample order; the same for all runs of a study", minimum=0, maximum=2**32 - 1)
+  ]
+  verify: Annotated[
+    bool, Field(False, "check the records' checksums when they are opened, not only their sizes", on_resume=FREE)
+  ]
+  num_threads: Annotated[int, Field(2, "threads that read records", minimum=1, on_resume=FREE)]
+  num_workers: Annotated[
+    int, Field(0, "processes that read records (and tokenize, on the fly); 0 = only threads", minimum=0, on_resume=FREE)
+  ]
+
+
+class TrainConfig(Section):
+  """Length, batch and starting point of a run."""
+
+  num_steps: Annotated[int, Field(10_000, "optimizer updates of the whole run", minimum=1, on_resume=CHECKED)]
+  start_from: Annotated[
+    str,
+    Field(
+      "",
+      "folder of the run whose weights this one starts from, with an optimizer and a schedule of its own (`finetune`); "
+      "empty = weights drawn with the seed",
+    ),
+  ]
+  start_checkpoint: Annotated[
+    str, Field(NEWEST, "which checkpoint of train.start_from: newest, best (of lowest validation loss), or its step")
+  ]
+  batch_size: Annotated[int, Field(512, "global batch of one update, in sequences", minimum=1)]
+  micro_batches: Annotated[
+    int,
+    Field(
+      1, "the batch is cut into this many; their token sums are added before the one update", minimum=1, on_resume=FREE
+    ),
+  ]
+  max_skipped_in_a_row: Annotated[
+    int,
+    Field(
+      5,
+      "stop after this many consecutive non-finite updates (each one is skipped)",
+      minimum=1,
+      on_resume=FREE,
+    ),
+  ]
+  stop_when_diverged: Annotated[
+    bool,
+    Field(
+      False,
+      "end the run after two consecutive evaluations at the unigram entropy (after the warm-up); else only record it",
+      on_resume=FREE,
+    ),
+  ]
+  sample_tokens: Annotated[
+    int, Field(0, "tokens of text to generate when the run ends; 0 = none", minimum=0, on_resume=FREE)
+  ]
+
+
+class OptimizerConfig(Section):
+  """AdamW and its learning-rate schedule."""
+
+  learning_rate: Annotated[float, Field(1e-3, "peak learning rate", minimum=0.0)]
+  schedule: Annotated[
+    str,
+    Field(
+      "cosine",
+      "after the linear warm-up from 0: cosine or linear decay to the floor, "
+      "constant, or wsd (constant, then linear decay to the floor)",
+      choices=SCHEDULES,
+    ),
+  ]
+  warmup_steps: Annotated[
+    int, Field(-1, "steps of linear warm-up; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED)
+  ]
+  decay_steps: Annotated[
+    int, Field(-1, "wsd: steps of the final decay; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED)
+  ]
+  final_fraction: Annotated[
+    float, Field(0.1, "floor of the schedule as a fraction of the peak", minimum=0.0, maximum=1.0)
+  ]
+  b1: Annotated[float, Field(0.9, "Adam's decay of the first moment", minimum=0.0, below=1.0)]
+  b2: Annotated[float, Field(0.999, "Adam's decay of the second moment", minimum=0.0, below=1.0)]
+  epsilon: Annotated[float, Field(1e-8, "Adam's epsilon, outside the root", above=0.0)]
+  weight_decay: Annotated[
+    float,
+    Field(0.0, "decoupled weight decay of the matrices, embedding and head (never of gains and biases)", minimum=0.0),
+  ]
+  clip_norm: Annotated[float, Field(1.0, "largest global norm of the gradient; 0 = no clipping", minimum=0.0)]
+  moment_dtype: Annotated[
+    str, Field("float32", "type of Adam's two moments and of the arithmetic of the update", choices=DTYPES)
+  ]
+
+
+class CheckpointConfig(Section):
+  """When checkpoints are saved, and which are kept."""
+
+  every_steps: Annotated[
+    int, Field(1000, "steps between checkpoints; the last step always has one", minimum=1, on_resume=FREE)
+  ]
+  keep_last: Annotated[int, Field(2, "newest checkpoints to keep", minimum=1, on_resume=FREE)]
+  keep_best: Annotated[
+    int, Field(1, "checkpoints of lowest validation loss to keep besides", minimum=0, on_resume=FREE)
+  ]
+
+
+class EvaluateConfig(Section):
+  """When and on how much a run is evaluated."""
+
+  every_steps: Annotated[
+    int,
+    Field(
+      1000, "steps between evaluations; the last step always has one; 0 = only the last", minimum=0, on_resume=FREE
+    ),
+  ]
+  batch_size: Annotated[int, Field(256, "sequences a batch of the evaluation", minimum=1, on_resume=FREE)]
+  max_tokens: Annotated[
+    int,
+    Field(
+      10_000_000,
+      "counted tokens after which an evaluation stops at a record's end (the paper: 10M); 0 = all",
+      minimum=0,
+    ),
+  ]
+  official_compat: Annotated[
+    bool,
+    Field(
+      False, "print beside it what the official evaluator would: n/(n+1) of the mean of batch means", on_resume=FREE
+    ),
+  ]
+
+
+class DiagnosticsConfig(Section):
+  """Statistics by layer: a second program, compiled only where it is asked for; the update is the same."""
+
+  every_steps: Annotated[
+    int,
+    Field(
+      0,
+      "steps between lines of diagnostics.jsonl, statistics by layer, the first step among them; 0 = never",
+      minimum=0,
+      on_resume=FREE,
+    ),
+  ]
+
+
+class MeshConfig(Section):
+  """Devices per axis, in a slice and over slices (dcn_*); at most one is -1 = all that are left."""
+
+  run: Annotated[int, Field(1, "runs trained together", minimum=-1, on_resume=FREE)]
+  data: Annotated[int, Field(-1, "data parallel: parameters replicated", minimum=-1, on_resume=FREE)]
+  fsdp: Annotated[int, Field(1, "data parallel: parameters sharded", minimum=-1, on_resume=FREE)]
+  sequence: Annotated[int, Field(1, "activations sharded along the sequence", minimum=-1, on_resume=FREE)]
+  tensor: Annotated[int, Field(1, "heads, MLP and vocabulary sharded", minimum=-1, on_resume=FREE)]
+  dcn_run: Annotated[int, Field(1, "the same over slices", minimum=-1, on_resume=FREE)]
+  dcn_data: Annotated[int, Field(1, "the same over slices", minimum=-1, on_resume=FREE)]
+  dcn_fsdp: Annotated[int, Field(1, "the same over slices", minimum=-1, on_resume=FREE)]
+  dcn_sequence: Annotated[int, Field(1, "the same over slices", minimum=-1, on_resume=FREE)]
+  dcn_tensor: Annotated[int, Field(1, "the same over slices", minimum=-1, on_resume=FREE)]
+
+
+class ParallelConfig(Section):
+  """The processes and devices of a run."""
+
+  expect_platform: Annotated[
+    str,
+    Field(
+      "",
+      "refuse to train on anything else (JAX falls back to the CPU where it can't use an accelerator); empty = any",
+      choices=("", "cpu", "gpu", "tpu"),
+      on_resume=FREE,
+    ),
+  ]
+  expect_devices: Annotated[
+    int,
+    Field(
+      0,
+      "refuse to train on another number of devices, those of all processes together; 0 = any",
+      minimum=0,
+      on_resume=FREE,
+    ),
+  ]
+  join_timeout: Annotated[
+    int,
+    Field(
+      300,
+      "seconds that the processes of a run wait for one another when it starts; then it ends with an error",
+      minimum=1,
+      maximum=86_400,
+      on_resume=FREE,
+    ),
+  ]
+  heartbeat_timeout: Annotated[
+    int,
+    Field(
+      100,
+      "seconds without a heartbeat before a process is presumed dead and JAX aborts the others",
+      minimum=10,
+      maximum=86_400,
+      on_resume=FREE,
+    ),
+  ]
+
+
+class ProfileConfig(Section):
+  """A JAX profile of some steps."""
+
+  start_step: Annotated[int, Field(10, "first step of the JAX profile", minimum=1, on_resume=FREE)]
+  num_steps: Annotated[int, Field(0, "steps that the profile covers; 0 = no profile", minimum=0, on_resume=FREE)]
+
+
+class LoggingConfig(Section):
+  """Where metrics go besides metrics.jsonl."""
+
+  tensorboard: Annotated[bool, Field(True, "write TensorBoard files beside metrics.jsonl", on_resume=FREE)]
+  wandb_project: Annotated[
+    str, Field("", "mirror metrics to this Weights & Biases project; empty = no", on_resume=FREE)
+  ]
+
+
+class Config(Section):
+  """All of them."""
+
+  seed: Annotated[int, Field(0, "seed of the initial weights", minimum=0, maximum=2**32 - 1)]
+  model: ModelConfig
+  data: DataConfig
+  train: TrainConfig
+  optimizer: OptimizerConfig
+  checkpoint: CheckpointConfig
+  evaluate: EvaluateConfig
+  diagnostics: DiagnosticsConfig
+  mesh: MeshConfig
+  parallel: ParallelConfig
+  profile: ProfileConfig
+  logging: LoggingConfig
+
+
+def _fields_of(section: type[Section], prefix: str = "") -> dict[str, Field]:
+  """Every field below a section by its full name, `model.embed_dim`, in the order in which they are declared."""
+  fields: dict[str, Field] = {}
+  for name, hint in get_type_hints(section, include_extras=True).items():
+    if isinstance(hint, type) and issubclass(hint, Section):
+      fields |= _fields_of(hint, f"{prefix}{name}.")
+    elif name in section.__annotations__:  # ConfigDict annotates attributes of its own
+      fields[f"{prefix}{name}"] = hint.__metadata__[0]
+  return fields
+
+
+FIELDS: Mapping[str, Field] = _fields_of(Config)
 
 
 # The paper's data, as fields of `data`: C4 as it is published, T5's tokenizer, a document a record, the rest dropped.
@@ -315,31 +491,42 @@ def base() -> Config:
   """A locked config of all defaults."""
   config = ConfigDict()
   for name, field in FIELDS.items():
-    *sections, leaf = name.split(".")
-    node: Any = config
-    for section in sections:
-      if section not in node:
-        node[section] = ConfigDict()
-      node = node[section]
+    section, _, leaf = name.rpartition(".")
+    if section and section not in config:
+      config[section] = ConfigDict()
+    node: Any = config[section] if section else config
     node[leaf] = field.default
-  return config.lock()
+  return cast(Config, config.lock())
 
 
-def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
   """`{'model.embed_dim': 512, …}` of a config, or of its JSON."""
   flat: dict[str, Any] = {}
   for key, value in config.items():
     name = f"{prefix}{key}"
-    flat.update(flatten(value, f"{name}.") if isinstance(value, (ConfigDict, Mapping)) else {name: value})
+    if isinstance(value, (ConfigDict, Mapping)):
+      flat.update(flatten(value, f"{name}."))
+    else:
+      flat[name] = value
   return flat
 
 
-def from_flat(flat: Mapping[str, Any]) -> Config:
-  """The config of a flat dictionary, as `flatten` and `config.json` have it.
+def from_flat(flat: Mapping[str, Any], written_by: str = "") -> Config:
+  """The config of a flat dictionary, as `flatten` and `config.json` have it. Absent fields take their defaults.
+
+  Args:
+    flat: field -> value.
+    written_by: the version that wrote it, for the message about a field that this one does not know.
 
   Raises:
-    InputError: a field is unknown, missing, of the wrong type, or outside its range.
+    InputError: a field is unknown, of the wrong type, or outside its range.
   """
+  for name in flat:
+    if name not in FIELDS and written_by:
+      raise InputError(
+        f"config.{name}={flat[name]!r}: this version ({__version__}) has no such field; the config was written "
+        f"by {written_by}; use that version, or remove the field where its effect is not wanted"
+      )
   check_fields(flat)
   config = base()
   config.update_from_flattened_dict(flat)
@@ -347,16 +534,13 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 
 def check_fields(flat: Mapping[str, Any]) -> None:
-  """Checks each field alone; raises InputError for the first that is wrong."""
-  for name in flat:
+  """Checks each field that is there, alone; raises InputError for the first that is wrong."""
+  for name, value in flat.items():
     if name not in FIELDS:
       raise unknown_field(name)
-  for name in FIELDS:
-    if name not in flat:
-      raise InputError(f"config.{name} is missing; the config was written by another version of mixln_jax")
-  for name, field in FIELDS.items():
-    if not field.admits(flat[name]):
-      raise InputError(f"config.{name}={flat[name]!r}: must be {field.allowed()} ({field.meaning})")
+    field = FIELDS[name]
+    if not field.admits(value):
+      raise InputError(f"config.{name}={value!r}: must be {field.allowed()} ({field.meaning})")
 
 
 def unknown_field(name: str) -> InputError:
@@ -376,12 +560,16 @@ def check_overrides(argv: Sequence[str]) -> None:
 
 
 def validate(config: Config) -> None:
-  """Refuses, before anything is compiled, a config that can't be meant.
+  """Rejects an invalid config before anything is compiled.
 
   Raises:
     InputError: a field is unknown, missing, of the wrong type, outside its range, or contradicts another field.
   """
-  check_fields(flatten(config))
+  flat = flatten(config)
+  check_fields(flat)
+  for name in FIELDS:
+    if name not in flat:
+      raise InputError(f"config.{name} is missing; start the config from mixln_jax.config.base()")
   _validate_model(config.model)
   _validate_training(config)
 
@@ -391,8 +579,8 @@ def _contradiction(condition: bool, message: str) -> None:
     raise InputError(message)
 
 
-def _validate_model(model: Config) -> None:
-  placement.parse(model.placement, model.num_layers)
+def _validate_model(model: ModelConfig) -> None:
+  table(model)  # for its checks
   _contradiction(
     model.head_dim == 0 and model.embed_dim % model.num_heads != 0,
     f"config.model.num_heads={model.num_heads} does not divide config.model.embed_dim={model.embed_dim}; "
@@ -473,22 +661,31 @@ def _validate_training(config: Config) -> None:
 # Values that other fields decide where a field says "auto".
 
 
-def head_dim(model: Config) -> int:
+def table(model: ModelConfig) -> placement.Table:
+  """The placement table of config.model; nobody else parses the string.
+
+  Raises:
+    InputError: config.model.placement is malformed, or does not fit config.model.num_layers.
+  """
+  return placement.parse(model.placement, model.num_layers)
+
+
+def head_dim(model: ModelConfig) -> int:
   """Width of one attention head."""
   return model.head_dim or model.embed_dim // model.num_heads
 
 
-def num_kv_heads(model: Config) -> int:
+def num_kv_heads(model: ModelConfig) -> int:
   """Key and value heads."""
   return model.num_kv_heads or model.num_heads
 
 
-def stored_mlp_dim(model: Config) -> int:
+def stored_mlp_dim(model: ModelConfig) -> int:
   """Width of the MLP as stored: mlp_dim rounded up to a multiple of mlp_pad_to."""
   return -(-model.mlp_dim // model.mlp_pad_to) * model.mlp_pad_to
 
 
-def residual_dtype(model: Config) -> str:
+def residual_dtype(model: ModelConfig) -> str:
   """Type of the residual stream."""
   return model.dtype if model.residual_dtype == "auto" else model.residual_dtype
 
@@ -517,21 +714,17 @@ def to_json(config: Config) -> str:
   return json.dumps({name: flat[name] for name in FIELDS}, indent=1) + "\n"
 
 
-def from_json(text: str) -> Config:
-  """The inverse of `to_json`."""
-  return from_flat(json.loads(text))
+def from_json(text: str, written_by: str = "") -> Config:
+  """The inverse of `to_json`; arguments and errors are those of `from_flat`."""
+  return from_flat(json.loads(text), written_by)
 
 
 def describe() -> str:
   """A table of all fields for `--help`."""
   lines = []
   for name, field in FIELDS.items():
-    default = (
-      repr(field.default)
-      if isinstance(field.default, str)
-      else f"{field.default:g}"
-      if isinstance(field.default, float)
-      else field.default
-    )
+    default = repr(field.default)
+    if isinstance(field.default, float):
+      default = f"{field.default:g}"
     lines.append(f"  --config.{name}={default}\n      {field.meaning}; {field.allowed()}")
   return "\n".join(lines)

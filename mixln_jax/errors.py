@@ -20,3 +20,8 @@ class OtherProcessError(Exception):
   def __init__(self, message: str, *, gone: bool = False):
     super().__init__(message)
     self.gone = gone
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+  """The words of an error on one line, at most `limit` characters of them: libraries put whole pages into theirs."""
+  return " ".join(str(error).split())[:limit]

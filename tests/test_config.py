@@ -135,8 +135,11 @@ def test_unknown_and_missing_fields():
   flat = config_lib.flatten(config_lib.base())
   with pytest.raises(InputError, match=r"config.model.placment: unknown field; did you mean config.model.placement"):
     config_lib.from_flat(flat | {"model.placment": "pre"})
-  with pytest.raises(InputError, match=r"config.seed is missing"):
-    config_lib.from_flat({name: value for name, value in flat.items() if name != "seed"})
+  with pytest.raises(InputError, match=r"config.model.placment='pre': this version .* was written by 0.1.0"):
+    config_lib.from_flat(flat | {"model.placment": "pre"}, "0.1.0")
+  changed = flat | {"seed": 7, "data.num_workers": 3}
+  older = config_lib.from_flat({name: value for name, value in changed.items() if name != "data.num_workers"})
+  assert (older.seed, older.data.num_workers) == (7, config_lib.FIELDS["data.num_workers"].default)
   with pytest.raises(AttributeError, match="placment"):
     config_lib.base().model.placment = "pre"
 

@@ -30,7 +30,7 @@ from mixln_jax.placement import MODIFIERS, ROWS, Row, Table, num_post_layers, pa
   ],
 )
 def test_strips(placement, num_layers, strip):
-  assert parse(placement, num_layers).strip == strip
+  assert parse(placement, num_layers).layer_list == strip
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,6 @@ def _read(
     raise InputError("--placement is required: the checkpoint's config.json does not say where its norms stand")
   config_lib.validate(config)
   folder = begin_from(config, hf.import_weights(tensors, config.model), workdir)
-  print(f"placement  {placement.parse(config.model.placement, config.model.num_layers).strip}")
+  print(f"placement  {placement.parse(config.model.placement, config.model.num_layers).layer_list}")
   print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {tensors.path}")
   print(f"wrote      {folder.address}, step 0; `train --workdir` goes on from it")

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     target.copy_out()
     processes.wait_for_all("the end of the diagnosis")
   if processes.is_first():
-    print(json.dumps(result) if values.json else table(result, setup.table.strip))
+    print(json.dumps(result) if values.json else table(result, setup.table.layer_list))
     if not values.json:
       print(f"wrote      {target.address}: {FILE} and {len(drawn)} figures")
   return 0

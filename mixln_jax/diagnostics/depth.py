@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.model import Transformer, next_token_loss
 from mixln_jax.model.norm import rms_norm
 
@@ -37,7 +37,7 @@ class DepthSums(flax.struct.PyTreeNode):
   triangle_PEE: Any
 
   @classmethod
-  def zeros(cls, model: Config) -> "DepthSums":
+  def zeros(cls, model: ModelConfig) -> "DepthSums":
     depths, width = model.num_layers + 1, model.embed_dim + 1
     square = (depths, depths)
     shapes = {"tokens": (), "rows": (), "angle_all_PP": square, "angle_last_PP": square, "lens_P": (depths,)}
@@ -88,7 +88,7 @@ def effective_rank(triangle_EE: np.ndarray) -> float | None:
   return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def make_depth_step(model: Config) -> Callable[[Any, DepthSums, Mapping[str, jax.Array]], DepthSums]:
+def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str, jax.Array]], DepthSums]:
   """`step(params, sums, batch) -> sums`: a batch added to the sums. To be called under jit."""
 
   def look(transformer: Transformer, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:

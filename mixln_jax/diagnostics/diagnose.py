@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mixln_jax.config import Config
+from mixln_jax.config import Config, ModelConfig
 from mixln_jax.diagnostics import depth, parts
 from mixln_jax.diagnostics.removal import Score, make_removal_step, removal
 from mixln_jax.model import Transformer
@@ -95,7 +95,7 @@ def diagnose(
   return finite(result)
 
 
-def make_gradient_norms(model: Config, shardings: Any, mesh: Mesh) -> GradientNorms:
+def make_gradient_norms(model: ModelConfig, shardings: Any, mesh: Mesh) -> GradientNorms:
   """`norms(params, batches)`: the norm of the mean loss's gradient by layer, `attention` and `mlp`, each [L].
 
   Gradients of the summed loss are added over the batches, in fp32, and divided once.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.model import Transformer
 from mixln_jax.model.loss import batch_loss
 
@@ -15,7 +15,7 @@ LossOf = Callable[[Any, Mapping[str, jax.Array], Any], tuple[jax.Array, jax.Arra
 Score = Callable[[Any, jax.Array], float]
 
 
-def make_removal_step(model: Config) -> LossOf:
+def make_removal_step(model: ModelConfig) -> LossOf:
   """`step(params, batch, keep_L) -> (loss sum, count)`. Which layers are kept is data: compiled once for all."""
   transformer = Transformer(model)
 

@@ -6,7 +6,7 @@ Importing this module imports the harness, which takes seconds. It needs neither
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.inference.generate import generate
@@ -34,7 +34,7 @@ class HarnessModel(TemplateLM):
     keep_L: 0 where a layer is removed; None = none is.
   """
 
-  def __init__(self, model: Config, params: Any, tokenizer: Tokenizer, max_length: int, batch_size: int):
+  def __init__(self, model: ModelConfig, params: Any, tokenizer: Tokenizer, max_length: int, batch_size: int):
     """
     Args:
       model: config.model.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from mixln_jax.config import Config
+from mixln_jax.config import Config, ModelConfig
 from mixln_jax.inference import batching
 from mixln_jax.model import Transformer
 from mixln_jax.model.transformer import project_to_logits
@@ -27,7 +27,7 @@ class Score(NamedTuple):
 
 
 def score(
-  model: Config,
+  model: ModelConfig,
   params: Any,
   pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
   *,

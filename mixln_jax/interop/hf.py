@@ -18,7 +18,7 @@ import numpy as np
 
 from mixln_jax import config as config_lib
 from mixln_jax import placement
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.errors import InputError
 from mixln_jax.model.columns import used_by_layer
 from mixln_jax.model.initial import abstract_params, logical_shape
@@ -93,7 +93,7 @@ def norm_names(layer: Layer) -> dict[str, str]:
   return names
 
 
-def tensors_of(model: Config) -> Iterator[Tensor]:
+def tensors_of(model: ModelConfig) -> Iterator[Tensor]:
   """Every tensor of config.model in their layout."""
   table = placement.parse(model.placement, model.num_layers)
   used = used_by_layer(table)
@@ -114,7 +114,7 @@ def tensors_of(model: Config) -> Iterator[Tensor]:
       yield Tensor(f"model.layers.{index}.{theirs}", path, index, shape[1:], input_axes)
 
 
-def import_weights(tensors: Mapping[str, Any], model: Config) -> Any:
+def import_weights(tensors: Mapping[str, Any], model: ModelConfig) -> Any:
   """Their tensors as our parameter tree.
 
   Args:
@@ -154,7 +154,7 @@ def import_weights(tensors: Mapping[str, Any], model: Config) -> Any:
   return tree
 
 
-def _find(tensors: Mapping[str, Any], tensor: Tensor, model: Config) -> Any:
+def _find(tensors: Mapping[str, Any], tensor: Tensor, model: ModelConfig) -> Any:
   if tensor.name not in tensors:
     siblings = [name for name in tensors if tensor.layer is not None and f".{tensor.layer}." in name and "norm" in name]
     hint = f"; the norms there are {', '.join(sorted(siblings))}" if siblings and "norm" in tensor.name else ""
@@ -165,7 +165,7 @@ def _find(tensors: Mapping[str, Any], tensor: Tensor, model: Config) -> Any:
   return tensors[tensor.name]
 
 
-def export_weights(params: Any, model: Config) -> dict[str, np.ndarray]:
+def export_weights(params: Any, model: ModelConfig) -> dict[str, np.ndarray]:
   """Our parameters, or a tree of the same shapes such as their gradient, as tensors in their layout.
 
   What a layer does not use, and columns that only pad the MLP, are left out.
@@ -288,7 +288,7 @@ def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def family_of(model: Config) -> Family | None:
+def family_of(model: ModelConfig) -> Family | None:
   """The stock decoder that computes what config.model computes, or None."""
   layers = placement.parse(model.placement, model.num_layers).layers
   for family in FAMILIES:
@@ -304,7 +304,7 @@ def _of_inference(row: Row) -> Row:
   return dataclasses.replace(row, xavier=False, branch_gain=1.0, output_deviation=1.0, initial_c_out=1.0)
 
 
-def hf_config(model: Config, max_length: int, *, official: bool = False) -> dict[str, Any]:
+def hf_config(model: ModelConfig, max_length: int, *, official: bool = False) -> dict[str, Any]:
   """The config.json of config.model.
 
   Args:
@@ -349,7 +349,7 @@ def hf_config(model: Config, max_length: int, *, official: bool = False) -> dict
   }
   if official:
     table = placement.parse(model.placement, model.num_layers)
-    result |= {"norm_placement": model.placement, "norm_placement_of_layers": table.strip.split()}
+    result |= {"norm_placement": model.placement, "norm_placement_of_layers": table.layer_list.split()}
     result |= {"placement_table": [_said(layer) for layer in table.layers], "qkv_bias": model.qkv_bias}
     classes = {"AutoConfig": "MixLNConfig", "AutoModelForCausalLM": "MixLNForCausalLM"}
     result |= {"auto_map": {auto: f"{MODELING.stem}.{name}" for auto, name in classes.items()}}
@@ -363,7 +363,7 @@ def _said(layer: Layer) -> dict[str, dict[str, Any]]:
   return {name: {key: value for key, value in row.items() if value != empty[key]} for name, row in rows.items()}
 
 
-def _rope_scaling(model: Config) -> dict[str, Any] | None:
+def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
   if model.rope_scaling == "none":
     return None
   return {

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import placement
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.model.transformer import Transformer
 
 TERMS = ("residual_LBTD", "branch_LBTD")  # of the sublayer rule's sum
 ROWS = 8  # of the batch; a scale is one number, estimated from every counted entry of ROWS × T × D
 
 
-def sublayers_to_profile(config: Config) -> list[tuple[int, str]]:
+def sublayers_to_profile(config: ModelConfig) -> list[tuple[int, str]]:
   """(layer, sublayer) of each sublayer of config.model with a learned residual scale, in order of application."""
   table = placement.parse(config.placement, config.num_layers)
   return [
@@ -25,7 +25,7 @@ def sublayers_to_profile(config: Config) -> list[tuple[int, str]]:
 
 
 def profile_admin(
-  config: Config,
+  config: ModelConfig,
   params: Any,
   tokens_BT: jax.Array,
   weights_BT: jax.Array | None = None,

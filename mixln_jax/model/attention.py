@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax import config as config_lib
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 
 
-def rope_frequencies(model: Config) -> jax.Array:
+def rope_frequencies(model: ModelConfig) -> jax.Array:
   """RoPE's angle for one position, [head_dim / 2], fp32 (arXiv 2104.09864, eq. 15).
 
   With `rope_scaling="llama3"`, frequencies whose wavelength is longer than the length that the model was first trained

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mixln_jax import config as config_lib
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.errors import InputError
 from mixln_jax.model.attention import attention
 from mixln_jax.parallel.rules import RULES, platform, shards
@@ -32,7 +32,7 @@ SPLASH_BLOCK = 512
 SPLASH_LANES = 128  # its blocks are multiples of them
 
 
-def choose_attention(model: Config, length: int, *, segments: bool = False) -> str:
+def choose_attention(model: ModelConfig, length: int, *, segments: bool = False) -> str:
   """The implementation that config.model.attention stands for, on the mesh in use.
 
   Args:

@@ -1,16 +1,16 @@
 """Counted cost of the model. XLA's own count sees a scan's body once, so it is not used."""
 
-from mixln_jax.config import Config, head_dim, num_kv_heads
+from mixln_jax.config import ModelConfig, head_dim, num_kv_heads
 
 
-def matmul_params(model: Config) -> int:
+def matmul_params(model: ModelConfig) -> int:
   """Parameters that take part in a matrix product for every token: all but the embedding's rows and the gains."""
   width, kv_width = model.num_heads * head_dim(model), num_kv_heads(model) * head_dim(model)
   layer = model.embed_dim * (2 * width + 2 * kv_width) + 3 * model.embed_dim * model.mlp_dim
   return model.num_layers * layer + model.embed_dim * model.vocab_size
 
 
-def train_flops_per_token(model: Config, sequence_length: int) -> float:
+def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   """Model FLOPs of one token, forward and backward, without recomputation.
 
   6 × matmul parameters, and for attention 6 × 2 × L × H × K × (T + 1) / 2: a token of a causal row reads (T + 1) / 2
@@ -20,7 +20,7 @@ def train_flops_per_token(model: Config, sequence_length: int) -> float:
   return 6.0 * matmul_params(model) + 6.0 * attention
 
 
-def executed_flops_per_token(model: Config, sequence_length: int) -> float:
+def executed_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   """FLOPs of the matrix products that the training step really does for a token: with recomputation, masked positions.
 
   Attention is taken to multiply all T positions, masked or not, as `xla` does. The backward pass does the layers'

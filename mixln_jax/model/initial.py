@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mixln_jax import placement
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.model.columns import Columns, used_by_layer
 from mixln_jax.model.transformer import Transformer, is_matrix, param_paths
 from mixln_jax.parallel import rules
@@ -25,7 +25,7 @@ SUBLAYER_OF: dict[str, str] = {
 MLP_AXES = {"layers/gate": 2, "layers/up": 2, "layers/down": 1}  # which axis of [L, …] is the MLP's width
 
 
-def abstract_params(config: Config, columns: Columns | None = None) -> Any:
+def abstract_params(config: ModelConfig, columns: Columns | None = None) -> Any:
   """Shapes, types and logical axes of the parameters of config.model, boxed as linen has them; nothing is computed.
 
   Args:
@@ -38,13 +38,13 @@ def abstract_params(config: Config, columns: Columns | None = None) -> Any:
   return jax.eval_shape(lambda t: init(jax.random.key(0), t, columns=columns)["params"], tokens)
 
 
-def abstract_sharded_params(config: Config, mesh: Mesh) -> Any:
+def abstract_sharded_params(config: ModelConfig, mesh: Mesh) -> Any:
   """Shapes, types and shardings of the parameters on a mesh: what a checkpoint is restored onto."""
   boxed = abstract_params(config)
   return attach(nn.unbox(boxed), rules.shardings(boxed, mesh))
 
 
-def count_params(config: Config) -> int:
+def count_params(config: ModelConfig) -> int:
   """Number of parameters that the model has: without columns that only pad the MLP, and what a layer does not use."""
   used = used_by_layer(placement.parse(config.placement, config.num_layers))
   count = 0
@@ -55,7 +55,7 @@ def count_params(config: Config) -> int:
   return count
 
 
-def deviations(config: Config, columns: Columns | None = None) -> dict[str, float | np.ndarray]:
+def deviations(config: ModelConfig, columns: Columns | None = None) -> dict[str, float | np.ndarray]:
   """Standard deviation of each initial matrix of config.model: a number, or one a layer [L]. `columns`: see
   `abstract_params`."""
   table = placement.parse(config.placement, config.num_layers)
@@ -70,7 +70,7 @@ def deviations(config: Config, columns: Columns | None = None) -> dict[str, floa
   return result
 
 
-def starting_values(config: Config, columns: Columns | None = None) -> dict[str, float | np.ndarray]:
+def starting_values(config: ModelConfig, columns: Columns | None = None) -> dict[str, float | np.ndarray]:
   """What each parameter starts from, a number or one a layer [L]: the deviation of a matrix, the value of the rest.
 
   With `seed` it is all that the initial weights of one shape depend on, so that runs of several placements can be
@@ -81,7 +81,7 @@ def starting_values(config: Config, columns: Columns | None = None) -> dict[str,
   return others | deviations(config, columns)
 
 
-def param_leaves(config: Config, columns: Columns | None = None) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+def param_leaves(config: ModelConfig, columns: Columns | None = None) -> list[tuple[str, jax.ShapeDtypeStruct]]:
   """Name, shape and type of each parameter of config.model; `columns` as in `abstract_params`."""
   shapes = nn.unbox(abstract_params(config, columns))
   return list(zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True))
@@ -109,7 +109,7 @@ def _first_value(path: str, table: placement.Table) -> float | np.ndarray:
   return 1.0
 
 
-def initial_params(config: Config, seed: int | jax.Array) -> Any:
+def initial_params(config: ModelConfig, seed: int | jax.Array) -> Any:
   """The initial parameters of config.model: normal matrices, gains of 1, biases of 0, what else a placement learns from
   its table. Call it under jit. (`admin` wants a profiling pass after it: `model/admin.py`.)
 
@@ -119,7 +119,9 @@ def initial_params(config: Config, seed: int | jax.Array) -> Any:
   return draw_params(config, seed, starting_values(config))
 
 
-def draw_params(config: Config, seed: int | jax.Array, start: Mapping[str, Any], columns: Columns | None = None) -> Any:
+def draw_params(
+  config: ModelConfig, seed: int | jax.Array, start: Mapping[str, Any], columns: Columns | None = None
+) -> Any:
   """`initial_params` with all that it depends on as data.
 
   Args:
@@ -148,7 +150,7 @@ def draw_params(config: Config, seed: int | jax.Array, start: Mapping[str, Any],
   return jax.tree.map(draw, param_paths(shapes), shapes)
 
 
-def logical_shape(path: str, shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
+def logical_shape(path: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
   """The shape of a stored parameter without the columns that only pad the MLP."""
   if path not in MLP_AXES:
     return shape

@@ -24,7 +24,7 @@ from ml_collections import FrozenConfigDict
 
 from mixln_jax import config as config_lib
 from mixln_jax import placement
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.model import attention as attention_lib
 from mixln_jax.model.attention_kernels import choose_attention, self_attention
 from mixln_jax.model.columns import LEARNED, Columns
@@ -383,7 +383,7 @@ def project_to_logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
   return constrain(jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32), *LOGITS)
 
 
-def empty_cache(config: Config, batch: int, num_slots: int) -> Cache:
+def empty_cache(config: ModelConfig, batch: int, num_slots: int) -> Cache:
   """An empty key-value cache for `batch` rows of up to `num_slots` tokens, in config.dtype."""
   return attention_lib.init_cache(
     config.num_layers, batch, num_slots, config_lib.num_kv_heads(config), config_lib.head_dim(config), config.dtype

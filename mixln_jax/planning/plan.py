@@ -144,7 +144,7 @@ class Plan:
     """For machines: bytes, seconds and FLOPs, of one device where not said otherwise."""
     table = placement.parse(self.config.model.placement, self.config.model.num_layers)
     result: dict[str, Any] = {
-      "placement": table.strip,
+      "placement": table.layer_list,
       "parameters": self.parameters,
       "topology": self.topology._asdict(),
       "mesh": self.mesh,

@@ -18,7 +18,7 @@ def _lines(plan: Plan) -> Iterator[str]:
   table = placement.parse(config.model.placement, config.model.num_layers)
   mesh = describe_mesh(plan.mesh)
   slices = f" × {topology.num_slices} slices" if topology.num_slices > 1 else ""
-  yield f"placement  {table.strip}"
+  yield f"placement  {table.layer_list}"
   shape = f"{config.model.num_layers} layers × {config.model.embed_dim}"
   yield f"model      {plan.parameters / 1e6:.2f} M parameters, {shape}"
   yield f"devices    {topology.name}{slices}: {topology.num_devices} × {topology.device_kind}, mesh: {mesh}"

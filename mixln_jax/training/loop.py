@@ -356,7 +356,7 @@ def write_facts(setup: Setup, folder: RunFolder, params: Any, point: ResumePoint
     with (folder / folder_lib.CHANGES).open("a") as file:
       file.write(json.dumps({"step": point.step, "time": now, "changes": point.changes}) + "\n")
   folder.write(folder_lib.CONFIG, config_lib.to_json(setup.config))
-  folder.write(folder_lib.PLACEMENT, setup.table.strip + "\n")
+  folder.write(folder_lib.PLACEMENT, setup.table.layer_list + "\n")
   folder.write(folder_lib.PARAMETERS, folder_lib.parameter_table(params, count_params(setup.config.model)))
   manifest = setup.corpus.manifest
   data = {"fingerprint": manifest.fingerprint, "folder": str(setup.corpus.folder)}
@@ -386,7 +386,7 @@ def _announce(setup: Setup, folder: RunFolder, point: ResumePoint) -> None:
   model, manifest = setup.config.model, setup.corpus.manifest
   devices = setup.mesh.devices.flat
   mesh = describe_mesh(setup.mesh.shape)
-  print(f"placement  {setup.table.strip}")
+  print(f"placement  {setup.table.layer_list}")
   print(f"model      {count_params(model) / 1e6:.2f} M parameters, {model.num_layers} layers × {model.embed_dim}")
   train = manifest.splits["train"]
   size = f"{train.counted:,} training tokens" if train.counted else f"{train.documents:,} documents on the fly"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mixln_jax import config as config_lib
-from mixln_jax.config import Config
+from mixln_jax.config import Config, TrainConfig
 from mixln_jax.data.prepare import data_directory
 from mixln_jax.data.records import MANIFEST, named_tokenizer
 from mixln_jax.data.tokenizer import HUB, RECORDS, SENTENCEPIECE, content_hash
@@ -209,7 +209,7 @@ def find_start(setup: Setup) -> Start:
     return Start(folder, step, checkpoints.facts(step))
 
 
-def _step(checkpoints: Checkpoints, train: Config) -> int:
+def _step(checkpoints: Checkpoints, train: TrainConfig) -> int:
   steps, wanted = checkpoints.all_steps(), train.start_checkpoint
   where = f"{FIELD}={train.start_from!r}"
   if not steps:

@@ -193,7 +193,7 @@ def test_admin_profiles_each_scale_with_those_before_it_set(name):
     return np.asarray(h)[np.asarray(weights) > 0]
 
   x, omega, found = params["embedding"][tokens], 1.0, []
-  for index, kind in enumerate(placement.parse(name, 4).strip.split()):
+  for index, kind in enumerate(placement.parse(name, 4).layer_list.split()):
     p = jax.tree.map(lambda w, index=index: w[index], params["layers"])
     if kind != "admin":
       x = reference.layer(x, p, kind, index + 1, 4, model)

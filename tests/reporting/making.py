@@ -49,7 +49,7 @@ def make_run(
   config = config_of(**changes)
   write = lambda name, value: (folder / name).write_text(json.dumps(value))  # noqa: E731
   write("config.json", config)
-  (folder / "placement.txt").write_text(placement_lib.parse(config["model.placement"], NUM_LAYERS).strip + "\n")
+  (folder / "placement.txt").write_text(placement_lib.parse(config["model.placement"], NUM_LAYERS).layer_list + "\n")
   lines = metrics_lines(loss, config["train.num_steps"]) if loss is not None else []
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   sums = {name: 1000 * config["seed"] + index for index, name in enumerate(TENSORS)} | (weights or {})

@@ -1,0 +1,69 @@
+"""Files as every room writes and reads them: whole or not at all, and JSON lines whose last one may be torn."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mixln_jax.errors import InputError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+  """Writes a file so that a reader, or a process killed in between, finds the old content or the new one.
+
+  The partial file is named after machine and process: several of them may write the same file at once.
+
+  Raises:
+    OSError: it can't be written; the old content is still there.
+  """
+  partial = partial_of(path)
+  try:
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)
+  except OSError:
+    partial.unlink(missing_ok=True)  # of a disk that is full
+    raise
+
+
+def partial_of(path: Path) -> Path:
+  """Where this process writes what will be renamed to `path`."""
+  return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
+
+
+def is_partial(name: str) -> bool:
+  """Whether a file name is that of something unfinished, of this process or of one that died."""
+  return name.startswith(".") and name.endswith(".partial")
+
+
+def json_number(value: float) -> float | str:
+  """The number, or where it is not finite its name: JSON has no NaN or infinity, and other readers reject Python's."""
+  return value if math.isfinite(value) else str(value)
+
+
+def read_json_lines(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
+  """All whole lines of a file of JSON objects; none where there is no file. A torn last line is left out.
+
+  Args:
+    path: the file.
+    needs: keys that each object must have.
+
+  Raises:
+    InputError: another line is not JSON, or not an object with those keys.
+  """
+  lines = path.read_bytes().split(b"\n") if path.exists() else []
+  result = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      value = json.loads(line)
+    except ValueError as error:
+      if number == len(lines):  # torn, or nothing after the last newline
+        break
+      raise InputError(f"{path}: line {number} is not JSON; mend or remove the file") from error
+    if not isinstance(value, dict) or not set(needs) <= value.keys():
+      wanted = f"an object with {' and '.join(needs)}" if needs else "an object"
+      raise InputError(f"{path}: line {number} is not {wanted}; mend or remove the file")
+    result.append(value)
+  return result
