@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixln_jax import config as config_lib
-from mixln_jax.model.initial import abstract_params
+from mixln_jax.model.parameters import abstract_params
 
 # Options of a compilation whose bits are compared with those of another program (see conftest.py).
 EXACT = {"xla_cpu_use_fusion_emitters": True}

@@ -9,7 +9,7 @@ import pytest
 from mixln_jax import config as config_lib
 from mixln_jax.data import records
 from mixln_jax.errors import InputError
-from mixln_jax.model.initial import abstract_params, count_params
+from mixln_jax.model.parameters import abstract_params, count_params
 from mixln_jax.model.transformer import REMAT_POLICIES
 from mixln_jax.parallel.mesh import AXES
 

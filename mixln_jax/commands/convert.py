@@ -17,7 +17,7 @@ from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.interop import export, hf
 from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
-from mixln_jax.model.initial import count_params
+from mixln_jax.model.parameters import count_params
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.opening import read_config

@@ -13,8 +13,8 @@ from mixln_jax.config import Config, ModelConfig
 from mixln_jax.diagnostics import depth, parts
 from mixln_jax.diagnostics.removal import Score, make_removal_step, removal
 from mixln_jax.model import Transformer
-from mixln_jax.model.initial import abstract_params
 from mixln_jax.model.loss import batch_loss
+from mixln_jax.model.parameters import abstract_params, parameters
 from mixln_jax.parallel.rules import replicated
 from mixln_jax.placement import SUBLAYERS
 
@@ -120,7 +120,7 @@ def make_gradient_norms(model: ModelConfig, shardings: Any, mesh: Mesh) -> Gradi
     return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, more), count + more_count
 
   def finish(grads: Any, count: jax.Array) -> dict[str, jax.Array]:
-    norms = parts.norms(jax.tree.map(lambda g: g / count, grads))
+    norms = parts.norms(jax.tree.map(lambda g: g / count, grads), parameters(model))
     return {name: norms[f"{name}/"] for name in SUBLAYERS}
 
   everywhere = replicated(mesh)

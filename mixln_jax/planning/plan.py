@@ -13,7 +13,7 @@ from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import Config
 from mixln_jax.model.flops import executed_flops_per_token, train_flops_per_token
-from mixln_jax.model.initial import abstract_sharded_params, count_params
+from mixln_jax.model.parameters import abstract_sharded_params, count_params
 from mixln_jax.parallel.devices import DEVICES, GIB, Device
 from mixln_jax.parallel.mesh import abstract_mesh, attach, make_mesh
 from mixln_jax.planning.hlo import Traffic, traffic

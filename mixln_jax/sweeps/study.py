@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
-from mixln_jax.model.initial import deviations, logical_shape, param_leaves
+from mixln_jax.model.parameters import parameters
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
 from mixln_jax.runs.opening import read_config
 
@@ -215,9 +215,10 @@ def check_initial_weights(runs: Sequence[Run]) -> dict[str, str]:
       continue
     facts = json.loads(run.folder.read(INITIAL_WEIGHTS))
     hashes[run.name] = facts["hash"]
-    shapes = {path: logical_shape(path, leaf.shape, run.config.model) for path, leaf in param_leaves(run.config.model)}
-    for tensor, deviation in deviations(run.config.model).items():
-      same = (tensor, run.config.seed, shapes[tensor], str(deviation), run.config.model.param_dtype)
+    for tensor, param in parameters(run.config.model).items():
+      if not param.drawn:
+        continue
+      same = (tensor, run.config.seed, param.logical_shape, str(param.std), run.config.model.param_dtype)
       other, total = seen.setdefault(same, (run.name, facts["bit_sums"][tensor]))
       if total != facts["bit_sums"][tensor]:
         raise InputError(

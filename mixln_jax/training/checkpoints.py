@@ -14,7 +14,8 @@ from mixln_jax import placement
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.model import admin
-from mixln_jax.model.initial import abstract_params, initial_params
+from mixln_jax.model.initial import initial_params
+from mixln_jax.model.parameters import abstract_params
 from mixln_jax.parallel.mesh import attach, make_mesh
 from mixln_jax.parallel.rules import replicated
 from mixln_jax.runs import folder as folder_lib

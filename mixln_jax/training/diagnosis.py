@@ -8,7 +8,7 @@ import numpy as np
 
 from mixln_jax.diagnostics.parts import GAINS
 from mixln_jax.diagnostics.spikes import LossWindow
-from mixln_jax.model.columns import used_by_layer
+from mixln_jax.model.parameters import used_by_layer
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import JsonLines, json_number, read_lines
@@ -35,7 +35,7 @@ class Diagnosis:
     self._lines = JsonLines(path, start_step) if self._every or path.exists() else None
     lines = read_lines(folder / folder_lib.METRICS) if self._lines is not None and self._lines.writes else []
     self._losses = LossWindow(float(line["loss"]) for line in lines if line["split"] == "train")
-    used = used_by_layer(setup.table)
+    used = used_by_layer(setup.config.model)
     self._used = {statistic: used[name] for statistic, name in GAINS.items()}
 
   def program(self, step: int, ordinary: jax.stages.Compiled) -> jax.stages.Compiled:

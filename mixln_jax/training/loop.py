@@ -23,7 +23,7 @@ from mixln_jax.config import Config
 from mixln_jax.data.loader import unigram_entropy
 from mixln_jax.errors import InputError
 from mixln_jax.model.flops import train_flops_per_token
-from mixln_jax.model.initial import count_params
+from mixln_jax.model.parameters import count_params
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.devices import peak_flops
 from mixln_jax.parallel.mesh import describe_mesh, global_batch

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mixln_jax.config import Config, decay_steps, warmup_steps
-from mixln_jax.model.transformer import is_matrix, param_paths
+from mixln_jax.config import Config, ModelConfig, decay_steps, warmup_steps
+from mixln_jax.model.parameters import param_paths, parameters
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
@@ -47,7 +47,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     clip_by_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
     moment_cast(c.moment_dtype),
     scale_by_adam(c.b1, c.b2, c.epsilon),
-    optax.add_decayed_weights(c.weight_decay, mask=decayed) if c.weight_decay > 0 else optax.identity(),
+    optax.add_decayed_weights(c.weight_decay, mask=lambda params: decayed(config.model, params))
+    if c.weight_decay > 0
+    else optax.identity(),
   )
 
 
@@ -95,6 +97,7 @@ def init_moments(optimizer: optax.GradientTransformation, params: Any, dtype: st
   return optimizer.init(jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params))
 
 
-def decayed(params: Any) -> Any:
-  """True for each matrix, False for each gain and bias."""
-  return jax.tree.map(is_matrix, param_paths(params))
+def decayed(model: ModelConfig, params: Any) -> Any:
+  """True for each parameter that weight decay is for; `params` may be a tree that several placements share."""
+  decays = {path for path, param in parameters(model).items() if param.decays}
+  return jax.tree.map(lambda path: path in decays, param_paths(params))

@@ -18,7 +18,7 @@ from mixln_jax.data.opening import open_data
 from mixln_jax.data.records import Record
 from mixln_jax.errors import InputError
 from mixln_jax.model.attention_kernels import choose_attention
-from mixln_jax.model.initial import abstract_sharded_params
+from mixln_jax.model.parameters import abstract_sharded_params
 from mixln_jax.parallel.mesh import attach, make_mesh, rows_share
 from mixln_jax.parallel.processes import check_devices
 from mixln_jax.parallel.rules import batch_sharding, check_divides, logical_rules, replicated

@@ -14,7 +14,7 @@ from mixln_jax.data.prepare import data_directory
 from mixln_jax.data.records import MANIFEST, named_tokenizer
 from mixln_jax.data.tokenizer import HUB, RECORDS, SENTENCEPIECE, content_hash
 from mixln_jax.errors import InputError
-from mixln_jax.model.initial import abstract_sharded_params
+from mixln_jax.model.parameters import abstract_sharded_params
 from mixln_jax.parallel.bits import hash_of_sums
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import SUMS, Checkpoints

@@ -14,8 +14,9 @@ from mixln_jax.config import Config
 from mixln_jax.diagnostics import layers
 from mixln_jax.model import Transformer
 from mixln_jax.model.columns import Columns
-from mixln_jax.model.initial import abstract_params, draw_params, starting_values
+from mixln_jax.model.initial import draw_params, starting_values
 from mixln_jax.model.loss import batch_loss
+from mixln_jax.model.parameters import abstract_params, parameters
 from mixln_jax.parallel import rules
 from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
 
@@ -165,7 +166,7 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
     params = jax.tree.map(lambda new, old: jnp.where(update, new, old), params, state.params)
     in_a_row = jnp.where(update, 0, state.skipped_in_a_row + 1)
     skipped = state.skipped + jnp.where(update, 0, 1)
-    metrics = {
+    metrics: Metrics = {
       "loss": loss,
       "gradient_norm": gradient_norm,
       "learning_rate": rate,
@@ -173,7 +174,9 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
       "skipped_in_a_row": in_a_row,
     }
     if diagnose:
-      metrics["diagnostics"] = layers.of_step(statistics, count, grads, state.params, params)
+      metrics["diagnostics"] = layers.of_step(
+        statistics, count, grads, state.params, params, parameters(config.model, columns)
+      )
     return TrainState(state.step + 1, params, opt_state, skipped, in_a_row), metrics
 
   return train_step
