@@ -1,7 +1,8 @@
 """Which mesh axes each logical axis is sharded over: one table for parameters and activations."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +35,13 @@ LARGEST_REPLICATED = 4 * 2**20
 def logical_rules() -> list[tuple[str, Any]]:
   """The table as `flax.linen.logical_axis_rules` takes it."""
   return list(RULES.items())
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+  """The contexts in which the model's logical axes mean something."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
+    yield
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -32,8 +32,8 @@ class TrainState(flax.struct.PyTreeNode):
     step: updates done, int32.
     params: the parameters.
     opt_state: optax's state.
-    skipped: updates that were not made, since their loss or gradient was not finite, int32.
-    skipped_in_a_row: how many of them came last, one after the other, int32.
+    skipped: updates that were not made because their loss or gradient was not finite, int32.
+    skipped_in_a_row: how many of them came last, consecutively, int32.
   """
 
   step: Any
@@ -152,10 +152,11 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
     total, count, grads, statistics = gradient_and_statistics(
       model, state.params, batch, config.train.micro_batches, columns
     )
-    # Of the sums, and the mean by a factor: a norm of means, or a division, would make a CPU write all gradients again.
+    # Take the norm of the sums, and multiply by 1 / count: a norm of means, or a division, would make a CPU write all
+    # gradients to memory once more.
     loss, gradient_norm = total / count, optax.tree.norm(grads) / count
     grads = jax.tree.map(lambda g: g * (1 / count), grads)
-    # After too many in a row nothing more is updated: the host, which reads a step late, finds all as it was.
+    # After too many of them nothing more is updated: the host, which reads a step late, finds all as it was.
     halted = state.skipped_in_a_row >= config.train.max_skipped_in_a_row
     update = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & ~halted
     rate = jnp.asarray(schedule(state.step), jnp.float32)
