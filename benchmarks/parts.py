@@ -42,7 +42,7 @@ from mixln_jax.parallel.mesh import attach, global_batch, make_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.optimizer import init_moments, make_optimizer
-from mixln_jax.training.setup import lower_train_step
+from mixln_jax.training.program import lower_train_step
 
 BATCH, LENGTH = 8, 256
 Group = dict[str, Callable[[], Any]]  # case -> what is timed

@@ -40,7 +40,7 @@ from mixln_jax.model.parameters import abstract_sharded_params, gain_name
 from mixln_jax.model.residual import Stream
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.parallel.rules import logical_rules
-from mixln_jax.training.setup import abstract_batch
+from mixln_jax.training.program import abstract_batch
 from mixln_jax.training.step import gradient_sum
 
 TOPOLOGY = "v5e:4x4"

@@ -2,15 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mixln_jax.version import VERSION
+
 if TYPE_CHECKING:
   from mixln_jax.opening import OpenRun as OpenRun
   from mixln_jax.opening import open_run as open_run
 
-__version__ = "0.2.0"
+
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:
-  """`mixln_jax.open_run`, imported when it is asked for: importing JAX takes seconds, and not every command needs it."""
+  """`mixln_jax.open_run`, imported when it is asked for: JAX takes seconds to import, and few commands need it."""
   if name in ("open_run", "OpenRun"):
     from mixln_jax import opening
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -54,7 +53,7 @@ def diagnose(
   scores: Mapping[str, Score] | None = None,
   watch: Watch = lambda batches, _: batches,
 ) -> dict[str, Any]:
-  """Measures a model. Call it where the model's logical axes mean something (`training.setup.on_mesh`).
+  """Measures a model. Call it where the model's logical axes mean something (`parallel.rules.on_mesh`).
 
   Args:
     config: of the run.
@@ -108,7 +107,7 @@ def make_gradient_norms(model: ModelConfig, shardings: Any, mesh: Mesh) -> Gradi
   transformer = Transformer(model)
 
   def zeros() -> tuple[Any, jax.Array]:
-    shapes = nn.unbox(abstract_params(model))
+    shapes = abstract_params(model)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes), jnp.zeros(())
 
   def loss(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

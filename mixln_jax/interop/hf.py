@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -108,7 +107,7 @@ def import_weights(tensors: Mapping[str, Any], model: ModelConfig) -> Any:
     InputError: a tensor is missing, of another shape, or stands for nothing in this model.
   """
   left = {name for name in tensors if not name.endswith(IGNORED)}
-  tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), nn.unbox(abstract_params(model)))
+  tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_params(model))
   for param in parameters(model).values():
     if param.used_L is not None:  # what a layer does not use stays at a value that does nothing
       tree["layers"][param.name][...] = 0.0 if param.name == "gpas" else 1.0

@@ -12,11 +12,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import ModelConfig
@@ -241,15 +240,19 @@ def _learned(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Par
 
 
 def abstract_params(model: ModelConfig, columns: Columns | None = None) -> Any:
-  """Shapes, types and logical axes of the parameters, boxed as linen has them; nothing is traced.
+  """The tree of the parameters' shapes and types; nothing is traced. Arguments as `parameters` has them."""
+  dtype, table = jnp.dtype(model.param_dtype), parameters(model, columns)
+  return tree_of({path: jax.ShapeDtypeStruct(param.shape, dtype) for path, param in table.items()})
 
-  Arguments as `parameters` has them.
+
+def param_shardings(model: ModelConfig, mesh: Mesh, columns: Columns | None = None) -> Any:
+  """The tree of the parameters' shardings on a mesh.
+
+  Raises:
+    InputError: the mesh does not divide a tensor, or leaves a large one replicated.
   """
-  boxes = {}
-  for param in parameters(model, columns).values():
-    leaf = jax.ShapeDtypeStruct(param.shape, jnp.dtype(model.param_dtype))
-    boxes[param.path] = nn.LogicallyPartitioned(leaf, names=param.axes)  # pyright: ignore[reportArgumentType]
-  return tree_of(boxes)
+  axes = {path: PartitionSpec(*param.axes) for path, param in parameters(model, columns).items()}
+  return rules.shardings(abstract_params(model, columns), tree_of(axes), mesh)
 
 
 def tree_of(by_path: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,8 +266,7 @@ def tree_of(by_path: Mapping[str, Any]) -> dict[str, Any]:
 
 def abstract_sharded_params(model: ModelConfig, mesh: Mesh) -> Any:
   """Shapes, types and shardings of the parameters on a mesh: what a checkpoint is restored onto."""
-  boxed = abstract_params(model)
-  return attach(nn.unbox(boxed), rules.shardings(boxed, mesh))
+  return attach(abstract_params(model), param_shardings(model, mesh))
 
 
 def count_params(model: ModelConfig) -> int:

@@ -92,20 +92,23 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def shardings(boxed: Any, mesh: Mesh) -> Any:
-  """The sharding of each tensor of an abstract tree whose leaves are boxed with logical axes.
+def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
+  """The sharding of each tensor of a tree.
+
+  Args:
+    shapes: the tree of what has a shape.
+    axes: the same tree, of PartitionSpecs over logical axes.
+    mesh: what they are cut over.
 
   Raises:
     ValueError: as `check_axes`.
     InputError: the mesh does not divide a tensor, or leaves a large one replicated.
   """
-  specs = nn.get_partition_spec(boxed)
-  for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
+  for path, spec in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_spec):
     check_axes(jax.tree_util.keystr(path, simple=True, separator="/"), spec)
-  result = nn.logical_to_mesh_sharding(specs, mesh, logical_rules())
-  for (path, leaf), sharding in zip(
-    jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(result), strict=True
-  ):
+  result = nn.logical_to_mesh_sharding(axes, mesh, logical_rules())
+  leaves = jax.tree_util.tree_leaves_with_path(shapes)
+  for (path, leaf), sharding in zip(leaves, jax.tree.leaves(result), strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     check_divides(name, leaf.shape, sharding)
     check_not_replicated(name, leaf.shape, sharding)

@@ -16,7 +16,7 @@ import numpy as np
 from mixln_jax.errors import InputError
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.metrics import read_lines
+from mixln_jax.runs.metrics import read_metrics
 
 STUDY, STUDY_RUNS = "study.json", "runs"
 DIAGNOSTICS, DIAGNOSE = "diagnostics.jsonl", "diagnose"
@@ -227,7 +227,7 @@ def read_run(name: str, path: Path) -> Run:
   def facts(file: str) -> dict[str, Any]:
     return attempt(lambda: _read_json(folder / file), {}) if (folder / file).is_file() else {}
 
-  lines = attempt(lambda: read_lines(folder / folder_lib.METRICS), [])
+  lines = attempt(lambda: read_metrics(folder / folder_lib.METRICS), [])
   columns = {
     split: attempt(lambda split=split: _columns([line for line in lines if line["split"] == split]), {})
     for split in ("train", "validation")

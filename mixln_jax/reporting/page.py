@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2
 
-from mixln_jax import __version__
 from mixln_jax.errors import InputError
 from mixln_jax.reporting import charts, comparison, figures, tables
 from mixln_jax.reporting.comparison import Group, Standing
@@ -19,6 +18,7 @@ from mixln_jax.reporting.fairness import Finding, find
 from mixln_jax.reporting.loading import Material
 from mixln_jax.reporting.panels import DARK, LIGHT, Figure, Panel, Series
 from mixln_jax.reporting.tables import Table, difference_and_interval, mean_and_deviation, write_csv
+from mixln_jax.version import VERSION
 
 PAGE, FIGURES, TABLES = "report.html", "figures", "tables"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -276,7 +276,7 @@ def _render(analysis: Analysis, folder: Path) -> str:
     study=study,
     title=study.name if study else "Comparison of placements" if len(runs) > 1 else runs[0].name,
     time=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-    version=__version__,
+    version=VERSION,
     fair=not any(finding.level == "unfair" for finding in analysis.findings),
     differing=differing,
     tables={table.name: table for table in analysis.tables},

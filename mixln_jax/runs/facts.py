@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-from mixln_jax import __version__
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
@@ -20,6 +19,7 @@ from mixln_jax.files import json_object
 from mixln_jax.parallel.rules import mesh_axes
 from mixln_jax.runs.folder import CONFIG, ENVIRONMENT, RunFolder
 from mixln_jax.text import aligned
+from mixln_jax.version import VERSION
 
 PACKAGES = (
   "jax",
@@ -62,7 +62,7 @@ def written_by(folder: RunFolder) -> str:
 def environment() -> dict[str, Any]:
   """Versions, devices and code revision of this process."""
   return {
-    "version": __version__,
+    "version": VERSION,
     "python": platform.python_version(),
     "platform": platform.platform(),
     "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

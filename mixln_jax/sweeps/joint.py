@@ -61,7 +61,7 @@ def train_together(study: Study, runs: Sequence[Run]) -> list[Outcome]:
   program = JointProgram({run.name: run.config for run in runs}, study.base.mesh)
   corpus = open_data(program.config)
   setups = [Setup(run.config, program.mesh, corpus) for run in runs]
-  check_batches(setups[0])
+  check_batches(runs[0].config, program.mesh)
   agree("the start of the study", {run.name: run.values for run in runs} | start_facts(setups[0]))
   old_configs = [old_config_of(run.folder, run.config) for run in runs]
   for run, setup in zip(runs, setups, strict=True):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -244,8 +243,7 @@ def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
   config_lib.validate(config)
   mesh = make_mesh(config.mesh)
   shardings = step_lib.state_shardings(config, mesh)
-  expected = nn.unbox(abstract_params(config.model))
-  if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
+  if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, abstract_params(config.model)):
     raise ValueError("params are not of the shapes of config.model")
   folder = check_new(workdir)
   state = fresh_state(config, jax.device_put(params, shardings.params), shardings)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mixln_jax import __version__, placement
 from mixln_jax import config as config_lib
+from mixln_jax import placement
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.opening import Setup
@@ -14,6 +14,7 @@ from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.facts import written_by
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.training import step as step_lib
+from mixln_jax.version import VERSION
 
 
 def open_checkpoints(config: Config, folder: RunFolder) -> Checkpoints:
@@ -37,7 +38,7 @@ def facts_of(config: Config, fingerprint: str | None) -> dict[str, Any]:
   """What a checkpoint says of itself. `fingerprint`: of the data that it was trained on; None = of none here."""
   table = config_lib.table(config.model)
   return {
-    "version": __version__,
+    "version": VERSION,
     "config": config_lib.flatten(config),
     "placement": table.to_json(),
     "fingerprint": fingerprint,
@@ -56,7 +57,7 @@ def check_facts(facts: Mapping[str, Any], setup: Setup, folder: RunFolder) -> No
   if placement.Table.from_json(facts["placement"], writer) != setup.table:
     raise InputError(
       f"workdir={folder.address}: config.model.placement={setup.config.model.placement!r} means another table in this "
-      f"version ({__version__}) than in the checkpoint; use the version that wrote it, {writer}"
+      f"version ({VERSION}) than in the checkpoint; use the version that wrote it, {writer}"
     )
 
 

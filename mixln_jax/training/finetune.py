@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mixln_jax import config as config_lib
-from mixln_jax.config import Config, TrainConfig
+from mixln_jax.config import Config, ModelConfig, TrainConfig
 from mixln_jax.data.checks import data_directory
 from mixln_jax.data.records import MANIFEST, named_tokenizer
 from mixln_jax.data.tokenizer import FILES, HUB, RECORDS, SENTENCEPIECE, content_hash
@@ -131,7 +131,7 @@ def _with_run(folder: RunFolder) -> RunFolder:
   return folder
 
 
-def _model_of(theirs: Config, config: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _model_of(theirs: ModelConfig, config: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of `theirs`, but those that compute the same and are stated here.
 
   A field is stated where it stands on the command line, or differs from its default.

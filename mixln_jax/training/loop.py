@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
@@ -54,7 +55,7 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   """
   clock = Clock()
   setup = set_up(config)
-  check_batches(setup)
+  check_batches(config, setup.mesh)
   program = SingleProgram(setup.config, setup.mesh)
   folder = RunFolder(workdir)
   old_config = old_config_of(folder, config)
@@ -72,15 +73,14 @@ def train(config: Config, workdir: str | Path) -> Outcome:
     return train_members(program, [member], clock)[0]
 
 
-def check_batches(setup: Setup) -> None:
+def check_batches(config: Config, mesh: Mesh) -> None:
   """Rejects a config whose micro-batches, or batches of the evaluation, the mesh can't cut; raises InputError."""
-  config = setup.config
   sizes = {
     "config.train.batch_size / micro_batches": config.train.batch_size // config.train.micro_batches,
     "config.evaluate.batch_size": config.evaluate.batch_size,
   }
   for name, size in sizes.items():
-    check_divides(name, (size, config.data.sequence_length), batch_sharding(setup.mesh))
+    check_divides(name, (size, config.data.sequence_length), batch_sharding(mesh))
 
 
 def start_facts(setup: Setup) -> dict[str, Any]:
@@ -167,8 +167,10 @@ class _Loop:
         self._profiler.before(self.step + 1)
         with self._clock("input"):
           batch = global_batch(next(batches), setup.mesh)
-        diagnose = diagnostic_step is not None and is_diagnostic(self.step + 1, config.diagnostics.every_steps)
-        self._dispatch(diagnostic_step if diagnose else train_step, batch)
+        compiled = train_step
+        if diagnostic_step is not None and is_diagnostic(self.step + 1, config.diagnostics.every_steps):
+          compiled = diagnostic_step
+        self._dispatch(compiled, batch)
         for member in self._members:
           member.checkpoints.check()
         stopped_by = _stopped_by(self.step, stop)

@@ -117,6 +117,7 @@ class Member:
     folder.write_json(folder_lib.DATA, data | {"tokenizer_sha256": manifest.tokenizer_sha256})
     if is_first():
       try:
+        (folder / folder_lib.TOKENIZER).mkdir(exist_ok=True)
         write_tokenizer(self.setup.corpus.tokenizer, folder / folder_lib.TOKENIZER)
       except OSError as error:
         raise InputError(f"{folder.address}: the tokenizer can't be written ({error.strerror})") from error

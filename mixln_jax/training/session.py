@@ -1,4 +1,4 @@
-"""The command that trains, `train` and `finetune` alike: it joins the other processes, trains, and says how it ended."""
+"""The command that trains, `train` and `finetune` alike: it joins the other processes, trains, says how it ended."""
 
 import sys
 from collections.abc import Mapping

@@ -16,7 +16,7 @@ from mixln_jax.model import Transformer
 from mixln_jax.model.columns import Columns
 from mixln_jax.model.initial import draw_params, starting_values
 from mixln_jax.model.loss import batch_loss
-from mixln_jax.model.parameters import abstract_params, parameters
+from mixln_jax.model.parameters import param_shardings, parameters
 from mixln_jax.parallel import rules
 from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
 
@@ -76,7 +76,7 @@ def abstract_state(config: Config, columns: Columns | None = None) -> TrainState
 
 def state_shardings(config: Config, mesh: Mesh, columns: Columns | None = None) -> TrainState:
   """The sharding of each tensor of the state: moments lie where their parameters do, the rest is replicated."""
-  params = rules.shardings(abstract_params(config.model, columns), mesh)
+  params = param_shardings(config.model, mesh, columns)
   replicated = rules.replicated(mesh)
   opt_state = optax.tree.map_params(
     make_optimizer(config),
