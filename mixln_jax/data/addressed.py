@@ -83,7 +83,9 @@ def _open_hugging_face(address: Address) -> Any:
     loaded = datasets.load_from_disk(str(folder))
   except Exception as error:
     raise InputError(f"{where}: can't be opened ({type(error).__name__}: {one_line(error)})") from error
-  splits: Any = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
+  splits: Any = loaded
+  if not isinstance(loaded, datasets.DatasetDict):  # a single split was saved
+    splits = {str(loaded.split or "train"): loaded}
   if address.split not in splits:
     raise InputError(f"{where}: no such split; it has {', '.join(splits)}")
   return splits[address.split]

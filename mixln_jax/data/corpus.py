@@ -161,7 +161,7 @@ def _parquet(path: str) -> Any:
   try:
     return pyarrow.parquet.ParquetFile(File(path).open())
   except pyarrow.ArrowException as error:
-    raise InputError(f"config.data.source: {path} is no Parquet file ({error}); download it again") from error
+    raise InputError(f"config.data.source: {path} is not a Parquet file ({error}); download it again") from error
 
 
 def _parquet_parts(path: str) -> list[Part]:

@@ -41,8 +41,8 @@ class File:
     """The size in bytes, and a text that differs once the file has changed (its time, or a bucket's equivalent)."""
     fs, path = _filesystem(self.path)
     info = fs.info(path)
-    stamps = [info[name] for name in ("mtime", "etag", "updated") if name in info]
-    return int(info["size"] or 0), str(stamps[0]) if stamps else ""
+    stamps = [str(info[name]) for name in ("mtime", "etag", "updated") if name in info]
+    return int(info["size"] or 0), next(iter(stamps), "")
 
   def open(self) -> Any:
     fs, path = _filesystem(self.path)
@@ -108,7 +108,7 @@ class File:
         if not skipping:
           if end is not None and at >= end:
             return
-          yield at, (b"".join((*pending, piece)) if length <= LONGEST_DOCUMENT else None)
+          yield at, _whole_line([*pending, piece], length)
         at, skipping, pending, size = at + length, False, [], 0
       size += len(rest)
       if skipping or size > LONGEST_DOCUMENT:
@@ -116,7 +116,12 @@ class File:
       else:
         pending.append(rest)
     if size and not skipping and (end is None or at < end):  # the last line need not end with a newline
-      yield at, (b"".join(pending) if size <= LONGEST_DOCUMENT else None)
+      yield at, _whole_line(pending, size)
+
+
+def _whole_line(pieces: list[bytes], length: int) -> bytes | None:
+  """A line from its pieces; None if it is too long, and some of its pieces were dropped."""
+  return b"".join(pieces) if length <= LONGEST_DOCUMENT else None
 
 
 class _Unpacker:

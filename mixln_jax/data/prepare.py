@@ -366,7 +366,8 @@ def _run(jobs: Sequence[Job], workers: int, *, progress: bool) -> list[Result]:
   if results:
     print(f"resumed     {len(results)} of {len(jobs)} parts were done already")
   workers = min(workers, len(todo))
-  with tqdm(desc="prepare", unit=" documents", disable=None if progress else True) as bar:
+  hidden = None if progress else True  # None: tqdm hides itself where there is no terminal
+  with tqdm(desc="prepare", unit=" documents", disable=hidden) as bar:
     if workers > 1:
       results |= _run_in_pool(todo, workers, bar, total=len(jobs))
     else:
@@ -435,9 +436,13 @@ def _check_results(results: Sequence[Result], config: Config, partial: Path) -> 
 
   With too many bad documents the unfinished work stays, since config.data.max_bad_share may be raised.
   """
-  documents = {name: sum(result.splits[name].documents for result in results) for name in SPLITS}
+  documents: Counter[str] = Counter()  # of each split
+  bad = 0
+  for result in results:
+    bad += sum(result.skipped.values())
+    for name, split in result.splits.items():
+      documents[name] += split.documents
   good = sum(documents.values())
-  bad = sum(sum(result.skipped.values()) for result in results)
   source = f"config.data.source={config.data.source!r}"
   if bad > config.data.max_bad_share * (good + bad):
     examples = [where for result in results for where in result.where]
