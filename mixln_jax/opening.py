@@ -24,7 +24,7 @@ from mixln_jax import placement
 from mixln_jax.config import BEST, NEWEST, Config
 from mixln_jax.data.loader import Data, Loader
 from mixln_jax.data.opening import open_data
-from mixln_jax.data.tokenizer import FILES, Tokenizer, read_written_tokenizer
+from mixln_jax.data.tokenizer import FILES, Tokenizer, content_hash, read_written_tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.files import json_object
 from mixln_jax.model import Transformer
@@ -148,17 +148,32 @@ class OpenRun:
     Raises:
       InputError: it is neither here nor there.
     """
-    written = _written_tokenizer(self.folder)
-    return self.setup.corpus.tokenizer if written is None else written
+    tokenizer = _written_tokenizer(self.folder)
+    if tokenizer is None:
+      return self.setup.corpus.tokenizer
+    stated = data_facts(self.folder).get("tokenizer_sha256")
+    if stated not in (None, content_hash(tokenizer)):
+      raise InputError(
+        f"{self.folder.address}/{folder_lib.TOKENIZER}: is not the tokenizer that the run was trained with "
+        f"({folder_lib.DATA} says sha256 {stated[:12]}…); copy it from the run's records"
+      )
+    return tokenizer
 
   @functools.cached_property
   def setup(self) -> Setup:
     """The run's mesh and data, for its validation set.
 
     Raises:
-      InputError: the records are not on this machine.
+      InputError: the records are not on this machine, or are not those that the run was trained on.
     """
-    return set_up(self.config, records_of(self.folder))
+    setup = set_up(self.config, records_of(self.folder))
+    found, stated = setup.corpus.manifest.fingerprint, data_facts(self.folder).get("fingerprint")
+    if stated not in (None, found):
+      raise InputError(
+        f"workdir={self.folder.address}: the run was trained on data {stated[:12]}…, but {setup.corpus.folder} is "
+        f"{found[:12]}…; set config.data.directory to the run's, or bring its records back"
+      )
+    return setup
 
   def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray | jax.Array) -> jax.Array:
     """Logits [B, T, V], fp32, of token ids [B, T] (or [T] for one row)."""
@@ -171,6 +186,14 @@ class OpenRun:
   def metrics(self) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, oldest first."""
     return read_metrics(self.folder / folder_lib.METRICS)
+
+
+def data_facts(folder: RunFolder) -> dict[str, Any]:
+  """What a run says of its data; nothing for one that was never trained here."""
+  try:
+    return json_object(folder.read(folder_lib.DATA), folder_lib.DATA)
+  except InputError:
+    return {}
 
 
 def _written_tokenizer(folder: RunFolder) -> Tokenizer | None:
@@ -264,10 +287,7 @@ def choose_step(checkpoints: Checkpoints, wanted: int | str, where: str, paramet
 
 def records_of(folder: RunFolder) -> Path | None:
   """The folder of the records that a run says it was trained on; None where it does not say, or not in full."""
-  try:
-    records = json_object(folder.read(folder_lib.DATA), folder_lib.DATA).get("folder")
-  except InputError:
-    return None
+  records = data_facts(folder).get("folder")
   if not isinstance(records, str) or not Path(records).is_absolute():
     return None
   return Path(records)

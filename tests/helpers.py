@@ -49,5 +49,5 @@ def random_tokens(model, batch=3, length=12, seed=1):
 
 def saved_params(workdir, step="newest"):
   """The parameters of a run's checkpoint."""
-  with mixln_jax.open_run(workdir, step) as run:
+  with mixln_jax.open_run(getattr(workdir, "address", workdir), step or "newest") as run:
     return run.params

@@ -17,9 +17,8 @@ from mixln_jax.data.checks import data_directory
 from mixln_jax.data.records import MANIFEST, named_tokenizer
 from mixln_jax.data.tokenizer import FILES, HUB, RECORDS, SENTENCEPIECE, content_hash
 from mixln_jax.errors import InputError
-from mixln_jax.files import json_object
 from mixln_jax.model.parameters import abstract_sharded_params
-from mixln_jax.opening import Setup, choose_step
+from mixln_jax.opening import Setup, choose_step, data_facts
 from mixln_jax.parallel.bits import hash_of_sums
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import SUMS, Checkpoints
@@ -159,7 +158,7 @@ def _tokenizer_name(folder: RunFolder, known: Config) -> str:
   if data.mixture:
     records = Path(data.mixture.split(",")[0].rpartition(":")[0].strip())
   else:
-    records = Path(_data_facts(folder).get("folder") or data_directory(known))
+    records = Path(data_facts(folder).get("folder") or data_directory(known))
   if not data.on_the_fly and (records.expanduser() / MANIFEST).is_file():
     return f"{RECORDS}{records}"
   if data.tokenizer != SENTENCEPIECE:
@@ -174,17 +173,9 @@ def _tokenizer_name(folder: RunFolder, known: Config) -> str:
   )
 
 
-def _data_facts(folder: RunFolder) -> dict[str, Any]:
-  """What a run says of its data; nothing for one that was never trained here."""
-  try:
-    return json_object(folder.read(folder_lib.DATA), folder_lib.DATA)
-  except InputError:
-    return {}
-
-
 def _check_tokenizer(folder: RunFolder, known: Config, sha256: str, name: str) -> None:
   """Refuses a tokenizer, known by its hash, that is not the one that the run was trained with."""
-  theirs = _data_facts(folder).get("tokenizer_sha256")
+  theirs = data_facts(folder).get("tokenizer_sha256")
   if theirs is None:
     theirs = content_hash(named_tokenizer(_tokenizer_name(folder, known)))
   if sha256 != theirs:

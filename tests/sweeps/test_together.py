@@ -115,7 +115,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(trained, tmp_path, monkeyp
   runs = open_study(study, tmp_path / "study")
   assert joint_set(runs) == runs
   with monkeypatch.context() as patch:
-    patch.setattr(together, "stop_on_signals", lambda: contextlib.nullcontext(AfterThreeSteps()))
+    patch.setattr(loop, "stop_on_signals", lambda: contextlib.nullcontext(AfterThreeSteps()))
     assert {outcome.status for outcome in train_together(study, runs)} == {outcomes_lib.STOPPED}
   # As a kill would leave it that came between the checkpoints of two runs.
   shutil.rmtree(runs[4].folder / "checkpoints" / "3")
