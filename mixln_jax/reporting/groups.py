@@ -61,7 +61,11 @@ def value_of(run: ReportedRun, field: str) -> Any:
 def differing_fields(runs: Sequence[ReportedRun]) -> list[str]:
   """Config fields that are not the same in all runs, in the order of FIELDS, then those that this version lacks."""
   unknown = {field for run in runs for field in run.config if field not in FIELDS}
-  return [field for field in (*FIELDS, *sorted(unknown)) if len({value_of(run, field) for run in runs}) > 1]
+  differing = []
+  for field in (*FIELDS, *sorted(unknown)):
+    if len({value_of(run, field) for run in runs}) > 1:
+      differing.append(field)
+  return differing
 
 
 def changes_the_run(field: str) -> bool:

@@ -47,7 +47,7 @@ def test_what_is_not_fair_is_said(one, other, words, tmp_path):
   assert words in findings[0][1]
 
 
-def test_weights_that_a_placement_draws_otherwise_are_no_fault_but_the_embedding_is(tmp_path):
+def test_weights_that_a_placement_draws_differently_are_no_fault_but_the_embedding_is(tmp_path):
   scaled = {"model__placement": "pre+scaled_init"}
   findings = found(tmp_path / "a", PRE, scaled | {"weights": {"layers/output": 7, "layers/down": 8}})
   assert [level for level, _ in findings] == ["note"]
@@ -62,7 +62,7 @@ def test_fields_that_compute_the_same_are_only_noted(tmp_path):
   ]
 
 
-def test_diagnoses_of_each_runs_last_step_are_alike_and_old_ones_are_a_caution(tmp_path):
+def test_diagnoses_of_each_runs_last_step_are_comparable_and_old_ones_are_a_caution(tmp_path):
   longer = {"train__num_steps": 40, "diagnosis": {"step": 40}}
   assert not any("diagnosed" in text for _, text in found(tmp_path / "a", PRE, POST | longer))
   early = {"diagnosis": {"step": 10}}
@@ -72,7 +72,7 @@ def test_diagnoses_of_each_runs_last_step_are_alike_and_old_ones_are_a_caution(t
   ]
 
 
-def test_seeds_are_held_against_each_other_by_group(tmp_path):
+def test_seeds_are_compared_by_group(tmp_path):
   rates = [{"optimizer__learning_rate": 3e-3, "seed": seed} for seed in range(2)] + [{"optimizer__learning_rate": 1e-3}]
   findings = found(tmp_path / "a", *(name | rate for name in (PRE, POST) for rate in rates))
   assert findings == [
@@ -170,6 +170,6 @@ def test_machines_and_versions_that_differ_are_named(tmp_path):
 def test_the_drawn_parameters_are_those_of_the_model():
   """Would catch a new matrix in the model whose initial numbers a report would not compare."""
   config = config_lib.base()
-  config.model.placement = "pre+gpas,layerscale+qk_norm*11"
+  config.model.placement = "pre+gpas,layerscale*11+qk_norm"
   drawn = {param.name for param in parameters(config.model).values() if param.drawn}
   assert set(DRAWN) == drawn

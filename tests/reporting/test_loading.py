@@ -72,7 +72,7 @@ def test_a_run_without_a_readable_config_is_left_out_and_named(tmp_path):
     load([str(broken)])
 
 
-def test_what_is_not_there_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_an_error(tmp_path):
   with pytest.raises(InputError, match="holds neither a run"):
     load([str(make_run(tmp_path / "run")), str(tmp_path)])
 
