@@ -23,7 +23,7 @@ from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs import lock as lock_lib
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import read_metrics
-from mixln_jax.training import loop
+from mixln_jax.training import loop, member
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.stopping import StopRequest
 
@@ -359,7 +359,7 @@ def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_do_the_step_again(
   config = make_config(**{"train.max_skipped_in_a_row": 2, "train.num_steps": 8})
   outcome = loop.train(config, tmp_path / "run")
   assert (outcome.status, outcome.step, outcome.skipped_updates) == ("non_finite", 5, 3)
-  assert "2 updates in a row skipped" in outcome.message
+  assert "2 consecutive updates skipped" in outcome.message
   assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "non_finite"
   last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
   assert (last["step"], last["loss"]) == (5, "nan")
@@ -475,7 +475,7 @@ def test_a_tracker_that_fails_never_stops_a_run(make_config, tmp_path, capsys, m
     def close(self):
       raise OSError("no quota left")
 
-  monkeypatch.setattr(loop, "TensorBoardMirror", Broken)
+  monkeypatch.setattr(member, "TensorBoardMirror", Broken)
   config = make_config(**{"logging.tensorboard": True, "logging.wandb_project": "nowhere"})
   assert loop.train(config, tmp_path / "run").status == "finished"
   complaints = capsys.readouterr().err
