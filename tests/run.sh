@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets itself up and runs the tests on CPU. Extra arguments go to pytest; --slow adds the long tests.
 #   bash tests/run.sh tests/model -k causal
+#   PYTHON=python3.13 VENV=.venv-3.13 bash tests/run.sh    # with another Python, in an environment of its own
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,4 +21,4 @@ done
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 set_up_environment requirements-dev.txt
-run .venv/bin/python -m pytest -n 2 --dist loadscope -m "$selection" ${arguments[@]+"${arguments[@]}"}
+run "${VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadscope -m "$selection" ${arguments[@]+"${arguments[@]}"}

@@ -13,7 +13,7 @@ from mixln_jax.placement import MODIFIERS, ROWS, Row, Table, num_post_layers, pa
 
 
 @pytest.mark.parametrize(
-  ("placement", "num_layers", "strip"),
+  ("placement", "num_layers", "layer_list"),
   [
     ("pre", 3, "pre pre pre"),
     ("mix:0.25", 12, "post post post pre pre pre pre pre pre pre pre pre"),
@@ -29,8 +29,8 @@ from mixln_jax.placement import MODIFIERS, ROWS, Row, Table, num_post_layers, pa
     ("mix:0.5+scaled_init", 2, "post+scaled_init pre+scaled_init"),
   ],
 )
-def test_strips(placement, num_layers, strip):
-  assert parse(placement, num_layers).layer_list == strip
+def test_layer_lists(placement, num_layers, layer_list):
+  assert parse(placement, num_layers).layer_list == layer_list
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,10 @@ def test_no_text_does_anything_but_parse_or_be_refused(text):
   assert len(table.layers) == 12
 
 
-def test_every_row_and_modifier_is_documented():
+@pytest.mark.parametrize("name", [*ROWS, *MODIFIERS])
+def test_every_row_and_modifier_has_its_line_in_the_readme(name):
+  """A placement that nobody can find is not there: README's tables are its documentation."""
   readme = (Path(__file__).parents[1] / "README.md").read_text()
   first_cells = [line.split("|")[1] for line in readme.splitlines() if line.startswith("| `")]
-  documented = {name for cell in first_cells for name in re.findall(r"`\+?(\w+)`", cell)}
-  assert {*ROWS, *MODIFIERS} <= documented
+  documented = {word for cell in first_cells for word in re.findall(r"`\+?(\w+)`", cell)}
+  assert name in documented, f"README.md: add a line for `{name}` to the table of placements"

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import random_params, random_tokens, small_model
 from ml_collections import FrozenConfigDict
 
@@ -13,20 +14,32 @@ from mixln_jax.model import Transformer, next_token_loss
 from mixln_jax.placement import ROWS
 from model import reference
 
-UNIFORM = (*ROWS, "pre+gpas", "sandwich+gpas", "pre+qk_norm")
-STRIPS = {
+# One argument, beside its default, of each row that takes one.
+ARGUMENTS = {"lns": "lns:0.25", "keel": "keel:3", "layerscale": "layerscale:0.01"}
+UNIFORM = (*ROWS, *ARGUMENTS.values(), "pre+gpas", "sandwich+gpas", "pre+qk_norm")
+LAYER_LISTS = {
   **{name: " ".join([name] * 4) for name in UNIFORM},
   "mix:0.25": "post pre pre pre",
   "mix:0.5": "post post pre pre",
   "mix:0.5+gpas": "post+gpas post+gpas pre+gpas pre+gpas",
-  "pre*1,sandwich*2,post*1": "pre sandwich sandwich post",
+  "pre*1,sandwich*1,peri*1,post*1": "pre sandwich peri post",
   "lns*2,post*1,reordered*1": "lns lns post reordered",
   "keel*2,admin*1,layerscale*1": "keel keel admin layerscale",
+  "lns:0.25*2,keel:3*1,layerscale:0.01*1": "lns:0.25 lns:0.25 keel:3 layerscale:0.01",
   "hybrid_first*2,skipinit*1,deepnorm*1+gpas": "hybrid_first hybrid_first skipinit deepnorm+gpas",
   "pre*1+qk_norm,reordered*2+qk_norm_full,hybrid*1": "pre+qk_norm reordered+qk_norm_full reordered+qk_norm_full hybrid",
 }
-MIXED = {kind for name, strip in STRIPS.items() if "*" in name for kind in strip.split()}
+MIXED = {kind for name, layer_list in LAYER_LISTS.items() if "*" in name for kind in layer_list.split()}
 CORE = ("pre", "post", "mix:0.25", "mix:0.5", "hybrid_first*2,skipinit*1,deepnorm*1+gpas")
+
+
+def each_placement(*values):
+  """A parameter set (name, *values) of each placement. One that also stands in a mixture is tested alone with the long
+  tests; a row of placement.ROWS that no mixture has yet, with all tests."""
+  return [
+    pytest.param(name, *values, marks=[pytest.mark.slow] if name in MIXED.difference(CORE) else [])
+    for name in LAYER_LISTS
+  ]
 
 
 def mean_loss(model, params, tokens, **arguments):
@@ -59,7 +72,7 @@ def reference_case(name):
   """Parameters, tokens, and what the reference makes of them."""
   model = small_model(placement=name)
   params, tokens = random_params(model), random_tokens(model)
-  kinds = tuple(STRIPS[name].split())
+  kinds = tuple(LAYER_LISTS[name].split())
   loss, gradient = reference.loss_and_gradient(params, tokens, kinds, FrozenConfigDict(model))
   return params, tokens, reference_logits(model, params, tokens, kinds), loss, gradient
 

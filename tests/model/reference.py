@@ -57,6 +57,35 @@ def mlp(x, p):
   return (gate / (1 + jnp.exp(-gate)) * (x @ p["up"])) @ p["down"]
 
 
+class At(NamedTuple):
+  number: int  # of the layer, from 1
+  total: int  # layers
+  name: str  # of the sublayer
+  argument: float | None  # the number after the placement's colon
+
+
+def lns(x, f, n, n2, g, w, at):
+  exponent = 0.5 if at.argument is None else at.argument
+  return g(x + f(n(x) / at.number**exponent))
+
+
+def keel(x, f, n, n2, g, w, at):
+  alpha = 2 * at.total if at.argument is None else at.argument
+  if at.number > 1:
+    return n2(alpha * g(x) + f(n(x)))
+  if at.name == "attention":
+    return g(x + f(n(x)))
+  return n2(g(x) + f(n(x)))
+
+
+def hybrid(x, f, n, n2, g, w, at):
+  return g(x + f(x)) if at.name == "attention" else g(n(x) + f(n(x)))
+
+
+def hybrid_first(x, f, n, n2, g, w, at):
+  return g(x + f(n(x))) if at.number == 1 else hybrid(x, f, n, n2, g, w, at)
+
+
 # kind -> x after a sublayer f. n and n2 are its first and second norm, w what else it learns, g is GPAS or nothing.
 SUBLAYERS = {
   "pre": lambda x, f, n, n2, g, w, at: g(x + f(n(x))),
@@ -64,35 +93,24 @@ SUBLAYERS = {
   "sandwich": lambda x, f, n, n2, g, w, at: g(x + n2(f(n(x)))),
   "peri": lambda x, f, n, n2, g, w, at: g(x + n2(f(n(x)))),
   "reordered": lambda x, f, n, n2, g, w, at: g(x + n(f(x))),
-  "lns": lambda x, f, n, n2, g, w, at: g(x + f(n(x) / math.sqrt(at.number))),
+  "lns": lns,
   "deepnorm": lambda x, f, n, n2, g, w, at: n((2 * at.total) ** 0.25 * g(x) + f(x)),
   "deepnorm_as_published": lambda x, f, n, n2, g, w, at: n(math.sqrt(8) * g(x) + f(x)),
   "admin": lambda x, f, n, n2, g, w, at: n(w["vector_c_res"] * g(x) + f(x)),
   "layerscale": lambda x, f, n, n2, g, w, at: g(x + w["vector_c_out"] * f(n(x))),
   "skipinit": lambda x, f, n, n2, g, w, at: g(x + w["scalar_c_out"] * f(n(x))),
-  "keel": lambda x, f, n, n2, g, w, at: (
-    n2(2 * at.total * g(x) + f(n(x)))
-    if at.number > 1
-    else g(x + f(n(x)))
-    if at.name == "attention"
-    else n2(g(x) + f(n(x)))
-  ),
-  "hybrid": lambda x, f, n, n2, g, w, at: g(x + f(x)) if at.name == "attention" else g(n(x) + f(n(x))),
-  "hybrid_first": lambda x, f, n, n2, g, w, at: (
-    g(x + f(n(x))) if at.number == 1 else SUBLAYERS["hybrid"](x, f, n, n2, g, w, at)
-  ),
+  "keel": keel,
+  "hybrid": hybrid,
+  "hybrid_first": hybrid_first,
 }
 
 
-class At(NamedTuple):
-  number: int  # of the layer, from 1
-  total: int  # layers
-  name: str  # of the sublayer
-
-
 def layer(x, p, kind, number, total, model):
-  """`kind` is the layer's word in the strip."""
-  base, *modifiers = kind.split("+")
+  """`kind` is the layer's word in the layer list."""
+  word, *modifiers = kind.split("+")
+  base, _, argument = word.partition(":")
+  if base not in SUBLAYERS:
+    raise NotImplementedError(f"tests/model/reference.py: add a line for {base!r} to SUBLAYERS, its mathematics")
   norms = ("qk", "v") if base.startswith("hybrid") else ()
   norms += tuple({"qk_norm": "qk", "qk_norm_full": "full"}[m] for m in modifiers if m.startswith("qk"))
 
@@ -110,13 +128,14 @@ def layer(x, p, kind, number, total, model):
       return norm(h, p[f"{name}_norm_2"], model.norm_epsilon)
 
     w = {key.removeprefix(f"{name}_"): value for key, value in p.items() if key.startswith(f"{name}_")}
-    x = SUBLAYERS[base](x, f, n, n2, g, w, At(number, total, name))
+    at = At(number, total, name, float(argument) if argument else None)
+    x = SUBLAYERS[base](x, f, n, n2, g, w, at)
   return x
 
 
 @functools.partial(jax.jit, static_argnames=("kinds", "model"))
 def logits(params, tokens, kinds, model):
-  """Logits [B, T, V]; `kinds` is a tuple of the strip's words, `model` a FrozenConfigDict."""
+  """Logits [B, T, V]; `kinds` is a tuple of the layer list's words, `model` a FrozenConfigDict."""
   x = params["embedding"][tokens]
   for index, kind in enumerate(kinds):
     p = jax.tree.map(lambda w, index=index: w[index], params["layers"])

@@ -16,17 +16,18 @@ from mixln_jax.model.parameters import used_by_layer
 from mixln_jax.model.transformer import empty_cache
 from mixln_jax.placement import ROWS, Layer, Table
 from model import reference
-from model.cases import CORE, MIXED, STRIPS, apply, assert_trees_close, mean_loss, reference_case
+from model.cases import ARGUMENTS, CORE, apply, assert_trees_close, each_placement, mean_loss, reference_case
 
 
-def strip(name):
-  """A placement that also stands in a mixture is tested alone with the long tests."""
-  return pytest.param(name, 1, marks=[pytest.mark.slow] if name in MIXED.difference(CORE) else [])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_has_what_its_tests_need(name):
+  """A new row is covered by all that is enumerated here once its mathematics and an argument of it are given."""
+  assert name in reference.SUBLAYERS, f"tests/model/reference.py: add a line for {name!r} to SUBLAYERS"
+  if ROWS[name].argument is not None:
+    assert name in ARGUMENTS, f"tests/model/cases.py: add to ARGUMENTS a spelling of {name!r} with an argument"
 
 
-@pytest.mark.parametrize(
-  ("name", "unroll"), [("mix:0.5", 2), *(strip(name) for name in STRIPS), *((name, 0) for name in CORE)]
-)
+@pytest.mark.parametrize(("name", "unroll"), [("mix:0.5", 2), *each_placement(1), *each_placement(0)])
 def test_logits_and_gradients_equal_the_independent_reference(name, unroll):
   model = small_model(placement=name, unroll=unroll)
   params, tokens, expected, expected_loss, expected_grads = reference_case(name)
@@ -37,7 +38,7 @@ def test_logits_and_gradients_equal_the_independent_reference(name, unroll):
   assert_trees_close(grads, expected_grads, 1e-5)
 
 
-@pytest.mark.parametrize("name", STRIPS)
+@pytest.mark.parametrize("name", each_placement())
 def test_no_position_sees_a_later_token(name):
   model = small_model(placement=name)
   params, tokens = random_params(model), random_tokens(model, batch=1, length=8)
@@ -65,7 +66,7 @@ def test_what_a_layer_does_not_use_never_gets_a_gradient_and_what_it_uses_does(n
       np.testing.assert_array_equal(moved_L, used_L, err_msg=parameter)
 
 
-@pytest.mark.parametrize(("name", "residual_dtype"), [("mix:0.5", "float32"), *((name, "auto") for name in STRIPS)])
+@pytest.mark.parametrize(("name", "residual_dtype"), [("mix:0.5", "float32"), *each_placement("auto")])
 def test_bfloat16_stays_near_float32_and_keeps_its_types(name, residual_dtype):
   exact = small_model(placement=name)
   low = small_model(placement=name, dtype="bfloat16", residual_dtype=residual_dtype)
@@ -103,7 +104,15 @@ def together(names):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_placements_as_data_equal_the_same_compiled_in(dtype):
-  names = [*ROWS, "mix:0.5", "mix:0.5+gpas", "sandwich+gpas", "pre+qk_norm", "reordered+qk_norm_full"]
+  names = [
+    *ROWS,
+    *ARGUMENTS.values(),
+    "mix:0.5",
+    "mix:0.5+gpas",
+    "sandwich+gpas",
+    "pre+qk_norm",
+    "reordered+qk_norm_full",
+  ]
   columns, params = together(names)
   assert set(NAMES_THAT_VARY) <= {name.split(".")[1] for name in columns.varying}
   tokens = random_tokens(small_model())
@@ -213,11 +222,13 @@ def test_admin_profiles_each_scale_with_those_before_it_set(name):
   assert len(set(found)) == 2 * sum(layer.name == "admin" for layer in placement.parse(name, 4).layers)
 
 
-def test_a_placement_decodes_with_its_cache_as_it_computes_at_once():
-  model = small_model(placement="hybrid_first*2,keel*1,reordered*1+qk_norm_full")
-  params, tokens = random_params(model), random_tokens(model, batch=2, length=6)
-  cache, pieces = empty_cache(model, 2, 6), []
-  for begin, end in ((0, 3), (3, 4), (4, 6)):
+@pytest.mark.parametrize("name", each_placement())
+def test_a_placement_decodes_with_its_cache_as_it_computes_at_once(name):
+  """A row whose norms or coefficients depended on the other positions of the call would give other logits."""
+  model = small_model(placement=name)
+  params, tokens = random_params(model), random_tokens(model, batch=2, length=5)
+  cache, pieces = empty_cache(model, 2, 5), []
+  for begin, end in ((0, 2), (2, 3), (3, 5)):  # a prompt, one token, and a chunk that the prompt's program serves
     positions = jnp.broadcast_to(jnp.arange(begin, end), (2, end - begin))
     logits, cache = apply(model, params, tokens[:, begin:end], cache=cache, positions_BT=positions)
     pieces.append(logits)

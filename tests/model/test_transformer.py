@@ -9,7 +9,7 @@ from helpers import random_params, random_tokens, small_model
 from mixln_jax.model import Transformer
 from mixln_jax.model.transformer import REMAT_POLICIES, empty_cache
 from model import reference
-from model.cases import STRIPS, apply, assert_trees_close, mean_loss, reference_case, reference_logits
+from model.cases import LAYER_LISTS, apply, assert_trees_close, mean_loss, reference_case, reference_logits
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_options_of_open_models_equal_the_reference(fields):
   model = small_model(placement="mix:0.5", **fields)
   params, tokens = random_params(model), random_tokens(model)
   logits = apply(model, params, tokens)
-  expected = reference_logits(model, params, tokens, STRIPS["mix:0.5"].split())
+  expected = reference_logits(model, params, tokens, LAYER_LISTS["mix:0.5"].split())
   np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(logits).max())
 
 
@@ -53,7 +53,7 @@ def _exponentials(program, params):
 def test_removing_a_layer_by_flag_equals_surgery(name, unroll):
   model = small_model(placement=name, unroll=unroll)
   params, tokens = random_params(model), random_tokens(model)
-  kinds = STRIPS[name].split()
+  kinds = LAYER_LISTS[name].split()
   for removed in range(4):
     left = [index for index in range(4) if index != removed]
     keep = jnp.ones(4).at[removed].set(0)
