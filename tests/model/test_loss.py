@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixln_jax.model import loss as loss_lib
 from mixln_jax.model import next_token_loss
+from mixln_jax.model.tuned import loss as tuned_loss
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 22, 16, 101
 
@@ -68,6 +68,6 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
     compiled = step.lower(shape(batch, length, WIDTH), shape(WIDTH, vocabulary), rows, rows).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  monkeypatch.setitem(loss_lib.CHUNK_LOGITS, "cpu", 16 * batch * vocabulary)
+  monkeypatch.setitem(tuned_loss.CHUNK_LOGITS, "cpu", 16 * batch * vocabulary)
   short, long = temporaries(64), temporaries(1024)
   assert long - short < 0.05 * (1024 - 64) * batch * vocabulary * 4
