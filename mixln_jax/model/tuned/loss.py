@@ -158,13 +158,18 @@ def _chunk_loss(
 def _subtract_at(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
   """x minus the amount at the label's place."""
   if platform() == "cpu" and shards("vocab") == 1:
-    return _scatter_sub(labels_PQBC, x_PQBCV, amount_PQBC1)
+    return _scatter_subtract(labels_PQBC, x_PQBCV, amount_PQBC1)
+  return _compare_and_subtract(labels_PQBC, x_PQBCV, amount_PQBC1)
+
+
+def _compare_and_subtract(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
+  """The plain form, which an accelerator fuses into what forms the operand of the products."""
   is_label_PQBCV = jnp.arange(x_PQBCV.shape[-1]) == labels_PQBC[..., None]
   return jnp.where(is_label_PQBCV, x_PQBCV - amount_PQBC1, x_PQBCV)
 
 
-def _scatter_sub(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
-  """In place, one number a position. (Elsewhere the comparison is fused into what forms the products' operand.)"""
+def _scatter_subtract(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
+  """In place, one number a position."""
   batch_dims = (0, 1, 2, 3)
   numbers = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(),
