@@ -4,7 +4,7 @@ A layout has a fixed architecture: transformers builds it from config.json and l
 model's code is changed (another norm, another activation, another column of the sublayer rule), the same tensors may
 still load there, without a warning, into a model that computes something else. Three guards stand against that: every
 parameter has a name in the layout (`hf.tensors_of`), every field and column is known to the export or has its default,
-and the logits of the exported tensors equal those of the model.
+and every layer of the exported tensors computes what the model's does.
 """
 
 from collections.abc import Mapping
@@ -55,10 +55,12 @@ SEED = 0
 # Powers of two: near positions tell the order of tokens, far ones the base of RoPE. In fp32 an angle at position p is
 # only known to p · 6e-8, so that positions of thousands would need a larger tolerance.
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64)
-# Of the largest logit. Both sides compute in fp32 from the same stored numbers (those of bf16 parameters are exact in
-# fp32), so that only rounding separates them, 6e-8 an operation: 1e-6 was measured on small models, and 1e-4 is what
-# implementations of deep trained models reach. Another norm or activation is off by 1e-2 and more.
+# How far the two sides may be apart: a fraction of what a layer adds, and one of what it adds it to. Both sides compute
+# in fp32 from the same stored numbers (those of bf16 parameters are exact in fp32), so only rounding separates them,
+# 6e-8 an operation: at most 2e-6 of what a layer adds was seen, with weights of up to eight times their initial size.
+# Another norm, activation or RoPE was off by 2e-2 and more (a LayerNorm by about 1 / sqrt(D)).
 TOLERANCE = 1e-3
+ROUNDING = 1e-6
 
 
 def check_export(
@@ -74,7 +76,7 @@ def check_export(
 
   Raises:
     InputError: the export does not know a field of config.model or a column of its placement, or the exported tensors
-      compute other logits than the model.
+      compute something else than the model.
   """
   check_fields(model)
   check_columns(description)
@@ -111,37 +113,75 @@ def check_columns(description: Mapping[str, Any]) -> None:
 def check_numbers(
   params: Any, model: ModelConfig, tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]
 ) -> None:
-  """Rejects an export whose tensors and config.json compute other logits than the model; arguments as `check_export`.
+  """Rejects an export whose tensors and config.json compute something else than the model; arguments as `check_export`.
 
-  It sees what shows on a few tokens at short distances, with these weights: a window of attention wider than that, or
-  a branch that is still scaled by 0, compute the same.
+  Each layer is compared from the model's own input of that layer: from end to end, a deep model with large weights
+  turns one rounding into another text. What is not seen is what does not show on a few tokens at short distances with
+  these weights, such as a window of attention wider than that.
   """
   tokens_T = np.random.default_rng(SEED).integers(0, model.vocab_size, len(POSITIONS))
   positions_T = np.array(POSITIONS)
-  exported_TV = forward.logits(tensors, description, tokens_T, positions_T)
-  model_TV = _logits_of_model(params, model, tokens_T, positions_T)
-  difference, largest = float(np.max(np.abs(model_TV - exported_TV))), float(np.max(np.abs(exported_TV)))
-  if difference <= TOLERANCE * largest:
-    return
-  if not np.isfinite(difference):
-    raise InputError("export: the logits of the model are not finite, so that the export can't be checked")
-  raise InputError(
-    f"export: the exported tensors, read as config.json says (model_type {description['model_type']!r}), compute other "
-    f"logits than this model: the largest difference is {difference:.3g}, of logits up to {largest:.3g} (allowed: "
-    f"{TOLERANCE * largest:.3g}); the model's code computes something that the layout can't say, and the folder would "
-    "load elsewhere as another model; nothing was written"
-  )
+  embedded_TD, stream_LTD, logits_TV = _values_of_model(params, model, tokens_T, positions_T)
+  _check_finite(embedded_TD, stream_LTD, logits_TV)
+  exported = forward.ExportedModel(tensors, description, positions_T)
+  _compare("the embedding", embedded_TD, exported.embed(tokens_T), np.zeros_like(embedded_TD))
+  x_TD = embedded_TD
+  for index, stream_TD in enumerate(stream_LTD):
+    _compare(f"layer {index}", stream_TD, exported.layer(index, x_TD), x_TD)
+    x_TD = stream_TD
+  _compare("the final norm and the head", logits_TV, exported.logits(x_TD), np.zeros_like(logits_TV))
+  unread = exported.unread()
+  if unread:
+    raise InputError(f"export: {unread[0]} and {len(unread) - 1} more tensors stand for nothing in config.json")
 
 
-def _logits_of_model(params: Any, model: ModelConfig, tokens_T: np.ndarray, positions_T: np.ndarray) -> np.ndarray:
-  """Logits [T, V] of the model in fp32, whatever types its config computes in."""
+def _values_of_model(
+  params: Any, model: ModelConfig, tokens_T: np.ndarray, positions_T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The model in fp32, whatever types its config computes in.
+
+  Returns:
+    The residual stream before the first layer [T, D], after each layer [L, T, D], and the logits [T, V].
+  """
   in_fp32 = ConfigDict(model.to_dict())
   in_fp32.update(dtype="float32", residual_dtype="float32", attention="xla")
   transformer = Transformer(cast(ModelConfig, in_fp32))
 
-  def apply(params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    return transformer.apply({"params": params}, tokens_BT, positions_BT=positions_BT)
+  def apply(params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    arguments = ({"params": params}, tokens_BT)
+    _, taps = transformer.apply(*arguments, positions_BT=positions_BT, method="hidden")
+    logits_BTV = transformer.apply(*arguments, positions_BT=positions_BT)
+    return taps["embedded_BTD"][0], taps["stream_LBTD"][:, 0], logits_BTV[0]
 
   with jax.default_matmul_precision("float32"):  # accelerators multiply fp32 in fewer bits unless they are told
-    logits_BTV = jax.jit(apply)(params, tokens_T[None].astype(np.int32), positions_T[None].astype(np.int32))
-  return np.asarray(logits_BTV)[0]
+    values = jax.jit(apply)(params, tokens_T[None].astype(np.int32), positions_T[None].astype(np.int32))
+  embedded_TD, stream_LTD, logits_TV = jax.device_get(values)
+  return embedded_TD, stream_LTD, logits_TV
+
+
+def _check_finite(embedded_TD: np.ndarray, stream_LTD: np.ndarray, logits_TV: np.ndarray) -> None:
+  parts = {"the embedding": embedded_TD}
+  parts |= {f"layer {index}": stream_TD for index, stream_TD in enumerate(stream_LTD)}
+  parts["the final norm and the head"] = logits_TV
+  for part, values in parts.items():
+    if not np.isfinite(values).all():
+      raise InputError(
+        f"export: {part} of this model gives numbers that are not finite, so the export can't be checked; export a "
+        "checkpoint from before it diverged"
+      )
+
+
+def _compare(part: str, model_TX: np.ndarray, exported_TX: np.ndarray, input_TX: np.ndarray) -> None:
+  """Rejects what a part of the export makes of its input where it is not what the model makes of it."""
+  added_T = np.max(np.abs(model_TX - input_TX), axis=-1)
+  allowed_T = TOLERANCE * added_T + ROUNDING * np.max(np.abs(model_TX), axis=-1)
+  difference_T = np.max(np.abs(model_TX - exported_TX), axis=-1)
+  token = int(np.argmax(difference_T - allowed_T))
+  if difference_T[token] <= allowed_T[token]:
+    return
+  raise InputError(
+    f"export: {part}, read from the exported tensors as config.json says, computes something else than this model: the "
+    f"largest difference is {difference_T[token]:.3g}, where the model adds up to {added_T[token]:.3g} (allowed: "
+    f"{allowed_T[token]:.3g}); the model's code computes what the layout can't say, and the folder would load "
+    "elsewhere as another model; nothing was written"
+  )

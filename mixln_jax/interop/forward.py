@@ -1,8 +1,8 @@
 """What a reader of an exported folder computes, in NumPy, from its config.json and its tensors alone.
 
 It is written from the layouts and not from the model: nothing of `mixln_jax.model` is used, so that an export can be
-compared with the model that it came from (`check.py`). Tensors are read one at a time, each at most twice, and none is
-kept, so that it serves models that fill most of the memory.
+compared with the model that it came from (`check.py`). Tensors are read one at a time and none is kept, so that it
+serves models that fill most of the memory.
 
 Dimensions: T tokens, D width of the residual stream, F of the MLP, H query heads, G key-value heads, K width of a head,
 V vocabulary.
@@ -26,6 +26,7 @@ STOCK: Mapping[str, Rows] = {
   "qwen3": {"attention": {"norm_in": True, "qk_norm": True}, "mlp": _PRE},
   "olmo2": {"attention": {"norm_mid": True, "qk_norm_full": True}, "mlp": {"norm_mid": True}},
 }
+EMBEDDING = "model.embed_tokens.weight"
 # The columns of a `placement_table` that a reader of the official layout understands; `modeling_mixln.py` reads the
 # same ones.
 COLUMNS = (
@@ -34,45 +35,53 @@ COLUMNS = (
 )
 
 
-def logits(
-  tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], tokens_T: np.ndarray, positions_T: np.ndarray
-) -> np.ndarray:
-  """Logits of one row of tokens, in fp32.
+class ExportedModel:
+  """The model that an exported folder describes, a step at a time.
 
-  Args:
-    tensors: by name, as the folder has them, of any floating type.
-    config: the folder's config.json.
-    tokens_T: token ids.
-    positions_T: the position of each, for RoPE; a token reads itself and those before it in the row.
-
-  Returns:
-    [T, V].
-
-  Raises:
-    InputError: a tensor is missing, has another shape than config.json says, or is not read at all.
+  `logits(layer(L - 1, … layer(0, embed(tokens_T))))` is its forward pass, in fp32. Every method raises InputError where
+  a tensor is missing, or has another shape than config.json says.
   """
-  reader = _Reader(tensors)
-  vocabulary, width = config["vocab_size"], config["hidden_size"]
-  x_TD = reader.raw("model.embed_tokens.weight", vocabulary, width)[tokens_T].astype(np.float32)
-  rope = _rope(config, positions_T)
-  for index in range(config["num_hidden_layers"]):
-    rows = config["placement_table"][index] if "placement_table" in config else STOCK[config["model_type"]]
-    x_TD = _Layer(reader, config, f"model.layers.{index}", rows).apply(x_TD, rope)
-  hidden_TD = _rms_norm(x_TD, reader("model.norm.weight", width), config["rms_norm_eps"])
-  head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
-  logits_TV = hidden_TD @ reader(head, vocabulary, width).T
-  unread = sorted(set(tensors) - reader.names)
-  if unread:
-    raise InputError(f"export: {unread[0]} and {len(unread) - 1} more tensors stand for nothing in config.json")
-  return logits_TV
+
+  def __init__(self, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], positions_T: np.ndarray):
+    """
+    Args:
+      tensors: by name, as the folder has them, of any floating type.
+      config: the folder's config.json.
+      positions_T: the position of each token, for RoPE; a token reads itself and those before it in the row.
+    """
+    self._reader, self._config = _Reader(tensors), config
+    self._vocabulary, self._width = config["vocab_size"], config["hidden_size"]
+    self._rope = _rope(config, positions_T)
+
+  def embed(self, tokens_T: np.ndarray) -> np.ndarray:
+    """The residual stream [T, D] before the first layer."""
+    return self._reader.raw(EMBEDDING, self._vocabulary, self._width)[tokens_T].astype(np.float32)
+
+  def layer(self, index: int, x_TD: np.ndarray) -> np.ndarray:
+    """The residual stream [T, D] after a layer."""
+    if "placement_table" in self._config:
+      rows = self._config["placement_table"][index]
+    else:
+      rows = STOCK[self._config["model_type"]]
+    return _Layer(self._reader, self._config, f"model.layers.{index}", rows).apply(x_TD, self._rope)
+
+  def logits(self, x_TD: np.ndarray) -> np.ndarray:
+    """Logits [T, V] of the residual stream after the last layer."""
+    hidden_TD = _rms_norm(x_TD, self._reader("model.norm.weight", self._width), self._config["rms_norm_eps"])
+    head = EMBEDDING if self._config["tie_word_embeddings"] else "lm_head.weight"
+    return hidden_TD @ self._reader(head, self._vocabulary, self._width).T
+
+  def unread(self) -> list[str]:
+    """Names of the tensors that no step so far has read."""
+    return self._reader.unread()
 
 
 class _Reader:
-  """Reads tensors by name, and remembers which were read."""
+  """Reads tensors by name, and remembers which."""
 
   def __init__(self, tensors: Mapping[str, np.ndarray]):
     self._tensors = tensors
-    self.names: set[str] = set()
+    self._read: set[str] = set()
 
   def raw(self, name: str, *shape: int) -> np.ndarray:
     """A tensor in its own type; an error where it is missing or has another shape."""
@@ -81,12 +90,15 @@ class _Reader:
     tensor = np.asarray(self._tensors[name])
     if tensor.shape != shape:
       raise InputError(f"export: {name} has shape {tensor.shape}, but config.json makes it {shape}")
-    self.names.add(name)
+    self._read.add(name)
     return tensor
 
   def __call__(self, name: str, *shape: int) -> np.ndarray:
     """A tensor in fp32."""
     return self.raw(name, *shape).astype(np.float32)
+
+  def unread(self) -> list[str]:
+    return sorted(set(self._tensors) - self._read)
 
 
 class _Layer:
