@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from mixln_jax.training.setup import lower_train_step, on_mesh
 
 from benchmarks.parts import for_cpu, normal, turns
 from benchmarks.recipes import CONFIGS, load_file
@@ -49,7 +50,6 @@ from mixln_jax.parallel.mesh import global_batch, make_mesh
 from mixln_jax.parallel.rules import RULES
 from mixln_jax.training import optimizer
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import lower_train_step, on_mesh
 
 TOPOLOGY = "v5e:4x4"
 SHAPES = {"cpu": ("tiny", "9m", "71m"), "tpu": ("71m", "1b")}

@@ -9,17 +9,19 @@ from sentencepiece import sentencepiece_model_pb2
 from mixln_jax.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from mixln_jax.interop import hf
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-  """What config.json says of special tokens: no token begins a document, and this one ends it."""
+  """The special tokens of config.json: no token begins a document, and this one ends it."""
   return {"bos_token_id": None, "eos_token_id": tokenizer.eos_id}
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
   """The files that `AutoTokenizer` reads, by name; none for bytes, which it can't describe.
 
-  Of a SentencePiece model that is not like ours (byte-pair encoding of the text as it stands) only the model is
-  written, for `sentencepiece` to read: transformers would build another tokenizer of it.
+  A SentencePiece model that is not like ours (byte-pair encoding of the text as it stands) is written alone, for
+  `sentencepiece` to read: transformers would build another tokenizer from it.
 
   Args:
     tokenizer: of the run.
@@ -37,17 +39,38 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
     described |= {"add_bos_token": False, "bos_token": None, "eos_token": "</s>", "unk_token": "<unk>"}
   else:
     return {}
-  return files | {"tokenizer_config.json": (json.dumps(described, indent=1) + "\n").encode()}
+  return files | {TOKENIZER_CONFIG: (json.dumps(described, indent=1) + "\n").encode()}
 
 
 def _takes_text_as_it_stands(content: bytes) -> bool:
   model = sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
-  normalizer, pieces = model.normalizer_spec, model.pieces
-  names = {pieces[index].piece for index in (model.trainer_spec.eos_id, model.trainer_spec.unk_id)}
+  normalizer, trainer, pieces = model.normalizer_spec, model.trainer_spec, model.pieces
   plain = normalizer.name == "identity" and not normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
-  return plain and model.trainer_spec.model_type == model.trainer_spec.BPE and names == {"</s>", "<unk>"}
+  special = {pieces[trainer.eos_id].piece, pieces[trainer.unk_id].piece}
+  return plain and trainer.model_type == trainer.BPE and special == {"</s>", "<unk>"}
 
 
 def modeling_files(config: Mapping[str, Any]) -> dict[str, bytes]:
   """The modelling file that a config.json names, by name; empty where transformers has the model itself."""
   return {hf.MODELING.name: hf.MODELING.read_bytes()} if config["model_type"] == hf.OFFICIAL_TYPE else {}
+
+
+def loading_hint(config: Mapping[str, Any], files: Mapping[str, bytes]) -> list[str]:
+  """How to load an exported folder with transformers, and how its prompts must begin, as lines for a person.
+
+  Generation here starts after an end-of-document token, as every document of the training data does. The exported
+  tokenizer adds none, so that it encodes a text to the ids that the model was trained on.
+
+  Args:
+    config: the folder's config.json.
+    files: the files that go with the weights, by name.
+  """
+  remote = ", trust_remote_code=True" if hf.MODELING.name in files else ""
+  lines = [f"model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER{remote})"]
+  if TOKENIZER_CONFIG in files:
+    lines.append("tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)")
+    lines.append("ids = [tokenizer.eos_token_id, *tokenizer(PROMPT, add_special_tokens=False).input_ids]")
+    return [*lines, "(a prompt starts with the end-of-document token, as in training and in `generate`)"]
+  eos_id = config.get("eos_token_id")
+  number = "" if eos_id is None else f", id {eos_id}"
+  return [*lines, f"(a prompt starts with the end-of-document token{number}, as in training and in `generate`)"]

@@ -16,11 +16,10 @@ import jax
 import numpy as np
 
 from mixln_jax import config as config_lib
-from mixln_jax import placement
 from mixln_jax.config import ModelConfig
 from mixln_jax.errors import InputError
-from mixln_jax.model.parameters import LAYERS, Param, abstract_params, gain_name, parameters
-from mixln_jax.placement import Layer, Row
+from mixln_jax.model.parameters import Param, abstract_params, gain_name, parameters
+from mixln_jax.placement import SUBLAYERS, Layer, Row
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 IGNORED = ("rotary_emb.inv_freq",)  # a buffer of old versions
@@ -37,9 +36,21 @@ class Tensor(NamedTuple):
 
   @property
   def their_shape(self) -> tuple[int, ...]:
-    if not self.input_axes:
-      return (math.prod(self.shape),) if self.path != "embedding" and self.shape else self.shape
-    return math.prod(self.shape[self.input_axes :]), math.prod(self.shape[: self.input_axes])
+    if self.input_axes:
+      return math.prod(self.shape[self.input_axes :]), math.prod(self.shape[: self.input_axes])
+    if self.path == "embedding" or not self.shape:
+      return self.shape
+    return (math.prod(self.shape),)
+
+  @property
+  def place(self) -> tuple[Any, ...]:
+    """The index of this tensor in the leaf of our tree: its layer, and the columns that do not only pad the MLP."""
+    layer = () if self.layer is None else (self.layer,)
+    return (*layer, *(slice(0, size) for size in self.shape))
+
+  def leaf_of(self, tree: Any) -> Any:
+    """The leaf of a parameter tree that holds it."""
+    return tree[self.path] if self.layer is None else tree["layers"][self.path.removeprefix("layers/")]
 
   def to_ours(self, array: np.ndarray) -> np.ndarray:
     return (array.T if self.input_axes else array).reshape(self.shape)
@@ -52,17 +63,19 @@ class Tensor(NamedTuple):
 
 def norm_names(layer: Layer) -> dict[str, str]:
   """Their name of each gain that a layer uses: `attention_norm`, … -> `input_layernorm`, …"""
-  names = {}
   after_attention = layer.attention.norm_mid or layer.attention.norm_out
   before_mlp = "pre_feedforward_layernorm" if after_attention else "post_attention_layernorm"
-  for sublayer, before, after in (
-    ("attention", "input_layernorm", "post_attention_layernorm"),
-    ("mlp", before_mlp, "post_feedforward_layernorm"),
-  ):
-    row: Row = getattr(layer, sublayer)
-    for norm, name in (("norm_in", before), ("norm_mid", after), ("norm_out", after)):
-      if (index := row.gain_index(norm)) is not None:
-        names[gain_name(sublayer, index)] = name
+  attention = _gain_names("attention", layer.attention, "input_layernorm", "post_attention_layernorm")
+  return attention | _gain_names("mlp", layer.mlp, before_mlp, "post_feedforward_layernorm")
+
+
+def _gain_names(sublayer: str, row: Row, before: str, after: str) -> dict[str, str]:
+  """Their name of each gain of a sublayer, which has one norm before it and at most one after it."""
+  names = {}
+  for norm, theirs in (("norm_in", before), ("norm_mid", after), ("norm_out", after)):
+    index = row.gain_index(norm)
+    if index is not None:
+      names[gain_name(sublayer, index)] = theirs
   return names
 
 
@@ -87,8 +100,9 @@ def tensors_of(model: ModelConfig) -> Iterator[Tensor]:
 def _their_name(param: Param) -> str:
   if param.elsewhere is None:
     raise InputError(
-      f"parameter {param.path} {param.shape}: has no name in LLaMA's layout, so the model can't be written in it; give "
-      "it one in mixln_jax/model/parameters.py, and what it computes in interop/modeling_mixln.py"
+      f"parameter {param.path}: Hugging Face's layouts have no name for it, and their models no place; weights can't be "
+      "exported or imported with it until model/parameters.py names it and interop (modeling_mixln.py, forward.py) "
+      "computes with it"
     )
   return param.elsewhere
 
@@ -116,11 +130,7 @@ def import_weights(tensors: Mapping[str, Any], model: ModelConfig) -> Any:
     if array.shape != tensor.their_shape:
       raise InputError(f"{tensor.name}: has shape {array.shape}, but config.model makes it {tensor.their_shape}")
     left.discard(tensor.name)
-    where = tuple(slice(0, size) for size in tensor.shape)
-    if tensor.layer is None:
-      tree[tensor.path][where] = tensor.to_ours(array)
-    else:
-      tree["layers"][tensor.path.removeprefix(LAYERS)][(tensor.layer, *where)] = tensor.to_ours(array)
+    tensor.leaf_of(tree)[tensor.place] = tensor.to_ours(array)
   if model.tied_embeddings and HEAD in left:
     left.discard(HEAD)
     if not np.array_equal(np.asarray(tensors[HEAD]), np.asarray(tensors[EMBEDDING])):
@@ -134,27 +144,55 @@ def import_weights(tensors: Mapping[str, Any], model: ModelConfig) -> Any:
 
 
 def _find(tensors: Mapping[str, Any], tensor: Tensor, model: ModelConfig) -> Any:
-  if tensor.name not in tensors:
-    siblings = [name for name in tensors if tensor.layer is not None and f".{tensor.layer}." in name and "norm" in name]
-    hint = f"; the norms there are {', '.join(sorted(siblings))}" if siblings and "norm" in tensor.name else ""
-    raise InputError(
-      f"{tensor.name} is missing, which config.model (placement {model.placement!r}) has{hint}; the placement, the "
-      "depth or an option differs"
-    )
-  return tensors[tensor.name]
+  if tensor.name in tensors:
+    return tensors[tensor.name]
+  hint = ""
+  if "norm" in tensor.name and tensor.layer is not None:
+    siblings = [name for name in tensors if f".{tensor.layer}." in name and "norm" in name]
+    hint = f"; the norms there are {', '.join(sorted(siblings))}" if siblings else ""
+  raise InputError(
+    f"{tensor.name} is missing, which config.model (placement {model.placement!r}) has{hint}; the placement, the "
+    "depth or an option differs"
+  )
 
 
-def export_weights(params: Any, model: ModelConfig) -> dict[str, np.ndarray]:
+def export_weights(params: Any, model: ModelConfig) -> Mapping[str, np.ndarray]:
   """Our parameters, or a tree of the same shapes such as their gradient, as tensors in their layout.
 
   What a layer does not use, and columns that only pad the MLP, are left out.
+
+  Args:
+    params: NumPy arrays, or arrays on any mesh.
+    model: config.model.
+
+  Returns:
+    The tensors by name. Each is brought to the host and turned into their order when it is asked for, and not kept.
+
+  Raises:
+    InputError: the model has a parameter that the layout has no name for.
   """
-  result = {}
-  for tensor in tensors_of(model):
-    leaf = params["layers"][tensor.path.removeprefix(LAYERS)] if tensor.layer is not None else params[tensor.path]
-    array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-    result[tensor.name] = tensor.to_theirs(array[tuple(slice(0, size) for size in tensor.shape)])
-  return result
+  return _Exported(params, model)
+
+
+class _Exported(Mapping[str, np.ndarray]):
+  """A parameter tree as `export_weights` gives it."""
+
+  def __init__(self, params: Any, model: ModelConfig):
+    self._params = params
+    self._tensors = {tensor.name: tensor for tensor in tensors_of(model)}
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    tensor = self._tensors[name]
+    return tensor.to_theirs(np.asarray(tensor.leaf_of(self._params)[tensor.place]))
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._tensors
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._tensors)
+
+  def __len__(self) -> int:
+    return len(self._tensors)
 
 
 # config.json
@@ -210,17 +248,17 @@ def model_fields(hf: Mapping[str, Any], placement_string: str | None = None) -> 
       raise InputError(f"config.json: {name}={options[name]!r} is not supported; this model has {harmless[0]!r}")
   if any(layer != "full_attention" for layer in hf.get("layer_types") or ()):
     raise InputError("config.json: layer_types has layers without full attention, which are not supported")
-  heads = _number(hf, "num_attention_heads")
+  width, heads = _number(hf, "hidden_size"), _number(hf, "num_attention_heads")
   kv_heads = _number(hf, "num_key_value_heads", heads)
   head_dim = _number(hf, "head_dim", 0)
   fields = {
     "vocab_size": _number(hf, "vocab_size"),
-    "embed_dim": _number(hf, "hidden_size"),
+    "embed_dim": width,
     "mlp_dim": _number(hf, "intermediate_size"),
     "num_layers": _number(hf, "num_hidden_layers"),
     "num_heads": heads,
     "num_kv_heads": 0 if kv_heads == heads else kv_heads,  # as recipes write it
-    "head_dim": 0 if head_dim * heads == hf["hidden_size"] else head_dim,
+    "head_dim": 0 if head_dim * heads == width else head_dim,
     "norm_epsilon": float(_number(hf, "rms_norm_eps", 1e-6)),
     "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
     "qkv_bias": bool(hf.get("qkv_bias", kind == "qwen2")),
@@ -271,11 +309,14 @@ def family_of(model: ModelConfig) -> Family | None:
   """The stock decoder that computes what config.model computes, or None."""
   layers = config_lib.table(model).layers
   for family in FAMILIES:
-    mlp = dataclasses.replace(family.row, qk_norm=False, qk_norm_full=False)
-    rows = [(layer.attention.without_initial(), layer.mlp.without_initial()) for layer in layers]
-    if model.qkv_bias == family.qkv_bias and all(row == (family.row, mlp) for row in rows):
+    if model.qkv_bias == family.qkv_bias and all(_is_layer_of(layer, family) for layer in layers):
       return family
   return None
+
+
+def _is_layer_of(layer: Layer, family: Family) -> bool:
+  mlp = dataclasses.replace(family.row, qk_norm=False, qk_norm_full=False)
+  return layer.attention.without_initial() == family.row and layer.mlp.without_initial() == mlp
 
 
 def hf_config(model: ModelConfig, max_length: int, *, official: bool = False) -> dict[str, Any]:
@@ -285,26 +326,14 @@ def hf_config(model: ModelConfig, max_length: int, *, official: bool = False) ->
     model: config.model.
     max_length: positions that the model was trained on.
     official: write it in the layout of the official Mix-LN code, and its placement with it, which MODELING, written
-      beside it, reads; without that file transformers refuses the directory.
+      beside it, reads; without that file transformers rejects the directory.
 
   Raises:
-    InputError: no stock decoder computes this placement, and `official` was not asked for.
+    InputError: no stock decoder computes this placement, and `official` was not asked for; or the layouts have no
+      word for config.model.rope_scaling.
   """
-  family = family_of(model)
-  if family is None and not official:
-    known = ", ".join(
-      f"{PLACEMENTS[family.model_type]!r}{' with qkv_bias' if family.qkv_bias else ''} ({family.model_type})"
-      for family in FAMILIES
-    )
-    bias = f" with config.model.qkv_bias={model.qkv_bias}" if model.qkv_bias else ""
-    raise InputError(
-      f"config.model.placement={model.placement!r}{bias} is no stock decoder of transformers (those are {known}), "
-      "which would load these weights as another model; --layout=official writes them with their placement and a "
-      "modelling file"
-    )
-  result: dict[str, Any] = {
-    "architectures": ["MixLNForCausalLM" if official or family is None else family.architecture],
-    "model_type": OFFICIAL_TYPE if official or family is None else family.model_type,
+  identity = _official_identity(model) if official else _stock_identity(model)
+  return identity | {
     "vocab_size": model.vocab_size,
     "hidden_size": model.embed_dim,
     "intermediate_size": model.mlp_dim,
@@ -321,25 +350,52 @@ def hf_config(model: ModelConfig, max_length: int, *, official: bool = False) ->
     "attention_bias": False,
     "torch_dtype": model.param_dtype,
   }
-  if official:
-    table = config_lib.table(model)
-    result |= {"norm_placement": model.placement, "norm_placement_of_layers": table.layer_list.split()}
-    result |= {"placement_table": [_said(layer) for layer in table.layers], "qkv_bias": model.qkv_bias}
-    classes = {"AutoConfig": "MixLNConfig", "AutoModelForCausalLM": "MixLNForCausalLM"}
-    result |= {"auto_map": {auto: f"{MODELING.stem}.{name}" for auto, name in classes.items()}}
-  return result
 
 
-def _said(layer: Layer) -> dict[str, dict[str, Any]]:
-  """What a layer's rows have that an empty row has not, without what only decides initial weights."""
+def _stock_identity(model: ModelConfig) -> dict[str, Any]:
+  family = family_of(model)
+  if family is not None:
+    return {"architectures": [family.architecture], "model_type": family.model_type}
+  known = []
+  for other in FAMILIES:
+    with_bias = " with qkv_bias" if other.qkv_bias else ""
+    known.append(f"{PLACEMENTS[other.model_type]!r}{with_bias} ({other.model_type})")
+  bias = f" with config.model.qkv_bias={model.qkv_bias}" if model.qkv_bias else ""
+  raise InputError(
+    f"config.model.placement={model.placement!r}{bias} is no stock decoder of transformers (those are "
+    f"{', '.join(known)}), which would load these weights as another model; the layout 'official' writes them with "
+    "their placement and a modelling file"
+  )
+
+
+def _official_identity(model: ModelConfig) -> dict[str, Any]:
+  table = config_lib.table(model)
+  return {
+    "architectures": ["MixLNForCausalLM"],
+    "model_type": OFFICIAL_TYPE,
+    "norm_placement": model.placement,
+    "norm_placement_of_layers": table.layer_list.split(),
+    "placement_table": [{name: _said(getattr(layer, name)) for name in SUBLAYERS} for layer in table.layers],
+    "qkv_bias": model.qkv_bias,
+    "auto_map": {
+      "AutoConfig": f"{MODELING.stem}.MixLNConfig",
+      "AutoModelForCausalLM": f"{MODELING.stem}.MixLNForCausalLM",
+    },
+  }
+
+
+def _said(row: Row) -> dict[str, Any]:
+  """What a row has that an empty row has not, without what only decides initial weights."""
   empty = dataclasses.asdict(Row())
-  rows = {name: dataclasses.asdict(getattr(layer, name).without_initial()) for name in placement.SUBLAYERS}
-  return {name: {key: value for key, value in row.items() if value != empty[key]} for name, row in rows.items()}
+  columns = dataclasses.asdict(row.without_initial())
+  return {name: value for name, value in columns.items() if value != empty[name]}
 
 
 def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
   if model.rope_scaling == "none":
     return None
+  if model.rope_scaling != "llama3":
+    raise InputError(f"config.model.rope_scaling={model.rope_scaling!r}: the layouts have no word for it")
   return {
     "rope_type": "llama3",
     "factor": model.rope_factor,

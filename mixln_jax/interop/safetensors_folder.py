@@ -11,6 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from mixln_jax.errors import InputError
+from mixln_jax.files import partial_of
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
@@ -18,24 +19,22 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 class SafetensorsFolder(Mapping[str, np.ndarray]):
   """The tensors of a folder by name; each is read when it is asked for."""
 
-  def __init__(self, path: str | Path, flag: str = "--input"):
-    """`flag`: what the folder was given as, for messages.
+  def __init__(self, path: str | Path):
+    """Opens the folder and compares its files with its index.
 
     Raises:
       InputError: there is no such folder, it holds no safetensors, or a file of its index is missing or damaged.
     """
-    self.path, self._flag = Path(path).expanduser(), flag
+    self.path = Path(path).expanduser()
     if (self.path / INDEX).is_file():
       files: Any = self._json(INDEX).get("weight_map")
       if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise InputError(f"{flag}={self.path}: {INDEX} has no weight_map from names to files; download it again")
+        raise InputError(f"path={self.path}: {INDEX} has no weight_map from names to files; download it again")
       self._file_of: dict[str, str] = files
     elif (self.path / SINGLE).is_file():
       self._file_of = dict.fromkeys(self._names(SINGLE), SINGLE)
     else:
-      raise InputError(
-        f"{flag}={self.path}: has neither {SINGLE} nor {INDEX}; give a folder of a safetensors checkpoint"
-      )
+      raise InputError(f"path={self.path}: has neither {SINGLE} nor {INDEX}; give a folder of a safetensors checkpoint")
     for file in sorted(set(self._file_of.values())):
       missing = {name for name, of in self._file_of.items() if of == file} - set(self._names(file))
       if missing:
@@ -49,9 +48,9 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
     try:
       value = json.loads((self.path / name).read_text())
     except (OSError, ValueError) as error:
-      raise InputError(f"{self._flag}={self.path}: {name} can't be read ({error})") from error
+      raise InputError(f"path={self.path}: {name} can't be read ({error})") from error
     if not isinstance(value, dict):
-      raise InputError(f"{self._flag}={self.path}: {name} is no JSON object")
+      raise InputError(f"path={self.path}: {name} is not a JSON object")
     return value
 
   def _open(self, file: str) -> Any:
@@ -85,32 +84,31 @@ def write_folder(
   shard_bytes: int,
   others: Mapping[str, bytes] | None = None,
 ) -> int:
-  """Writes a checkpoint: config.json, and one file, or as many as keep each within `shard_bytes`. Returns how many.
+  """Writes a checkpoint: config.json and the tensors, in as many files as keep each within `shard_bytes`.
 
-  `others`: files to lie beside them, by name.
+  Tensors are read one at a time, and those of one file are in memory together.
+
+  Args:
+    path: the folder; it must be new or empty.
+    tensors: by name.
+    config: what config.json holds.
+    shard_bytes: most bytes of tensors in a file; a larger tensor has a file of its own.
+    others: files to lie beside them, by name.
+
+  Returns:
+    The number of safetensors files.
 
   Raises:
-    InputError: the folder is not empty, or can't be written.
+    InputError: the folder is not empty, or can't be written; nothing is left there.
   """
   folder = Path(path).expanduser()
-  partial = folder.with_name(f".{folder.name}.partial")
+  partial = partial_of(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise InputError(f"--output={folder}: not empty; give a new folder")
-  shards = _shards(tensors, shard_bytes)
-  files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-  files = [SINGLE] if len(shards) == 1 else files
+    raise InputError(f"path={folder}: not empty; give a new folder")
   try:  # beside its place, so that the folder is there whole or not at all
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file, names in zip(files, shards, strict=True):
-      shard = {name: np.asarray(tensors[name], order="C") for name in names}
-      safetensors.numpy.save_file(shard, partial / file, metadata={"format": "pt"})  # how to read it, for transformers
-    if len(shards) > 1:
-      index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
-      }
-      (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    num_files = _write_shards(partial, tensors, shard_bytes)
     (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     for name, content in (others or {}).items():
       (partial / name).write_bytes(content)
@@ -119,18 +117,42 @@ def write_folder(
     partial.rename(folder)
   except (OSError, safetensors.SafetensorError) as error:
     shutil.rmtree(partial, ignore_errors=True)
-    raise InputError(f"--output={folder}: can't be written ({error}); nothing was left there") from error
-  return len(shards)
+    raise InputError(f"path={folder}: can't be written ({error}); nothing was left there") from error
+  return num_files
 
 
-def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> list[list[str]]:
-  """Names in their order, cut so that each part is within `shard_bytes` (or is one larger tensor)."""
-  shards: list[list[str]] = [[]]
+def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int) -> int:
+  """Writes the tensors and, where they take several files, the index of those. Returns the number of files."""
+  written: list[Path] = []  # each is named once their number is known
+  names_of: list[list[str]] = []
+  total_bytes = 0
+  for shard in _shards(tensors, shard_bytes):
+    file = folder / f"shard-{len(written)}"
+    safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})  # how to read it, for transformers
+    written.append(file)
+    names_of.append(list(shard))
+    total_bytes += sum(tensor.nbytes for tensor in shard.values())
+  if len(written) == 1:
+    written[0].rename(folder / SINGLE)
+    return 1
+  file_of = {}
+  for number, (file, names) in enumerate(zip(written, names_of, strict=True), start=1):
+    final = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+    file.rename(folder / final)
+    file_of |= dict.fromkeys(names, final)
+  index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
+  (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+  return len(written)
+
+
+def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+  """The tensors in their order, cut so that each part is within `shard_bytes` (or is one larger tensor)."""
+  shard: dict[str, np.ndarray] = {}
   size = 0
   for name, tensor in tensors.items():
-    if shards[-1] and size + tensor.nbytes > shard_bytes:
-      shards.append([])
-      size = 0
-    shards[-1].append(name)
+    if shard and size + tensor.nbytes > shard_bytes:
+      yield shard
+      shard, size = {}, 0
+    shard[name] = np.asarray(tensor, order="C")
     size += tensor.nbytes
-  return shards
+  yield shard
