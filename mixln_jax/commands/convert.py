@@ -5,15 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from mixln_jax import config as config_lib
 from mixln_jax.command_line import CommandLine
 from mixln_jax.config import NEWEST, Config
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.interop import export, hf
+from mixln_jax.interop.check import check_export
 from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import OpenRun, open_run
@@ -73,7 +71,8 @@ def _write(workdir: str, output: str, step: int | None, layout: str, shard_gb: f
     others = export.modeling_files(description)
     if tokenizer is not None:
       others |= export.tokenizer_files(tokenizer, config.data.sequence_length)
-    tensors = hf.export_weights(jax.tree.map(np.asarray, run.params), config.model)
+    tensors = hf.export_weights(run.params, config.model)
+    check_export(run.params, config.model, tensors, description)
     files = write_folder(output, tensors, description, int(shard_gb * 1e9), others)
     print(f"read       {run.folder.address}, step {run.step}")
   size = f"{count_params(config.model) / 1e6:.2f} M parameters in {files} file{'s' * (files > 1)}"

@@ -100,8 +100,8 @@ def tensors_of(model: ModelConfig) -> Iterator[Tensor]:
 def _their_name(param: Param) -> str:
   if param.elsewhere is None:
     raise InputError(
-      f"parameter {param.path}: Hugging Face's layouts have no name for it, and their models no place; weights can't be "
-      "exported or imported with it until model/parameters.py names it and interop (modeling_mixln.py, forward.py) "
+      f"parameter {param.path}: Hugging Face's layouts have no name for it, and their models no place; weights can't "
+      "be exported or imported with it until model/parameters.py names it and interop (modeling_mixln.py, forward.py) "
       "computes with it"
     )
   return param.elsewhere

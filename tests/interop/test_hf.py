@@ -78,6 +78,7 @@ def test_any_placement_comes_back_from_the_official_layout(name, tmp_path):
   again.update(hf.model_fields(folder.config()), mlp_pad_to=32)
   assert again.placement == name
   back = hf.export_weights(hf.import_weights(folder, again), again)
+  exported = hf.export_weights(params, model)
   assert back.keys() == exported.keys()
   for tensor, array in exported.items():
     np.testing.assert_array_equal(back[tensor], array, err_msg=tensor)
