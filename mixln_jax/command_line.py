@@ -65,7 +65,7 @@ class CommandLine:
       print(self._help())
       sys.exit(0)
     if self._with_config:
-      config_lib.check_overrides(argv)
+      _check_overrides(argv)
       # Overrides become flags only where the parser can see them: hence sys_argv.
       config_flags.DEFINE_config_file("config", flag_values=self._values, sys_argv=["", *argv])
       if not self._values["config"].present and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
@@ -135,7 +135,7 @@ class CommandLine:
         need = " (required)" if one.name in self._required else ""
         lines.append(f"  --{one.name}=…\n      {one.help}{default}{need}")
     if self._with_config:
-      lines += ["", "config fields, with their defaults before the recipe:", config_lib.describe()]
+      lines += ["", "config fields, with their defaults before the recipe:", describe_fields()]
     return "\n".join(lines)
 
 
@@ -156,3 +156,22 @@ def _flag_error(error: Exception) -> InputError:
   # ml_collections puts whole tracebacks into some messages; the last line says what is wrong.
   text = (str(error).strip().splitlines() or [""])[-1].strip()
   return InputError(f"{text or type(error).__name__}; see --help")
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+  """Refuses `--config.x=…` for an unknown x, before absl's parser answers with a traceback."""
+  for argument in argv:
+    match = re.match(r"--config\.([\w.]+)", argument)
+    if match and match.group(1) not in config_lib.FIELDS:
+      raise config_lib.unknown_field(match.group(1))
+
+
+def describe_fields() -> str:
+  """All config fields for --help: default, meaning, what is allowed."""
+  lines = []
+  for name, field in config_lib.FIELDS.items():
+    default = repr(field.default)
+    if isinstance(field.default, float):
+      default = f"{field.default:g}"
+    lines.append(f"  --config.{name}={default}\n      {field.meaning}; {field.allowed()}")
+  return "\n".join(lines)

@@ -10,8 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, cast, get_type_hints
 
 from ml_collections import ConfigDict
@@ -552,14 +551,6 @@ def unknown_field(name: str) -> InputError:
   return InputError(f"config.{name}: unknown field; {hint}`python -m mixln_jax train --help` lists all fields")
 
 
-def check_overrides(argv: Sequence[str]) -> None:
-  """Refuses `--config.x=…` for an unknown x, before absl's parser answers with a traceback."""
-  for argument in argv:
-    match = re.match(r"--config\.([\w.]+)", argument)
-    if match and match.group(1) not in FIELDS:
-      raise unknown_field(match.group(1))
-
-
 def validate(config: Config) -> None:
   """Rejects an invalid config before anything is compiled.
 
@@ -718,14 +709,3 @@ def to_json(config: Config) -> str:
 def from_json(text: str, written_by: str = "") -> Config:
   """The inverse of `to_json`; arguments and errors are those of `from_flat`."""
   return from_flat(json.loads(text), written_by)
-
-
-def describe() -> str:
-  """A table of all fields for `--help`."""
-  lines = []
-  for name, field in FIELDS.items():
-    default = repr(field.default)
-    if isinstance(field.default, float):
-      default = f"{field.default:g}"
-    lines.append(f"  --config.{name}={default}\n      {field.meaning}; {field.allowed()}")
-  return "\n".join(lines)

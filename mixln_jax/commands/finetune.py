@@ -4,7 +4,7 @@ The model and the tokenizer are those of that run; `prepare` with the same --con
 ordinary run: the same command resumes it, and so does `train`.
 """
 
-from mixln_jax.training.session import train_command
+from mixln_jax.commands._training import train_command
 
 
 def main(argv: list[str]) -> int:

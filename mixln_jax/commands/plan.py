@@ -32,14 +32,14 @@ def main(argv: list[str]) -> int:
   line.string(
     "topology", "a slice, as in v5e:4x4, v6e:8x8, v4:2x2x4 or v5p:2x2x4; or cpu, gpu: what is here", required=True
   )
-  line.number("efficiency", "share of the peak FLOP/s that is assumed", default=planning.EFFICIENCY, minimum=0.01)
+  line.number("efficiency", "fraction of the peak FLOP/s that is assumed", default=planning.EFFICIENCY, minimum=0.01)
   line.boolean("json", "print one JSON object instead of text")
   line.boolean("search", "try remat policies, micro-batches and mesh shapes, and rank those that fit")
   line.integer("search_compilations", "what a search compiles at most", default=12, minimum=1)
   values = line.parse(argv)
   config = follow_model(line.config_value(), line.overrides())
   if values.efficiency > 1:
-    raise InputError(f"--efficiency={values.efficiency:g}: must be at most 1, a share of the peak")
+    raise InputError(f"--efficiency={values.efficiency:g}: must be at most 1, a fraction of the peak")
   if values.topology not in topology.HERE:
     _only_compile()
   shape = topology.parse(values.topology, config)

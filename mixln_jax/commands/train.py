@@ -1,6 +1,6 @@
 """Train a model: starts a run in --workdir, or resumes the one that is there."""
 
-from mixln_jax.training.session import train_command
+from mixln_jax.commands._training import train_command
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The runs of a study one after another, each in a process of its own; any number of machines share them."""
+"""The runs of a study in order, each in a process of its own; any number of machines divide them up."""
 
 import signal
 import subprocess
@@ -90,8 +90,8 @@ class Stopped(Exception):
 
 
 class Signals:
-  """While the context is open, SIGTERM and Ctrl-C go on to the run that is being trained, as SIGTERM: it ends with a
-  checkpoint. Between two runs they end the sweep at once."""
+  """While the context is open, SIGTERM and Ctrl-C are passed, as SIGTERM, to the run that is being trained, which ends
+  with a checkpoint. Between two runs they end the sweep at once."""
 
   def __init__(self) -> None:
     self.child: subprocess.Popen[str] | None = None

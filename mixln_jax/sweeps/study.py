@@ -154,8 +154,9 @@ def parse_axes(axes: Sequence[str]) -> Grid:
   grid: dict[str, Sequence[Any]] = {}
   for axis in axes:
     field, equals, text = axis.partition("=")
-    matches = [name for name in config_lib.FIELDS if name == field or name.split(".")[-1] == field]
-    field = field if field in config_lib.FIELDS else matches[0] if len(matches) == 1 else field
+    matches = [name for name in config_lib.FIELDS if name.split(".")[-1] == field]
+    if field not in config_lib.FIELDS and len(matches) == 1:
+      field = matches[0]
     if not equals or field not in config_lib.FIELDS:
       raise config_lib.unknown_field(field) if equals else InputError(f"axes={axis!r}: write FIELD=VALUE VALUE …")
     if field in grid:
@@ -204,7 +205,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 def check_initial_weights(runs: Sequence[Run]) -> dict[str, str]:
   """Checks that runs which should start from the same numbers did; returns the hash of each run that has started.
 
-  Two runs share a tensor where seed, shape and deviation are the same; its exact sum of bits must then be the same.
+  Two runs have a tensor in common where seed, shape and std are the same; its exact sum of bits must then be too.
 
   Raises:
     InputError: naming the runs and the tensor.

@@ -98,7 +98,7 @@ def follow_model(config: Config, overrides: Mapping[str, Any], own: RunFolder | 
 
 
 def pin(config: Config, own: RunFolder) -> Config:
-  """The config with the step of the checkpoint that it names: the run that it starts from may go on.
+  """The config with the step of the checkpoint that it names: the run that it starts from may be trained further.
 
   Args:
     config: with a config.train.start_from.

@@ -279,7 +279,7 @@ class _Loop:
     self._restart_timer()
 
   def _evaluate(self) -> dict[int, float]:
-    """Evaluates all members; returns the losses of those that go on, by their number."""
+    """Evaluates all members; returns the losses of those that continue, by their number."""
     losses: dict[int, float] = {}
     compat = self._config.evaluate.official_compat
     for member, evaluation in zip(self._members, self._evaluator(self._state.params), strict=True):

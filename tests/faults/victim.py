@@ -126,7 +126,7 @@ def main(config_path, workdir, fault, number="1"):
     return 2
   except KeyboardInterrupt:
     return 130
-  from mixln_jax.training.session import STATUSES
+  from mixln_jax.commands._training import STATUSES
 
   return STATUSES[outcome.status]
 
