@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers import saved_params
 
+import mixln_jax
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 from mixln_jax.runs import outcome as outcomes_lib
@@ -186,7 +187,7 @@ def test_without_a_common_step_it_is_refused_and_nothing_is_lost(make_config, tm
     (("placement=pre", "weight_decay=0.0 0.1"), r"differ in config\.optimizer\.weight_decay, which is compiled"),
     (("placement=pre", "embed_dim=16 32"), r"config\.model\.embed_dim"),
     (("placement=pre admin",), "admin needs a profiling pass"),
-    (("placement=pre", "start_from=work/runs/another"), "start from another's weights"),
+    (("placement=pre", "start_from=work/runs/another"), "work/runs/another.*no run there"),
   ],
 )
 def test_sets_that_are_not_one_program_are_refused(make_config, tmp_path, axes, message):
@@ -195,6 +196,22 @@ def test_sets_that_are_not_one_program_are_refused(make_config, tmp_path, axes, 
   with pytest.raises(InputError, match=message):
     train_together(study, runs)
   assert not (tmp_path / "study").exists()
+
+
+def test_runs_that_start_from_another_are_trained_together(make_config, tmp_path):
+  """They begin with a checkpoint of step 0, so the loop does not know that they are fine-tuned."""
+  loop.train(make_config(**{"model.placement": "pre"}), tmp_path / "first")
+  config = make_config(**{"train.start_from": str(tmp_path / "first"), "model.placement": "pre"})
+  study = study_of(config, "learning_rate=1e-3 3e-3")
+  runs = open_study(study, tmp_path / "study")
+  outcomes = train_together(study, runs)
+  assert {outcome.status for outcome in outcomes} == {outcomes_lib.FINISHED}
+  for run in runs:
+    assert json.loads(run.folder.read("start.json"))["step"] == 6
+    alone = loop.train(run.config, tmp_path / run.name)
+    np.testing.assert_allclose(alone.validation["loss"], values(run, "validation")[-1]["loss"], rtol=2e-5)
+  first = [line["loss"] for line in read_metrics(tmp_path / "first" / "metrics.jsonl") if line["split"] == "train"]
+  assert values(runs[0])[0]["loss"] < first[0] - 0.01  # it began with what was trained
 
 
 @pytest.mark.slow
@@ -223,3 +240,42 @@ def test_the_axis_run_must_divide_the_runs(make_config, tmp_path):
   study = study_of(make_config(**{"mesh.run": 2, "mesh.data": 1}), "placement=pre post")
   with pytest.raises(InputError, match=r"2 devices|multiple of 2"):
     train_together(study, study.runs(tmp_path / "study"))
+
+
+def test_runs_together_leave_what_a_run_alone_leaves(make_config, tmp_path, capsys):
+  """Diagnostics by layer, a profile, the lines a person reads: the loop is one, so nothing is missing for several."""
+  changes = {"diagnostics.every_steps": 3, "profile.start_step": 2, "profile.num_steps": 2}
+  study = study_of(make_config(**changes), "placement=pre sandwich+gpas")
+  runs = open_study(study, tmp_path / "study")
+  train_together(study, runs)
+  output = capsys.readouterr().out
+  assert "of 2 runs" in output
+  assert "validation step 6" in output
+  assert list((runs[0].folder / "profile").rglob("*.xplane.pb"))
+  for run in runs:
+    loop.train(run.config, tmp_path / run.name)
+    together, alone = (
+      [json.loads(line) for line in (folder / "diagnostics.jsonl").read_text().splitlines()]
+      for folder in (run.folder.path, tmp_path / run.name)
+    )
+    assert [line["step"] for line in together] == [1, 3, 6]
+    for line, other in zip(together, alone, strict=True):
+      for name, value in other.items():
+        # What only the other placement has is null for every layer.
+        expected = np.array(value, float)
+        np.testing.assert_allclose(np.array(line[name], float), expected, rtol=2e-3, atol=1e-6, err_msg=name)
+      for name in line.keys() - other.keys():
+        assert line[name] == [None, None], name
+    facts = json.loads(run.folder.read("environment.json"))
+    assert facts["train_step"] == json.loads(runs[0].folder.read("environment.json"))["train_step"]
+
+
+def test_a_diverged_run_is_saved_with_its_validation_loss(make_config, tmp_path):
+  """Without it the checkpoint could be neither the best one nor kept as such."""
+  config = make_config(**{"train.stop_when_diverged": True, "evaluate.every_steps": 1, "checkpoint.every_steps": 100})
+  study = study_of(config, "placement=pre post")  # six steps are too few to leave the unigram entropy
+  runs = open_study(study, tmp_path / "study")
+  for run, outcome in zip(runs, train_together(study, runs), strict=True):
+    assert (outcome.status, outcome.step) == (outcomes_lib.DIVERGED, 4)
+    with mixln_jax.open_run(run.folder.path, "best") as opened:
+      assert opened.step == 4
