@@ -12,6 +12,7 @@ from helpers import saved_params
 from mixln_jax import commands
 from mixln_jax import config as config_lib
 from mixln_jax.__main__ import main
+from mixln_jax.parallel.bits import bit_sums
 from mixln_jax.reporting.loading import load
 
 ROOT = Path(__file__).parents[1]
