@@ -1,13 +1,13 @@
 """What the parts of a training step and of its loop cost on this machine.
 
-    python -m benchmarks.parts [--only head attention placements optimizer checkpoint start] [--repeats=7] [--out=FILE]
+    python -m benchmarks.parts [--only head placements checkpoint start] [--repeats=7] [--out=FILE]
 
-  head        the head, its loss and their gradient: all logits at once, written out, against chunks of several sizes
-  attention   each implementation that the platform has, forward and backward, at the shapes of three recipes
+  head        the head, its loss and their gradient, in chunks of several sizes
   placements  the training step of configs/llama_9m.py under each placement, against `pre`
-  optimizer   the AdamW update of llama_71m alone
   checkpoint  llama_130m: what a save keeps the loop waiting, until it is on the disk, and a restore
   start       from the shell to the end of one step of configs/tiny.py, compiled anew and from the cache
+
+What is tuned for a platform is held against its plain form by `benchmarks/tuned.py`.
 
 Cases take turns, and medians are given: of the wall time, and of the processor time of all threads, which other work on
 the machine hardly lengthens; ratios are of the latter, to the first case of a group.
@@ -30,18 +30,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from benchmarks.recipes import load
 from benchmarks.speed_worker import random_batch
 from mixln_jax import placement
-from mixln_jax.config import Config, head_dim
+from mixln_jax.config import Config
 from mixln_jax.model import next_token_loss
-from mixln_jax.model.attention_kernels import self_attention
 from mixln_jax.parallel.mesh import attach, global_batch, make_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.optimizer import init_moments, make_optimizer
 from mixln_jax.training.program import lower_train_step
 
 BATCH, LENGTH = 8, 256
@@ -67,12 +64,6 @@ def normal(seed: int, *shape: int) -> jax.Array:
   return jax.random.normal(jax.random.key(seed), shape)
 
 
-def all_logits(hidden_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array) -> jax.Array:
-  logits_BTV = hidden_BTD @ head_DV
-  label_logits_BT = jnp.take_along_axis(logits_BTV, labels_BT[..., None], axis=-1)[..., 0]
-  return jnp.sum(jax.nn.logsumexp(logits_BTV, axis=-1) - label_logits_BT)
-
-
 def head() -> dict[str, Group]:
   groups = {}
   for recipe in ("9m", "71m"):
@@ -83,27 +74,11 @@ def head() -> dict[str, Group]:
     def chunked(hidden_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array, chunk: int | None) -> jax.Array:
       return next_token_loss(hidden_BTD, head_DV, labels_BT, jnp.ones_like(labels_BT), chunk=chunk)[0]
 
-    losses = {"all logits": all_logits, "chunks, as chosen": partial(chunked, chunk=None)}
+    losses = {"chunks, as chosen": partial(chunked, chunk=None)}
     losses |= {f"chunks of {chunk}": partial(chunked, chunk=chunk) for chunk in (256, 128, 64, 32, 16, 8)}
     groups[f"head and loss, llama_{recipe}"] = {
       name: partial(jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), hidden_BTD, head_DV, labels_BT)
       for name, loss in losses.items()
-    }
-  return groups
-
-
-def attention() -> dict[str, Group]:
-  names = {"cpu": ("xla", "blocks"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}[jax.default_backend()]
-  groups = {}
-  for recipe, length in (("9m", 256), ("71m", 256), ("71m", 1024)):
-    model = load(recipe).model
-    q, k, v, weight = (normal(seed, BATCH, length, model.num_heads, head_dim(model)) for seed in range(4))
-
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, name: str, weight: jax.Array = weight) -> jax.Array:
-      return jnp.sum(self_attention(name, q, k, v, None, None) * weight)
-
-    groups[f"attention, llama_{recipe}, length {length}"] = {
-      name: partial(jax.jit(jax.grad(partial(loss, name=name), argnums=(0, 1, 2))), q, k, v) for name in names
     }
   return groups
 
@@ -128,43 +103,7 @@ def placements() -> dict[str, Group]:
   return {"training step, llama_9m": {name: Step(on_cpu("9m", placement=name)) for name in names}}
 
 
-class Update:
-  """An update of the parameters, whose state it keeps."""
-
-  def __init__(self, transform: Any, params: Any, opt_state: Any, arguments: Callable[[Any], dict[str, Any]]):
-    self.grads, self.state = params, jax.tree.map(jnp.copy, (params, opt_state))
-
-    @partial(jax.jit, donate_argnums=0)
-    def update(state: Any, grads: Any) -> Any:
-      params, opt_state = state
-      updates, opt_state = transform.update(grads, opt_state, params, **arguments(grads))
-      return optax.apply_updates(params, jax.tree.map(lambda u: -1e-3 * u, updates)), opt_state
-
-    self.update = update
-
-  def __call__(self) -> Any:
-    self.state = self.update(self.state, self.grads)
-    return self.state
-
-
-def optimizer() -> dict[str, Group]:
-  config = on_cpu("71m")
-  params = jax.jit(lambda: step_lib.init_state(config).params)()
-  ours = make_optimizer(config)
-  opt_state = init_moments(ours, params, config.optimizer.moment_dtype)
-  c = config.optimizer
-  plain = optax.chain(optax.clip_by_global_norm(c.clip_norm), optax.scale_by_adam(c.b1, c.b2, c.epsilon))
-  return {
-    "clip and AdamW, llama_71m": {
-      "optax": Update(plain, params, plain.init(params), lambda _: {}),
-      "ours": Update(
-        ours, params, opt_state, lambda grads: {"norm": optax.tree.norm(grads), "accept": jnp.bool_(True)}
-      ),
-    }
-  }
-
-
-GROUPS = {"head": head, "attention": attention, "placements": placements, "optimizer": optimizer}
+GROUPS = {"head": head, "placements": placements}
 
 
 def turns(group: Group, repeats: int) -> dict[str, dict[str, list[float]]]:

@@ -38,15 +38,15 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from mixln_jax.training.setup import lower_train_step, on_mesh
+from mixln_jax.training.setup import on_mesh
 
-from benchmarks.parts import for_cpu, normal, turns
+from benchmarks.parts import Step, for_cpu, normal, turns
 from benchmarks.recipes import CONFIGS, load_file
 from mixln_jax.config import Config, head_dim
 from mixln_jax.model import loss, product
 from mixln_jax.model.attention_kernels import self_attention
 from mixln_jax.model.tuned import loss as tuned_loss
-from mixln_jax.parallel.mesh import global_batch, make_mesh
+from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.parallel.rules import RULES
 from mixln_jax.training import optimizer
 from mixln_jax.training import step as step_lib
@@ -251,39 +251,25 @@ def update_piece(config: Config) -> Piece:
   return Piece(arguments, shardings, 2, forms, carried=True)
 
 
-def step_programs(config: Config) -> dict[str, Callable[[], Any]]:
+def steps(config: Config) -> dict[str, Step]:
   """The training step as it is, and with one part plain; each with a state of its own."""
-  all_logits: Patch = (loss, "chunked_loss", lambda *arguments: loss.all_logits_loss(*arguments[:4]))
+  plain_product, plain_update = pretend(product, "tpu"), pretend(optimizer, "tpu")
+  plain_loss: Patch = (loss, "chunked_loss", lambda *arguments: loss.all_logits_loss(*arguments[:4]))
   plain_attention = config.copy_and_resolve_references()
   plain_attention.model.attention = "xla"
-  everything = pretend(product, "tpu"), pretend(optimizer, "tpu"), all_logits
-  return {
-    "product plain": Step(config, pretend(product, "tpu")),
-    "loss plain": Step(config, all_logits),
-    "attention plain": Step(plain_attention),
-    "clip and Adam plain": Step(config, pretend(optimizer, "tpu")),
-    "all of them plain": Step(plain_attention, *everything),
-    TUNED: Step(config),
-  }
 
-
-class Step:
-  """A training step that continues from its own state."""
-
-  def __init__(self, config: Config, *patches: Patch):
-    mesh = make_mesh(config.mesh)
-    shardings = step_lib.state_shardings(config, mesh)
-    shape = config.train.batch_size, config.data.sequence_length
-    tokens_BT = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size)
-    batch = {"tokens_BT": tokens_BT, "labels_BT": tokens_BT, "weights_BT": jnp.ones(shape, jnp.int32)}
-    self.batch = global_batch({name: jax.device_get(x) for name, x in batch.items()}, mesh)
-    self.state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
+  def step(config: Config, *patches: Patch) -> Step:
     with patched(patches):
-      self.program = lower_train_step(config, mesh, shardings).compile()
+      return Step(config)
 
-  def __call__(self) -> Any:
-    self.state, metrics = self.program(self.state, self.batch)
-    return metrics
+  return {
+    "product plain": step(config, plain_product),
+    "loss plain": step(config, plain_loss),
+    "attention plain": step(plain_attention),
+    "clip and Adam plain": step(config, plain_update),
+    "all of them plain": step(plain_attention, plain_product, plain_loss, plain_update),
+    TUNED: step(config),
+  }
 
 
 class Call:
@@ -313,25 +299,29 @@ def make_piece(name: str, config: Config, where: str) -> Piece:
 
 
 def configured(shape: str, where: str) -> Config:
-  """The config of a shape: `tiny`, a LLaMA recipe (`71m`), or one with rows of another length (`71m:1024`)."""
-  recipe, _, length = shape.partition(":")
+  """The config of a shape: `tiny` or a LLaMA recipe (`71m`), with tokens a row and rows where they differ from the
+  recipe's (`71m:1024`, `7b:256:32`)."""
+  recipe, *sizes = shape.split(":")
   path = CONFIGS / ("tiny.py" if recipe == "tiny" else f"llama_{recipe}.py")
   config = load_file(path)
   if where == "cpu" and recipe != "tiny":
     for_cpu(config)
-  if length:
-    config.data.sequence_length = int(length)
+  if sizes:
+    config.data.sequence_length = int(sizes[0])
+  if len(sizes) > 1:
+    config.train.batch_size = int(sizes[1])
   return config
 
 
 def measure_on_cpu(name: str, shape: str, repeats: int) -> list[dict[str, Any]]:
   """A row for each form but the tuned one: processor seconds of both, and the ratio."""
   config = configured(shape, "cpu")
+  calls: dict[str, Callable[[], Any]] = {}
   if name == "step":
-    calls = step_programs(config)
+    calls |= steps(config)
   else:
     piece = make_piece(name, config, "cpu")
-    calls = {form: Call(piece, piece.forms[form]) for form in piece.forms}
+    calls |= {form: Call(piece, piece.forms[form]) for form in piece.forms}
   seconds = {form: found["processor"] for form, found in turns(calls, repeats).items()}
   rows = []
   for form in calls:
