@@ -26,10 +26,11 @@ from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data.corpus import Document
 from mixln_jax.data.prepare import data_directory, prepare
 from mixln_jax.model.flops import train_flops_per_token
+from mixln_jax.opening import make_loader, set_up
 from mixln_jax.parallel.devices import DEVICES
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import lower_train_step, make_loader, set_up
+from mixln_jax.training.program import lower_train_step
 
 UTILISATION = 0.4
 CHIPS_A_HOST = 4

@@ -21,9 +21,10 @@ import jax
 
 from configs import tiny
 from mixln_jax.data.prepare import data_directory, prepare
+from mixln_jax.opening import make_loader, set_up
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import lower_train_step, make_loader, set_up
+from mixln_jax.training.program import lower_train_step
 
 PROGRAMS = ("ordinary", "diagnostic")
 

@@ -33,11 +33,10 @@ from mixln_jax.data.prepare import prepare
 from mixln_jax.data.records import named_tokenizer
 from mixln_jax.data.tokenizer import PAD
 from mixln_jax.model import Transformer
-from mixln_jax.parallel.mesh import make_mesh
+from mixln_jax.opening import open_run
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.training.finetune import resolve
 from mixln_jax.training.loop import train
-from mixln_jax.training.setup import open_run
-from mixln_jax.training.start import resolve
 
 TASK = Path("work/eras")
 SIZES = {"train": 4000, "validation": 400}
@@ -108,7 +107,8 @@ def log_likelihoods(model: Config, params: Any, rows: Sequence[Tokens]) -> np.nd
 
 def measure(run: RunFolder, tokenizer_name: str, sequence_length: int) -> dict[str, float]:
   """`accuracy` by likelihood among the choices; `answer_nats`, minus the mean log likelihood of the right answer."""
-  config, step, params = open_run(run, make_mesh(tiny.get_config().mesh))
+  with open_run(run.address) as opened:
+    config, step, params = opened.config, opened.step, opened.params
   tokenizer = named_tokenizer(tokenizer_name)
   items = json.loads((TASK / "validation.json").read_text())
   rows = []

@@ -42,7 +42,7 @@ from mixln_jax.parallel.mesh import attach, global_batch, make_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.optimizer import init_moments, make_optimizer
-from mixln_jax.training.setup import lower_train_step
+from mixln_jax.training.program import lower_train_step
 
 BATCH, LENGTH = 8, 256
 Group = dict[str, Callable[[], Any]]  # case -> what is timed
@@ -51,7 +51,13 @@ Group = dict[str, Callable[[], Any]]  # case -> what is timed
 def on_cpu(recipe: str, **fields: Any) -> Config:
   """A recipe in fp32 without recomputation, 8 rows."""
   config = load(recipe)
-  config.model.update(dtype="float32", remat="none", **fields)
+  config.model.update(**fields)
+  return for_cpu(config)
+
+
+def for_cpu(config: Config) -> Config:
+  """The config itself, in fp32 without recomputation, 8 rows."""
+  config.model.update(dtype="float32", remat="none")
   config.train.update(batch_size=BATCH, micro_batches=1)
   config.data.sequence_length = LENGTH
   return config
@@ -161,8 +167,8 @@ def optimizer() -> dict[str, Group]:
 GROUPS = {"head": head, "attention": attention, "placements": placements, "optimizer": optimizer}
 
 
-def times(group: Group, repeats: int) -> dict[str, dict[str, float]]:
-  """Medians of each case, the cases taking turns; the first turn warms up."""
+def turns(group: Group, repeats: int) -> dict[str, dict[str, list[float]]]:
+  """Seconds of each turn of each case, wall and of the processor; the cases take turns, and a first turn warms up."""
   found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "processor": []} for name in group}
   for repeat in range(repeats + 1):
     for name, work in group.items():
@@ -171,7 +177,15 @@ def times(group: Group, repeats: int) -> dict[str, dict[str, float]]:
       if repeat:
         found[name]["wall"].append(time.perf_counter() - wall)
         found[name]["processor"].append(time.process_time() - processor)
-  return {name: {kind: statistics.median(all_) for kind, all_ in kinds.items()} for name, kinds in found.items()}
+  return found
+
+
+def times(group: Group, repeats: int) -> dict[str, dict[str, float]]:
+  """Medians of each case."""
+  medians = {}
+  for name, kinds in turns(group, repeats).items():
+    medians[name] = {kind: statistics.median(seconds) for kind, seconds in kinds.items()}
+  return medians
 
 
 def checkpoint(repeats: int) -> dict[str, Any]:

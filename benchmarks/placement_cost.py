@@ -34,12 +34,13 @@ from jax.experimental import topologies
 
 from benchmarks.recipes import load
 from mixln_jax.model import transformer
-from mixln_jax.model.columns import Columns
-from mixln_jax.model.initial import abstract_sharded_params
+from mixln_jax.model.columns import Columns, traced_rows
 from mixln_jax.model.norm import rms_norm
+from mixln_jax.model.parameters import abstract_sharded_params, gain_name
+from mixln_jax.model.residual import Stream
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.parallel.rules import logical_rules
-from mixln_jax.training.setup import abstract_batch
+from mixln_jax.training.program import abstract_batch
 from mixln_jax.training.step import gradient_sum
 
 TOPOLOGY = "v5e:4x4"
@@ -61,20 +62,27 @@ class Written(transformer.Layer):
   def norm(self, x_BTD: jax.Array, gain_D: jax.Array, **options: Any) -> jax.Array:
     return rms_norm(x_BTD, gain_D, epsilon=self.config.norm_epsilon, **options)
 
-  def branches(self, columns: dict[str, Any], shared: dict[str, Any], index: Any) -> Any:
-    def attend(h_BTD: jax.Array) -> jax.Array:
-      return self.attend(h_BTD, None, columns, index, shared)[0]
-
-    return (("attention", attend), ("mlp", self.mlp))
-
   @nn.compact
-  def __call__(self, carry: Any, varying: dict[str, Any], shared: dict[str, Any]) -> tuple[Any, Any]:
-    (x_BTD, _), cache = carry
-    columns = dict(self.constant) | varying["columns"]
-    for name, branch in self.branches(columns, shared, varying["index"]):
-      x_BTD = self.apply_one(x_BTD, branch, self.gains(name, columns)[0], columns[f"{name}.norm_out"])
+  def __call__(
+    self, carry: tuple[Stream, Any], varying: transformer.Varying, shared: transformer.Shared
+  ) -> tuple[tuple[Stream, Any], Any]:
+    before, cache = carry
+    rows = traced_rows(self.constant, varying.columns)
+    weights = {}
+    for name, shape, axes in self.declared:
+      weights[name] = transformer.declare(self, self.config, name, shape, axes)
+
+    def attend(h_BTD: jax.Array) -> jax.Array:
+      return self.attend(h_BTD, weights, rows.attention, None, varying.layer, shared)[0]
+
+    def mlp(h_BTD: jax.Array) -> jax.Array:
+      return transformer.swiglu(h_BTD, weights, self.config.dtype)
+
+    x_BTD = before.sum_BTD
+    for name, branch, row in (("attention", attend, rows.attention), ("mlp", mlp, rows.mlp)):
+      x_BTD = self.apply_one(x_BTD, branch, weights[gain_name(name, 0)], row.norm_out)
       x_BTD = nn.with_logical_constraint(x_BTD, transformer.STREAM)
-    return ((x_BTD, None), cache), {"stream_BTD": x_BTD}
+    return (Stream(x_BTD), cache), {"stream_BTD": x_BTD}
 
 
 class Pre(Written):
@@ -142,14 +150,15 @@ class Model(transformer.Transformer):
       return nn.remat(GateSaved, policy=jax.checkpoint_policies.save_only_these_names("sum"), prevent_cse=False)
     return nn.remat(self.layer, policy=transformer.REMAT_POLICIES[self.config.remat], prevent_cse=False)
 
-  def nothing_owed(self, columns: Columns) -> None:
+  def first_stream(self, x_BTD: jax.Array, columns: Columns) -> Stream:
     del columns  # these layers apply their own norms
+    return Stream(x_BTD)
 
 
 class TwoScans(Model):
   """Post-LN layers in one static scan, Pre-LN layers in a second. Its cost is that of its layers by hand."""
 
-  def scan(self, carry: Any, columns: Columns, keep_L: Any, shared: dict[str, Any]) -> tuple[Any, Any]:
+  def scan(self, carry: Any, columns: Columns, keep_L: Any, shared: transformer.Shared) -> tuple[Any, Any]:
     del keep_L
     num_post = int(columns.varying["mlp.norm_out"].sum())
     stacked = nn.unbox(self.variables["params"]["layers"])
@@ -157,10 +166,10 @@ class TwoScans(Model):
       # A static scan knows which norms its layers have; nothing else of the columns is read.
       constant = (*columns.constant, ("attention.norm_out", None), ("mlp.norm_out", None))
 
-      module = layer(self.config, constant, parent=None)
+      module = self.make_layer(layer, columns.replace(constant=constant), parent=None)
 
       def body(carry: Any, params: Any, module: Any = module) -> tuple[Any, None]:
-        return module.apply({"params": params}, carry, {"columns": {}, "index": 0, "keep": None}, shared)[0], None
+        return module.apply({"params": params}, carry, transformer.Varying({}, 0, None), shared)[0], None
 
       body = jax.checkpoint(body, policy=transformer.REMAT_POLICIES[self.config.remat], prevent_cse=False)
       params = jax.tree.map(lambda p, part=part: p[part], stacked)

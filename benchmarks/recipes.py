@@ -15,7 +15,10 @@ RECIPES = {
 
 
 def load(recipe: str) -> Any:
-  path = CONFIGS / f"llama_{recipe}.py"
+  return load_file(CONFIGS / f"llama_{recipe}.py")
+
+
+def load_file(path: Path) -> Any:
   spec = importlib.util.spec_from_file_location(path.stem, path)
   assert spec is not None
   module = importlib.util.module_from_spec(spec)

@@ -19,7 +19,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.model.flops import train_flops_per_token
 from mixln_jax.parallel.mesh import global_batch, make_mesh
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import lower_train_step
+from mixln_jax.training.program import lower_train_step
 
 
 def random_batch(config: Any) -> dict[str, np.ndarray]:

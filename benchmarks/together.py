@@ -24,9 +24,8 @@ import numpy as np
 from configs import tiny
 from mixln_jax.parallel.mesh import global_batch, make_mesh
 from mixln_jax.sweeps.study import make_study
-from mixln_jax.sweeps.together import make_program
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import lower_train_step
+from mixln_jax.training.program import JointProgram, lower_train_step
 
 PLACEMENTS, SEEDS = ("pre", "post", "mix:0.25", "lns", "sandwich"), (0, 1)
 
@@ -36,10 +35,10 @@ def measure(num_layers: int, repeats: int) -> dict[str, Any]:
   base = tiny.get_config()
   base.model.num_layers = num_layers
   runs = make_study(base, [{"model.placement": PLACEMENTS, "seed": SEEDS}]).runs(tempfile.gettempdir())
-  program = make_program(runs, base.mesh)
+  program = JointProgram({run.name: run.config for run in runs}, base.mesh)
   mesh = make_mesh(base.mesh)
   started = time.perf_counter()
-  joint_step = program.compile_step()
+  joint_step = program.lower_step().compile()
   seconds = {"compile together": time.perf_counter() - started}
   started = time.perf_counter()
   separate = {}
@@ -54,12 +53,11 @@ def measure(num_layers: int, repeats: int) -> dict[str, Any]:
   columns = {"tokens_BT": tokens.astype(np.int32), "labels_BT": np.roll(tokens, -1, 1).astype(np.int32)}
   batch = global_batch(columns | {"weights_BT": np.ones(tokens.shape, np.float32)}, mesh)
   states = [jax.jit(lambda config=run.config: step_lib.init_state(config))() for run in runs]
-  joint = program.init()
-  arguments = program.by_run((program.columns, program.rates_R))
+  joint = program.initial_state()
   times: dict[str, list[tuple[float, float]]] = {"together": [], "apart": []}
   for _ in range(repeats + 1):
     clock = time.perf_counter(), time.process_time()
-    joint, _ = joint_step(joint, batch, *arguments)
+    joint, _ = program.run_step(joint_step, joint, batch)
     jax.block_until_ready(joint)
     times["together"].append((time.perf_counter() - clock[0], time.process_time() - clock[1]))
     clock = time.perf_counter(), time.process_time()

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -36,13 +36,13 @@ class CommandLine:
       self._required.append(name)
 
   def strings(self, name: str, meaning: str, *, required: bool = False) -> None:
-    """Adds a flag that may stand there several times; its value is the list of what was given, None where none was."""
+    """Adds a flag that may be given several times; its value is the list of what was given, None where it was not."""
     flags.DEFINE_multi_string(name, None, meaning, flag_values=self._values)
     if required:
       self._required.append(name)
 
   def boolean(self, name: str, meaning: str) -> None:
-    """Adds --NAME, which is off where it does not stand there."""
+    """Adds --NAME, which is off by default."""
     flags.DEFINE_boolean(name, False, meaning, flag_values=self._values)
 
   def integer(
@@ -90,11 +90,11 @@ class CommandLine:
     return self._values
 
   def was_given(self, name: str) -> bool:
-    """Whether a flag stands on the command line."""
+    """Whether a flag was given."""
     return bool(self._values[name].present)
 
   def overrides(self) -> dict[str, Any]:
-    """The config fields that stand on the command line, by name."""
+    """The config fields that were given, by name."""
     return dict(config_flags.get_override_values(self._values["config"]))
 
   def config_path(self) -> str:
@@ -105,7 +105,7 @@ class CommandLine:
     """The config that --config and its overrides make, validated.
 
     Raises:
-      InputError: it can't be read, or can't be meant.
+      InputError: it can't be read, or is invalid.
     """
     flag: Any = self._values["config"]
     # ml_collections hands out an object that raises at its first use where there is no such file.
@@ -120,8 +120,8 @@ class CommandLine:
       raise InputError(
         "--config: the file's get_config() does not return a config; start it from mixln_jax.config.base()"
       )
-    config_lib.validate(config)
-    return config
+    config_lib.validate(cast(config_lib.Config, config))
+    return cast(config_lib.Config, config)
 
   def _help(self) -> str:
     lines = [self._doc.strip(), "", "flags:"]

@@ -16,8 +16,9 @@ from typing import Annotated, Any, cast, get_type_hints
 
 from ml_collections import ConfigDict
 
-from mixln_jax import __version__, placement
+from mixln_jax import placement
 from mixln_jax.errors import InputError
+from mixln_jax.version import VERSION
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
@@ -524,7 +525,7 @@ def from_flat(flat: Mapping[str, Any], written_by: str = "") -> Config:
   for name in flat:
     if name not in FIELDS and written_by:
       raise InputError(
-        f"config.{name}={flat[name]!r}: this version ({__version__}) has no such field; the config was written "
+        f"config.{name}={flat[name]!r}: this version ({VERSION}) has no such field; the config was written "
         f"by {written_by}; use that version, or remove the field where its effect is not wanted"
       )
   check_fields(flat)

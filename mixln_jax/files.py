@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -67,3 +67,18 @@ def read_json_lines(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any
       raise InputError(f"{path}: line {number} is not {wanted}; mend or remove the file")
     result.append(value)
   return result
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+  """The object that a JSON text is.
+
+  Raises:
+    InputError: it is not JSON, or no object; `where` names the file.
+  """
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"{where}: damaged, not JSON ({one_line(error, 100)})") from error
+  if not isinstance(value, dict):
+    raise InputError(f"{where}: damaged, a JSON {type(value).__name__} and not an object")
+  return value

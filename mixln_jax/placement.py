@@ -36,9 +36,16 @@ SUBLAYERS = ("attention", "mlp")
 NORMS = ("norm_in", "norm_mid", "norm_out")  # in order of application, which is the order of their gains
 
 
-def _learned(shape: str) -> Any:
-  """A column that says whether a factor of the rule is also times something learned, of SHAPES[shape]."""
-  return dataclasses.field(default=False, metadata={"learned": shape})
+class Learned(NamedTuple):
+  """What a learned column of the table multiplies."""
+
+  factor: str  # c_in, c_out or c_res
+  shape: str  # "vector" [D] or "scalar" []
+
+
+def _learned(factor: str, shape: str) -> Any:
+  """A column that says whether a factor of the rule is also times something learned."""
+  return dataclasses.field(default=False, metadata={"learned": Learned(factor, shape)})
 
 
 def _initial(default: Any) -> Any:
@@ -51,8 +58,8 @@ class Row:
   """The columns of the sublayer rule for one sublayer of one layer.
 
   A column that is added here needs a default that is what the rule did before: checkpoints hold tables of earlier
-  versions. A learned factor is one line here and its place in the rule; the parameter table (`model/parameters.py`)
-  and the columns that the model reads (`model/columns.py`) are made from these fields.
+  versions. A learned factor is one line here: the rule multiplies by it, and the parameters (`model/parameters.py`) and
+  the columns that the model reads (`model/columns.py`) are made from these fields.
   """
 
   norm_in: bool = False
@@ -62,9 +69,9 @@ class Row:
   c_in: float = 1.0
   c_out: float = 1.0
   c_res: float = 1.0
-  vector_c_res: bool = _learned("vector")  # c_res is times a learned vector [D]
-  vector_c_out: bool = _learned("vector")  # c_out is times a learned vector [D]
-  scalar_c_out: bool = _learned("scalar")  # c_out is times a learned scalar
+  vector_c_res: bool = _learned("c_res", "vector")
+  vector_c_out: bool = _learned("c_out", "vector")
+  scalar_c_out: bool = _learned("c_out", "scalar")
   gpas: bool = False  # g(h) = h - silu(a) * stop_gradient(h), a learned and shared by the layer's sublayers; else h
   qk_norm: bool = False  # attention: RMSNorm of each head's query and key, before RoPE
   qk_norm_full: bool = False  # attention: RMSNorm over all heads' queries, and keys, together
@@ -91,7 +98,9 @@ class Row:
     )
 
 
-LEARNED = {field.name: field.metadata["learned"] for field in dataclasses.fields(Row) if "learned" in field.metadata}
+LEARNED: Mapping[str, Learned] = {
+  field.name: field.metadata["learned"] for field in dataclasses.fields(Row) if "learned" in field.metadata
+}
 
 
 @dataclasses.dataclass(frozen=True)

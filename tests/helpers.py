@@ -2,13 +2,13 @@
 
 import os
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import mixln_jax
 from mixln_jax import config as config_lib
-from mixln_jax.model.initial import abstract_params
+from mixln_jax.model.parameters import abstract_params
 
 # Options of a compilation whose bits are compared with those of another program (see conftest.py). None are needed, or
 # known, where XLA has only the generator that users have.
@@ -43,8 +43,14 @@ def random_params(model, seed=0, columns=None):
     values = rng.normal(size=shape) * (1.0 if "bias" in name else 0.16)
     return jnp.asarray(np.pad(values, [(0, a - b) for a, b in zip(leaf.shape, shape, strict=True)]), leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(model, columns)))
+  return jax.tree_util.tree_map_with_path(draw, abstract_params(model, columns))
 
 
 def random_tokens(model, batch=3, length=12, seed=1):
   return jnp.asarray(np.random.default_rng(seed).integers(0, model.vocab_size, (batch, length)), jnp.int32)
+
+
+def saved_params(workdir, step="newest"):
+  """The parameters of a run's checkpoint."""
+  with mixln_jax.open_run(getattr(workdir, "address", workdir), step or "newest") as run:
+    return run.params

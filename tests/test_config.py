@@ -9,7 +9,7 @@ import pytest
 from mixln_jax import config as config_lib
 from mixln_jax.data import records
 from mixln_jax.errors import InputError
-from mixln_jax.model.initial import abstract_params, count_params
+from mixln_jax.model.parameters import count_params, parameters
 from mixln_jax.model.transformer import REMAT_POLICIES
 from mixln_jax.parallel.mesh import AXES
 
@@ -50,7 +50,7 @@ def test_parameter_counts(name):
   assert f"{count_params(model) / 1e6:.2f}" == f"{MILLIONS[name]:.2f}"
   d, f, v = model.embed_dim, model.mlp_dim, model.vocab_size
   assert count_params(model) == 2 * v * d + model.num_layers * (4 * d * d + 3 * d * f + 2 * d) + d
-  assert abstract_params(model)["layers"]["query"].names == ("layers", "embed", "heads", "head_dim")
+  assert parameters(model)["layers/query"].axes == ("layers", "embed", "heads", "head_dim")
 
 
 def test_the_papers_recipe():

@@ -9,20 +9,15 @@ import jax
 import numpy as np
 
 from mixln_jax import config as config_lib
-from mixln_jax import placement
 from mixln_jax.command_line import CommandLine
-from mixln_jax.config import Config
-from mixln_jax.data.opening import open_data
+from mixln_jax.config import NEWEST, Config
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.interop import export, hf
 from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
-from mixln_jax.model.initial import count_params
-from mixln_jax.parallel.mesh import make_mesh
-from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.opening import read_config
-from mixln_jax.training.checkpoints import begin_from, check_new
-from mixln_jax.training.setup import open_run, spread_over_all_devices
+from mixln_jax.model.parameters import count_params
+from mixln_jax.opening import OpenRun, open_run
+from mixln_jax.training.begin import begin_from, check_new
 
 LAYOUTS = ("auto", "stock", "official")
 
@@ -49,10 +44,10 @@ def main(argv: list[str]) -> int:
     raise InputError(f"--layout={values.layout!r}: must be one of {', '.join(LAYOUTS)}")
   _refuse_flags_of_the_other_direction(line, values)
   if values.output is not None:
-    _write(RunFolder(values.workdir), values.output, values.step, values.layout, values.shard_gb)
+    _write(values.workdir, values.output, values.step, values.layout, values.shard_gb)
     return 0
   if values.config is None:
-    raise InputError("--config is required with --input: the recipe that the new run goes on with; see --help")
+    raise InputError("--config is required with --input: the recipe that the new run is trained with; see --help")
   _read(line.config_value(), line.overrides(), values.workdir, values.input, values.placement)
   return 0
 
@@ -67,31 +62,31 @@ def _refuse_flags_of_the_other_direction(line: CommandLine, values: Any) -> None
       )
 
 
-def _write(folder: RunFolder, output: str, step: int | None, layout: str, shard_gb: float) -> None:
-  config = spread_over_all_devices(read_config(folder))
-  official = layout == "official" or (layout == "auto" and hf.family_of(config.model) is None)
-  description = hf.hf_config(config.model, config.data.sequence_length, official=official)
-  tokenizer = _tokenizer(config)
-  if tokenizer is not None:
-    description |= export.token_ids(tokenizer)
-  others = export.modeling_files(description)
-  others |= export.tokenizer_files(tokenizer, config.data.sequence_length) if tokenizer is not None else {}
-  run = open_run(folder, make_mesh(config.mesh), step)
-  tensors = hf.export_weights(jax.tree.map(np.asarray, run.params), config.model)
-  files = write_folder(output, tensors, description, int(shard_gb * 1e9), others)
-  print(f"read       {folder.address}, step {run.step}")
-  print(
-    f"wrote      {Path(output).expanduser()}: {description['model_type']}, {count_params(config.model) / 1e6:.2f} M "
-    f"parameters in {files} file{'s' * (files > 1)}{''.join(f', {name}' for name in others)}"
-  )
+def _write(workdir: str, output: str, step: int | None, layout: str, shard_gb: float) -> None:
+  with open_run(workdir, NEWEST if step is None else step) as run:
+    config = run.config
+    official = layout == "official" or (layout == "auto" and hf.family_of(config.model) is None)
+    description = hf.hf_config(config.model, config.data.sequence_length, official=official)
+    tokenizer = _tokenizer(run)
+    if tokenizer is not None:
+      description |= export.token_ids(tokenizer)
+    others = export.modeling_files(description)
+    if tokenizer is not None:
+      others |= export.tokenizer_files(tokenizer, config.data.sequence_length)
+    tensors = hf.export_weights(jax.tree.map(np.asarray, run.params), config.model)
+    files = write_folder(output, tensors, description, int(shard_gb * 1e9), others)
+    print(f"read       {run.folder.address}, step {run.step}")
+  size = f"{count_params(config.model) / 1e6:.2f} M parameters in {files} file{'s' * (files > 1)}"
+  names = "".join(f", {name}" for name in others)
+  print(f"wrote      {Path(output).expanduser()}: {description['model_type']}, {size}{names}")
   if hf.MODELING.name in others:
     print("load it    transformers.AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)")
 
 
-def _tokenizer(config: Config) -> Tokenizer | None:
-  """The run's tokenizer; None where its data is not on this machine, which the weights don't need."""
+def _tokenizer(run: OpenRun) -> Tokenizer | None:
+  """The run's tokenizer; None where it is not on this machine, which the weights don't need."""
   try:
-    return open_data(config).tokenizer
+    return run.tokenizer
   except InputError as error:
     print(f"warning: written without its tokenizer: {error}", file=sys.stderr)
     return None
@@ -112,6 +107,6 @@ def _read(
     raise InputError("--placement is required: the checkpoint's config.json does not say where its norms stand")
   config_lib.validate(config)
   folder = begin_from(config, hf.import_weights(tensors, config.model), workdir)
-  print(f"placement  {placement.parse(config.model.placement, config.model.num_layers).layer_list}")
+  print(f"placement  {config_lib.table(config.model).layer_list}")
   print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {tensors.path}")
-  print(f"wrote      {folder.address}, step 0; `train --workdir` goes on from it")
+  print(f"wrote      {folder.address}, step 0; `train --workdir` resumes it")

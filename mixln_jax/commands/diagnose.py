@@ -9,17 +9,17 @@ import jax
 from tqdm import tqdm
 
 from mixln_jax.command_line import CommandLine
+from mixln_jax.config import NEWEST
 from mixln_jax.diagnostics.diagnose import diagnose, table
 from mixln_jax.diagnostics.removal import Score
 from mixln_jax.errors import InputError
+from mixln_jax.opening import OpenRun, Setup, check_batch, make_loader, open_run
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.opening import read_config
-from mixln_jax.training.checkpoints import initial_weights
-from mixln_jax.training.setup import Setup, check_batch, make_loader, on_mesh, open_run, set_up, spread_over_all_devices
+from mixln_jax.training.begin import initial_weights
 from mixln_jax.training.step import state_shardings
 
 TOKENS = 262_144  # the paper's 256K
@@ -46,52 +46,51 @@ def main(argv: list[str]) -> int:
   values = line.parse(argv)
   if values.limit is not None and values.tasks is None:
     raise InputError("--limit has no meaning without --tasks; leave it out")
-  folder = RunFolder(values.workdir)
-  config = read_config(folder)
-  processes.join(config.parallel)
+  changes = {} if values.batch_size is None else {"evaluate.batch_size": values.batch_size}
+  step = NEWEST if values.step is None else values.step
   use_compile_cache()
-  sizes = _sizes(values.blocks, config.model.num_layers)
-  if values.batch_size is not None:
-    config.evaluate.batch_size = values.batch_size
-  with processes.failing_together():
-    tasks = _tasks(values.tasks)
-    config = spread_over_all_devices(config)
-    setup = set_up(config)
-    check_batch(setup, "--batch_size", config.evaluate.batch_size)
-    run = open_run(folder, setup.mesh, values.step)
-    target = RunFolder(values.output or f"{folder.address}/{folder_lib.DIAGNOSE}/{run.step}")
-    target.make_writable(FILE)
-    tokens = values.tokens or min(TOKENS, config.evaluate.max_tokens or TOKENS)
-    rows = make_loader(setup, config.evaluate.batch_size).validation(tokens)
-    batches = [global_batch(batch, setup.mesh) for batch in rows]
-    shardings = state_shardings(config, setup.mesh).params
-    with on_mesh(setup.mesh):
-      measured = diagnose(
-        config,
-        run.params,
-        lambda: initial_weights(setup, shardings),
-        batches,
-        setup.mesh,
-        sizes=sizes,
-        scores=_scores(tasks, setup, values.limit),
-        watch=_bar,
-      )
-    result = {
-      "step": run.step,
-      "placement": config.model.placement,
-      "num_layers": config.model.num_layers,
-      "data_fingerprint": setup.corpus.manifest.fingerprint,
-      **measured,
-    }
-    target.write_json(FILE, result)
-    drawn = _draw(target)
-    target.copy_out()
-    processes.wait_for_all("the end of the diagnosis")
+  with open_run(values.workdir, step, changes=changes) as run:
+    result, target, drawn = _diagnose(run, values)
   if processes.is_first():
-    print(json.dumps(result) if values.json else table(result, setup.table.layer_list))
+    print(json.dumps(result) if values.json else table(result, run.setup.table.layer_list))
     if not values.json:
       print(f"wrote      {target.address}: {FILE} and {len(drawn)} figures")
   return 0
+
+
+def _diagnose(run: OpenRun, values: Any) -> tuple[dict[str, Any], RunFolder, list[Path]]:
+  """Measures, writes and draws; returns what was measured, where it was written, and the figures."""
+  config, setup = run.config, run.setup
+  sizes = _sizes(values.blocks, config.model.num_layers)
+  tasks = _tasks(values.tasks)
+  check_batch(setup, "--batch_size", config.evaluate.batch_size)
+  target = RunFolder(values.output or f"{run.folder.address}/{folder_lib.DIAGNOSE}/{run.step}")
+  target.make_writable(FILE)
+  tokens = values.tokens or min(TOKENS, config.evaluate.max_tokens or TOKENS)
+  rows = make_loader(setup, config.evaluate.batch_size).validation(tokens)
+  batches = [global_batch(batch, setup.mesh) for batch in rows]
+  shardings = state_shardings(config, setup.mesh).params
+  measured = diagnose(
+    config,
+    run.params,
+    lambda: initial_weights(setup, shardings),
+    batches,
+    setup.mesh,
+    sizes=sizes,
+    scores=_scores(tasks, setup, values.limit),
+    watch=_bar,
+  )
+  result = {
+    "step": run.step,
+    "placement": config.model.placement,
+    "num_layers": config.model.num_layers,
+    "data_fingerprint": setup.corpus.manifest.fingerprint,
+    **measured,
+  }
+  target.write_json(FILE, result)
+  drawn = _draw(target)
+  target.copy_out()
+  return result, target, drawn
 
 
 def _tasks(names: str | None) -> Any:

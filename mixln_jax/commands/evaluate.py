@@ -4,22 +4,15 @@ import json
 from typing import Any
 
 from mixln_jax.command_line import CommandLine
-from mixln_jax.config import Config
+from mixln_jax.config import NEWEST
 from mixln_jax.data.loader import unigram_entropy
 from mixln_jax.errors import InputError
+from mixln_jax.opening import OpenRun, check_batch, make_loader, open_run
 from mixln_jax.parallel import processes
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.opening import read_config
-from mixln_jax.training.setup import (
-  Evaluator,
-  check_batch,
-  make_loader,
-  on_mesh,
-  open_run,
-  set_up,
-  spread_over_all_devices,
-)
+from mixln_jax.training.evaluation import Evaluator
+from mixln_jax.training.program import SingleProgram
 
 FILE = "tasks.json"
 
@@ -41,48 +34,42 @@ def main(argv: list[str]) -> int:
   for name in ("limit", "num_fewshot", "output"):
     if line.was_given(name) and values.tasks is None:
       raise InputError(f"--{name} has no meaning without --tasks; leave it out")
-  folder = RunFolder(values.workdir)
-  config = read_config(folder)
-  processes.join(config.parallel)
-  with processes.failing_together():
-    config = spread_over_all_devices(config)
-    if values.batch_size is not None:
-      config.evaluate.batch_size = values.batch_size
-    lines = _on_validation(folder, config, values) if values.tasks is None else _on_tasks(folder, config, values)
-    processes.wait_for_all("the end of the evaluation")
+  changes = {} if values.batch_size is None else {"evaluate.batch_size": values.batch_size}
+  step = NEWEST if values.step is None else values.step
+  with open_run(values.workdir, step, changes=changes) as run:
+    lines = _on_validation(run) if values.tasks is None else _on_tasks(run, values)
   if processes.is_first():
     print("\n".join(lines))
   return 0
 
 
-def _on_validation(folder: RunFolder, config: Config, values: Any) -> list[str]:
-  setup = set_up(config)
+def _on_validation(run: OpenRun) -> list[str]:
+  setup, config = run.setup, run.config
   check_batch(setup, "--batch_size", config.evaluate.batch_size)
-  run = open_run(folder, setup.mesh, values.step)
-  evaluation = Evaluator(setup)(run.params)
+  evaluation = Evaluator(SingleProgram(config, setup.mesh), setup)(run.params)[0]
   rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
   entropy = unigram_entropy(rows)
+  distance = evaluation.loss - entropy
+  side = "above" if distance > 0 else "below"
   metrics = evaluation.metrics(official_compat=True)
   return [
     f"validation step {run.step}  {evaluation.describe(official_compat=True)}",
-    f"unigram entropy of the same labels {entropy:.4f}; the model is {entropy - evaluation.loss:.4f} nats below it",
+    f"unigram entropy of the same labels {entropy:.4f}; the model is {abs(distance):.4f} nats {side} it",
     json.dumps({"step": run.step, "unigram_entropy": entropy, **metrics}),
   ]
 
 
-def _on_tasks(folder: RunFolder, config: Config, values: Any) -> list[str]:
+def _on_tasks(run: OpenRun, values: Any) -> list[str]:
   from mixln_jax.inference.harness import HarnessModel
   from mixln_jax.inference.tasks import Tasks, report, table  # it loads the harness, which takes seconds
 
   tasks = Tasks(values.tasks)
-  setup = set_up(config)
-  run = open_run(folder, setup.mesh, values.step)
-  target = RunFolder(values.output or f"{folder.address}/{folder_lib.TASKS}/{run.step}")
+  config = run.config
+  target = RunFolder(values.output or f"{run.folder.address}/{folder_lib.TASKS}/{run.step}")
   target.make_writable(FILE)
   length, rows = config.data.sequence_length, config.evaluate.batch_size
-  model = HarnessModel(config.model, run.params, setup.corpus.tokenizer, length, rows)
-  with on_mesh(setup.mesh):
-    results = tasks.run(model, limit=values.limit, num_fewshot=values.num_fewshot)
+  model = HarnessModel(config.model, run.params, run.tokenizer, length, rows)
+  results = tasks.run(model, limit=values.limit, num_fewshot=values.num_fewshot)
   result = report(tasks, results, step=run.step, placement=config.model.placement, limit=values.limit)
   target.write_json(FILE, result)
   target.copy_out()

@@ -4,15 +4,14 @@ import json
 from typing import Any
 
 from mixln_jax.command_line import CommandLine
+from mixln_jax.config import NEWEST
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.inference.generate import BATCH_SIZE, Text, check_context, encode_prompt, generate_texts
 from mixln_jax.inference.prompts import read_prompts
 from mixln_jax.inference.sampling import Sampling
+from mixln_jax.opening import open_run
 from mixln_jax.parallel import processes
-from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.opening import read_config
-from mixln_jax.training.setup import on_mesh, open_run, set_up, spread_over_all_devices
 
 NUM_TOKENS = 100
 
@@ -20,16 +19,16 @@ NUM_TOKENS = 100
 def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
   line.string("workdir", "the run's folder", required=True)
-  line.strings("prompt", "text to go on from; may stand there several times. By default the start of a document")
+  line.strings("prompt", "text to continue; may be given several times. By default the start of a document")
   line.string("prompts", "file of prompts: .txt, one a line, or .jsonl, objects with `prompt`")
   line.integer("num_tokens", f"most tokens to add; by default {NUM_TOKENS}, or what the run's length allows", minimum=1)
   line.number("temperature", "0 = always the likeliest token", default=0.8, minimum=0.0)
   line.integer("top_k", "only the k likeliest tokens; 0 = all", default=0, minimum=0)
   line.number("top_p", "only the likeliest tokens whose probabilities reach p; 1 = all", default=1.0)
   line.integer("seed", "seed of the sampling", default=0, minimum=0, maximum=2**32 - 1)
-  line.strings("stop", "text that ends a row, one token of the run's tokenizer; may stand there several times")
-  line.boolean("ignore_end", "go on past the end of a document")
-  line.boolean("beyond_context", "go on past the length that the run was trained at")
+  line.strings("stop", "text that ends a row, one token of the run's tokenizer; may be given several times")
+  line.boolean("ignore_end", "continue past the end of a document")
+  line.boolean("beyond_context", "continue past the length that the run was trained at")
   line.integer("batch_size", "prompts at a time", default=BATCH_SIZE, minimum=1)
   line.integer("step", "which checkpoint; by default the newest", minimum=0)
   line.boolean("json", "print a JSON object a prompt")
@@ -37,27 +36,21 @@ def main(argv: list[str]) -> int:
   sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
   sampling.check()
   prompts = _prompts(values)
-  folder = RunFolder(values.workdir)
-  config = read_config(folder)
-  processes.join(config.parallel)
-  with processes.failing_together():
-    setup = set_up(spread_over_all_devices(config))
-    tokenizer = setup.corpus.tokenizer
+  step = NEWEST if values.step is None else values.step
+  with open_run(values.workdir, step) as run:
+    tokenizer = run.tokenizer
     stop_ids = _stop_ids(tokenizer, values)
-    num_tokens = _num_tokens(tokenizer, prompts, values, config.data.sequence_length)
-    run = open_run(folder, setup.mesh, values.step)
-    with on_mesh(setup.mesh):
-      texts = generate_texts(
-        run.config.model,
-        run.params,
-        tokenizer,
-        prompts,
-        num_tokens,
-        sampling=sampling,
-        stop_ids=stop_ids,
-        batch_size=values.batch_size,
-      )
-    processes.wait_for_all("the end of the generation")
+    num_tokens = _num_tokens(tokenizer, prompts, values, run.config.data.sequence_length)
+    texts = generate_texts(
+      run.config.model,
+      run.params,
+      tokenizer,
+      prompts,
+      num_tokens,
+      sampling=sampling,
+      stop_ids=stop_ids,
+      batch_size=values.batch_size,
+    )
   if processes.is_first():
     shown = [_shown(prompt, text, as_json=values.json) for prompt, text in zip(prompts, texts, strict=True)]
     print(("\n" if values.json else "\n\n").join(shown))

@@ -21,7 +21,7 @@ from mixln_jax.planning import plan as planning
 from mixln_jax.planning import text, topology
 from mixln_jax.planning.search import search
 from mixln_jax.planning.topology import MissingLibtpuError
-from mixln_jax.training.start import follow_model
+from mixln_jax.training.finetune import follow_model
 
 FITS, DOES_NOT_FIT, NOT_COMPILED = 0, 1, 3
 

@@ -3,7 +3,7 @@
 from mixln_jax.command_line import CommandLine
 from mixln_jax.data.prepare import prepare, train_tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.training.start import follow
+from mixln_jax.training.finetune import follow
 
 
 def main(argv: list[str]) -> int:

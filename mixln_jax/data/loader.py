@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 from absl import flags
+from scipy.special import entr
 
 from mixln_jax.data.records import Manifest, Record, unreadable
 from mixln_jax.data.tokenizer import Tokenizer
@@ -22,11 +23,11 @@ Batch = dict[str, np.ndarray]
 
 
 class Data(Protocol):
-  """What a loader reads: a folder of records, several of them, or documents that are tokenized on the way."""
+  """What a loader reads: a folder of records, several of them, or documents that are tokenized on the fly."""
 
   @property
   def folder(self) -> Path:
-    """What messages name."""
+    """What messages name: an absolute folder of records, or a source that is tokenized on the fly."""
     ...
 
   @property
@@ -40,7 +41,7 @@ class Data(Protocol):
     ...
 
   def training(self, seed: int) -> grain.MapDataset[Record]:
-    """The training records for ever, in a new order each epoch; the n-th is a function of the seed and n."""
+    """Endless training records, in a new order each epoch; the n-th is a function of the seed and n."""
     ...
 
 
@@ -49,9 +50,9 @@ def example(record: Record, sequence_length: int, *, document_mask: bool) -> Bat
 
   Args:
     record: a record of at least `sequence_length` tokens.
-    sequence_length: how many of them to take.
-    document_mask: adds segment ids and positions that restart with each document, and takes the weight from labels
-      that lie in the next document.
+    sequence_length: how many of them to use.
+    document_mask: adds segment ids and positions that restart with each document, and gives labels that lie in the
+      next document weight 0.
 
   Returns:
     `tokens_BT`, `labels_BT`, `weights_BT` (and `segment_ids_BT`, `positions_BT`), each [T]. The last position has no
@@ -59,15 +60,16 @@ def example(record: Record, sequence_length: int, *, document_mask: bool) -> Bat
   """
   tokens, starts = record.tokens[:sequence_length], record.starts[:sequence_length]
   position = np.arange(sequence_length)
-  weights = position + 1 < min(record.length, sequence_length)
+  counts = position + 1 < min(record.length, sequence_length)
   if record.answers is not None:
-    weights = weights & np.append(record.answers[1:sequence_length], False)
+    counts = counts & np.append(record.answers[1:sequence_length], False)
   row = {"tokens_BT": tokens, "labels_BT": np.append(tokens[1:], 0).astype(np.int32)}
   if document_mask:
-    weights = weights & ~np.append(starts[1:], False)
+    counts = counts & ~np.append(starts[1:], False)
+    start_of_document = np.maximum.accumulate(np.where(starts, position, 0))
     row["segment_ids_BT"] = np.cumsum(starts).astype(np.int32)
-    row["positions_BT"] = (position - np.maximum.accumulate(np.where(starts, position, 0))).astype(np.int32)
-  row["weights_BT"] = weights.astype(np.float32)
+    row["positions_BT"] = (position - start_of_document).astype(np.int32)
+  row["weights_BT"] = counts.astype(np.float32)
   return row
 
 
@@ -87,13 +89,25 @@ class Loader:
     num_threads: int = 2,
     num_workers: int = 0,
   ):
-    """Args beyond the obvious: `batch_size` is global, and must be a multiple of `process_count`; `num_workers`: reads
-    ahead in so many processes, besides the threads of each."""
+    """Prepares to read; nothing is read yet.
+
+    Args:
+      data: what to read.
+      sequence_length: tokens of a row.
+      batch_size: rows of a global batch, a multiple of `process_count`.
+      document_mask: as `example` has it.
+      seed: config.data.seed; with the data's fingerprint it decides the order.
+      process_index: whose rows to give.
+      process_count: processes that share a global batch.
+      num_threads: threads that read records, in each reading process.
+      num_workers: processes that read ahead; 0 = only this one.
+    """
     if batch_size % process_count:
       raise ValueError(f"batch_size={batch_size} is not a multiple of process_count={process_count}")
     self._data = data
     self._batch_size = batch_size
-    self._seed = int.from_bytes(hashlib.sha256(f"{data.manifest.fingerprint} {seed}".encode()).digest()[:4], "big")
+    digest = hashlib.sha256(f"{data.manifest.fingerprint} {seed}".encode()).digest()
+    self._seed = int.from_bytes(digest[:4], "big")
     self._process_index, self._process_count = process_index, process_count
     self._read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4)
     self._num_workers = num_workers
@@ -118,11 +132,11 @@ class Loader:
       iterator.close()
 
   def validation(self, max_tokens: int = 0) -> Iterator[Batch]:
-    """The validation records once, in their order, this process's rows; the last batch is filled up with weight 0.
+    """The validation records once, in their order, this process's rows; the last batch is padded with weight 0.
 
     Args:
-      max_tokens: stop after the record with which this many counted tokens are reached; 0 = never. Cut at a record,
-        not at a batch, so that the set does not depend on the batch size.
+      max_tokens: stop after the record that brings the counted tokens to this number; 0 = never. The cut is at a
+        record, not at a batch, so that the set does not depend on the batch size.
     """
     rows = self._data.rows("validation").map(self._example)
     pending: list[Batch] = []
@@ -140,7 +154,7 @@ class Loader:
       yield self._local_rows(pending)
 
   def _readable(self, rows: Iterator[Batch]) -> Iterator[Batch]:
-    """The same rows or batches; one that can't be read is an error that says what to do."""
+    """The same rows or batches; raises InputError, which says what to do, for one that can't be read."""
     while True:
       try:
         row = next(rows)
@@ -151,16 +165,20 @@ class Loader:
       yield row
 
   def _local_rows(self, rows: list[Batch]) -> Batch:
-    """This process's rows of a global batch, which is filled up with rows of zeros."""
+    """This process's rows of a global batch, which is padded with rows of zeros."""
     local = self._batch_size // self._process_count
-    mine = rows[self._process_index * local : (self._process_index + 1) * local]
-    filler = {name: np.zeros_like(value) for name, value in rows[0].items()}
-    mine = mine + [filler] * (local - len(mine))
-    return {name: np.stack([row[name] for row in mine]) for name in filler}
+    begin = self._process_index * local
+    zeros = {name: np.zeros_like(value) for name, value in rows[0].items()}
+    mine = rows[begin : begin + local]
+    mine += [zeros] * (local - len(mine))
+    batch = {}
+    for name in zeros:
+      batch[name] = np.stack([row[name] for row in mine])
+    return batch
 
 
 def _start_worker(*_: int) -> None:
-  """No worker may take the accelerator from the run that it reads for."""
+  """Keeps a reading process off the accelerator, which belongs to the run."""
   os.environ["JAX_PLATFORMS"] = "cpu"
 
 
@@ -168,8 +186,9 @@ def unigram_entropy(batches: Iterable[Batch]) -> float:
   """Entropy in nats of the counted labels: the loss of the best model that ignores its input."""
   counts = np.zeros(0, np.int64)
   for batch in batches:
-    ids = np.bincount(batch["labels_BT"][batch["weights_BT"] > 0], minlength=len(counts))
-    ids[: len(counts)] += counts
-    counts = ids
-  shares = counts[counts > 0] / counts.sum()
-  return float(-(shares * np.log(shares)).sum())
+    labels = batch["labels_BT"][batch["weights_BT"] > 0]
+    total = np.bincount(labels, minlength=len(counts))
+    total[: len(counts)] += counts
+    counts = total
+  # scipy.special, not scipy.stats.entropy: the same numbers without a second of imports.
+  return float(entr(counts / counts.sum()).sum())

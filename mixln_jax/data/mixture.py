@@ -15,11 +15,12 @@ from mixln_jax.errors import InputError
 
 
 class Mixture:
-  """Training records drawn from each corpus in proportion to its weight (which grain rounds to about a hundredth)."""
+  """Training records drawn from each corpus in proportion to its weight (grain rounds it to about a hundredth)."""
 
   def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float]):
-    """Raises InputError where the corpora differ in tokenizer, length or mode."""
-    self._corpora, self._weights = list(corpora), [weight / sum(weights) for weight in weights]
+    """Raises InputError if the corpora differ in tokenizer, length or mode."""
+    total = sum(weights)
+    self._corpora, self._weights = list(corpora), [weight / total for weight in weights]
     first = corpora[0].manifest
     for corpus in corpora[1:]:
       for name in ("tokenizer_sha256", "sequence_length", "mode"):
@@ -27,11 +28,12 @@ class Mixture:
         if theirs != ours:
           raise InputError(
             f"config.data.mixture: {corpus.folder} has {name} {theirs!r}, {corpora[0].folder} has {ours!r}; prepare "
-            "them alike"
+            f"both with the same {name}"
           )
 
   @property
   def folder(self) -> Path:
+    """The folder that holds the first corpus's."""
     return self._corpora[0].folder.parent
 
   @property
@@ -40,25 +42,17 @@ class Mixture:
 
   @property
   def manifest(self) -> Manifest:
-    """The facts of the whole; its fingerprint depends on each corpus's and on the weights."""
-    parts = [
-      f"{corpus.manifest.fingerprint} {weight!r}" for corpus, weight in zip(self._corpora, self._weights, strict=True)
-    ]
+    """The facts of the whole; its fingerprint depends on the fingerprints of the corpora and on the weights."""
+    manifests = [corpus.manifest for corpus in self._corpora]
+    parts = [f"{one.fingerprint} {weight!r}" for one, weight in zip(manifests, self._weights, strict=True)]
+    splits = {}
+    for name in manifests[0].splits:
+      splits[name] = Split.merged([one.splits[name] for one in manifests])
     return dataclasses.replace(
-      self._corpora[0].manifest,
+      manifests[0],
       source=",".join(str(corpus.folder) for corpus in self._corpora),
       source_sha256=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
-      splits={name: self._split(name) for name in self._corpora[0].manifest.splits},
-    )
-
-  def _split(self, name: str) -> Split:
-    splits = [corpus.manifest.splits[name] for corpus in self._corpora]
-    return Split(
-      documents=sum(split.documents for split in splits),
-      tokens=sum(split.tokens for split in splits),
-      counted=sum(split.counted for split in splits),
-      largest_id=max(split.largest_id for split in splits),
-      shards=tuple(shard for split in splits for shard in split.shards),
+      splits=splits,
     )
 
   def rows(self, split: str) -> grain.MapDataset[Record]:
@@ -69,7 +63,9 @@ class Mixture:
     return grain.MapDataset.concatenate([corpus.rows(split) for corpus in self._corpora])
 
   def training(self, seed: int) -> grain.MapDataset[Record]:
-    # Each repeats by its own epochs, so none runs out; a seed of its own keeps two equal corpora apart.
+    """Endless training records; the n-th is a function of the seed and n."""
+    # Each corpus repeats by its own epochs, so none runs out. With a seed of its own for each, two copies of a corpus
+    # are drawn in different orders.
     endless = [corpus.training((seed + index) % 2**32) for index, corpus in enumerate(self._corpora)]
     return grain.MapDataset.mix(endless, weights=self._weights)
 
@@ -79,10 +75,11 @@ class _Interleaved:
 
   def __init__(self, datasets: Sequence[grain.MapDataset[Record]]):
     self._datasets = list(datasets)
-    at = [(np.arange(len(dataset)) + 0.5) / len(dataset) for dataset in datasets]
-    which = np.concatenate([np.full(len(dataset), index) for index, dataset in enumerate(datasets)])
-    row = np.concatenate([np.arange(len(dataset)) for dataset in datasets])
-    order = np.argsort(np.concatenate(at), kind="stable")
+    sizes = [len(dataset) for dataset in datasets]
+    which = np.repeat(np.arange(len(datasets)), sizes)
+    row = np.concatenate([np.arange(size) for size in sizes])
+    fraction = (row + 0.5) / np.repeat(sizes, sizes)  # how far into its own dataset each row is
+    order = np.argsort(fraction, kind="stable")
     self._which, self._row = which[order], row[order]
 
   def __len__(self) -> int:
@@ -96,18 +93,20 @@ def open_mixture(mixture: str, *, verify: bool) -> Mixture:
   """The mixture that `config.data.mixture` describes: `FOLDER:WEIGHT,FOLDER:WEIGHT`.
 
   Raises:
-    InputError: it is malformed, or a folder can't be used.
+    InputError: the mixture is malformed, or a folder can't be used.
   """
   folders, weights = [], []
   for entry in mixture.split(","):
     folder, _, weight = entry.strip().rpartition(":")
+    malformed = InputError(
+      f"config.data.mixture: {entry.strip()!r} must be FOLDER:WEIGHT with a weight above 0, as in work/data/a:0.7"
+    )
     try:
-      weights.append(float(weight))
-    except ValueError:
-      weights.append(-1.0)
-    if not folder or not 0 < weights[-1] < float("inf"):
-      raise InputError(
-        f"config.data.mixture: {entry.strip()!r} must be FOLDER:WEIGHT with a weight above 0, as in work/data/a:0.7"
-      )
+      number = float(weight)
+    except ValueError as error:
+      raise malformed from error
+    if not folder or not 0 < number < float("inf"):
+      raise malformed
     folders.append(Path(folder).expanduser())
+    weights.append(number)
   return Mixture([open_corpus(folder, verify=verify) for folder in folders], weights)

@@ -1,4 +1,4 @@
-"""Documents that are tokenized while training: no prepared records."""
+"""Documents that are tokenized during training: no prepared records."""
 
 import hashlib
 import json
@@ -9,6 +9,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from mixln_jax.config import DataConfig
+from mixln_jax.data import addressed
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data import tokenizer as tokenizer_lib
 from mixln_jax.data.corpus import Document
@@ -16,24 +18,23 @@ from mixln_jax.data.records import Manifest, Padder, Record, Split, named_tokeni
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 
-_opening = threading.Lock()  # a worker's threads all come at once, and neither library bears that
-SAMPLED = 64  # documents that the fingerprint looks at: hashing all would be preparing
+_opening = threading.Lock()  # the threads of a worker all start at once; neither library can open a data set twice then
+SAMPLED = 64  # documents that the fingerprint depends on: hashing all of them would take as long as `prepare`
 
 
 class Texts:
-  """The documents of a tfds or hf source by number; opened in each worker for itself."""
+  """The documents of a tfds or hf source by number; each worker opens the source for itself."""
 
   def __init__(self, source: str, text_field: str):
     self.source, self._text_field = source, text_field
     self._examples: Any = None
-    kind, _, rest = source.partition(":")
-    name, _, split = rest.rpartition(":")
-    if kind not in ("tfds", "hf") or not name:
+    address = addressed.address_of(source)
+    if address is None:
       raise InputError(
         f"config.data.on_the_fly: {source!r} is not addressed by number; give tfds:NAME:SPLIT or hf:NAME:SPLIT, or "
         "prepare its records"
       )
-    self._place = kind, name, split
+    self._address = address
 
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "_examples": None}
@@ -41,14 +42,14 @@ class Texts:
   def _open(self) -> Any:
     with _opening:
       if self._examples is None:
-        self._examples = corpus_lib.examples(*self._place)
+        self._examples = addressed.open_examples(self._address)
     return self._examples
 
   def __len__(self) -> int:
     return len(self._open())
 
   def __getitem__(self, index: int) -> str:
-    """A document's text; empty where it can't be used."""
+    """The text of a document; empty if it can't be used."""
     example = self._open()[index]
     if self._text_field not in example:
       raise InputError(f"config.data.text_field={self._text_field!r}: {self.source} has {', '.join(example)}")
@@ -57,7 +58,7 @@ class Texts:
 
 
 class _Tokenize:
-  """Text to a padded record; the tokenizer is made in each worker for itself."""
+  """Text to a padded record; each worker loads the tokenizer for itself."""
 
   def __init__(self, name: str, content: bytes, sequence_length: int):
     self._name, self._content, self._length = name, content, sequence_length
@@ -75,11 +76,10 @@ class _Tokenize:
 
 
 class OnTheFly:
-  """The documents of config.data as padded records, one each; a document that can't be used counts for nothing."""
+  """The documents of config.data as padded records, one each; a document that can't be used is an empty record."""
 
-  def __init__(self, config: Any):
-    """Raises InputError where a source or the tokenizer can't be used."""
-    data = config.data
+  def __init__(self, data: DataConfig):
+    """Raises InputError if a source or the tokenizer can't be used."""
     if not data.validation_source:
       raise InputError(
         "config.data.validation_source is needed with config.data.on_the_fly, as in tfds:c4/en:validation"
@@ -96,20 +96,23 @@ class OnTheFly:
       "validation": Texts(data.validation_source, data.text_field),
     }
     self._length, self._max_bad_share = data.sequence_length, data.max_bad_share
-    self.folder = Path(data.source)
+    self.folder = Path(data.source)  # not a folder: what messages name
     self.manifest = self._manifest(data)
 
-  def _manifest(self, data: Any) -> Manifest:
-    splits = {name: Split(len(texts), 0, 0, 0, ()) for name, texts in self._texts.items()}
+  def _manifest(self, data: DataConfig) -> Manifest:
+    # Only the documents are known; their tokens are counted by nobody.
+    splits = {
+      name: Split(documents=len(texts), tokens=0, counted=0, largest_id=0, shards=())
+      for name, texts in self._texts.items()
+    }
+    samples = [self._sample(texts) for texts in self._texts.values()]
     return Manifest(
       source=data.source,
       validation_source=data.validation_source,
       validation_share=data.validation_share,
       text_field=data.text_field,
       tokenizer_source=data.tokenizer,
-      source_sha256=hashlib.sha256(
-        json.dumps([self._sample(texts) for texts in self._texts.values()]).encode()
-      ).hexdigest(),
+      source_sha256=hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
       skipped={},
       tokenizer=self.tokenizer.name,
       tokenizer_sha256=tokenizer_lib.content_hash(self.tokenizer),
@@ -121,7 +124,11 @@ class OnTheFly:
     )
 
   def _sample(self, texts: Texts) -> list[Any]:
-    """How many documents there are, and some of them, evenly spread."""
+    """The number of documents, and SAMPLED of them, evenly spaced.
+
+    Raises:
+      InputError: there are none, or too many of them can't be used.
+    """
     if not len(texts):
       raise InputError(f"{texts.source}: the corpus is empty")
     chosen = np.unique(np.linspace(0, len(texts) - 1, SAMPLED).astype(int))
@@ -135,9 +142,11 @@ class OnTheFly:
     return [len(texts), *sample]
 
   def rows(self, split: str) -> grain.MapDataset[Record]:
+    """The documents of a split as records, in their order."""
     source: Any = self._texts[split]
     tokenize = _Tokenize(self.tokenizer.name, self.tokenizer.content, self._length)
     return grain.MapDataset.source(source).map(tokenize)
 
   def training(self, seed: int) -> grain.MapDataset[Record]:
+    """Endless training records, in a new order each epoch; the n-th is a function of the seed and n."""
     return self.rows("train").seed(seed).shuffle().repeat()

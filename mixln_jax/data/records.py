@@ -5,10 +5,10 @@ A record holds T tokens (position t predicts t + 1), how many of them are real, 
     tokens: T × the smallest unsigned type that holds the vocabulary, little-endian
     length: uint32; positions from it on are padding
     starts: T bits, most significant first
-    answers: T bits, only in mode instructions: tokens that count where they are predicted; elsewhere all do
+    answers: T bits, only in mode instructions: the tokens whose prediction counts; in other modes all tokens count
 
 Padded records hold one document each, truncated and padded. Packed records cut the concatenated documents of a part of
-the corpus every T - 1 tokens and overlap by one, so that each of its tokens but the first is predicted exactly once.
+the corpus every T - 1 tokens and overlap by one: each token of the part but the first is predicted exactly once.
 Records of instructions hold several whole examples and are padded.
 """
 
@@ -16,10 +16,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -34,25 +33,30 @@ from mixln_jax.data.tokenizer import (
   load_tokenizer,
   read_tokenizer,
 )
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import partial_of
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.bin"
 FORMAT = 2
 SPLITS = ("train", "validation")
-WRITER_OPTIONS = "group_size:1,uncompressed"  # single records, read in any order, hardly pack
+WRITER_OPTIONS = "group_size:1,uncompressed"  # records are read singly and in any order, and hardly compress
 
 
 class Record(NamedTuple):
+  """One record; the top of this file has the meaning of its fields."""
+
   tokens: np.ndarray  # [T]
   length: int
   starts: np.ndarray  # [T] bool
-  answers: np.ndarray | None = None  # [T] bool: tokens that count where they are predicted; None = all
+  answers: np.ndarray | None = None  # [T] bool; None = all tokens count
 
   @property
   def counted(self) -> int:
-    """Tokens that are predicted and count: the first one is not predicted."""
-    return max(0, self.length - 1) if self.answers is None else int(self.answers[1 : self.length].sum())
+    """Tokens whose prediction counts; the first token of a record is not predicted."""
+    if self.answers is None:
+      return max(0, self.length - 1)
+    return int(self.answers[1 : self.length].sum())
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -61,35 +65,42 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def encode_record(record: Record, dtype: np.dtype) -> bytes:
-  bits = [np.packbits(flags).tobytes() for flags in (record.starts, record.answers) if flags is not None]
-  return b"".join((record.tokens.astype(dtype).tobytes(), record.length.to_bytes(4, "little"), *bits))
+  """The bytes of a record whose ids are stored as `dtype` (see the top of this file)."""
+  data = record.tokens.astype(dtype).tobytes()
+  data += record.length.to_bytes(4, "little")
+  data += np.packbits(record.starts).tobytes()
+  if record.answers is not None:
+    data += np.packbits(record.answers).tobytes()
+  return data
 
 
 def decode_record(data: bytes, sequence_length: int, dtype: np.dtype) -> Record:
-  end = sequence_length * dtype.itemsize
+  """The inverse of `encode_record`; the tokens are int32."""
+  end_of_tokens = sequence_length * dtype.itemsize
+  bytes_of_flags = -(-sequence_length // 8)
   tokens = np.frombuffer(data, dtype, sequence_length).astype(np.int32)
-  length = int(np.frombuffer(data, "<u4", 1, end)[0])
-  rows = np.frombuffer(data, np.uint8, -1, end + 4).reshape(-1, -(-sequence_length // 8))
-  starts, *answers = np.unpackbits(rows, axis=1, count=sequence_length).astype(bool)
+  length = int(np.frombuffer(data, "<u4", 1, end_of_tokens)[0])
+  packed = np.frombuffer(data, np.uint8, -1, end_of_tokens + 4).reshape(-1, bytes_of_flags)
+  starts, *answers = np.unpackbits(packed, axis=1, count=sequence_length).astype(bool)  # one row, or two
   return Record(tokens, length, starts, *answers)
 
 
 class Padder:
-  """One record a document: truncated to T tokens, padded at the right; the rest of the document is dropped."""
+  """One record a document: truncated to T tokens, padded on the right; the rest of the document is dropped."""
 
   def __init__(self, sequence_length: int, pad_id: int):
     self._length, self._pad_id = sequence_length, pad_id
     self._starts = np.arange(sequence_length) == 0
 
   def add(self, ids: Sequence[int]) -> Iterator[Record]:
-    """The records that are full after one more document."""
+    """The record of one more document."""
     length = min(len(ids), self._length)
     tokens = np.full(self._length, self._pad_id, np.int32)
     tokens[:length] = ids[:length]
     yield Record(tokens, length, self._starts)
 
   def finish(self) -> Iterator[Record]:
-    """What is left."""
+    """The records that are still open: none."""
     return iter(())
 
 
@@ -98,7 +109,7 @@ class Packer:
 
   def __init__(self, sequence_length: int, pad_id: int):
     self._length, self._pad_id = sequence_length, pad_id
-    self._tokens, self._starts = np.empty(0, np.int32), np.empty(0, bool)
+    self._tokens, self._starts = np.empty(0, np.int32), np.empty(0, bool)  # of the record that is not full yet
 
   def add(self, ids: Sequence[int]) -> Iterator[Record]:
     """The records that are full after one more document."""
@@ -114,7 +125,7 @@ class Packer:
     self._tokens, self._starts = tokens[begin:], starts[begin:]
 
   def finish(self) -> Iterator[Record]:
-    """What is left; a single token, which predicts nothing, is not."""
+    """The last record, padded; none for a single token, which predicts nothing."""
     length = len(self._tokens)
     if length > 1:
       missing = (0, self._length - length)
@@ -122,50 +133,75 @@ class Packer:
 
 
 class ExamplePacker:
-  """Whole examples, several a record: each goes into the first of the open records that has room for it."""
+  """Whole examples, several a record: each goes into the first open record that has room for it."""
 
-  OPEN = 16  # records that wait to be filled up; the one that waited longest is given out
+  OPEN = 16  # records that are open at a time; the oldest one is closed
 
   def __init__(self, sequence_length: int, pad_id: int):
     self._length, self._pad_id = sequence_length, pad_id
-    self._open: list[list[tuple[Sequence[int], int]]] = []
+    self._open: list[_OpenRecord] = []
 
   def add(self, ids: Sequence[int], num_answer: int) -> Iterator[Record]:
-    """The records that are given out after one more example.
+    """The records that are closed after one more example.
 
     Args:
       ids: of the example, at most T.
-      num_answer: how many of them, the last ones, count where they are predicted.
+      num_answer: how many of them, the last ones, count.
     """
-    room = self._length - len(ids)
-    chosen = next((examples for examples in self._open if sum(len(one) for one, _ in examples) <= room), None)
-    if chosen is None:
-      self._open.append(chosen := [])
-    chosen.append((ids, num_answer))
+    self._with_room(len(ids)).add(ids, num_answer)
     if len(self._open) > self.OPEN:
-      yield self._record(self._open.pop(0))
+      yield self._open.pop(0).close()
 
   def finish(self) -> Iterator[Record]:
-    """What is left."""
+    """The records that are still open."""
     while self._open:
-      yield self._record(self._open.pop(0))
+      yield self._open.pop(0).close()
 
-  def _record(self, examples: Sequence[tuple[Sequence[int], int]]) -> Record:
-    tokens = np.full(self._length, self._pad_id, np.int32)
-    starts, answers = np.zeros((2, self._length), bool)
-    end = 0
-    for ids, num_answer in examples:
-      begin, end = end, end + len(ids)
-      tokens[begin:end], starts[begin], answers[end - num_answer : end] = ids, True, True
-    return Record(tokens, end, starts, answers)
+  def _with_room(self, num_tokens: int) -> "_OpenRecord":
+    for record in self._open:
+      if record.length + num_tokens <= self._length:
+        return record
+    record = _OpenRecord(self._length, self._pad_id)
+    self._open.append(record)
+    return record
 
 
-PACKERS: dict[str, Callable[[int, int], Any]] = {"pad": Padder, "pack": Packer, "instructions": ExamplePacker}
+class _OpenRecord:
+  """A record of instructions that may still have room."""
+
+  def __init__(self, sequence_length: int, pad_id: int):
+    self.length = 0
+    self._tokens = np.full(sequence_length, pad_id, np.int32)
+    self._starts, self._answers = np.zeros((2, sequence_length), bool)
+
+  def add(self, ids: Sequence[int], num_answer: int) -> None:
+    begin, end = self.length, self.length + len(ids)
+    self._tokens[begin:end] = ids
+    self._starts[begin] = True
+    self._answers[end - num_answer : end] = True
+    self.length = end
+
+  def close(self) -> Record:
+    return Record(self._tokens, self.length, self._starts, self._answers)
+
+
+class PackerOfMode(Protocol):
+  """Documents on their way into records: `add` one after another, then `finish`."""
+
+  add: Callable[..., Iterator[Record]]
+
+  def finish(self) -> Iterator[Record]: ...
+
+
+# data.mode -> packer, made of (sequence_length, pad_id)
+PACKERS: dict[str, Callable[[int, int], PackerOfMode]] = {"pad": Padder, "pack": Packer, "instructions": ExamplePacker}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  file: str
+  """One file of records."""
+
+  file: str  # its name in the folder
   records: int
   bytes: int
   sha256: str
@@ -173,46 +209,65 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
+  """The training or the validation records of a corpus, or of a part of it."""
+
   documents: int
-  tokens: int  # of the documents, their end included, before truncation
-  counted: int  # tokens that are predicted and count
-  largest_id: int  # of the same tokens
+  tokens: int  # of the documents, each with its end-of-document id, before truncation
+  counted: int  # tokens whose prediction counts
+  largest_id: int  # of all those tokens
   shards: tuple[Shard, ...]
 
   @property
   def records(self) -> int:
     return sum(shard.records for shard in self.shards)
 
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> "Split":
+    """The inverse of `dataclasses.asdict`; raises KeyError or TypeError for anything else."""
+    shards = tuple(Shard(**shard) for shard in value["shards"])
+    return cls(**{**value, "shards": shards})
+
+  @classmethod
+  def merged(cls, splits: Sequence["Split"]) -> "Split":
+    """Several splits as one, their shards in the given order."""
+    return cls(
+      documents=sum(split.documents for split in splits),
+      tokens=sum(split.tokens for split in splits),
+      counted=sum(split.counted for split in splits),
+      largest_id=max(split.largest_id for split in splits),
+      shards=tuple(shard for split in splits for shard in split.shards),
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a folder of records is. Written last, so a folder with a manifest is whole."""
+  """The description of a folder of records. It is written last, so a folder with a manifest is whole."""
 
   source: str
   validation_source: str
-  validation_share: float  # of the source's documents, where there is no validation source
+  validation_share: float  # fraction of the documents that is held out, if there is no validation source
   text_field: str
-  tokenizer_source: str  # what config.data.tokenizer was
+  tokenizer_source: str  # config.data.tokenizer
   source_sha256: str  # over the names and texts of all documents
   skipped: dict[str, int]  # reason -> documents that could not be used
-  tokenizer: str
+  tokenizer: str  # its kind
   tokenizer_sha256: str
   vocab_size: int
   sequence_length: int
   mode: str
   bytes_per_token: tuple[int, ...]  # [vocab_size]
   splits: dict[str, Split]
-  cut_prompts: int | None = None  # examples whose prompt lost its beginning; None where there are no prompts
+  cut_prompts: int | None = None  # examples whose prompt lost its beginning; None if there are no prompts
 
   @property
   def fingerprint(self) -> str:
-    """Hash over all of it but names of where it came from, which may move: what a run's data is."""
-    names = ("source", "validation_source", "text_field", "tokenizer_source")
-    content = {name: value for name, value in self._content().items() if name not in names}
+    """Hash of the whole manifest except for where the data came from, which may move: it identifies a run's data."""
+    places = ("source", "validation_source", "text_field", "tokenizer_source")
+    content = {name: value for name, value in self._content().items() if name not in places}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
   def _content(self) -> dict[str, Any]:
-    """Its fields, without one that says nothing here."""
+    """The fields that have a value."""
     return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
   def to_json(self) -> str:
@@ -222,7 +277,7 @@ class Manifest:
 class Corpus(NamedTuple):
   """An opened folder of records."""
 
-  folder: Path
+  folder: Path  # absolute
   manifest: Manifest
   tokenizer: Tokenizer
 
@@ -240,24 +295,23 @@ class Corpus(NamedTuple):
     return grain.MapDataset.source(source).map(functools.partial(decode_record, sequence_length=length, dtype=dtype))
 
   def training(self, seed: int) -> grain.MapDataset[Record]:
-    """The training records for ever, in a new order each epoch; the n-th is a function of the seed and n."""
+    """Endless training records, in a new order each epoch; the n-th is a function of the seed and n."""
     return self.rows("train").seed(seed).shuffle().repeat()
 
 
 def unreadable(folder: Path, error: Exception) -> InputError:
-  """The error for what ArrayRecord raises for a damaged file."""
+  """The InputError for a damaged file of records, for which ArrayRecord raises a RuntimeError."""
   return InputError(
-    f"{folder}: a record can't be read ({' '.join(str(error).split())[:200]}); --config.data.verify=true names the "
-    "shard that changed"
+    f"{folder}: a record can't be read ({one_line(error)}); config.data.verify=True names the shard that changed"
   )
 
 
 class ShardWriter:
-  """Writes one shard, which appears whole or not at all, and counts what goes into it."""
+  """Writes one shard, which appears whole or not at all, and counts its records and tokens."""
 
   def __init__(self, path: Path, dtype: np.dtype):
     self._path, self._dtype = path, dtype
-    self._partial = path.with_name(f".{path.name}.{os.getpid()}")
+    self._partial = partial_of(path)
     self._writer: Any = None
     self.records = self.counted = 0
 
@@ -272,7 +326,7 @@ class ShardWriter:
     self.counted += record.counted
 
   def finish(self) -> tuple[Shard, ...]:
-    """The shard; none where nothing was written."""
+    """The shard; none if nothing was written."""
     if self._writer is None:
       return ()
     try:
@@ -283,21 +337,28 @@ class ShardWriter:
     return (Shard(self._path.name, self.records, self._path.stat().st_size, file_sha256(self._path)),)
 
   def _unwritable(self, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"{self._path}: can't be written ({reason}); make room and run again, finished parts are kept")
+    return InputError(
+      f"{self._path}: can't be written ({one_line(error)}); make room and run again, finished parts are reused"
+    )
 
 
 def file_sha256(path: Path) -> str:
+  """SHA-256 of a file's bytes, in hexadecimal."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_corpus(folder: Path, *, verify: bool = False) -> Corpus:
-  """Opens a folder that `prepare` wrote. Sizes are always checked, checksums where `verify`.
+  """Opens a folder that `prepare` wrote. Sizes are always checked, checksums if `verify`.
+
+  Args:
+    folder: absolute or relative; the corpus has the absolute one, which stays true in another working directory.
+    verify: read all shards to compare their checksums.
 
   Raises:
-    InputError: there is no manifest, or it, a shard or the tokenizer is missing or changed.
+    InputError: the manifest, a shard or the tokenizer is missing or has changed.
   """
+  folder = folder.absolute()
   manifest = _read_manifest(folder)
   for split in manifest.splits.values():
     for shard in split.shards:
@@ -316,10 +377,10 @@ def _stored_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
 
 
 def named_tokenizer(name: str) -> Tokenizer:
-  """The tokenizer that config.data.tokenizer names, where that is not one to be trained.
+  """The tokenizer that config.data.tokenizer names, if that is not one to be trained.
 
   Raises:
-    InputError: it can't be read or is no tokenizer.
+    InputError: it can't be read or is not a tokenizer.
   """
   if name == BYTES:
     return ByteTokenizer()
@@ -336,34 +397,45 @@ def _changed(path: Path, problem: str) -> InputError:
   )
 
 
+def has_records(folder: Path) -> bool:
+  """Whether a folder has a manifest, and so whole records."""
+  return (folder / MANIFEST).is_file()
+
+
 def _read_manifest(folder: Path) -> Manifest:
   path = folder / MANIFEST
-  if not path.is_file():
-    raise InputError(
-      f"config.data.directory: no records in {folder}; run `python -m mixln_jax prepare` with the same --config first"
-    )
+  if not has_records(folder):
+    raise no_records(str(folder))
   try:
     data = json.loads(path.read_text())
-    if (form := data.pop("format")) != FORMAT:
+    form = data.pop("format")
+    if form != FORMAT:
       raise _changed(path, f"has format {form}, this version reads format {FORMAT}")
     fingerprint = data.pop("fingerprint")
-    splits = {
-      name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-      for name, split in data.pop("splits").items()
-    }
-    manifest = Manifest(splits=splits, **{**data, "bytes_per_token": tuple(data["bytes_per_token"])})
+    data["splits"] = {name: Split.from_json(split) for name, split in data["splits"].items()}
+    data["bytes_per_token"] = tuple(data["bytes_per_token"])
+    manifest = Manifest(**data)
   except InputError:
     raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise _changed(path, f"is damaged ({type(error).__name__}: {error})") from error
   if fingerprint != manifest.fingerprint:
     raise _changed(path, "was changed by hand: its fingerprint does not match its contents")
-  if max(split.largest_id for split in splits.values()) >= manifest.vocab_size:
+  if max(split.largest_id for split in manifest.splits.values()) >= manifest.vocab_size:
     raise _changed(path, f"has ids beyond its vocabulary of {manifest.vocab_size}")
-  for shard in (shard for split in splits.values() for shard in split.shards):
-    if Path(shard.file).name != shard.file:
-      raise _changed(path, f"names a shard outside its folder ({shard.file!r})")
+  for split in manifest.splits.values():
+    for shard in split.shards:
+      if Path(shard.file).name != shard.file:
+        raise _changed(path, f"names a shard outside its folder ({shard.file!r})")
   return manifest
+
+
+def no_records(where: str) -> InputError:
+  """The InputError for one or more folders without records."""
+  return InputError(
+    f"config.data.directory: no records in {where}; prepare them with the same config first "
+    "(`python -m mixln_jax prepare`)"
+  )
 
 
 def _check_shard(folder: Path, shard: Shard, *, verify: bool) -> None:

@@ -15,7 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import sentencepiece
 import tokenizers
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import write_whole
 
 PAD, EOS, UNKNOWN = 0, 1, 2  # as T5 has them
 BYTES = "bytes"
@@ -23,7 +24,9 @@ SENTENCEPIECE = "sentencepiece"
 HUGGING_FACE = "tokenizers"  # a tokenizer.json
 HUB = "hf:"  # prefix of a name on the Hugging Face hub
 RECORDS = "records:"  # prefix of a folder of records, which has a tokenizer of its own
-TRAINING_BYTES = 256 << 20  # of text that a tokenizer is trained on, from the corpus's beginning
+# What the file of a tokenizer is called in a folder that holds one.
+FILES = {SENTENCEPIECE: "tokenizer.model", HUGGING_FACE: "tokenizer.json", BYTES: "tokenizer.bytes"}
+TRAINING_BYTES = 256 << 20  # text that a tokenizer is trained on, from the beginning of the corpus
 # What tokenizers on the hub call the token that ends a document, likeliest first.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 
@@ -31,8 +34,8 @@ END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>",
 class Tokenizer(Protocol):
   """What the project needs of a tokenizer."""
 
-  name: str  # what made it: 'bytes', 'sentencepiece'
-  content: bytes  # what it is read back from; its hash identifies it
+  name: str  # its kind: BYTES, SENTENCEPIECE or HUGGING_FACE
+  content: bytes  # its file in the standard format of its kind; the hash of it identifies the tokenizer
   vocab_size: int
   eos_id: int
 
@@ -73,7 +76,7 @@ class SentencePieceTokenizer:
   name = SENTENCEPIECE
 
   def __init__(self, content: bytes, origin: str):
-    """Raises InputError where `content`, read from `origin`, is not a model that can end a sentence."""
+    """Raises InputError if `content`, read from `origin`, is not a model with an end-of-sentence piece."""
     self.content = content
     self._model = sentencepiece.SentencePieceProcessor()
     try:
@@ -109,13 +112,13 @@ class HuggingFaceTokenizer:
   name = HUGGING_FACE
 
   def __init__(self, content: bytes, origin: str):
-    """Raises InputError where `content`, read from `origin`, is no such file, or can't end a document."""
+    """Raises InputError if `content`, read from `origin`, is not such a file or has no end-of-document token."""
     self.content = content
     try:
       self._model = tokenizers.Tokenizer.from_str(content.decode())
       self._description = json.loads(content)
     except Exception as error:  # the library raises bare Exceptions
-      raise InputError(f"tokenizer {origin}: not a tokenizer.json ({error})") from error
+      raise InputError(f"tokenizer {origin}: not a tokenizer.json ({one_line(error)})") from error
     self._model.encode_special_tokens = True  # a document that says "</s>" does not end there
     self._model.no_truncation()
     self._model.no_padding()
@@ -132,7 +135,8 @@ class HuggingFaceTokenizer:
     self.eos_token = str(self._model.id_to_token(self.eos_id))
     self._byte_level = '"ByteLevel"' in json.dumps(self._description.get("decoder"))
     kind = (self._description.get("model") or {}).get("type")
-    if not self._byte_level and (kind == "WordPiece" or "▁" not in json.dumps(self._description, ensure_ascii=False)):
+    sentencepiece_like = kind != "WordPiece" and "▁" in json.dumps(self._description, ensure_ascii=False)
+    if not self._byte_level and not sentencepiece_like:
       raise InputError(
         f"tokenizer {origin}: neither byte-level nor SentencePiece-like, so the bytes that a token stands for are not "
         "known; choose another"
@@ -161,7 +165,7 @@ class HuggingFaceTokenizer:
 
 
 def first_bytes(texts: Iterable[str], limit: int = TRAINING_BYTES) -> Iterator[str]:
-  """The first texts, up to about `limit` bytes of them."""
+  """The first texts; the text that reaches `limit` UTF-8 bytes in total is the last one."""
   total = 0
   for text in texts:
     yield text
@@ -170,8 +174,13 @@ def first_bytes(texts: Iterable[str], limit: int = TRAINING_BYTES) -> Iterator[s
       return
 
 
-def train_hugging_face(texts: Iterable[str], vocab_size: int, field: str = "--tokenizer_size") -> HuggingFaceTokenizer:
-  """Trains a byte-level byte-pair encoding, which gives any text back.
+def train_hugging_face(texts: Iterable[str], vocab_size: int, field: str = "vocab_size") -> HuggingFaceTokenizer:
+  """Trains a byte-level byte-pair encoding, which is lossless for any text.
+
+  Args:
+    texts: the documents to train on.
+    vocab_size: number of tokens.
+    field: what an error message calls `vocab_size`.
 
   Raises:
     InputError: the corpus is too small for `vocab_size` tokens.
@@ -190,14 +199,17 @@ def train_hugging_face(texts: Iterable[str], vocab_size: int, field: str = "--to
   model.train_from_iterator(texts, trainer)
   result = HuggingFaceTokenizer(model.to_str().encode(), "just trained")
   if result.vocab_size != vocab_size:
-    raise InputError(f"{field}={vocab_size}: this corpus gives {result.vocab_size} tokens at most; lower it to that")
+    raise InputError(f"{field}={vocab_size}: this corpus gives at most {result.vocab_size} tokens; lower it to that")
   return result
 
 
-def train_sentencepiece(
-  texts: Iterable[str], vocab_size: int, field: str = "config.model.vocab_size"
-) -> SentencePieceTokenizer:
-  """Trains a byte-pair SentencePiece model with byte fallback, which gives any text back but its "▁" and NULs.
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, field: str = "vocab_size") -> SentencePieceTokenizer:
+  """Trains a byte-pair SentencePiece model with byte fallback, which is lossless for any text without "▁" and NULs.
+
+  Args:
+    texts: the documents to train on.
+    vocab_size: number of pieces.
+    field: what an error message calls `vocab_size`.
 
   Raises:
     InputError: the corpus is too small for `vocab_size` pieces.
@@ -226,19 +238,21 @@ def train_sentencepiece(
     )
   except RuntimeError as error:
     raise InputError(
-      f"{field}={vocab_size}: no SentencePiece model of that size can be trained on this corpus ({error}); lower it, "
-      "or set config.data.tokenizer=bytes"
+      f"{field}={vocab_size}: no SentencePiece model of that size can be trained on this corpus ({one_line(error)}); "
+      "lower it, or set config.data.tokenizer=bytes"
     ) from error
   return SentencePieceTokenizer(model.getvalue(), "just trained")
 
 
 def load_tokenizer(name: str, content: bytes, origin: str) -> Tokenizer:
-  """The tokenizer that `prepare` stored as (name, content).
+  """The tokenizer of a kind and its content, which `origin` names in messages.
 
   Raises:
-    InputError: the name is unknown or the content is damaged.
+    InputError: the kind is unknown or the content is damaged.
   """
   if name == BYTES:
+    if content != ByteTokenizer.content:
+      raise InputError(f"tokenizer {origin}: not the byte tokenizer's file; restore it")
     return ByteTokenizer()
   if name == SENTENCEPIECE:
     return SentencePieceTokenizer(content, origin)
@@ -251,18 +265,10 @@ def read_tokenizer(path: str) -> Tokenizer:
   """The tokenizer that `config.data.tokenizer` names: a SentencePiece .model file, a tokenizer.json, or `hf:NAME`.
 
   Raises:
-    InputError: it can't be read or is no tokenizer.
+    InputError: it can't be read or is not a tokenizer.
   """
   if path.startswith(HUB):
-    try:
-      return HuggingFaceTokenizer(tokenizers.Tokenizer.from_pretrained(path.removeprefix(HUB)).to_str().encode(), path)
-    except InputError:
-      raise
-    except Exception as error:  # no network, no such name, no permission
-      reason = " ".join(str(error).split())[:200]
-      raise InputError(
-        f"config.data.tokenizer={path!r}: can't be fetched ({reason}); download its tokenizer.json and give its path"
-      ) from error
+    return _tokenizer_of_the_hub(path)
   try:
     content = Path(path).expanduser().read_bytes()
   except OSError as error:
@@ -274,6 +280,64 @@ def read_tokenizer(path: str) -> Tokenizer:
   return HuggingFaceTokenizer(content, path) if path.endswith(".json") else SentencePieceTokenizer(content, path)
 
 
+def _tokenizer_of_the_hub(name: str) -> HuggingFaceTokenizer:
+  try:
+    content = tokenizers.Tokenizer.from_pretrained(name.removeprefix(HUB)).to_str().encode()
+  except Exception as error:  # no network, no such name, no permission: the library raises bare Exceptions
+    raise InputError(
+      f"config.data.tokenizer={name!r}: can't be fetched ({one_line(error)}); download its tokenizer.json and give its "
+      "path"
+    ) from error
+  return HuggingFaceTokenizer(content, name)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
+  """Writes a tokenizer into a folder, whole or not at all; `read_written_tokenizer` reads it back.
+
+  The file is the one that other programs read: a SentencePiece model or a tokenizer.json. The byte tokenizer's file
+  holds a sentence, since there is nothing to load. Nothing is written where the same tokenizer is there already.
+
+  Returns:
+    The file: `folder` / FILES[tokenizer.name].
+
+  Raises:
+    InputError: the folder holds another tokenizer.
+    OSError: the file can't be written.
+  """
+  path = folder / FILES[tokenizer.name]
+  there = _written_files(folder)
+  if there == [path] and path.read_bytes() == tokenizer.content:
+    return path
+  if there:
+    raise InputError(f"tokenizer {there[0]}: another tokenizer is there already; remove it, or use another folder")
+  write_whole(path, tokenizer.content)
+  return path
+
+
+def read_written_tokenizer(folder: Path) -> Tokenizer | None:
+  """The tokenizer that `write_tokenizer` wrote into a folder; None if there is none.
+
+  A SentencePiece model or a tokenizer.json with a few other bytes may still load. A caller that knows the tokenizer's
+  `content_hash` compares it.
+
+  Raises:
+    InputError: the file is damaged, or there are two tokenizers.
+  """
+  there = _written_files(folder)
+  if not there:
+    return None
+  if len(there) > 1:
+    names = " and ".join(path.name for path in there)
+    raise InputError(f"tokenizer {folder}: {names} are different tokenizers; remove those that are not this folder's")
+  (path,) = there
+  (name,) = (name for name, file in FILES.items() if file == path.name)
+  return load_tokenizer(name, path.read_bytes(), str(path))
+
+
+def _written_files(folder: Path) -> list[Path]:
+  return [folder / file for file in FILES.values() if (folder / file).is_file()]
+
+
 def content_hash(tokenizer: Tokenizer) -> str:
-  """SHA-256 of what the tokenizer is made of."""
+  """SHA-256 of a tokenizer's content, in hexadecimal."""
   return hashlib.sha256(tokenizer.content).hexdigest()

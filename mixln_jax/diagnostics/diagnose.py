@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -13,8 +12,8 @@ from mixln_jax.config import Config, ModelConfig
 from mixln_jax.diagnostics import depth, parts
 from mixln_jax.diagnostics.removal import Score, make_removal_step, removal
 from mixln_jax.model import Transformer
-from mixln_jax.model.initial import abstract_params
 from mixln_jax.model.loss import batch_loss
+from mixln_jax.model.parameters import abstract_params, parameters
 from mixln_jax.parallel.rules import replicated
 from mixln_jax.placement import SUBLAYERS
 
@@ -54,7 +53,7 @@ def diagnose(
   scores: Mapping[str, Score] | None = None,
   watch: Watch = lambda batches, _: batches,
 ) -> dict[str, Any]:
-  """Measures a model. Call it where the model's logical axes mean something (`training.setup.on_mesh`).
+  """Measures a model. Call it where the model's logical axes mean something (`parallel.rules.on_mesh`).
 
   Args:
     config: of the run.
@@ -108,7 +107,7 @@ def make_gradient_norms(model: ModelConfig, shardings: Any, mesh: Mesh) -> Gradi
   transformer = Transformer(model)
 
   def zeros() -> tuple[Any, jax.Array]:
-    shapes = nn.unbox(abstract_params(model))
+    shapes = abstract_params(model)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes), jnp.zeros(())
 
   def loss(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -120,7 +119,7 @@ def make_gradient_norms(model: ModelConfig, shardings: Any, mesh: Mesh) -> Gradi
     return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, more), count + more_count
 
   def finish(grads: Any, count: jax.Array) -> dict[str, jax.Array]:
-    norms = parts.norms(jax.tree.map(lambda g: g / count, grads))
+    norms = parts.norms(jax.tree.map(lambda g: g / count, grads), parameters(model))
     return {name: norms[f"{name}/"] for name in SUBLAYERS}
 
   everywhere = replicated(mesh)

@@ -82,7 +82,7 @@ def finish(statistics: Statistics, count: jax.Array) -> dict[str, jax.Array]:
 
 
 def of_step(
-  statistics: Statistics, count: jax.Array, grads: Any, old_params: Any, new_params: Any
+  statistics: Statistics, count: jax.Array, grads: Any, old_params: Any, new_params: Any, table: parts.Table
 ) -> dict[str, jax.Array]:
   """All that a diagnostic step reports: of its forward pass, gradient, update and parameters.
 
@@ -92,10 +92,11 @@ def of_step(
     grads: gradient of the mean loss, before clipping.
     old_params: the parameters that it was taken at.
     new_params: those after the update.
+    table: of the parameters.
   """
   return (
     finish(statistics, count)
-    | parts.gradient_norms(grads)
-    | parts.update_ratios(old_params, new_params)
+    | parts.gradient_norms(grads, table)
+    | parts.update_ratios(old_params, new_params, table)
     | parts.gain_sizes(old_params)
   )

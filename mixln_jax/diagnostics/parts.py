@@ -1,64 +1,51 @@
-"""The parts that a model's parameters fall into, and norms over them, layer by layer from the stacked arrays."""
+"""Norms over the parts that a model's parameters fall into (`Param.part`), by layer from the stacked arrays."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mixln_jax.model.initial import SUBLAYER_OF
-from mixln_jax.model.transformer import param_paths
+from mixln_jax.model.parameters import LAYERS, Param, gain_name, param_paths
 from mixln_jax.placement import SUBLAYERS
 
-GAIN = "gain_"
 # statistic -> the parameter that it is of: a sublayer's first and second gain, in order of application.
-GAINS = {
-  f"{sublayer}/norm_gain_rms{which}": f"{sublayer}_norm{which}" for sublayer in SUBLAYERS for which in ("", "_2")
-}
+GAINS: dict[str, str] = {}
+for sublayer in SUBLAYERS:
+  GAINS[f"{sublayer}/norm_gain_rms"] = gain_name(sublayer, 0)
+  GAINS[f"{sublayer}/norm_gain_rms_2"] = gain_name(sublayer, 1)
+
+Table = Mapping[str, Param]  # `model.parameters.parameters`
 
 
-def part_of(path: str) -> str | None:
-  """What a parameter belongs to, as a prefix of a statistic's name.
-
-  `attention/`, `mlp/`: all weights of the sublayer, biases among them; `attention/gain_`, `mlp/gain_`: the gains of its
-  norms, those of queries, keys and values among attention's; outside the layers the parameter itself, `embedding/`,
-  `head/`, `final_norm/`. None: what else a placement learns (`gpas`, learned c_res and c_out).
-  """
-  name = path.removeprefix("layers/")
-  if name == path:
-    return f"{path}/"
-  if "_norm" in name:
-    return f"mlp/{GAIN}" if name.startswith("mlp") else f"attention/{GAIN}"
-  sublayer = SUBLAYER_OF.get(name.removesuffix("_bias"))
-  return sublayer and f"{sublayer}/"
-
-
-def norms(tree: Any) -> dict[str, jax.Array]:
+def norms(tree: Any, table: Table) -> dict[str, jax.Array]:
   """L2 norms of the parts of a tree shaped as the parameters are: part -> [L] (outside the layers: a scalar), fp32.
 
   A norm over several tensors is that of all their entries together. Call it under jit.
   """
   squares: dict[str, jax.Array] = {}
   for path, leaf in zip(jax.tree.leaves(param_paths(tree)), jax.tree.leaves(tree), strict=True):
-    if (part := part_of(path)) is None:
+    part = table[path].part
+    if part is None:
       continue
-    axes = tuple(range(1 if path.startswith("layers/") else 0, leaf.ndim))
+    axes = tuple(range(1 if path.startswith(LAYERS) else 0, leaf.ndim))
     square = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
     squares[part] = squares[part] + square if part in squares else square
   return {part: jnp.sqrt(square) for part, square in squares.items()}
 
 
-def gradient_norms(grads: Any) -> dict[str, jax.Array]:
+def gradient_norms(grads: Any, table: Table) -> dict[str, jax.Array]:
   """`attention/gradient_norm`, `attention/gain_gradient_norm`, …, `embedding/gradient_norm`, … of a gradient."""
-  return {f"{part}gradient_norm": norm for part, norm in norms(grads).items()}
+  return {f"{part}gradient_norm": norm for part, norm in norms(grads, table).items()}
 
 
-def update_ratios(old: Any, new: Any) -> dict[str, jax.Array]:
+def update_ratios(old: Any, new: Any, table: Table) -> dict[str, jax.Array]:
   """`attention/update_ratio`, `mlp/update_ratio` [L]: ‖new − old‖ / ‖old‖ over all weights of the sublayer.
 
   The change is the one that the stored parameters made: what a narrow type rounds away is not in it.
   """
-  changes = norms(jax.tree.map(lambda a, b: b.astype(jnp.float32) - a.astype(jnp.float32), old, new))
-  sizes = norms(old)
+  changes = norms(jax.tree.map(lambda a, b: b.astype(jnp.float32) - a.astype(jnp.float32), old, new), table)
+  sizes = norms(old, table)
   return {f"{name}/update_ratio": changes[f"{name}/"] / sizes[f"{name}/"] for name in SUBLAYERS}
 
 

@@ -53,7 +53,7 @@ def generate(
 ) -> list[list[int]]:
   """Goes on with prompts of any lengths, as one batch.
 
-  On a mesh (`training.setup.on_mesh`) its rows are cut as those of a training batch. Lengths and rows are padded to few
+  On a mesh (`parallel.rules.on_mesh`) its rows are cut as those of a training batch. Lengths and rows are padded to few
   sizes, so that few shapes are compiled.
 
   Args:

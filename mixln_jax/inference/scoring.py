@@ -36,7 +36,7 @@ def score(
 ) -> list[Score]:
   """Log-likelihoods of continuations after their contexts.
 
-  On a mesh (`training.setup.on_mesh`) the rows are cut as those of a training batch.
+  On a mesh (`parallel.rules.on_mesh`) the rows are cut as those of a training batch.
 
   Args:
     model: config.model.

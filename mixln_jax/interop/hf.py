@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -20,36 +19,10 @@ from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import ModelConfig
 from mixln_jax.errors import InputError
-from mixln_jax.model.columns import used_by_layer
-from mixln_jax.model.initial import abstract_params, logical_shape
-from mixln_jax.model.transformer import param_paths
+from mixln_jax.model.parameters import LAYERS, Param, abstract_params, gain_name, parameters
 from mixln_jax.placement import Layer, Row
 
-# our name -> their module in a layer. Matrices are stored transposed there: [out, in].
-MATRICES = {
-  "query": "self_attn.q_proj",
-  "key": "self_attn.k_proj",
-  "value": "self_attn.v_proj",
-  "output": "self_attn.o_proj",
-  "gate": "mlp.gate_proj",
-  "up": "mlp.up_proj",
-  "down": "mlp.down_proj",
-}
-INPUT_AXES = {"output": 2}  # leading axes of our matrix, without the layer's, that their last axis stands for; else 1
-OUTSIDE = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
-VECTORS = {
-  "query_bias": "self_attn.q_proj.bias",
-  "key_bias": "self_attn.k_proj.bias",
-  "value_bias": "self_attn.v_proj.bias",
-  "query_norm": "self_attn.q_norm.weight",
-  "key_norm": "self_attn.k_norm.weight",
-  "value_norm": "self_attn.v_norm.weight",
-  "query_norm_full": "self_attn.q_norm.weight",
-  "key_norm_full": "self_attn.k_norm.weight",
-  "gpas": "gpas_block.gate",  # GPAS's own name
-  **{f"attention_{name}": f"self_attn.{name}" for name in ("vector_c_res", "vector_c_out", "scalar_c_out")},
-  **{f"mlp_{name}": f"mlp.{name}" for name in ("vector_c_res", "vector_c_out", "scalar_c_out")},
-}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 IGNORED = ("rotary_emb.inv_freq",)  # a buffer of old versions
 
 
@@ -89,29 +62,35 @@ def norm_names(layer: Layer) -> dict[str, str]:
     row: Row = getattr(layer, sublayer)
     for norm, name in (("norm_in", before), ("norm_mid", after), ("norm_out", after)):
       if (index := row.gain_index(norm)) is not None:
-        names[f"{sublayer}_norm" + (f"_{index + 1}" if index else "")] = name
+        names[gain_name(sublayer, index)] = name
   return names
 
 
 def tensors_of(model: ModelConfig) -> Iterator[Tensor]:
-  """Every tensor of config.model in their layout."""
-  table = placement.parse(model.placement, model.num_layers)
-  used = used_by_layer(table)
-  shapes = nn.unbox(abstract_params(model))
-  for path, leaf in zip(jax.tree.leaves(param_paths(shapes)), jax.tree.leaves(shapes), strict=True):
-    shape, name = logical_shape(path, leaf.shape, model), path.removeprefix("layers/")
-    if path in OUTSIDE:
-      yield Tensor(OUTSIDE[path], path, None, shape, int(path == "head"))
+  """Every tensor of config.model in their layout.
+
+  Raises:
+    InputError: a parameter has no name there.
+  """
+  layers = config_lib.table(model).layers
+  for path, param in parameters(model).items():
+    if not param.in_layers:
+      yield Tensor(_their_name(param), path, None, param.logical_shape, param.input_axes)
       continue
-    for index, layer in enumerate(table.layers):
-      if name in used and not used[name][index]:
+    for index, layer in enumerate(layers):
+      if param.used_L is not None and not param.used_L[index]:
         continue
-      if name in MATRICES:
-        theirs, input_axes = f"{MATRICES[name]}.weight", INPUT_AXES.get(name, 1)
-      else:
-        gains = {ours: f"{gain}.weight" for ours, gain in norm_names(layer).items()}
-        theirs, input_axes = (VECTORS | gains)[name], 0
-      yield Tensor(f"model.layers.{index}.{theirs}", path, index, shape[1:], input_axes)
+      name = f"{norm_names(layer)[param.name]}.weight" if param.elsewhere == "" else _their_name(param)
+      yield Tensor(f"model.layers.{index}.{name}", path, index, param.logical_shape[1:], param.input_axes)
+
+
+def _their_name(param: Param) -> str:
+  if param.elsewhere is None:
+    raise InputError(
+      f"parameter {param.path} {param.shape}: has no name in LLaMA's layout, so the model can't be written in it; give "
+      "it one in mixln_jax/model/parameters.py, and what it computes in interop/modeling_mixln.py"
+    )
+  return param.elsewhere
 
 
 def import_weights(tensors: Mapping[str, Any], model: ModelConfig) -> Any:
@@ -128,10 +107,10 @@ def import_weights(tensors: Mapping[str, Any], model: ModelConfig) -> Any:
     InputError: a tensor is missing, of another shape, or stands for nothing in this model.
   """
   left = {name for name in tensors if not name.endswith(IGNORED)}
-  tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), nn.unbox(abstract_params(model)))
-  for name in used_by_layer(placement.parse(model.placement, model.num_layers)):
-    if name in tree["layers"]:
-      tree["layers"][name][...] = name != "gpas"  # where a layer has none
+  tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_params(model))
+  for param in parameters(model).values():
+    if param.used_L is not None:  # what a layer does not use stays at a value that does nothing
+      tree["layers"][param.name][...] = 0.0 if param.name == "gpas" else 1.0
   for tensor in tensors_of(model):
     array = np.asarray(_find(tensors, tensor, model))
     if array.shape != tensor.their_shape:
@@ -141,10 +120,10 @@ def import_weights(tensors: Mapping[str, Any], model: ModelConfig) -> Any:
     if tensor.layer is None:
       tree[tensor.path][where] = tensor.to_ours(array)
     else:
-      tree["layers"][tensor.path.removeprefix("layers/")][(tensor.layer, *where)] = tensor.to_ours(array)
-  if model.tied_embeddings and OUTSIDE["head"] in left:
-    left.discard(OUTSIDE["head"])
-    if not np.array_equal(np.asarray(tensors[OUTSIDE["head"]]), np.asarray(tensors[OUTSIDE["embedding"]])):
+      tree["layers"][tensor.path.removeprefix(LAYERS)][(tensor.layer, *where)] = tensor.to_ours(array)
+  if model.tied_embeddings and HEAD in left:
+    left.discard(HEAD)
+    if not np.array_equal(np.asarray(tensors[HEAD]), np.asarray(tensors[EMBEDDING])):
       raise InputError("lm_head.weight differs from the embedding; set config.model.tied_embeddings=False")
   if left:
     raise InputError(
@@ -172,7 +151,7 @@ def export_weights(params: Any, model: ModelConfig) -> dict[str, np.ndarray]:
   """
   result = {}
   for tensor in tensors_of(model):
-    leaf = params["layers"][tensor.path.removeprefix("layers/")] if tensor.layer is not None else params[tensor.path]
+    leaf = params["layers"][tensor.path.removeprefix(LAYERS)] if tensor.layer is not None else params[tensor.path]
     array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
     result[tensor.name] = tensor.to_theirs(array[tuple(slice(0, size) for size in tensor.shape)])
   return result
@@ -290,18 +269,13 @@ def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def family_of(model: ModelConfig) -> Family | None:
   """The stock decoder that computes what config.model computes, or None."""
-  layers = placement.parse(model.placement, model.num_layers).layers
+  layers = config_lib.table(model).layers
   for family in FAMILIES:
     mlp = dataclasses.replace(family.row, qk_norm=False, qk_norm_full=False)
-    rows = [(_of_inference(layer.attention), _of_inference(layer.mlp)) for layer in layers]
+    rows = [(layer.attention.without_initial(), layer.mlp.without_initial()) for layer in layers]
     if model.qkv_bias == family.qkv_bias and all(row == (family.row, mlp) for row in rows):
       return family
   return None
-
-
-def _of_inference(row: Row) -> Row:
-  """A row without what only decides initial weights."""
-  return dataclasses.replace(row, xavier=False, branch_gain=1.0, output_deviation=1.0, initial_c_out=1.0)
 
 
 def hf_config(model: ModelConfig, max_length: int, *, official: bool = False) -> dict[str, Any]:
@@ -348,7 +322,7 @@ def hf_config(model: ModelConfig, max_length: int, *, official: bool = False) ->
     "torch_dtype": model.param_dtype,
   }
   if official:
-    table = placement.parse(model.placement, model.num_layers)
+    table = config_lib.table(model)
     result |= {"norm_placement": model.placement, "norm_placement_of_layers": table.layer_list.split()}
     result |= {"placement_table": [_said(layer) for layer in table.layers], "qkv_bias": model.qkv_bias}
     classes = {"AutoConfig": "MixLNConfig", "AutoModelForCausalLM": "MixLNForCausalLM"}
@@ -359,7 +333,7 @@ def hf_config(model: ModelConfig, max_length: int, *, official: bool = False) ->
 def _said(layer: Layer) -> dict[str, dict[str, Any]]:
   """What a layer's rows have that an empty row has not, without what only decides initial weights."""
   empty = dataclasses.asdict(Row())
-  rows = {name: dataclasses.asdict(_of_inference(getattr(layer, name))) for name in placement.SUBLAYERS}
+  rows = {name: dataclasses.asdict(getattr(layer, name).without_initial()) for name in placement.SUBLAYERS}
   return {name: {key: value for key, value in row.items() if value != empty[key]} for name, row in rows.items()}
 
 

@@ -5,6 +5,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import ModelConfig
 from mixln_jax.model.transformer import Transformer
@@ -15,7 +16,7 @@ ROWS = 8  # of the batch; a scale is one number, estimated from every counted en
 
 def sublayers_to_profile(config: ModelConfig) -> list[tuple[int, str]]:
   """(layer, sublayer) of each sublayer of config.model with a learned residual scale, in order of application."""
-  table = placement.parse(config.placement, config.num_layers)
+  table = config_lib.table(config)
   return [
     (index, name)
     for index, layer in enumerate(table.layers)

@@ -1,13 +1,21 @@
-"""Counted cost of the model. XLA's own count sees a scan's body once, so it is not used."""
+"""Counted cost of the model, from its table of parameters. (XLA's own count sees a scan's body once.)"""
 
-from mixln_jax.config import ModelConfig, head_dim, num_kv_heads
+import math
+
+from mixln_jax.config import ModelConfig, head_dim
+from mixln_jax.model.parameters import parameters
 
 
 def matmul_params(model: ModelConfig) -> int:
-  """Parameters that take part in a matrix product for every token: all but the embedding's rows and the gains."""
-  width, kv_width = model.num_heads * head_dim(model), num_kv_heads(model) * head_dim(model)
-  layer = model.embed_dim * (2 * width + 2 * kv_width) + 3 * model.embed_dim * model.mlp_dim
-  return model.num_layers * layer + model.embed_dim * model.vocab_size
+  """Parameters that take part in a matrix product for every token: all but the embedding's rows and the gains.
+
+  A tied embedding is the head's matrix too, and counts as that.
+  """
+  count = 0
+  for path, param in parameters(model).items():
+    if param.drawn and (path != "embedding" or model.tied_embeddings):
+      count += param.size
+  return count
 
 
 def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
@@ -23,12 +31,13 @@ def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 def executed_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   """FLOPs of the matrix products that the training step really does for a token: with recomputation, masked positions.
 
-  Attention is taken to multiply all T positions, masked or not, as `xla` does. The backward pass does the layers'
-  forward products again with remat full (but `down`, whose result it does not need), and those of attention with
-  dots_no_batch.
+  Attention is taken to multiply all T positions, masked or not, as `xla` does. With remat full the backward pass does
+  the layers' forward products again (but `down`, whose result it does not need), with dots_no_batch those of attention.
   """
   attention = 4.0 * model.num_layers * model.num_heads * head_dim(model) * sequence_length
   forward = 2.0 * matmul_params(model) + attention
-  layers = forward - 2.0 * model.embed_dim * model.vocab_size - 2.0 * model.num_layers * model.embed_dim * model.mlp_dim
+  head = model.embed_dim * model.vocab_size
+  down = math.prod(parameters(model)["layers/down"].logical_shape)
+  layers = forward - 2.0 * head - 2.0 * down
   recomputed = {"none": 0.0, "dots": 0.0, "dots_no_batch": attention, "full": layers}
   return 3.0 * forward + recomputed[model.remat]

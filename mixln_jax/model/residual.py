@@ -7,97 +7,138 @@ Every sublayer f (attention or MLP) of every layer is
     y = N_out(s) where there is an N_out, else g(s)
 
 and a placement (`mixln_jax/placement.py`) is the table of its columns. Pre-LN has only N_in, Post-LN only N_out
-(Xiong et al., arXiv 2002.04745), Mix-LN both by depth (arXiv 2412.13795, eq. 5). g is the identity, or with `gpas`
-g(h) = h - silu(a) * stop_gradient(h) (arXiv 2506.22049), which stands where its source has it: on the residual
-where there is an N_out, else on the sum.
+(Xiong et al., arXiv 2002.04745), Mix-LN both by depth (arXiv 2412.13795, eq. 5). Each c is a number of the table, times
+what the row learns for it. g is the identity, or with `gpas` g(h) = h - silu(a) * stop_gradient(h) (arXiv 2506.22049),
+which stands where its source has it: on the residual where there is an N_out, else on the sum.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
+from mixln_jax.model.columns import Flag, Number, TracedRow
 from mixln_jax.model.norm import rms_norm
+from mixln_jax.placement import LEARNED
 
-Flag = bool | jax.Array  # a Python constant, or data
-OutNorm = tuple[jax.Array, Flag] | None  # the gain [D] of an N_out and whether there is one; None = there is none
+
+class Stream(flax.struct.PyTreeNode):
+  """The residual stream between two sublayers: a sum, and the N_out that it still owes.
+
+  A layer's last norm is applied by whoever reads the stream next. What the backward pass needs of a norm is its input,
+  and that is what the scan over layers saves anyway: so a layer that ends with a norm costs neither memory nor
+  recomputation more than one that does not.
+
+  Attributes:
+    sum_BTD: the sum s of the last sublayer; before the first one, the embedded tokens.
+    gain_D: the gain of the N_out; None = no layer owes one.
+    owes: whether there is an N_out, a constant or data; None where `gain_D` is.
+  """
+
+  sum_BTD: jax.Array
+  gain_D: jax.Array | None = None
+  owes: Flag | None = None
+
+  def value(self, epsilon: float) -> jax.Array:
+    """The stream [B, T, D] with its norm applied, in the sum's type."""
+    if self.gain_D is None or self.owes is None:
+      return self.sum_BTD
+    normed_BTD = rms_norm(self.sum_BTD, self.gain_D, epsilon=epsilon, on=self.owes)
+    return normed_BTD.astype(self.sum_BTD.dtype)
+
+  def carried(self) -> "Stream":
+    """The same with a norm, owed or not, as data in fp32: the form that a scan carries where any layer owes one."""
+    if self.gain_D is None or self.owes is None:
+      return Stream(self.sum_BTD, jnp.ones(self.sum_BTD.shape[-1], jnp.float32), jnp.asarray(False))
+    return Stream(self.sum_BTD, self.gain_D.astype(jnp.float32), jnp.asarray(self.owes))
 
 
 def sublayer(
   x_BTD: jax.Array,
-  branch: Callable[[jax.Array], jax.Array],
+  branch: Callable[[jax.Array], tuple[jax.Array, Any]],
   gains: Sequence[jax.Array],
   learned: Mapping[str, jax.Array],
-  row: Mapping[str, Any],
+  row: TracedRow,
   *,
   epsilon: float,
   dtype: jnp.dtype,
-) -> tuple[jax.Array, OutNorm, dict[str, jax.Array]]:
-  """One step of the residual stream, up to its N_out.
+) -> tuple[Stream, Any, dict[str, jax.Array]]:
+  """One step of the residual stream. Norms, constants and the sum are fp32; the sum is cast once.
 
   Args:
-    x_BTD: residual stream; its type is kept.
-    branch: f, from [B, T, D] in `dtype` to [B, T, D].
+    x_BTD: the residual stream; its type is kept.
+    branch: f, from [B, T, D] in `dtype` to ([B, T, D], whatever else it has to say).
     gains: the sublayer's norm gains, each [D], in order of application.
-    learned: what else the sublayer learns: `vector_c_res` [D], `vector_c_out` [D], `scalar_c_out` [], `gpas` []. Only
-      what a column of `row` asks for is read.
-    row: the sublayer's columns (`columns.NAMES`), each a Python constant or a traced scalar.
+    learned: what else the sublayer learns, by column (`placement.LEARNED`, and `gpas`). Only what the row asks for is
+      read.
+    row: the sublayer's columns.
     epsilon: of the norms.
     dtype: what f reads.
 
   Returns:
-    What N_out is still to be applied to (`settle` does it), that N_out, and the two terms of the sum s, `residual_BTD`
-    and `branch_BTD`, in fp32. Norms, constants and the sum are fp32; the sum is cast once.
+    The stream after the sublayer; what else the branch said; and the two terms of the sum s, `residual_BTD` and
+    `branch_BTD`, in fp32.
   """
 
-  def norm(h_BTD: jax.Array, which: str, scale: float | jax.Array = 1.0, *, only: Flag = True) -> jax.Array:
-    on = _and(row[which], only)
-    gain_D = None if on is False else _pick(gains, row[f"gain_{which}"])
+  def normed(h_BTD: jax.Array, on: Flag, gain_index: int | jax.Array, scale: Number = 1.0) -> jax.Array:
+    gain_D = None if on is False else _pick(gains, gain_index)
     return rms_norm(h_BTD, gain_D, epsilon=epsilon, on=on, scale=scale)
 
-  def gate(h_BTD: jax.Array, on: Flag) -> jax.Array:
+  def gated(h_BTD: jax.Array, on: Flag) -> jax.Array:
     if on is False:
       return h_BTD
-    amount = jax.nn.silu(learned["gpas"].astype(jnp.float32))
-    return h_BTD - (amount if on is True else jnp.where(on, amount, 0.0)) * jax.lax.stop_gradient(h_BTD)
+    amount = _where(on, jax.nn.silu(learned["gpas"].astype(jnp.float32)), 0.0)
+    return h_BTD - amount * jax.lax.stop_gradient(h_BTD)
 
-  def factor(constant: float | jax.Array, *names: str) -> float | jax.Array:
-    for name in names:
-      if row[name] is not False:
-        weight = learned[name].astype(jnp.float32)
-        constant = constant * (weight if row[name] is True else jnp.where(row[name], weight, 1.0))
-    return constant
+  c_in = _factor("c_in", row, learned)
+  input_BTD = normed(x_BTD, row.norm_in, row.gain_norm_in, scale=c_in).astype(dtype)
+  f_BTD, said = branch(input_BTD)
+  f_BTD = normed(f_BTD, row.norm_mid, row.gain_norm_mid)
+  r_BTD = normed(x_BTD, _and(row.norm_in, row.residual_from_normed), row.gain_norm_in)
+  residual_BTD = _times(_factor("c_res", row, learned), gated(r_BTD, _and(row.gpas, row.norm_out)))
+  branch_BTD = _times(_factor("c_out", row, learned), f_BTD)
+  sum_BTD = gated(residual_BTD + branch_BTD, _and(row.gpas, _not(row.norm_out))).astype(x_BTD.dtype)
 
-  out_BTD = norm(branch(norm(x_BTD, "norm_in", row["c_in"]).astype(dtype)), "norm_mid")
-  r_BTD = norm(x_BTD, "norm_in", only=row["residual_from_normed"])
-  residual_BTD = _times(factor(row["c_res"], "vector_c_res"), gate(r_BTD, _and(row["gpas"], row["norm_out"])))
-  branch_BTD = _times(factor(row["c_out"], "vector_c_out", "scalar_c_out"), out_BTD)
-  sum_BTD = gate(residual_BTD + branch_BTD, _and(row["gpas"], _not(row["norm_out"])))
-  out_norm = None if row["norm_out"] is False else (_pick(gains, row["gain_norm_out"]), row["norm_out"])
-  return sum_BTD.astype(x_BTD.dtype), out_norm, {"residual_BTD": residual_BTD, "branch_BTD": branch_BTD}
+  after = Stream(sum_BTD)
+  if row.norm_out is not False:
+    after = Stream(sum_BTD, _pick(gains, row.gain_norm_out), row.norm_out)
+  return after, said, {"residual_BTD": residual_BTD, "branch_BTD": branch_BTD}
 
 
-def settle(sum_BTD: jax.Array, out_norm: OutNorm, *, epsilon: float) -> jax.Array:
-  """The residual stream after a sublayer: its sum, normalised where the sublayer has an N_out; in the sum's type."""
-  if out_norm is None:
-    return sum_BTD
-  gain_D, on = out_norm
-  return rms_norm(sum_BTD, gain_D, epsilon=epsilon, on=on).astype(sum_BTD.dtype)
+def _factor(name: str, row: TracedRow, learned: Mapping[str, jax.Array]) -> Number:
+  """A coefficient of the rule: the table's number, times what the row learns for it."""
+  factor: Number = getattr(row, name)
+  for column, kind in LEARNED.items():
+    on: Flag = getattr(row, column)
+    if kind.factor == name and on is not False:
+      factor = factor * _where(on, learned[column].astype(jnp.float32), 1.0)
+  return factor
+
+
+# Arithmetic that leaves out what a Python constant decides: so a placement with constant columns compiles to what a
+# layer written by hand compiles to.
 
 
 def _pick(gains: Sequence[jax.Array], index: int | jax.Array) -> jax.Array:
   return gains[index] if isinstance(index, int) else jnp.stack(gains)[index]
 
 
-def _times(factor: float | jax.Array, x: jax.Array) -> jax.Array:
+def _times(factor: Number, x: jax.Array) -> jax.Array:
   return x if isinstance(factor, float) and factor == 1.0 else factor * x
+
+
+def _where(on: Flag, value: jax.Array, otherwise: float) -> jax.Array:
+  return value if on is True else jnp.where(on, value, otherwise)
 
 
 def _and(a: Flag, b: Flag) -> Flag:
   if a is False or b is False:
     return False
-  return b if a is True else a if b is True else jnp.logical_and(a, b)
+  if a is True:
+    return b
+  return a if b is True else jnp.logical_and(a, b)
 
 
 def _not(a: Flag) -> Flag:

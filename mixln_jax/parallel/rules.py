@@ -1,7 +1,8 @@
 """Which mesh axes each logical axis is sharded over: one table for parameters and activations."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +35,13 @@ LARGEST_REPLICATED = 4 * 2**20
 def logical_rules() -> list[tuple[str, Any]]:
   """The table as `flax.linen.logical_axis_rules` takes it."""
   return list(RULES.items())
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+  """The contexts in which the model's logical axes mean something."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
+    yield
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -84,20 +92,23 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def shardings(boxed: Any, mesh: Mesh) -> Any:
-  """The sharding of each tensor of an abstract tree whose leaves are boxed with logical axes.
+def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
+  """The sharding of each tensor of a tree.
+
+  Args:
+    shapes: the tree of what has a shape.
+    axes: the same tree, of PartitionSpecs over logical axes.
+    mesh: what they are cut over.
 
   Raises:
     ValueError: as `check_axes`.
     InputError: the mesh does not divide a tensor, or leaves a large one replicated.
   """
-  specs = nn.get_partition_spec(boxed)
-  for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
+  for path, spec in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_spec):
     check_axes(jax.tree_util.keystr(path, simple=True, separator="/"), spec)
-  result = nn.logical_to_mesh_sharding(specs, mesh, logical_rules())
-  for (path, leaf), sharding in zip(
-    jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)), jax.tree.leaves(result), strict=True
-  ):
+  result = nn.logical_to_mesh_sharding(axes, mesh, logical_rules())
+  leaves = jax.tree_util.tree_leaves_with_path(shapes)
+  for (path, leaf), sharding in zip(leaves, jax.tree.leaves(result), strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     check_divides(name, leaf.shape, sharding)
     check_not_replicated(name, leaf.shape, sharding)

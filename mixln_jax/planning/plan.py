@@ -13,12 +13,13 @@ from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import Config
 from mixln_jax.model.flops import executed_flops_per_token, train_flops_per_token
-from mixln_jax.model.initial import abstract_sharded_params, count_params
+from mixln_jax.model.parameters import abstract_sharded_params, count_params
 from mixln_jax.parallel.devices import DEVICES, GIB, Device
 from mixln_jax.parallel.mesh import abstract_mesh, attach, make_mesh
 from mixln_jax.planning.hlo import Traffic, traffic
 from mixln_jax.planning.topology import Topology
-from mixln_jax.training.setup import abstract_batch, check_batches, lower_train_step, program_hash
+from mixln_jax.training.loop import check_batches
+from mixln_jax.training.program import abstract_batch, lower_train_step, program_hash
 from mixln_jax.training.step import abstract_state, state_shardings
 
 EFFICIENCY = 0.5  # share of the peak that the matrix products reach: an assumption, not a measurement

@@ -14,7 +14,7 @@ from mixln_jax.model.flops import executed_flops_per_token
 from mixln_jax.parallel.mesh import abstract_mesh, describe_mesh
 from mixln_jax.planning.plan import Plan, arithmetic, compile_plan
 from mixln_jax.planning.topology import Topology
-from mixln_jax.training.setup import check_batches
+from mixln_jax.training.loop import check_batches
 
 REMAT = ("full", "dots_no_batch", "dots", "none")  # the least memory first
 MICRO_BATCHES = (1, 2, 4, 8, 16)

@@ -1,4 +1,4 @@
-"""Charts for the page: plotly's, one a panel, with colours left to the page (it knows light and dark)."""
+"""Charts for the page, one a panel, by plotly. The page colours them, because it knows whether it is light or dark."""
 
 import base64
 import gzip
@@ -19,7 +19,7 @@ PATTERNS = ("", "/", ".", "x")
 
 
 def library() -> str:
-  """plotly.js (MIT licence), gzipped and in base64: the page unpacks it, which takes the file from 4.8 to 2 MB."""
+  """plotly.js (MIT licence), gzipped, in base64. The page unpacks it; so the file has 2 MB instead of 4.8."""
   return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
@@ -29,9 +29,14 @@ def charts(figure: Figure) -> list[dict[str, Any]]:
 
 
 def _chart(figure: Figure, panel: Panel) -> dict[str, Any]:
-  traces = [_matrix(figure, panel)] if panel.matrix is not None else [_trace(panel, one) for one in panel.series]
+  traces = [_trace(panel, series) for series in panel.series]
+  if panel.matrix is not None:
+    traces = [_matrix(figure, panel)]
+  x_axis = _axis(panel.x_label, log=panel.log_x)
+  if panel.log_x:
+    x_axis |= _ticks_at_values(panel)
   layout = go.Layout(
-    xaxis={**_axis(panel.x_label, log=panel.log_x), **(_rates(panel) if panel.log_x else {})},
+    xaxis=x_axis,
     yaxis=_axis(panel.y_label, log=panel.log_y),
     showlegend=False,
     hovermode="closest",
@@ -47,8 +52,8 @@ def _axis(label: str, *, log: bool) -> dict[str, Any]:
   return {"title": {"text": label}, "type": "log" if log else "linear", "automargin": True}
 
 
-def _rates(panel: Panel) -> dict[str, Any]:
-  """Ticks at the values themselves: few learning rates seldom hit powers of ten."""
+def _ticks_at_values(panel: Panel) -> dict[str, Any]:
+  """Ticks at the values themselves: a few learning rates are seldom powers of ten."""
   values = sorted({x for series in panel.series for x in series.x})
   return {"tickmode": "array", "tickvals": values, "ticktext": [f"{value:g}" for value in values]}
 
@@ -72,23 +77,24 @@ def _matrix(figure: Figure, panel: Panel) -> go.Heatmap:
 
 def _trace(panel: Panel, series: Series) -> Any:
   name = html.escape(series.name)  # plotly reads some HTML in names
-  shown = name.replace("%", "&#37;")  # and variables in templates
+  name_in_template = name.replace("%", "&#37;")  # and variables in templates
   notes = [html.escape(note) for note in series.notes] or [""] * len(series.x)
   common: dict[str, Any] = {
     "x": series.x,
     "y": series.y,
     "name": name,
     "text": notes,
-    "hovertemplate": f"<b>{shown}</b><br>{panel.x_label} %{{x}}<br>%{{y:.5g}} %{{text}}<extra></extra>",
+    "hovertemplate": f"<b>{name_in_template}</b><br>{panel.x_label} %{{x}}<br>%{{y:.5g}} %{{text}}<extra></extra>",
     "meta": {"colour": series.style.kind % NUM_COLOURS, "runs": list(series.runs)},
   }
-  if series.deviation:
-    common["error_y"] = {"array": series.deviation, "thickness": 1, "width": 3}
+  if series.std:
+    common["error_y"] = {"array": series.std, "thickness": 1, "width": 3}
   if panel.bars:
     return go.Bar(**common, marker={"pattern": {"shape": PATTERNS[series.style.variant % len(PATTERNS)]}})
+  has_markers = panel.show_markers or series.marked or len(series.x) == 1
   return go.Scatter(
     **common,
-    mode="lines+markers" if panel.show_markers or series.marked or len(series.x) == 1 else "lines",
+    mode="lines+markers" if has_markers else "lines",
     line={"dash": DASHES[series.style.variant % len(DASHES)], "width": 1.8},
     marker=_markers(panel, series),
   )
@@ -96,19 +102,18 @@ def _trace(panel: Panel, series: Series) -> Any:
 
 def _markers(panel: Panel, series: Series) -> dict[str, Any]:
   symbol = SYMBOLS[series.style.kind % len(SYMBOLS)]
-  count = len(series.x)
-  plain = 6 if panel.show_markers or count == 1 else 0
   if not series.marked:
     return {"symbol": symbol, "size": 6, "maxdisplayed": 12}
-  diverged = any("diverged" in note for note in series.notes) and not series.deviation
-  special = "x-thin-open" if diverged else f"{symbol}-open"
-  symbols = [special if position in series.marked else symbol for position in range(count)]
-  sizes = [12 if position in series.marked else plain for position in range(count)]
+  usual_size = 6 if panel.show_markers or len(series.x) == 1 else 0
+  symbols, sizes = [symbol] * len(series.x), [usual_size] * len(series.x)
+  for point in series.marked:
+    symbols[point] = "x-thin-open" if series.is_end_of_diverged(point) else f"{symbol}-open"
+    sizes[point] = 12
   return {"symbol": symbols, "size": sizes, "opacity": 1, "line": {"width": 2}}
 
 
 def _plain(value: Any) -> Any:
-  """Lists, dictionaries, text and numbers; what is not finite becomes null, as JSON has it."""
+  """The value as JSON has it: lists, dictionaries, text, numbers of six digits, and null for what is not finite."""
   if isinstance(value, dict):
     return {key: _plain(item) for key, item in value.items()}
   if isinstance(value, np.ndarray):

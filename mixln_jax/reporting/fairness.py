@@ -1,32 +1,41 @@
-"""Whether a comparison is fair: what differs besides what was meant to, said loudly."""
+"""Whether the runs are comparable: what differs besides what was meant to differ."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from mixln_jax import placement as placement_lib
-from mixln_jax.errors import InputError
-from mixln_jax.reporting.comparison import (
-  LEARNING_RATE,
-  PLACEMENT,
-  SEEDS,
+from mixln_jax.placement import SUBLAYERS
+from mixln_jax.reporting.groups import (
+  LEARNING_RATE_FIELD,
+  PLACEMENT_FIELD,
+  SEED_FIELDS,
   Group,
   changes_the_run,
   differing_fields,
-  pair_key,
+  grouped,
+  seeds_of,
   show,
   sort_key,
-  values_of,
+  sort_keys,
+  value_of,
 )
-from mixln_jax.reporting.loading import Material, Run, as_mapping
+from mixln_jax.reporting.loading import Material, ReportedRun
+from mixln_jax.reporting.reading import as_mapping
 
-DEFAULT_AXES = (PLACEMENT, *SEEDS, LEARNING_RATE)
+DEFAULT_AXES = (PLACEMENT_FIELD, *SEED_FIELDS, LEARNING_RATE_FIELD)
 Level = Literal["unfair", "caution", "note"]
+LEVELS: tuple[Level, ...] = ("unfair", "caution", "note")  # the gravest first
+
+# Parameters that are drawn from the seed, by the last part of their names. All others (gains, biases, learned scalars)
+# start from constants that a placement chooses, so that a difference there says nothing. The names are stated again,
+# because a report reads folders and builds no model; a test compares them with the model's own table.
+DRAWN = ("embedding", "head", "query", "key", "value", "output", "gate", "up", "down")
+IN_LAYERS = "layers/"  # what the names of parameters in layers begin with
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """Something that a reader of the comparison must know. `unfair`: the runs are not what a fair comparison needs."""
+  """Something that a reader of the comparison must know. `unfair`: the runs are not comparable, because `text`."""
 
   level: Level
   text: str
@@ -39,49 +48,47 @@ def axes_of(material: Material) -> tuple[str, ...]:
 
 def find(material: Material, groups: Sequence[Group]) -> list[Finding]:
   """All findings, the gravest first."""
-  runs, axes = material.runs, axes_of(material)
+  runs = material.runs
   found = [
-    *_undeclared(runs, axes),
+    *_undeclared(runs, axes_of(material)),
     *_not_as_planned(material),
     *_data(runs),
     *_initial_weights(runs),
-    *_twice(runs, groups),
-    *_diagnosed_otherwise(runs),
+    *_repeated(runs, groups),
+    *_diagnosed_differently(runs),
     *_not_crossed(runs, groups),
     *_unequal_seeds(runs, groups),
     *_unfinished(material),
     *_changed(runs),
     *_harmless(runs),
+    *_code(runs),
+    *_programs(runs, groups),
     *_environments(runs),
   ]
-  order = ("unfair", "caution", "note")
-  return sorted(found, key=lambda finding: order.index(finding.level))
+  return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
-def _names(runs: Sequence[Run], most: int = 4) -> str:
+def _names(runs: Sequence[ReportedRun], most: int = 4) -> str:
   shown = ", ".join(run.name for run in runs[:most])
   return f"{shown} and {len(runs) - most} more" if len(runs) > most else shown
 
 
-def _groups(labels: Sequence[str], most: int = 4) -> str:
-  """Labels hold commas."""
+def _label_list(labels: Sequence[str], most: int = 4) -> str:
+  """Labels contain commas, so `and` separates them."""
   shown = " and in ".join(labels[:most])
   return f"{shown} and in {len(labels) - most} more" if len(labels) > most else shown
 
 
-def _by_value(runs: Sequence[Run], field: str) -> str:
+def _listed(runs_by_value: Mapping[Any, Sequence[ReportedRun]], words: Callable[[Any], str] = show) -> str:
   """`0.1 in a, b; 0 in c`."""
-  values = values_of(runs, field)
-  return "; ".join(
-    f"{show(value)} in {_names([run for run, own in zip(runs, values, strict=True) if own == value])}"
-    for value in dict.fromkeys(values)
-  )
+  return "; ".join(f"{words(value)} in {_names(runs)}" for value, runs in runs_by_value.items())
 
 
-def _undeclared(runs: Sequence[Run], axes: Sequence[str]) -> Iterator[Finding]:
+def _undeclared(runs: Sequence[ReportedRun], axes: Sequence[str]) -> Iterator[Finding]:
   for field in differing_fields(runs):
     if changes_the_run(field) and field not in axes:
-      text = f"{field} differs and is no axis of the comparison: {_by_value(runs, field)}"
+      by_value = grouped(runs, lambda run, field=field: value_of(run, field))
+      text = f"{field} differs and is not an axis of the comparison: {_listed(by_value)}"
       yield Finding("unfair", f"{text}. Runs that differ in it are not compared with each other below")
 
 
@@ -90,142 +97,146 @@ def _not_as_planned(material: Material) -> Iterator[Finding]:
     return
   for run in material.runs:
     planned = {**material.study.base, **material.study.planned.get(run.name, {})}
-    wrong = [
-      field
-      for field, value in planned.items()
-      if changes_the_run(field) and field in run.config and run.config[field] != value
-    ]
+    wrong = []
+    for field, value in planned.items():
+      if changes_the_run(field) and field in run.config and run.config[field] != value:
+        wrong.append(f"{field}={show(run.config[field])}, planned {show(value)}")
     if wrong:
-      differences = ", ".join(f"{f}={show(run.config[f])}, planned {show(planned[f])}" for f in wrong)
-      yield Finding("unfair", f"{run.name} is not the run that the study planned: {differences}")
+      yield Finding("unfair", f"{run.name} is not the run that the study planned: {', '.join(wrong)}")
 
 
-def _data(runs: Sequence[Run]) -> Iterator[Finding]:
-  prints = dict.fromkeys(run.fingerprint for run in runs if run.fingerprint is not None)
-  if len(prints) > 1:
-    split = [f"{value[:12]} in {_names([run for run in runs if run.fingerprint == value])}" for value in prints]
-    yield Finding("unfair", f"the runs were trained on different data (fingerprints): {'; '.join(split)}")
+def _data(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
+  known = [run for run in runs if run.fingerprint is not None]
+  by_fingerprint = grouped(known, lambda run: str(run.fingerprint))
+  if len(by_fingerprint) > 1:
+    listed = _listed(by_fingerprint, lambda fingerprint: fingerprint[:12])
+    yield Finding("unfair", f"the runs were trained on different data (fingerprints): {listed}")
   unknown = [run for run in runs if run.fingerprint is None]
   if unknown:
-    names = _names(unknown)
-    yield Finding("caution", f"which data they were trained on is not known yet of {names}: no checkpoint says so")
+    text = f"the training data of {_names(unknown)} is not known yet"
+    yield Finding("caution", f"{text}: neither data.json nor a diagnosis names its fingerprint")
 
 
-def _drawn_alike(run: Run, other: Run) -> bool:
-  """Whether two placements draw the matrices of their layers with the same deviations."""
+def _start_of(run: ReportedRun) -> tuple[str, ...]:
+  """What decides the initial weights, except for the placement: runs where it is equal must start from equal numbers.
 
-  def deviations(one: Run) -> list[Any]:
-    table = placement_lib.parse(one.placement, one.config["model.num_layers"])
-    rows = [row for name in placement_lib.SUBLAYERS for row in table.rows(name)]
-    return [(row.xavier, row.branch_gain, row.output_deviation) for row in rows]
-
-  try:
-    return deviations(run) == deviations(other)
-  except InputError:  # a placement of another version
-    return True
+  A fine-tuned run starts from the weights of another run, a checkpoint of which is named.
+  """
+  deciding = ["seed", "train.start_from", "train.start_checkpoint"]
+  deciding += sorted(field for field in run.config if field.startswith("model.") and field != PLACEMENT_FIELD)
+  return tuple(f"{field}={run.config.get(field)}" for field in deciding)
 
 
-def _matrices(run: Run) -> dict[str, int]:
+def _drawn_sums(run: ReportedRun) -> dict[str, int]:
+  """The sum of bits of each drawn parameter of a run's initial weights."""
   sums = as_mapping(run.initial_weights.get("bit_sums"))
-  names = {"embedding", "head", "query", "key", "value", "output", "gate", "up", "down"}
-  return {name: total for name, total in sums.items() if name.split("/")[-1] in names}
+  return {name: total for name, total in sums.items() if name.split("/")[-1] in DRAWN}
 
 
-def _starts(runs: Sequence[Run]) -> list[list[Run]]:
-  """Runs of one shape and one seed, which must start from the same numbers; those of another run, where it is one."""
-  starts: dict[tuple[Any, ...], list[Run]] = {}
-  for run in runs:
-    shape = [(name, str(value)) for name, value in sorted(run.config.items()) if name.startswith("model.")]
-    start = [str(run.config.get(field)) for field in ("train.start_from", "train.start_checkpoint")]
-    key = (run.config["seed"], *start, *(field for field in shape if field[0] != PLACEMENT))
-    starts.setdefault(key, []).append(run)
-  return list(starts.values())
+def _equally_drawn(run: ReportedRun, other: ReportedRun) -> bool:
+  """Whether two placements draw the matrices of their layers with the same standard deviations."""
+  ours, theirs = run.placement_table, other.placement_table
+  if ours is None or theirs is None:  # of another version: nothing excuses a difference
+    return True
+  for sublayer in SUBLAYERS:
+    for column in ("xavier", "branch_gain", "output_deviation"):
+      if (ours.column(sublayer, column) != theirs.column(sublayer, column)).any():
+        return False
+  return True
 
 
-def _initial_weights(runs: Sequence[Run]) -> Iterator[Finding]:
-  """What placements share must start from the same numbers, but for what a placement draws otherwise by design."""
-  if without := [run for run in runs if not _matrices(run)]:
-    yield Finding("caution", f"the initial weights are not known of {_names(without)} (no initial_weights.json)")
+def _initial_weights(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
+  """Runs must start from equal numbers, except in what their placements draw differently by design."""
+  unknown = [run for run in runs if not _drawn_sums(run)]
+  if unknown:
+    yield Finding("caution", f"the initial weights of {_names(unknown)} are not known (no initial_weights.json)")
+  known = [run for run in runs if _drawn_sums(run)]
   by_design: set[str] = set()
-  for first, *others in _starts([run for run in runs if _matrices(run)]):
-    mine = _matrices(first)
+  for first, *others in grouped(known, _start_of).values():
+    expected = _drawn_sums(first)
     for other in others:
-      unequal = [name for name, total in _matrices(other).items() if name in mine and mine[name] != total]
-      if not _drawn_alike(first, other):
-        by_design |= {other.placement} if any(name.startswith("layers/") for name in unequal) else set()
-        unequal = [name for name in unequal if not name.startswith("layers/")]
+      sums = _drawn_sums(other)
+      unequal = [name for name in sums if name in expected and sums[name] != expected[name]]
+      in_layers = [name for name in unequal if name.startswith(IN_LAYERS)]
+      if in_layers and not _equally_drawn(first, other):
+        by_design.add(other.placement)
+        unequal = [name for name in unequal if name not in in_layers]
       if unequal:
-        text = f"{first.name} and {other.name} have the same seed but start from other numbers in {', '.join(unequal)}"
+        names = ", ".join(unequal)
+        text = f"{first.name} and {other.name} have the same seed but start from different numbers in {names}"
         yield Finding("unfair", text)
   if by_design:
     names = ", ".join(sorted(by_design))
-    yield Finding("note", f"the layers' matrices start from other deviations than the first run's by design: {names}")
+    text = "by design, these placements draw the layers' matrices with other standard deviations than the first run's"
+    yield Finding("note", f"{text}: {names}")
 
 
-def _twice(runs: Sequence[Run], groups: Sequence[Group]) -> Iterator[Finding]:
+def _repeated(runs: Sequence[ReportedRun], groups: Sequence[Group]) -> Iterator[Finding]:
   for group in groups:
-    by_seeds: dict[tuple[Any, ...], list[Run]] = {}
-    for run in (runs[index] for index in group.runs):
-      by_seeds.setdefault(pair_key(run), []).append(run)
-    for same in by_seeds.values():
+    members = [runs[index] for index in group.runs]
+    for same in grouped(members, seeds_of).values():
       if len(same) > 1:
-        yield Finding("caution", f"{_names(same)} are one run made again; only the first counts in means and pairs")
+        yield Finding("caution", f"{_names(same)} repeat one run; only the first counts in means and pairs")
 
 
-def _diagnosed_otherwise(runs: Sequence[Run]) -> Iterator[Finding]:
-  """Figures of layers compare each run's newest diagnosis: of one step, or each run's last, and of one sample."""
+def _diagnosed_differently(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
+  """Figures of layers compare each run's newest diagnosis: all of one step, or each of the last one, on one sample."""
   diagnosed = [(run, run.diagnosis) for run in runs if run.diagnosis]
-  kinds: dict[tuple[Any, ...], list[Run]] = {}
+  by_kind: dict[str, list[ReportedRun]] = {}
   for run, diagnosis in diagnosed:
     step = "last step" if diagnosis.step == run.num_steps else f"step {diagnosis.step}"
-    kinds.setdefault((step, diagnosis.tokens), []).append(run)
-  if len(kinds) > 1:
-    listed = [
-      f"{step}, {'an unknown number of' if tokens is None else f'{tokens:,}'} tokens in {_names(some)}"
-      for (step, tokens), some in kinds.items()
-    ]
-    text = f"the layers of the trained models were not diagnosed at one step on one sample ({'; '.join(listed)})"
-    yield Finding("unfair", f"{text}; diagnose all at the same --step and --tokens")
-  old = [f"{run.name} (step {one.step}, trained to {run.step})" for run, one in diagnosed if one.step < run.step]
-  if old:
-    yield Finding("caution", f"diagnosed before their last step: {', '.join(old)}")
+    tokens = "an unknown number of" if diagnosis.tokens is None else f"{diagnosis.tokens:,}"
+    by_kind.setdefault(f"{step}, {tokens} tokens", []).append(run)
+  if len(by_kind) > 1:
+    text = f"the trained models were not diagnosed at one step on one sample ({_listed(by_kind)})"
+    yield Finding("unfair", f"{text}; diagnose all at the same step, on the same number of tokens")
+  early = []
+  for run, diagnosis in diagnosed:
+    if diagnosis.step < run.step:
+      early.append(f"{run.name} (step {diagnosis.step}, trained to {run.step})")
+  if early:
+    yield Finding("caution", f"diagnosed before their last step: {', '.join(early)}")
 
 
-def _not_crossed(runs: Sequence[Run], groups: Sequence[Group]) -> Iterator[Finding]:
+def _not_crossed(runs: Sequence[ReportedRun], groups: Sequence[Group]) -> Iterator[Finding]:
   """Placements that were not run at the same settings."""
-  for field in dict.fromkeys(field for group in groups for field in group.setting):
-    values: dict[str, set[Any]] = {}
+  fields = dict.fromkeys(field for group in groups for field in group.setting)
+  for field in fields:
+    values_by_placement: dict[str, set[Any]] = {}
     for group in groups:
-      own = values_of((runs[index] for index in group.runs), field)
-      values.setdefault(group.placement, set()).update(own)
-    if len({frozenset(own) for own in values.values()}) > 1:
-      listed = [f"{name}: {', '.join(map(show, sorted(own, key=sort_key)))}" for name, own in values.items()]
-      text = f"{field} was not the same set for each placement ({'; '.join(listed)}); only equal values are compared"
-      yield Finding("caution", text)
+      values = values_by_placement.setdefault(group.placement, set())
+      values.update(value_of(runs[index], field) for index in group.runs)
+    if all(values == values_by_placement[groups[0].placement] for values in values_by_placement.values()):
+      continue
+    listed = []
+    for placement, values in values_by_placement.items():
+      listed.append(f"{placement}: {', '.join(show(value) for value in sorted(values, key=sort_key))}")
+    text = f"{field} does not have the same values for each placement ({'; '.join(listed)})"
+    yield Finding("caution", f"{text}; only equal values are compared")
 
 
-def _unequal_seeds(runs: Sequence[Run], groups: Sequence[Group]) -> Iterator[Finding]:
+def _unequal_seeds(runs: Sequence[ReportedRun], groups: Sequence[Group]) -> Iterator[Finding]:
   """Groups that were not run with the same seeds: their means are over different seeds."""
-  by_seeds: dict[frozenset[tuple[Any, ...]], list[str]] = {}
-  for group in groups:
-    by_seeds.setdefault(frozenset(pair_key(runs[index]) for index in group.runs), []).append(group.label)
-  if len(by_seeds) > 1:
-    several = len({key[1:] for keys in by_seeds for key in keys}) > 1
-    word = lambda key: "/".join(map(show, key if several else key[:1]))  # noqa: E731
-    listed = [
-      f"{', '.join(map(word, sorted(keys, key=lambda key: tuple(map(sort_key, key)))))} in {_groups(labels)}"
-      for keys, labels in by_seeds.items()
-    ]
-    name = " / ".join(SEEDS) if several else SEEDS[0]
-    text = f"{name} was not the same set for each group ({'; '.join(listed)})"
-    yield Finding("caution", f"{text}; means are over different seeds, differences only over equal ones")
+  by_seeds = grouped(groups, lambda group: frozenset(seeds_of(runs[index]) for index in group.runs))
+  if len(by_seeds) < 2:
+    return
+  data_seeds = {data_seed for pairs in by_seeds for _, data_seed in pairs}
+  fields = SEED_FIELDS if len(data_seeds) > 1 else SEED_FIELDS[:1]
+  listed = []
+  for pairs, some in by_seeds.items():
+    words = []
+    for seeds in sorted(pairs, key=sort_keys):
+      words.append("/".join(show(seed) for seed in seeds[: len(fields)]))
+    listed.append(f"{', '.join(words)} in {_label_list([group.label for group in some])}")
+  text = f"{' / '.join(fields)} does not have the same values in each group ({'; '.join(listed)})"
+  yield Finding("caution", f"{text}; means are over different seeds, differences only over equal ones")
 
 
 def _unfinished(material: Material) -> Iterator[Finding]:
   waiting = [run for run in material.runs if run.final_loss is None]
   if waiting:
     listed = ", ".join(f"{run.name} ({run.status}, step {run.step} of {run.num_steps})" for run in waiting)
-    yield Finding("caution", f"not counted, since they have no evaluation at their last step: {listed}")
+    yield Finding("caution", f"not counted, because they have no evaluation at their last step: {listed}")
   if material.not_started:
     yield Finding("caution", f"planned but not started: {', '.join(material.not_started)}")
   diverged = [run for run in material.runs if run.diverged]
@@ -233,25 +244,46 @@ def _unfinished(material: Material) -> Iterator[Finding]:
     yield Finding("caution", f"diverged, and counted where they reached the last step: {_names(diverged, most=12)}")
 
 
-def _changed(runs: Sequence[Run]) -> Iterator[Finding]:
+def _changed(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
   changed = [run for run in runs if run.changes]
   if changed:
-    yield Finding("note", f"went on with a changed config (changes.jsonl): {_names(changed)}")
+    yield Finding("note", f"resumed with a changed config (changes.jsonl): {_names(changed)}")
 
 
-def _harmless(runs: Sequence[Run]) -> Iterator[Finding]:
+def _harmless(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
   fields = [field for field in differing_fields(runs) if not changes_the_run(field)]
   if fields:
-    yield Finding("note", f"fields that don't change what is computed differ: {', '.join(fields)}")
+    yield Finding("note", f"fields that do not change what is computed differ: {', '.join(fields)}")
 
 
-def _environments(runs: Sequence[Run]) -> Iterator[Finding]:
-  facts = {
-    "code revision": lambda e: e.get("git"),
-    "jax version": lambda e: as_mapping(e.get("packages")).get("jax"),
-    "devices": lambda e: ", ".join(sorted(set(map(str, e.get("devices") or ())))),
-  }
-  for name, get in facts.items():
-    values = {str(get(run.environment)) for run in runs if run.environment}
-    if len(values) > 1:
-      yield Finding("caution", f"the {name} was not the same for all runs: {'; '.join(sorted(values))}")
+def _code_of(run: ReportedRun) -> str:
+  """What tells the code of one run from another's: a hash of the package's files, or without one its revision."""
+  code, revision = run.environment.get("code"), run.environment.get("git")
+  return f"code {code}" if code else f"revision {revision}"
+
+
+def _code(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
+  by_code = grouped([run for run in runs if run.environment], _code_of)
+  if len(by_code) > 1:
+    text = f"the runs were trained by different code (environment.json): {_listed(by_code)}"
+    yield Finding("caution", f"{text}. They are comparable only if what changed in between does not change the numbers")
+
+
+def _programs(runs: Sequence[ReportedRun], groups: Sequence[Group]) -> Iterator[Finding]:
+  """Within a group only: other placements and settings are other programs by design."""
+  for group in groups:
+    known = [runs[index] for index in group.runs if runs[index].environment.get("train_step")]
+    by_program = grouped(known, lambda run: str(run.environment["train_step"]))
+    if len(by_program) > 1:
+      text = f"the training steps of {group.label} are different programs (environment.json): {_listed(by_program)}"
+      yield Finding("note", f"{text}. A part of their spread over seeds may come from that")
+
+
+def _environments(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
+  known = [run for run in runs if run.environment]
+  by_version = grouped(known, lambda run: str(run.packages.get("jax")))
+  if len(by_version) > 1:
+    yield Finding("caution", f"not all runs had the same JAX version: {_listed(by_version)}")
+  by_devices = grouped(known, lambda run: ", ".join(sorted(set(run.devices))))
+  if len(by_devices) > 1:
+    yield Finding("caution", f"not all runs had the same kind of device: {_listed(by_devices)}")

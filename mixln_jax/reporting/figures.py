@@ -12,16 +12,19 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from mixln_jax.reporting.comparison import Group
-from mixln_jax.reporting.evidence import Source, all_figures
-from mixln_jax.reporting.loading import Run, read_diagnosis
+from mixln_jax.reporting.evidence import all_figures
+from mixln_jax.reporting.groups import Group
+from mixln_jax.reporting.loading import ReportedRun
+from mixln_jax.reporting.model_diagnosis import read_diagnosis
 from mixln_jax.reporting.panels import LIGHT, NUM_COLOURS, NUM_DASHES, Figure, Panel, Series, Style
+from mixln_jax.reporting.source import Source
 
-COLUMN, PAGE = 3.3, 6.8  # inches: a column, and the text, of a page of two columns
+COLUMN_WIDTH, TEXT_WIDTH = 3.3, 6.8  # inches: one column, and both, of a page of two columns
 FORMATS = ("svg", "pdf", "png")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-STYLE: dict[Any, Any] = {
+HATCHES = ("", "////", "....", "xxxx")
+RC_PARAMS: dict[Any, Any] = {
   "font.size": 8,
   "axes.titlesize": 8,
   "axes.labelsize": 8,
@@ -63,9 +66,9 @@ def draw_diagnose(json_path: str | Path, output_folder: str | Path) -> list[Path
     InputError: the file can't be read, or is damaged.
   """
   diagnosis = read_diagnosis(Path(json_path))
-  config = {"model.placement": "this run", "model.num_layers": diagnosis.num_layers, "train.num_steps": 0, "seed": 0}
-  run = Run(name="", path=Path(json_path).parent, config=config, diagnosis=diagnosis)
   label = diagnosis.placement or "this run"
+  config = {"model.placement": label, "model.num_layers": diagnosis.num_layers, "train.num_steps": 0, "seed": 0}
+  run = ReportedRun(name="", path=Path(json_path).parent, config=config, diagnosis=diagnosis)
   group = Group(label, label, {}, (0,), Style())
   folder = Path(output_folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -75,15 +78,15 @@ def draw_diagnose(json_path: str | Path, output_folder: str | Path) -> list[Path
 
 @contextmanager
 def _style() -> Iterator[None]:
-  """Ours, whatever matplotlibrc says."""
+  """matplotlib with RC_PARAMS, whatever a matplotlibrc of this machine says."""
   with mpl.rc_context():
     mpl.rcdefaults()
-    mpl.rcParams.update(STYLE)
+    mpl.rcParams.update(RC_PARAMS)
     yield
 
 
 def plain(text: str) -> str:
-  """Text of a file for matplotlib, which would read mathematics between dollar signs."""
+  """Text of a file, escaped: matplotlib would read mathematics between dollar signs."""
   return text.replace("$", r"\$")
 
 
@@ -92,9 +95,11 @@ def _canvas(figure: Figure) -> Canvas:
   count = len(figure.panels)
   columns = min(count, 4 if maps else 2)
   rows = math.ceil(count / columns)
-  handles, legend_columns = _legend(figure)
-  height = rows * (1.75 if maps and columns > 2 else 2.1) + 0.16 * math.ceil(len(handles) / legend_columns)
-  canvas = Canvas(figsize=(COLUMN if count == 1 else PAGE, height), layout="constrained")
+  width = COLUMN_WIDTH if count == 1 else TEXT_WIDTH
+  handles, legend_columns = _legend(figure, width)
+  row_height = 1.75 if maps and columns > 2 else 2.1
+  height = rows * row_height + 0.16 * math.ceil(len(handles) / legend_columns)
+  canvas = Canvas(figsize=(width, height), layout="constrained")
   axes = canvas.subplots(rows, columns, squeeze=False).flat
   image = None
   for ax, panel in zip(axes, figure.panels, strict=False):
@@ -103,7 +108,7 @@ def _canvas(figure: Figure) -> Canvas:
       image = _draw_matrix(ax, panel, figure.colour_range)
     else:
       _draw_series(ax, panel)
-  for ax in axes:  # what is left over
+  for ax in axes:  # a flat iterator: these are the axes that no panel was drawn on
     ax.set_visible(False)
   if image is not None:
     canvas.colorbar(image, ax=canvas.axes[:count], label=figure.colour_label, shrink=0.9)
@@ -145,8 +150,8 @@ def _draw_bars(ax: Any, series: Series, number: int, count: int) -> None:
   width = 0.85 / count
   x = np.asarray(series.x) + (number - (count - 1) / 2) * width
   colour = LIGHT[series.style.kind % NUM_COLOURS]
-  hatch = ("", "////", "....", "xxxx")[series.style.variant % NUM_DASHES]
-  error = {"yerr": series.deviation, "error_kw": {"elinewidth": 0.6}} if series.deviation else {}
+  hatch = HATCHES[series.style.variant % NUM_DASHES]
+  error = {"yerr": series.std, "error_kw": {"elinewidth": 0.6}} if series.std else {}
   ax.bar(x, series.y, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3, **error)
 
 
@@ -155,17 +160,16 @@ def _draw_line(ax: Any, panel: Panel, series: Series) -> None:
   if not panel.show_markers and len(series.x) > 1:
     drawn |= {"marker": "", "linewidth": 0.8}
   drawn["markevery"] = max(1, len(series.x) // 12)
-  if series.deviation:
-    ax.errorbar(series.x, series.y, series.deviation, elinewidth=0.6, capsize=1.5, **drawn)
+  if series.std:
+    ax.errorbar(series.x, series.y, series.std, elinewidth=0.6, capsize=1.5, **drawn)
   else:
     ax.plot(series.x, series.y, **drawn)
   for point in series.marked:
-    diverged = "diverged" in series.notes[point] if series.notes else False
-    symbol = (
-      {"marker": "x", "s": 26} if diverged and not series.deviation else {"marker": "o", "s": 60, "facecolors": "none"}
-    )
-    edge = {"color": drawn["color"]} if symbol["marker"] == "x" else {"edgecolors": drawn["color"]}
-    ax.scatter([series.x[point]], [series.y[point]], linewidths=1.2, zorder=3, **symbol, **edge)
+    x, y = [series.x[point]], [series.y[point]]
+    if series.is_end_of_diverged(point):
+      ax.scatter(x, y, marker="x", s=26, linewidths=1.2, zorder=3, color=drawn["color"])
+    else:
+      ax.scatter(x, y, marker="o", s=60, linewidths=1.2, zorder=3, facecolors="none", edgecolors=drawn["color"])
 
 
 def _line_style(style: Style) -> dict[str, Any]:
@@ -176,9 +180,10 @@ def _line_style(style: Style) -> dict[str, Any]:
   }
 
 
-def _legend(figure: Figure) -> tuple[list[Line2D], int]:
-  """One handle a look (runs of one group share theirs), and in how many columns they fit."""
+def _legend(figure: Figure, width: float) -> tuple[list[Line2D], int]:
+  """One handle a look (runs of one group share theirs), and how many columns of them fit a width in inches."""
   handles = [Line2D([], [], label=plain(name), **_line_style(style)) for style, name in figure.looks.items()]
-  longest = max(map(len, figure.looks.values()), default=0)
-  width = COLUMN if len(figure.panels) == 1 else PAGE
-  return handles if len(handles) > 1 else [], max(1, min(len(handles), int(width / (0.5 + 0.055 * longest))))
+  longest = max((len(name) for name in figure.looks.values()), default=0)
+  entry_width = 0.5 + 0.055 * longest  # the handle, and so much a character
+  columns = max(1, min(len(handles), int(width / entry_width)))
+  return (handles if len(handles) > 1 else []), columns

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
 from mixln_jax.parallel.bits import bit_sums
 
 METRIC = "validation_loss"
@@ -121,7 +121,7 @@ class Checkpoints:
     except Exception as error:  # orbax raises bare Exceptions, KeyErrors and ValueErrors for damaged files
       if _is_transient(error):
         raise
-      reason = " ".join(str(error).split())[:300]
+      reason = one_line(error)
       raise self._damaged(step, reason) from error
 
   def _damaged(self, step: int, reason: str) -> DamagedError:

@@ -1,17 +1,18 @@
 """What a run leaves on disk.
 
 config.json        the config, one flat field a line
-placement.txt      the strip, first layer first: post post post pre …
+placement.txt      the layer list, first layer first: post post post pre …
 parameters.txt     name, shape, type and size of each tensor, how it is sharded, what one device holds
-data.json          the records that it is trained on: their fingerprint, folder and tokenizer
+data.json          the records that it is trained on: their fingerprint, folder (absolute) and tokenizer
+tokenizer/         the tokenizer in its own format, so that a copied run generates anywhere
 start.json         of a fine-tuned run: the run and checkpoint that it started from, a hash of its weights' bits
 environment.json   versions, devices, git revision, command, hash of the training step's program
 initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
 metrics.jsonl      the truth: one object a line, each (split, step) once
 diagnostics.jsonl  statistics by layer, one object a line, each diagnostic step once
-changes.jsonl      fields that were changed when the run went on, and from which step
+changes.jsonl      fields that were changed when the run was resumed, and from which step
 non_finite_STEP/   batch and gradient norms of a step that could not be made
-damaged_STEP/      checkpoints that were not what was written
+damaged_STEP/      quarantined checkpoints that were not what was written
 diagnose/STEP/     what `diagnose` measured on the checkpoint of that step
 tasks/STEP/        what `evaluate --tasks` measured on it
 outcome.json       why the run ended, and with what
@@ -20,20 +21,12 @@ tensorboard/  profile/
 """
 
 import contextlib
-import datetime
-import fcntl
-import hashlib
-import importlib.metadata
 import itertools
 import json
-import math
-import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,60 +35,18 @@ from typing import Any
 import jax
 from etils import epath
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import is_partial, write_whole
 from mixln_jax.parallel.processes import is_first, wait_for_all
-from mixln_jax.parallel.rules import mesh_axes
-from mixln_jax.runs import remote as remote_lib
-from mixln_jax.runs.remote import Lock, Remote, Spool, held
+from mixln_jax.runs.lock import identity, lock
+from mixln_jax.runs.remote import Lock, Remote, Spool
 
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
 INITIAL_WEIGHTS, CHANGES, DATA, START = "initial_weights.json", "changes.jsonl", "data.json", "start.json"
 DIAGNOSTICS = "diagnostics.jsonl"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
-DIAGNOSE, TASKS = "diagnose", "tasks"
-PACKAGES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "grain",
-  "array-record",
-  "ml_collections",
-  "numpy",
-  "sentencepiece",
-)
-
-
-def _me() -> dict[str, Any]:
-  """What a lock says of its holder."""
-  return {"host": platform.node(), "process": os.getpid(), "since": datetime.datetime.now().astimezone().isoformat()}
-
-
-def _overwrite(file: Any, text: str) -> None:
-  file.truncate(0)
-  file.write(text)
-  file.flush()
-
-
-@contextlib.contextmanager
-def _touched(path: Path) -> Iterator[None]:
-  """Touches a file now and then, until the context is left or the process is gone."""
-  done = threading.Event()
-
-  def touch() -> None:
-    while not done.wait(remote_lib.TOUCH_SECONDS):
-      with contextlib.suppress(OSError):
-        os.utime(path)
-
-  thread = threading.Thread(target=touch, daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    done.set()
-    thread.join()
+DIAGNOSE, TASKS, TOKENIZER = "diagnose", "tasks", "tokenizer"
 
 
 class RunFolder:
@@ -155,7 +106,7 @@ class RunFolder:
       return []
     except OSError as error:
       raise InputError(
-        f"--workdir={self.path}: can't be used ({error.strerror}); choose a folder that you can write to"
+        f"workdir={self.path}: can't be used ({error.strerror}); choose a folder that you can write to"
       ) from error
 
   def create(self, config_json: str) -> None:
@@ -167,10 +118,10 @@ class RunFolder:
     if not is_first():
       return
     # What a process that died while it wrote the config left behind is no reason to refuse.
-    occupied = [name for name in self.occupants() if name != f".{CONFIG}.partial"]
+    occupied = [name for name in self.occupants() if not is_partial(name)]
     if occupied:
       raise InputError(
-        f"--workdir={self.address}: not empty and holds no run (it has {sorted(occupied)[0]!r}); choose "
+        f"workdir={self.address}: not empty and holds no run (it has {sorted(occupied)[0]!r}); choose "
         "another folder, nothing was written"
       )
     if self.remote is not None:
@@ -180,7 +131,7 @@ class RunFolder:
       self.path.mkdir(parents=True, exist_ok=True)
       self.write(CONFIG, config_json)
     except OSError as error:
-      raise InputError(f"--workdir={self.path}: not writable ({error.strerror}); choose another folder") from error
+      raise InputError(f"workdir={self.path}: not writable ({error.strerror}); choose another folder") from error
 
   def check_shared(self, seconds: float = 60.0) -> None:
     """Refuses a folder that another process made and that is not to be seen here.
@@ -192,7 +143,7 @@ class RunFolder:
     while not self.has_run:
       if time.monotonic() > deadline:
         raise InputError(
-          f"--workdir={self.address}: process 0 made the run there, and process {jax.process_index()} on "
+          f"workdir={self.address}: process 0 made the run there, and process {jax.process_index()} on "
           f"{platform.node()} does not see it; give a folder that all processes share, or gs://…"
         )
       time.sleep(0.5)
@@ -207,8 +158,7 @@ class RunFolder:
     """Keeps a second process from writing to the run. Of several processes of one run the first one holds it for all;
     the others meet it at `wait_for_all` after they entered, so that they hear of a lock that was refused.
 
-    The lock says who holds it and since when, and its holder touches it while it lives. On one machine the system frees
-    the lock of a process that died; a holder on another machine is believed dead once it was silent for STALE_SECONDS.
+    The lock says who holds it and since when, and its holder touches it while it lives (`runs/lock.py`).
 
     Of a run in a bucket, the small files are there (`path`) while the lock is held, and all processes enter together.
 
@@ -222,43 +172,15 @@ class RunFolder:
     if not is_first():
       yield
       return
-    with contextlib.ExitStack() as stack:
-      try:
-        file = stack.enter_context((self / LOCK).open("a+"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        raise held(self.address, remote_lib.holder_of((self / LOCK).read_text())) from error
-      except OSError as error:
-        raise InputError(
-          f"--workdir={self.path}: can't be locked ({error.strerror}); choose a folder that you can write to"
-        ) from error
-      file.seek(0)
-      holder = remote_lib.holder_of(file.read())
-      if holder.get("host", platform.node()) != platform.node() and self._is_touched():
-        raise held(self.address, holder)
-      _overwrite(file, json.dumps(_me()))
-      stack.callback(_overwrite, file, "")
-      stack.enter_context(_touched(self / LOCK))
+    with lock(self / LOCK, self.address):
       yield
-
-  def _is_touched(self) -> bool:
-    """Whether the holder of the lock file, on another machine, lives: it is watched until it would be stale."""
-    # Its age would be the file server's clock against this machine's, and a clock that is ahead would rob the living.
-    seen = (self / LOCK).stat().st_mtime
-    until = time.monotonic() + remote_lib.STALE_SECONDS
-    print(f"waiting    to see whether the holder of {self.address} is alive", flush=True)
-    while time.monotonic() < until:
-      time.sleep(min(1.0, remote_lib.POLL_SECONDS))
-      if (self / LOCK).stat().st_mtime != seen:
-        return True
-    return False
 
   @contextlib.contextmanager
   def _remote_lock(self) -> Iterator[None]:
     assert self.remote is not None
     with contextlib.ExitStack() as stack:
       if is_first():
-        self._lock = Lock(self.remote, LOCK, _me())
+        self._lock = Lock(self.remote, LOCK, identity())
         stack.enter_context(self._lock())
       wait_for_all("the lock of the run in the bucket")  # before, another run may still write what is fetched
       self.spool.fetch(skip=LOCK)
@@ -293,31 +215,29 @@ class RunFolder:
       InputError: the folder holds no run, or the file can't be read.
     """
     try:
-      return self.remote.read(name).decode() if self.remote else (self / name).read_text()
+      return (
+        self.remote.read(name).decode(errors="replace") if self.remote else (self / name).read_text(errors="replace")
+      )
     except OSError as error:
       if self.remote is not None and not isinstance(error, FileNotFoundError):
         raise  # of the network: it may pass
-      reason = error.strerror or " ".join(str(error).split())[:200]
-      raise InputError(
-        f"--workdir={self.address}: no run there ({name}: {reason}); give the folder of a run"
-      ) from error
+      reason = error.strerror or one_line(error, 200)
+      raise InputError(f"workdir={self.address}: no run there ({name}: {reason}); give the folder of a run") from error
 
   def write(self, name: str, text: str) -> None:
     """Writes a file of facts, whole or not at all; of several processes the first one does."""
     if not is_first():
       return
-    partial = (self / name).with_name(f".{Path(name).name}.partial")
-    partial.write_text(text)
-    partial.replace(self / name)
+    write_whole(self / name, text)
 
   def write_json(self, name: str, value: Mapping[str, Any]) -> None:
     self.write(name, json.dumps(value, indent=1) + "\n")
 
-  def make_writable(self, name: str, flag: str = "--output") -> None:
+  def make_writable(self, name: str, parameter: str = "output") -> None:
     """Makes the folder, before anything is measured that `name` is to hold. Of several processes the first one does.
 
     Raises:
-      InputError: nothing can be written there; `flag` is what it was given as.
+      InputError: nothing can be written there; `parameter` is what it was given as.
     """
     probe = f".{name}.partial"
     try:
@@ -329,71 +249,6 @@ class RunFolder:
         (self / probe).write_text("")
         (self / probe).unlink()
     except OSError as error:
-      raise InputError(f"{flag}={self.path}: can't be written ({error.strerror}); choose another folder") from error
-
-
-def environment() -> dict[str, Any]:
-  """Versions, devices and code revision of this process."""
-  return {
-    "python": platform.python_version(),
-    "platform": platform.platform(),
-    "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-    "devices": [f"{device.platform}:{device.device_kind}" for device in jax.devices()],
-    "processes": jax.process_count(),
-    "cpus": os.cpu_count(),
-    "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    "git": _git_revision(),
-    "code": code_hash(),
-    "command": sys.argv,
-  }
-
-
-def code_hash() -> str:
-  """A hash of this package's source files: what runs, whether or not it lies in a repository."""
-  root = Path(__file__).parents[1]
-  digest = hashlib.sha256()
-  for path in sorted(root.rglob("*.py")):
-    digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-  return digest.hexdigest()[:16]
-
-
-def _git_revision() -> str | None:
-  root = Path(__file__).parents[2]
-  if (root / "REVISION").is_file():  # code that launch/common.sh shipped without git
-    return (root / "REVISION").read_text().strip()
-  try:
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    return subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-  except (OSError, subprocess.SubprocessError):
-    return None
-
-
-def parameter_table(params: Any, count: int) -> str:
-  """parameters.txt: a line a tensor (name, shape, type, how it is sharded, what one device holds of it, its size), as
-  stored, and the model's own count.
-
-  Args:
-    params: a tree of arrays, or of shapes with shardings.
-    count: parameters that the model has, without what is only stored (columns that pad the MLP, unused gains).
-  """
-  rows = [("name", "shape", "dtype", "sharding", "on a device", "size")]
-  total = held = 0
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    shape, piece = tuple(leaf.shape), leaf.sharding.shard_shape(leaf.shape)
-    rows.append((name, str(shape), str(leaf.dtype), describe_sharding(leaf.sharding), str(piece), f"{leaf.size:,}"))
-    total += leaf.size
-    held += math.prod(piece)
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-  return "\n".join([*lines, f"stored {total:,}, of which a device holds {held:,}", f"parameters {count:,}"]) + "\n"
-
-
-def describe_sharding(sharding: Any) -> str:
-  """How a tensor lies on the mesh, in words: `axis 1 over fsdp 4, axis 2 over tensor 2`; `whole on every device`."""
-  cuts = []
-  for number, entry in enumerate(getattr(sharding, "spec", ())):
-    over = [f"{axis} {sharding.mesh.shape[axis]}" for axis in mesh_axes(entry) if sharding.mesh.shape[axis] > 1]
-    if over:
-      cuts.append(f"axis {number} over {' × '.join(over)}")
-  return ", ".join(cuts) or "whole on every device"
+      raise InputError(
+        f"{parameter}={self.path}: can't be written ({error.strerror}); choose another folder"
+      ) from error

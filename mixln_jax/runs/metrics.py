@@ -1,7 +1,6 @@
 """metrics.jsonl, the truth, and its mirrors, which can never stop a run."""
 
 import json
-import math
 import netrc
 import os
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixln_jax.errors import InputError
+from mixln_jax.files import json_number, read_json_lines, write_whole
 from mixln_jax.parallel.processes import is_first
 
 NEEDS = ("step", "split")  # of a line of metrics.jsonl
@@ -97,10 +96,8 @@ class JsonLines:
     self._file = None
     if not is_first():
       return
-    kept = [line for line in read_lines(path, needs) if line["step"] <= start_step] if start_step else []
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    partial.replace(path)
+    lines = read_json_lines(path, needs) if start_step else []
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
     self._file = path.open("a")
 
   @property
@@ -162,28 +159,10 @@ class Metrics:
         print(f"warning: {type(mirror).__name__} did not close: {error}", file=sys.stderr)
 
 
-def json_number(value: float) -> float | str:
-  """The number, or the name of what is none."""
-  # JSON has no NaN or infinity; Python would write tokens that other readers refuse.
-  return value if math.isfinite(value) else str(value)
-
-
-def read_lines(path: Path, needs: tuple[str, ...] = NEEDS) -> list[dict[str, Any]]:
-  """All whole lines of a metrics.jsonl, or a file like it (none where there is none); a torn last line is left out.
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+  """All whole lines of a metrics.jsonl; none where there is none.
 
   Raises:
-    InputError: another line is not an object with the keys of `needs`.
+    InputError: a line is not an object with a step and a split.
   """
-  lines = path.read_bytes().split(b"\n") if path.exists() else []
-  result = []
-  for number, line in enumerate(lines, start=1):
-    try:
-      value = json.loads(line)
-    except ValueError as error:
-      if number == len(lines):  # torn, or nothing after the last newline
-        break
-      raise InputError(f"{path}: line {number} is not JSON; mend or remove the file") from error
-    if not isinstance(value, dict) or not set(needs) <= value.keys():
-      raise InputError(f"{path}: line {number} has no {' and '.join(needs)}; mend or remove the file")
-    result.append(value)
-  return result
+  return read_json_lines(path, NEEDS)

@@ -15,11 +15,12 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import is_partial
+from mixln_jax.runs import lock as lock_lib
 
 PROTOCOLS = {"gs": "gcsfs"}  # what orbax and tensorstore write to, and the package that lists and copies there
-STALE_SECONDS, TOUCH_SECONDS = 120.0, 15.0  # a lock whose holder was silent for so long is free; how often one speaks
-POLL_SECONDS, SETTLE_SECONDS = 2.0, 2.0
+SETTLE_SECONDS = 2.0  # after a lock was taken over: the last one to write has it
 
 
 class Remote:
@@ -35,14 +36,14 @@ class Remote:
     protocol, _, place = self.url.partition("://")
     if protocol not in PROTOCOLS:
       known = ", ".join(f"{name}://" for name in PROTOCOLS)
-      raise InputError(f"--workdir={url}: can't be written to; give a local folder, or one of {known}")
+      raise InputError(f"workdir={url}: can't be written to; give a local folder, or one of {known}")
     if "/" not in place:
-      raise InputError(f"--workdir={url}: names a bucket; give a folder in it, {self.url}/NAME")
+      raise InputError(f"workdir={url}: names a bucket; give a folder in it, {self.url}/NAME")
     try:
       self._fs, self._root = url_to_fs(self.url, use_listings_cache=False)
     except ImportError as error:
       package = PROTOCOLS[protocol]
-      raise InputError(f"--workdir={url}: needs the package {package}; run `pip install {package}`") from error
+      raise InputError(f"workdir={url}: needs the package {package}; run `pip install {package}`") from error
 
   def path(self, name: str) -> str:
     return f"{self._root}/{name}"
@@ -111,7 +112,7 @@ class Remote:
       if isinstance(error, expected) or not _is_refusal(error):
         raise
       raise InputError(
-        f"--workdir={self.url}: can't be used ({type(error).__name__}: {' '.join(str(error).split())[:200]}); see that "
+        f"workdir={self.url}: can't be used ({type(error).__name__}: {one_line(error, 200)}); see that "
         "the bucket exists and that this machine may read and write it"
       ) from error
 
@@ -171,21 +172,22 @@ class Lock:
         continue
       if seen is None:
         seen, since = content, time.monotonic()
-        print(f"waiting    to see whether the holder of {self._remote.url} is alive ({_who(content)})", flush=True)
+        who = lock_lib.describe_holder(lock_lib.holder_of(content))
+        print(f"waiting    to see whether the holder of {self._remote.url} is alive ({who})", flush=True)
       elif content != seen:
-        raise self._held(holder_of(content))
-      if time.monotonic() - since >= STALE_SECONDS:  # by this clock alone: the bucket's may be another
+        raise self._held(lock_lib.holder_of(content))
+      if time.monotonic() - since >= lock_lib.STALE_SECONDS:  # by this clock alone: the bucket's may be another
         self._remove_if(content)
         seen, taken_over = None, True
       else:
-        time.sleep(POLL_SECONDS)
+        time.sleep(lock_lib.POLL_SECONDS)
     if taken_over:  # another may have removed ours between its look and its removal: the last one to write has it
       time.sleep(SETTLE_SECONDS)
       content = b""
       with contextlib.suppress(FileNotFoundError):  # that other one has removed ours and not yet written its own
         content = self._remote.read(self._name)
       if not self._is_mine(content):
-        raise self._held(holder_of(content))
+        raise self._held(lock_lib.holder_of(content))
 
   def _remove_if(self, stale: bytes) -> None:
     """Removes the lock where it is still that one: another process may have taken it over in the meantime."""
@@ -194,14 +196,14 @@ class Lock:
         self._remote.remove(self._name)
 
   def _speak(self, done: threading.Event) -> None:
-    while not done.wait(TOUCH_SECONDS):
+    while not done.wait(lock_lib.TOUCH_SECONDS):
       with contextlib.suppress(Exception):  # of the network: the next time
         try:
           content = self._remote.read(self._name)
         except FileNotFoundError:
           content = self._content()  # somebody cleared up: it is ours still
         if not self._is_mine(content):
-          self.taken_by = holder_of(content)
+          self.taken_by = lock_lib.holder_of(content)
           return
         self._remote.write(self._name, self._content())
 
@@ -209,32 +211,10 @@ class Lock:
     return json.dumps({**self._me, "beat": next(self._beat)}).encode()
 
   def _is_mine(self, content: bytes) -> bool:
-    return {name: value for name, value in holder_of(content).items() if name != "beat"} == self._me
+    return {name: value for name, value in lock_lib.holder_of(content).items() if name != "beat"} == self._me
 
   def _held(self, holder: Mapping[str, Any]) -> InputError:
-    return held(self._remote.url, holder)
-
-
-def held(workdir: str, holder: Mapping[str, Any]) -> InputError:
-  """The error for a work directory that another process writes to."""
-  who = ", ".join(f"{name} {value}" for name, value in holder.items() if name != "beat")
-  return InputError(
-    f"--workdir={workdir}: another process trains there ({who or 'one that does not say who it is'}); wait for it, or "
-    "stop it"
-  )
-
-
-def holder_of(content: bytes | str) -> dict[str, Any]:
-  """Who a lock says holds it; empty where it does not."""
-  try:
-    value = json.loads(content)
-  except ValueError:
-    return {}
-  return value if isinstance(value, dict) else {}
-
-
-def _who(content: bytes) -> str:
-  return ", ".join(f"{name} {value}" for name, value in holder_of(content).items() if name != "beat")
+    return lock_lib.held_error(self._remote.url, holder)
 
 
 class Spool:
@@ -256,7 +236,7 @@ class Spool:
     files = {
       path.relative_to(self.folder).as_posix(): path
       for path in sorted(self.folder.rglob("*"))
-      if path.is_file() and not path.name.endswith(".partial")
+      if path.is_file() and not is_partial(path.name)
     }
     for name in self._copied.keys() - files.keys():
       self._remote.remove(name)

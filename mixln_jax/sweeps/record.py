@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mixln_jax.errors import InputError
 from mixln_jax.runs.folder import METRICS
-from mixln_jax.runs.metrics import read_lines
+from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.sweeps.study import Run
 
 COLUMNS = ("run", "split", "step", "loss")
@@ -38,18 +38,18 @@ def write_curves(runs: Sequence[Run], path: str | Path) -> int:
   """
   rows = []
   for run in runs:
-    lines = read_lines(run.folder / METRICS)
+    lines = read_metrics(run.folder / METRICS)
     train = [line for line in lines if line["split"] == "train"]
     kept = train[:: max(1, len(train) // TRAIN_LINES)]
     kept += [line for line in lines if line["split"] == "validation"]
     rows += [(run.name, line["split"], line["step"], f"{float(line['loss']):.6f}") for line in kept]
   if not rows:
-    raise InputError(f"--export={path}: no run of the study has been trained yet")
+    raise InputError(f"export={path}: no run of the study has been trained yet")
   try:
     with Path(path).open("w", newline="") as file:
       csv.writer(file).writerows([COLUMNS, *rows])
   except OSError as error:
-    raise InputError(f"--export={path}: can't be written ({error.strerror})") from error
+    raise InputError(f"export={path}: can't be written ({error.strerror})") from error
   return len(rows)
 
 
@@ -64,13 +64,13 @@ def hold_against(runs: Sequence[Run], path: str | Path) -> list[Held]:
       rows = list(csv.DictReader(file))
     last = {row["run"]: (int(row["step"]), float(row["loss"])) for row in rows if row["split"] == "validation"}
   except (OSError, KeyError, ValueError, TypeError) as error:
-    raise InputError(f"--compare={path}: no record of a study ({error}); `sweep --export=FILE` writes one") from error
+    raise InputError(f"compare={path}: no record of a study ({error}); `write_curves` writes one") from error
   if not last:
-    raise InputError(f"--compare={path}: the record has no validation loss")
+    raise InputError(f"compare={path}: the record has no validation loss")
   by_name = {run.name: run for run in runs}
   held = []
   for name, (step, recorded) in last.items():
-    lines = read_lines(by_name[name].folder / METRICS) if name in by_name else []
+    lines = read_metrics(by_name[name].folder / METRICS) if name in by_name else []
     losses = [float(line["loss"]) for line in lines if line["split"] == "validation" and line["step"] == step]
     held.append(Held(name, step, recorded, losses[0] if losses else None))
   return held

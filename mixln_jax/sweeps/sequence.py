@@ -1,13 +1,8 @@
 """The runs of a study one after another, each in a process of its own; any number of machines share them."""
 
-import fcntl
-import json
-import os
-import platform
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -15,29 +10,31 @@ from typing import Any, NamedTuple
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.runs.folder import LOCK, OUTCOME, RunFolder
-from mixln_jax.runs.remote import STALE_SECONDS, holder_of
+from mixln_jax.files import is_partial, json_object, write_whole
+from mixln_jax.runs.folder import LOCK
+from mixln_jax.runs.lock import Liveness, is_held, is_held_elsewhere
+from mixln_jax.runs.outcome import ENDED_ITSELF, FINISHED, Outcome, read_outcome
 from mixln_jax.sweeps.study import STUDY, Run, Study, check_comparable, check_initial_weights
-from mixln_jax.training.loop import DIVERGED, FINISHED, NON_FINITE
 
 LOG = "log.txt"
 OPEN, BUSY, DONE = "open", "busy", "done"
+_liveness = Liveness()  # what this process has seen of the locks of other machines
 
 
 class State(NamedTuple):
   """How a run of a study stands."""
 
   state: str  # open, busy (another process trains it), or done
-  outcome: dict[str, Any] | None  # its outcome.json
+  outcome: Outcome | None
 
   def describe(self) -> str:
     """In a few words, for a table."""
-    if self.outcome is None or self.state == BUSY:
+    outcome = self.outcome
+    if outcome is None or self.state == BUSY:
       return self.state
-    best = self.outcome["validation"]
-    loss = f"  loss {float(best['loss']):.4f}" if best else ""
-    diverged = "  diverged" if self.outcome["diverged"] else ""
-    return f"{self.outcome['status']} at step {self.outcome['step']}{loss}{diverged}"
+    loss = f"  loss {float(outcome.validation['loss']):.4f}" if outcome.validation else ""
+    diverged = "  diverged" if outcome.diverged else ""
+    return f"{outcome.status} at step {outcome.step}{loss}{diverged}"
 
 
 def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list[Run]:
@@ -51,21 +48,14 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
   folder = Path(workdir).expanduser().absolute()
   runs = study.runs(folder)
   if (folder / STUDY).exists():
-    _check_same(study, json.loads((folder / STUDY).read_text()), folder)
-  elif folder.exists() and (not folder.is_dir() or any(not _is_partial(path) for path in folder.iterdir())):
-    raise InputError(f"--workdir={folder}: not empty and holds no study; choose another folder, nothing was written")
+    _check_same(study, json_object((folder / STUDY).read_text(errors="replace"), str(folder / STUDY)), folder)
+  elif folder.exists() and (not folder.is_dir() or any(not is_partial(path.name) for path in folder.iterdir())):
+    raise InputError(f"workdir={folder}: not empty and holds no study; choose another folder, nothing was written")
   check_comparable(runs)
   if write:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / STUDY, study.to_json(runs))
   return runs
-
-
-def write_whole(path: Path, text: str) -> None:
-  """Writes a file, whole or not at all; several processes may do it at once."""
-  partial = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
-  partial.write_text(text)
-  partial.replace(path)
 
 
 def _check_same(study: Study, old: dict[str, Any], folder: Path) -> None:
@@ -80,37 +70,19 @@ def _check_same(study: Study, old: dict[str, Any], folder: Path) -> None:
   if missing:
     wrong.append(f"it has runs that this one lacks: {', '.join(missing)}")
   if wrong:
-    raise InputError(f"--workdir={folder} holds another study: {'; '.join(wrong)}; use another --workdir")
-
-
-def _is_partial(path: Path) -> bool:
-  return path.name.startswith(".") and path.name.endswith(".partial")
-
-
-def _is_busy(folder: RunFolder) -> bool:
-  """Whether another process trains there; looks, and takes nothing that a run could miss."""
-  try:
-    with (folder / LOCK).open() as file:
-      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-      holder = holder_of(file.read())
-  except BlockingIOError:
-    return True
-  except OSError:
-    return False
-  age = time.time() - (folder / LOCK).stat().st_mtime
-  return holder.get("host", platform.node()) != platform.node() and age < STALE_SECONDS
+    raise InputError(f"workdir={folder} holds another study: {'; '.join(wrong)}; use another workdir")
 
 
 def state_of(run: Run) -> State:
   """How a run stands."""
-  outcome = json.loads((run.folder / OUTCOME).read_text()) if (run.folder / OUTCOME).exists() else None
-  if _is_busy(run.folder):
+  outcome = read_outcome(run.folder)
+  if is_held(run.folder / LOCK, _liveness):
     return State(BUSY, outcome)
-  finished = outcome is not None and (
-    outcome["status"] in (DIVERGED, NON_FINITE)
-    or (outcome["status"] == FINISHED and outcome["step"] == run.config.train.num_steps)
-  )
-  return State(DONE if finished else OPEN, outcome)
+  done = False
+  if outcome is not None:
+    all_steps = outcome.step == run.config.train.num_steps
+    done = outcome.status in ENDED_ITSELF or (outcome.status == FINISHED and all_steps)
+  return State(DONE if done else OPEN, outcome)
 
 
 class Stopped(Exception):
@@ -154,7 +126,7 @@ def train_run(run: Run, seen: Callable[[str], None], signals: Signals) -> int:
   """
   signals.check()
   _make(run)
-  command = [sys.executable, "-m", "mixln_jax", "train", f"--workdir={run.folder.path}"]
+  command = [sys.executable, "-m", "mixln_jax", "train", f"workdir={run.folder.path}"]
   with (run.folder / LOG).open("a") as log:
     # In a session of its own: Ctrl-C reaches it once, from here.
     child = subprocess.Popen(
@@ -192,8 +164,31 @@ def _make(run: Run) -> None:
 
 
 def next_run(runs: Sequence[Run], tried: set[str]) -> Run | None:
-  """The first run that nobody trains, is not done, and was not tried."""
-  return next((run for run in runs if run.name not in tried and state_of(run).state == OPEN), None)
+  """The first run that nobody trains, is not done, and was not tried; None where there is none.
+
+  A run whose holder is on another machine counts as trained there. Before giving up, the silent ones are watched until
+  they are known to live or presumed dead.
+  """
+  watched: set[str] = set()
+  while True:
+    left = [run for run in runs if run.name not in tried]
+    states = {run.name: state_of(run).state for run in left}
+    for run in left:
+      if states[run.name] == OPEN:
+        return run
+    unsure = [run for run in left if states[run.name] == BUSY and run.name not in watched and _is_elsewhere(run)]
+    if not unsure:
+      return None
+    _liveness.wait(unsure[0].folder / LOCK)
+    watched.add(unsure[0].name)
+
+
+def _is_elsewhere(run: Run) -> bool:
+  """Whether the run's lock names a process on another machine, dead or alive."""
+  try:
+    return is_held_elsewhere(run.folder / LOCK)
+  except OSError:
+    return False
 
 
 def weights_line(runs: Sequence[Run]) -> str:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
-from mixln_jax.model.initial import deviations, logical_shape, param_leaves
+from mixln_jax.files import json_object
+from mixln_jax.model.parameters import parameters
+from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
-from mixln_jax.runs.opening import read_config
 
 STUDY, RUNS = "study.json", "runs"
 NAMED_BY_VALUE = {"model.placement": ""}  # fields whose value alone names them
@@ -59,7 +60,7 @@ class Study(NamedTuple):
     """All runs, those of the first grid first; an axis that a grid does not name keeps the base's value.
 
     Raises:
-      InputError: a config can't be meant, or two runs would share a name.
+      InputError: a config is invalid, or two runs would share a name.
     """
     flat, fields = config_lib.flatten(self.base), sorted(self.axes, key=_order)
     runs: dict[str, Run] = {}
@@ -133,14 +134,14 @@ def load_study(recipe: str, base: Config) -> Study:
     base: its config, overrides applied.
 
   Raises:
-    InputError: the recipe defines no study, or one that can't be meant.
+    InputError: the recipe defines no study, or an invalid one.
   """
   content = runpy.run_path(recipe).get("STUDY")
   if content is None:
-    raise InputError(f"--config={recipe}: defines no STUDY; give the axes, as in --axis='model.placement=pre mix:0.25'")
+    raise InputError(f"config={recipe}: defines no STUDY; give axes, as in 'model.placement=pre mix:0.25'")
   unknown = set(content) - {"grids", "question", "claims"}
   if unknown or not content.get("grids"):
-    raise InputError(f"--config={recipe}: STUDY has grids, question and claims, not {', '.join(unknown) or 'no grids'}")
+    raise InputError(f"config={recipe}: STUDY has grids, question and claims, not {', '.join(unknown) or 'no grids'}")
   return make_study(base, **content)
 
 
@@ -156,9 +157,9 @@ def parse_axes(axes: Sequence[str]) -> Grid:
     matches = [name for name in config_lib.FIELDS if name == field or name.split(".")[-1] == field]
     field = field if field in config_lib.FIELDS else matches[0] if len(matches) == 1 else field
     if not equals or field not in config_lib.FIELDS:
-      raise config_lib.unknown_field(field) if equals else InputError(f"--axis={axis!r}: write FIELD=VALUE VALUE …")
+      raise config_lib.unknown_field(field) if equals else InputError(f"axes={axis!r}: write FIELD=VALUE VALUE …")
     if field in grid:
-      raise InputError(f"--axis={axis!r}: config.{field} is an axis already; give all its values at once")
+      raise InputError(f"axes={axis!r}: config.{field} is an axis already; give all its values at once")
     grid[field] = [_parse(field, word) for word in text.split()]
   return grid
 
@@ -196,7 +197,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     raise InputError(
       "runs of one study may differ only in its axes: "
       + "; ".join(wrong)
-      + "; use another --workdir, or remove those runs"
+      + "; use another workdir, or remove those runs"
     )
 
 
@@ -213,11 +214,12 @@ def check_initial_weights(runs: Sequence[Run]) -> dict[str, str]:
   for run in runs:
     if not (run.folder / INITIAL_WEIGHTS).exists():
       continue
-    facts = json.loads(run.folder.read(INITIAL_WEIGHTS))
+    facts = json_object(run.folder.read(INITIAL_WEIGHTS), INITIAL_WEIGHTS)
     hashes[run.name] = facts["hash"]
-    shapes = {path: logical_shape(path, leaf.shape, run.config.model) for path, leaf in param_leaves(run.config.model)}
-    for tensor, deviation in deviations(run.config.model).items():
-      same = (tensor, run.config.seed, shapes[tensor], str(deviation), run.config.model.param_dtype)
+    for tensor, param in parameters(run.config.model).items():
+      if not param.drawn:
+        continue
+      same = (tensor, run.config.seed, param.logical_shape, str(param.std), run.config.model.param_dtype)
       other, total = seen.setdefault(same, (run.name, facts["bit_sums"][tensor]))
       if total != facts["bit_sums"][tensor]:
         raise InputError(

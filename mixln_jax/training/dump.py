@@ -10,10 +10,11 @@ import numpy as np
 
 from mixln_jax.config import Config
 from mixln_jax.model import Transformer
-from mixln_jax.model.transformer import param_paths
+from mixln_jax.model.parameters import param_paths
+from mixln_jax.opening import Setup, make_loader
 from mixln_jax.parallel.processes import is_first, wait_for_all
+from mixln_jax.parallel.rules import on_mesh
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.training.setup import Setup, make_loader, on_mesh
 from mixln_jax.training.step import TrainState, gradient_sum
 
 

@@ -1,15 +1,16 @@
 """Validation loss, perplexity and bits per byte over a fixed set."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from mixln_jax.data.loader import Batch
+from mixln_jax.opening import Setup, make_loader
 from mixln_jax.parallel.mesh import global_batch
+from mixln_jax.parallel.rules import on_mesh
+from mixln_jax.text import perplexity
+from mixln_jax.training.program import Program
 
 
 class Evaluation(NamedTuple):
@@ -30,7 +31,7 @@ class Evaluation(NamedTuple):
 
   @property
   def perplexity(self) -> float:
-    return _exp(self.loss)
+    return perplexity(self.loss)
 
   def describe(self, *, official_compat: bool) -> str:
     """One line for a person."""
@@ -39,7 +40,7 @@ class Evaluation(NamedTuple):
       f"tokens {self.tokens:,}"
     )
     if official_compat:
-      line += f"  | official evaluator: loss {self.official_loss:.4f}  perplexity {_exp(self.official_loss):.3f}"
+      line += f"  | official evaluator: loss {self.official_loss:.4f}  perplexity {perplexity(self.official_loss):.3f}"
     return line
 
   def metrics(self, *, official_compat: bool) -> dict[str, float]:
@@ -51,30 +52,34 @@ class Evaluation(NamedTuple):
       "tokens": self.tokens,
     }
     if official_compat:
-      values |= {"official_loss": self.official_loss, "official_perplexity": _exp(self.official_loss)}
+      values |= {"official_loss": self.official_loss, "official_perplexity": perplexity(self.official_loss)}
     return values
 
 
-def _exp(loss: float) -> float:
-  return math.exp(loss) if loss < 700 else math.inf
+class Evaluator:
+  """Evaluates parameters on the validation set of a setup."""
+
+  def __init__(self, program: Program, setup: Setup):
+    self._program, self._setup = program, setup
+    self._loader = make_loader(setup, setup.config.evaluate.batch_size)
+    self._step = program.evaluate_step(bytes_per_token(setup))
+
+  def __call__(self, params: Any) -> list[Evaluation]:
+    """The evaluation of each member of the program; `params` are those of its joint state."""
+    mesh = self._setup.mesh
+    with on_mesh(mesh):
+      batches = self._loader.validation(self._setup.config.evaluate.max_tokens)
+      pending = [self._step(params, global_batch(batch, mesh)) for batch in batches]
+    # [number of batches, (loss sum, count, bytes), R]; one run has scalars.
+    sums_N3R = np.array(jax.device_get(pending), np.float64).reshape(len(pending), 3, -1)
+    return [add_up(*sums_N3R[:, :, index].T) for index in range(sums_N3R.shape[2])]
 
 
-def evaluate(
-  evaluate_step: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]],
-  params: Any,
-  batches: Iterable[Batch],
-  mesh: Mesh,
-) -> Evaluation:
-  """Runs the batches and adds up.
-
-  Args:
-    evaluate_step: compiled `make_evaluate_step`; its sums are over the global batch.
-    params: parameters on the mesh.
-    batches: this process's rows of each batch; rows of weight 0 fill up the last one.
-    mesh: where the batches go.
-  """
-  pending = [evaluate_step(params, global_batch(batch, mesh)) for batch in batches]
-  return add_up(*np.array(jax.device_get(pending), np.float64).T)
+def bytes_per_token(setup: Setup) -> np.ndarray:
+  """Bytes of text that each token stands for, [V]; 0 for rows of the embedding that no token has."""
+  table_V = np.zeros(setup.config.model.vocab_size, np.float32)
+  table_V[: setup.corpus.manifest.vocab_size] = setup.corpus.manifest.bytes_per_token
+  return table_V
 
 
 def add_up(sums: np.ndarray, counts: np.ndarray, num_bytes: np.ndarray) -> Evaluation:

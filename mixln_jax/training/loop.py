@@ -1,91 +1,48 @@
 """The loop.
 
-Order of operations of one update: batch of the step -> dispatch the step -> read and report the metrics of the step
-before. After steps that are due: report the step itself, evaluate, save a checkpoint (in that order, so that what was
-seen not to be finite is never saved, and a checkpoint never lacks the evaluation of its step).
+It trains members: one run, or several of one shape as one program (`training/program.py`). Order of operations of one
+update: batch of the step -> dispatch the step -> read and report the metrics of the step before. After steps that are
+due: report the step itself, evaluate, save checkpoints. In that order: what was seen not to be finite is never saved,
+and a checkpoint never lacks the evaluation of its step. A member that can't go on is frozen; the loop ends with its
+last member.
 """
 
 import contextlib
-import datetime
-import json
 import math
-import shutil
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
-from mixln_jax.data.loader import unigram_entropy
-from mixln_jax.errors import InputError
+from mixln_jax.errors import one_line
 from mixln_jax.model.flops import train_flops_per_token
-from mixln_jax.model.initial import count_params
-from mixln_jax.parallel.bits import bit_sums, hash_of_sums
+from mixln_jax.model.parameters import count_params
+from mixln_jax.opening import Setup, attention_of, make_loader, set_up
 from mixln_jax.parallel.devices import peak_flops
 from mixln_jax.parallel.mesh import describe_mesh, global_batch
 from mixln_jax.parallel.processes import agree, all_stop_at, is_first, wait_for_all
+from mixln_jax.parallel.rules import batch_sharding, check_divides
 from mixln_jax.runs import folder as folder_lib
-from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
+from mixln_jax.runs.facts import code_hash
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.metrics import Metrics, TensorBoardMirror, WandbMirror, read_lines
-from mixln_jax.runs.opening import read_config
-from mixln_jax.training import step as step_lib
-from mixln_jax.training.checkpoints import (
-  check_facts,
-  decay_start,
-  facts_of,
-  fresh_state,
-  initial_state,
-  open_checkpoints,
-  restore_state,
-  split,
-)
-from mixln_jax.training.diagnosis import Diagnosis
+from mixln_jax.runs.outcome import DIVERGED, FAILED, FINISHED, NON_FINITE, STOPPED, Outcome
+from mixln_jax.training import finetune
+from mixln_jax.training.begin import load_or_start, quarantine
+from mixln_jax.training.checkpoints import decay_start
+from mixln_jax.training.diagnosis import is_diagnostic
 from mixln_jax.training.dump import write_dump
-from mixln_jax.training.progress import Clock, NonFiniteError, Progress, Reporter
-from mixln_jax.training.resume import ResumePoint, resume_point
-from mixln_jax.training.setup import (
-  Evaluator,
-  Setup,
-  attention_of,
-  check_batches,
-  lower_train_step,
-  make_loader,
-  program_hash,
-  set_up,
-)
-from mixln_jax.training.start import find_start, starting_params
-from mixln_jax.training.stopping import stop_on_signals
-
-FINISHED, STOPPED, NON_FINITE, DIVERGED, FAILED = "finished", "stopped", "non_finite", "diverged", "failed"
-DIVERGENCE_MARGIN = 0.1  # nats: a run that collapsed sits at the unigram entropy of its data and stays there
-
-
-class Outcome(NamedTuple):
-  """How a run ended; `outcome.json`."""
-
-  status: str  # finished, stopped (by a signal; run it again to go on), non_finite, diverged, or failed
-  step: int
-  last_checkpoint: int | None
-  validation: dict[str, Any] | None  # the last evaluation's line of metrics.jsonl
-  best_validation: dict[str, Any] | None  # the one of lowest loss
-  diverged: bool  # the last evaluation after the warm-up was at the unigram entropy
-  skipped_updates: int  # of the whole run, since their loss or gradient was not finite
-  seconds: dict[str, float]  # of this process: total, compile, input, evaluation, checkpoint, steps, and the goodput
-  message: str
-
-
-class End(NamedTuple):
-  """How the loop ended."""
-
-  status: str
-  step: int
-  message: str
-  skipped: int = 0
+from mixln_jax.training.evaluation import Evaluator
+from mixln_jax.training.member import Member, old_config_of
+from mixln_jax.training.program import Program, SingleProgram, program_hash
+from mixln_jax.training.progress import Clock, Profiler, Progress
+from mixln_jax.training.resume import ResumePoint
+from mixln_jax.training.step import TrainState
+from mixln_jax.training.stopping import StopRequest, stop_on_signals
 
 
 def train(config: Config, workdir: str | Path) -> Outcome:
@@ -99,352 +56,347 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   clock = Clock()
   setup = set_up(config)
   check_batches(config, setup.mesh)
+  program = SingleProgram(setup.config, setup.mesh)
   folder = RunFolder(workdir)
-  old_config = read_config(folder) if folder.has_run else config
+  old_config = old_config_of(folder, config)
   agree("the start of the run", start_facts(setup))
   if not folder.has_run:
     if config.train.start_from:
-      find_start(setup)  # for its checks: nothing is written where they fail
+      finetune.find_start(setup)  # for its checks: nothing is written where they fail
     folder.create(config_lib.to_json(config))
   wait_for_all("the run's folder")
   folder.check_shared()
   with contextlib.ExitStack() as stack:
     stack.enter_context(folder.lock())
     wait_for_all("the lock of the run")  # orbax waits for all where it opens the checkpoints, and hears of no failure
-    checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, folder)))
-    if not checkpoints.all_steps() and not read_lines(folder / folder_lib.METRICS):
-      old_config = config  # nothing was trained: a first start that failed pins nothing
-    shardings = step_lib.state_shardings(config, setup.mesh)
-    point, state = _go_on(setup, shardings, old_config, folder, checkpoints)
-    if point.step == config.train.num_steps:
-      done = f"all {point.step} steps were done already"
-      return write_outcome(setup, folder, End(FINISHED, point.step, done, int(state.skipped)), checkpoints, clock)
-    try:
-      end = _train(setup, shardings, folder, checkpoints, point, state, clock)
-    except Exception as error:
-      reason = " ".join(str(error).split())[:300]
-      message = f"{type(error).__name__}: {reason}; run the same command to go on from the last checkpoint"
-      with contextlib.suppress(OSError):  # of a disk that is full
-        write_outcome(setup, folder, End(FAILED, point.step, message), checkpoints, clock)
-      raise
-    return write_outcome(setup, folder, end, checkpoints, clock)
+    member = stack.enter_context(Member.opened(0, setup, folder, old_config, program.own_shardings(0)))
+    return train_members(program, [member], clock)[0]
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+  """Rejects a config whose micro-batches, or batches of the evaluation, the mesh can't cut; raises InputError."""
+  sizes = {
+    "config.train.batch_size / micro_batches": config.train.batch_size // config.train.micro_batches,
+    "config.evaluate.batch_size": config.evaluate.batch_size,
+  }
+  for name, size in sizes.items():
+    check_divides(name, (size, config.data.sequence_length), batch_sharding(mesh))
 
 
 def start_facts(setup: Setup) -> dict[str, Any]:
   """What all processes of a run must have in common before anything is trained."""
   fields = {f"config.{name}": value for name, value in config_lib.flatten(setup.config).items()}
   fingerprint = setup.corpus.manifest.fingerprint
-  return fields | {"the data's fingerprint": fingerprint, "the code": folder_lib.code_hash(), "jax": jax.__version__}
+  return fields | {"the data's fingerprint": fingerprint, "the code": code_hash(), "jax": jax.__version__}
 
 
-def _go_on(
-  setup: Setup, shardings: step_lib.TrainState, old_config: Config, folder: RunFolder, checkpoints: Checkpoints
-) -> tuple[ResumePoint, Any]:
-  """Where the run goes on from, and the state there; None where it has no checkpoint yet.
+def train_members(program: Program, members: Sequence[Member], clock: Clock) -> list[Outcome]:
+  """Trains runs whose folders are locked, from the newest step that all of them can resume from.
 
-  A damaged checkpoint is put aside, and the one before is taken.
+  Args:
+    program: of as many members.
+    members: the runs; one whose outcome is set has ended before, and is not trained any more.
+    clock: has counted since the process began.
+
+  Returns:
+    How each of them ended.
+
+  Raises:
+    InputError: as `load_or_start`; nothing was changed.
   """
-  damaged: dict[int, DamagedError] = {}
-  while True:
-    steps = [step for step in checkpoints.all_steps() if step not in damaged]
-    if damaged and not steps:
-      reasons = "; ".join(map(str, damaged.values()))
-      raise InputError(f"no checkpoint of the run is whole: {reasons}; nothing was moved, use another --workdir")
-    point = resume_point(old_config, setup.config, steps, folder.address)
-    agree("the checkpoint to go on from", {"step": point.step, "checkpoints": steps})
-    state = None
-    try:
-      if point.step in steps:
-        check_facts(checkpoints.facts(point.step), setup, folder)
-        state = restore_state(setup.config, shardings, checkpoints, point.step)
-    except DamagedError as error:
-      damaged[point.step] = error
-      continue
-    for step, error in damaged.items():
-      aside = put_aside(folder, checkpoints, [step], f"damaged_{step}")
-      if is_first():
-        print(f"warning: {error}; it lies in {aside} now, and the run goes on from the one before", file=sys.stderr)
-    return point, state
+  points, state = load_or_start(program, members)
+  if points[0].step == program.config.train.num_steps:
+    for member in members:
+      if member.live:
+        skipped = int(program.own(state, member.index).skipped)
+        member.end(FINISHED, points[0].step, f"all {points[0].step} steps were done already", clock, skipped)
+    return _outcomes(members)
+  loop = _Loop(program, members, points, state, clock)
+  try:
+    loop.run()
+  except Exception as error:
+    message = f"{type(error).__name__}: {one_line(error)}; run the same command to resume from the last checkpoint"
+    with contextlib.suppress(OSError):  # of a disk that is full
+      for member in members:
+        if member.live:
+          member.end(FAILED, loop.step, message, clock)
+    raise
+  return _outcomes(members)
 
 
-def put_aside(folder: RunFolder, checkpoints: Checkpoints, steps: list[int], name: str) -> Path:
-  """Moves checkpoints, and a copy of the metrics, into a folder of the run; returns it."""
-  aside = folder.unused(name)
-  wait_for_all(f"{name} is chosen")
-  if is_first():
-    aside.mkdir()
-    for file_name in (folder_lib.METRICS, folder_lib.DIAGNOSTICS):  # first: once the checkpoints are gone, nobody asks
-      if (folder / file_name).exists():
-        shutil.copy(folder / file_name, aside)
-    folder.copy_out()
-    checkpoints.move(steps, folder.place(aside.name))
-  wait_for_all(f"{name} is made")
-  checkpoints.reload()
-  return aside
+def _outcomes(members: Sequence[Member]) -> list[Outcome]:
+  return [member.outcome for member in members if member.outcome is not None]
 
 
-def _train(
-  setup: Setup,
-  shardings: step_lib.TrainState,
-  folder: RunFolder,
-  checkpoints: Checkpoints,
-  point: ResumePoint,
-  state: Any,
-  clock: Clock,
-) -> End:
-  """The loop itself; `state` is the restored one, or None."""
-  config, num_steps = setup.config, setup.config.train.num_steps
-  if later := [step for step in checkpoints.all_steps() if step > point.step]:
-    put_aside(folder, checkpoints, later, f"superseded_at_{point.step}")
-  if is_first():
-    (folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
-    _announce(setup, folder, point)
-  if state is None:
-    state = first_state(setup, shardings, folder)
-  write_facts(setup, folder, state.params, point)
-  facts = facts_of(config, setup.corpus.manifest.fingerprint)
-  evaluator = Evaluator(setup)
-  step, end = point.step, None
-  with contextlib.ExitStack() as stack:
-    metrics = stack.enter_context(contextlib.closing(open_metrics(setup, folder, point.step)))
-    progress = stack.enter_context(contextlib.closing(_progress(setup, point.step)))
-    profiler = stack.enter_context(contextlib.closing(_Profiler(config, folder / folder_lib.PROFILE)))
-    compile_started = time.monotonic()
-    with clock("compile"):
-      lowered = lower_train_step(config, setup.mesh, shardings)
-      train_step, program = lowered.compile(), program_hash(lowered)
-      diagnosis = stack.enter_context(contextlib.closing(Diagnosis(setup, shardings, folder, point.step)))
-    progress.say(f"program    training step, hash {program}, compiled in {time.monotonic() - compile_started:.1f} s")
-    folder.write_json(folder_lib.ENVIRONMENT, folder_lib.environment() | {"train_step": program})
-    batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(point.step)))
-    stop = stack.enter_context(stop_on_signals())
-    reporter = Reporter(metrics, progress, diagnosis, config.train.max_skipped_in_a_row)
-    divergence = Divergence(setup, folder, point.step)
-    stopped_by: str | None = None
-    try:
-      while step < num_steps and stopped_by is None and end is None:
-        profiler.before(step + 1)
-        with clock("input"):
+class _Pending(NamedTuple):
+  """A step that was dispatched, and whose metrics were not read yet."""
+
+  step: int
+  values: Mapping[str, Any]
+
+
+class _Loop:
+  """The loop itself.
+
+  Attributes:
+    step: updates dispatched.
+  """
+
+  def __init__(
+    self, program: Program, members: Sequence[Member], points: Sequence[ResumePoint], state: TrainState, clock: Clock
+  ):
+    self._program, self._members, self._points, self._clock = program, members, points, clock
+    self._config: Config = members[0].config  # what the loop reads of it is the same for all members
+    self.step = points[0].step
+    self._state = state
+    self._pending: _Pending | None = None
+    self._timer = time.monotonic()
+
+  def run(self) -> None:
+    """Trains to the end, to a signal, or until no member can go on; every member has an outcome then."""
+    config, num_steps = self._config, self._config.train.num_steps
+    with contextlib.ExitStack() as stack:
+      self._start(stack)
+      train_step, diagnostic_step = self._compile()
+      setup = self._members[0].setup
+      batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(self.step)))
+      stop = stack.enter_context(stop_on_signals())
+      self._restart_timer()
+      stopped_by: str | None = None
+      while self.step < num_steps and stopped_by is None and self._live:
+        self._profiler.before(self.step + 1)
+        with self._clock("input"):
           batch = global_batch(next(batches), setup.mesh)
-        # Guarded: an array that slips over to the host here would stall every step.
-        with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-          state, values = diagnosis.program(step + 1, train_step)(state, batch)
-        step += 1
-        reporter.dispatched(step, values)
-        checkpoints.check()
-        profiler.after(step, state)
-        stopped_by = "SIGTERM" if all_stop_at(step) else stop.requested_by  # read once: a signal may come at any time
-        evaluate_now = step == num_steps or due(step, config.evaluate.every_steps)
-        save_now = (
-          step in (num_steps, *decay_start(config))
-          or due(step, config.checkpoint.every_steps)
-          or stopped_by is not None
-        )
-        if not (evaluate_now or save_now):
-          continue
-        reporter.flush()
-        loss = None
-        if evaluate_now:
-          with clock("evaluation"):
-            validation = evaluator(state.params)
-            loss = validation.loss
-            entropy = divergence.seen(step, loss)
-          line = validation.metrics(official_compat=config.evaluate.official_compat)
-          metrics.write(step, "validation", line | {"unigram_entropy": entropy})
-          progress.say(
-            f"validation step {step}  {validation.describe(official_compat=config.evaluate.official_compat)}"
-          )
-          if not math.isfinite(loss):
-            raise NonFiniteError(step, f"validation loss {loss}")
-          if divergence.in_a_row >= 2 and config.train.stop_when_diverged:
-            end = End(DIVERGED, step, f"the validation loss stays at the unigram entropy {entropy:.4f} of its data")
-        if save_now or end is not None:
-          with clock("checkpoint"):
-            metrics.flush()
-            folder.copy_out()  # first: a checkpoint never lacks the metrics before it
-            checkpoints.save(step, split(state), facts, loss)
-        reporter.restart_clock()
-      if end is None and step == num_steps:
-        end = End(FINISHED, step, f"all {num_steps} steps are done")
-      elif end is None:
-        end = End(STOPPED, step, f"by {stopped_by} after step {step}; run the same command to go on")
-    except NonFiniteError as error:
-      message = (
-        f"{error}: not finite, so the run ended. Lower config.optimizer.learning_rate, or set "
-        "config.optimizer.clip_norm, in another --workdir"
-      )
-      if int(state.skipped_in_a_row):  # the parameters are those from before: they are kept, and the step can be redone
-        dispatched, step = step, error.step
-        state = without_last(state, dispatched - step, shardings)
-        folder.copy_out()
-        checkpoints.save(step, split(state), facts)
-        message += f"; its batch and gradient norms are in {write_dump(folder, setup, state, step)}"
-      end = End(NON_FINITE, error.step, message)
-    with clock("checkpoint"):
-      checkpoints.wait()
-  return end._replace(skipped=int(state.skipped))
+        compiled = train_step
+        if diagnostic_step is not None and is_diagnostic(self.step + 1, config.diagnostics.every_steps):
+          compiled = diagnostic_step
+        self._dispatch(compiled, batch)
+        for member in self._members:
+          member.checkpoints.check()
+        stopped_by = _stopped_by(self.step, stop)
+        self._do_what_is_due(stopping=stopped_by is not None)
+      self._finish(stopped_by)
+
+  @property
+  def _live(self) -> list[Member]:
+    return [member for member in self._members if member.live]
+
+  def _start(self, stack: contextlib.ExitStack) -> None:
+    """Says what is trained, and opens the files of the members."""
+    step = self.step
+    for member in self._live:
+      later = [saved for saved in member.checkpoints.all_steps() if saved > step]
+      if later:
+        quarantine(member.folder, member.checkpoints, later, f"superseded_at_{step}")
+    if is_first():
+      _announce(self._members, self._points)
+    for member, point in zip(self._members, self._points, strict=True):
+      if member.live:  # one that has ended wrote its last line
+        params = self._program.own(self._state, member.index).params
+        member.start(point, params, self._config.diagnostics.every_steps)
+        stack.callback(member.close)
+    self._progress = stack.enter_context(contextlib.closing(_progress_of(self._members, step)))
+    # Of several runs the profile lies in the folder of the first one.
+    profile = self._members[0].folder / folder_lib.PROFILE
+    self._profiler = stack.enter_context(contextlib.closing(Profiler(self._config, profile)))
+    self._evaluator = Evaluator(self._program, self._members[0].setup)
+
+  def _compile(self) -> tuple[jax.stages.Compiled, jax.stages.Compiled | None]:
+    """The training step, and where diagnostics are asked for the one that also looks at the layers."""
+    started = time.monotonic()
+    diagnostic_step = None
+    with self._clock("compile"):
+      lowered = self._program.lower_step()
+      train_step, program = lowered.compile(), program_hash(lowered)
+      seconds = time.monotonic() - started
+      if self._config.diagnostics.every_steps:
+        diagnostic_step = self._program.lower_step(diagnose=True).compile()
+    self._progress.say(f"program    training step, hash {program}, compiled in {seconds:.1f} s")
+    for member in self._live:
+      member.write_environment(program)
+    return train_step, diagnostic_step
+
+  def _dispatch(self, compiled: jax.stages.Compiled, batch: Any) -> None:
+    """Starts one update, and reads what the update before it gave, so that the device never waits for the host."""
+    # Guarded: an array that slips over to the host here would stall every step.
+    with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+      self._state, values = self._program.run_step(compiled, self._state, batch)
+    self.step += 1
+    self._flush()
+    self._pending = _Pending(self.step, values)
+    self._profiler.after(self.step, self._state)
+
+  def _flush(self) -> None:
+    """Reads the metrics that are pending, which waits for their step, and passes them on.
+
+    A member of which too many consecutive updates were skipped is frozen.
+    """
+    if self._pending is None:
+      return
+    step, read = self._pending.step, jax.device_get(self._pending.values)
+    self._pending = None
+    seconds = time.monotonic() - self._timer
+    self._restart_timer()
+    shown = []
+    for member in self._live:
+      values = self._program.values_of(read, member.index)
+      statistics = values.pop("diagnostics", None)
+      metrics = {name: float(value) for name, value in values.items()}
+      metrics["tokens_per_second"] = metrics["tokens"] / seconds
+      member.trained(step, metrics, statistics)
+      shown.append((member, metrics))
+    self._progress.step(step, [metrics for _, metrics in shown], seconds)
+    for member, metrics in shown:
+      self._check_skipped(member, step, metrics)
+
+  def _check_skipped(self, member: Member, step: int, metrics: Mapping[str, float]) -> None:
+    """Says that an update was skipped; freezes the member after too many consecutive ones."""
+    skipped = int(metrics["skipped_in_a_row"])
+    if not skipped:
+      return
+    what = f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}"
+    name = f"{member.name}, " if len(self._members) > 1 else ""
+    self._progress.say(f"skipped    {name}step {step}: {what}, so nothing was updated ({skipped} consecutive)")
+    if skipped >= self._config.train.max_skipped_in_a_row:
+      self._freeze_non_finite(member, step, f"{what}, {skipped} consecutive updates skipped")
+
+  def _do_what_is_due(self, *, stopping: bool) -> None:
+    """Evaluates and saves where this step asks for it; a signal asks for a checkpoint."""
+    config, last = self._config, self.step == self._config.train.num_steps
+    evaluate_now = last or _is_due(self.step, config.evaluate.every_steps)
+    save_now = last or stopping or self.step in decay_start(config) or _is_due(self.step, config.checkpoint.every_steps)
+    if not (evaluate_now or save_now):
+      return
+    self._flush()
+    losses: dict[int, float] = {}
+    if evaluate_now and self._live:
+      with self._clock("evaluation"):
+        losses = self._evaluate()
+    if save_now:
+      with self._clock("checkpoint"):
+        for member in self._live:
+          member.save(self.step, self._program.own(self._state, member.index), losses.get(member.index))
+    self._restart_timer()
+
+  def _evaluate(self) -> dict[int, float]:
+    """Evaluates all members; returns the losses of those that go on, by their number."""
+    losses: dict[int, float] = {}
+    compat = self._config.evaluate.official_compat
+    for member, evaluation in zip(self._members, self._evaluator(self._state.params), strict=True):
+      if not member.live:
+        continue
+      loss, entropy = evaluation.loss, member.evaluated(self.step, evaluation)
+      name = f"  {member.name}" if len(self._members) > 1 else ""
+      self._progress.say(f"validation step {self.step}  {evaluation.describe(official_compat=compat)}{name}")
+      if not math.isfinite(loss):
+        self._freeze_non_finite(member, self.step, f"validation loss {loss}")
+      elif member.divergence.consecutive >= 2 and self._config.train.stop_when_diverged:
+        self._freeze_diverged(member, loss, entropy)
+      else:
+        losses[member.index] = loss
+    return losses
+
+  def _freeze_diverged(self, member: Member, loss: float, entropy: float) -> None:
+    """Ends a run that sits at the unigram entropy of its data; its checkpoint is saved."""
+    own = self._program.own(self._state, member.index)
+    with self._clock("checkpoint"):
+      member.save(self.step, own, loss)
+    message = f"the validation loss stays at the unigram entropy {entropy:.4f} of its data"
+    self._freeze(member, DIVERGED, self.step, message, int(own.skipped))
+
+  def _freeze_non_finite(self, member: Member, step: int, what: str) -> None:
+    """Ends a run whose loss or gradient is not finite.
+
+    Where its updates were skipped, its parameters are those from before: they are saved as the checkpoint of that step,
+    and the step can be tried again. Parameters that were seen not to be finite are never saved.
+    """
+    own = self._program.own(self._state, member.index)
+    message = (
+      f"step {step}: {what}: not finite, so the run ended. Lower config.optimizer.learning_rate, or set "
+      "config.optimizer.clip_norm, in another workdir"
+    )
+    if int(own.skipped_in_a_row):
+      own = _without_last(own, int(own.step) - step, self._program.own_shardings(member.index))
+      if step not in member.checkpoints.all_steps():
+        member.save(step, own)
+      dump = write_dump(member.folder, member.setup, own, step)
+      message += f"; its batch and gradient norms are in {dump}"
+      if len(self._members) == 1:
+        self._state = own  # the loop ends with it, and its step counter says where
+    self._freeze(member, NON_FINITE, step, message, int(own.skipped))
+
+  def _freeze(self, member: Member, status: str, step: int, message: str, skipped: int) -> None:
+    """Ends one member: its outcome is written, and it is not updated any more."""
+    with self._clock("checkpoint"):
+      member.checkpoints.wait()
+    others = [other for other in self._live if other is not member]
+    if others:
+      message += "; the other runs continue"
+    member.end(status, step, message, self._clock, skipped)
+    if others:
+      self._progress.say(f"frozen     {member.name}: {message}")
+      self._state = self._program.halt(self._state, member.index)
+
+  def _finish(self, stopped_by: str | None) -> None:
+    """Waits for checkpoints in the making, and writes how the members that still train ended."""
+    with self._clock("checkpoint"):
+      for member in self._members:
+        member.checkpoints.wait()
+    status, message = FINISHED, f"all {self.step} steps are done"
+    if self.step < self._config.train.num_steps:
+      status, message = STOPPED, f"by {stopped_by} after step {self.step}; run the same command to resume"
+    for member in self._live:
+      skipped = int(self._program.own(self._state, member.index).skipped)
+      member.end(status, self.step, message, self._clock, skipped)
+
+  def _restart_timer(self) -> None:
+    """After a pause that is not part of a step."""
+    self._timer = time.monotonic()
 
 
-def without_last(state: step_lib.TrainState, later: int, shardings: step_lib.TrainState) -> step_lib.TrainState:
+def _is_due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def _stopped_by(step: int, stop: StopRequest) -> str | None:
+  """What asks the run to stop after this step; the same on all processes. Read once: a signal may come at any time."""
+  return "SIGTERM" if all_stop_at(step) else stop.requested_by
+
+
+def _without_last(state: TrainState, later: int, shardings: TrainState) -> TrainState:
   """The state as it was `later` steps ago, all of which were skipped, with the next one to be tried again."""
 
-  def change(state: step_lib.TrainState) -> step_lib.TrainState:
+  def change(state: TrainState) -> TrainState:
     return state.replace(step=state.step - later, skipped=state.skipped - later, skipped_in_a_row=0 * state.skipped)
 
   return jax.jit(change, out_shardings=shardings, donate_argnums=0)(state)
 
 
-class Divergence:
-  """Whether a run sits at the unigram entropy of its data: that of a model that ignores its input.
-
-  A run that collapsed does not blow up: the official code's logs show it at that plateau to the end.
-  """
-
-  def __init__(self, setup: Setup, folder: RunFolder, step: int):
-    """`step`: updates done; process 0 cuts what the file has of later ones, at a time of its own."""
-    self._setup = setup
-    self._warmup = config_lib.warmup_steps(setup.config)
-    self._entropy: float | None = None
-    self.in_a_row = 0  # evaluations at the plateau, after the warm-up
-    for line in read_lines(folder / folder_lib.METRICS):
-      if line["split"] == "validation" and "unigram_entropy" in line and line["step"] <= step:
-        self._count(line["step"], float(line["loss"]), float(line["unigram_entropy"]))
-
-  def seen(self, step: int, loss: float) -> float:
-    """Takes note of an evaluation; returns the entropy, in nats, of the labels that it is over."""
-    if self._entropy is None:
-      rows = make_loader(self._setup, self._setup.config.evaluate.batch_size, all_rows=True)
-      self._entropy = unigram_entropy(rows.validation(self._setup.config.evaluate.max_tokens))
-    self._count(step, loss, self._entropy)
-    return self._entropy
-
-  def _count(self, step: int, loss: float, entropy: float) -> None:
-    at_plateau = step > self._warmup and loss > entropy - DIVERGENCE_MARGIN
-    self.in_a_row = self.in_a_row + 1 if at_plateau else 0
-
-
-def due(step: int, every: int) -> bool:
-  return every > 0 and step % every == 0
-
-
-def first_state(setup: Setup, shardings: step_lib.TrainState, folder: RunFolder) -> step_lib.TrainState:
-  """The state before the first update, of drawn weights or of another run's; says which, and writes it."""
-  if setup.config.train.start_from:
-    start = find_start(setup)
-    state = fresh_state(setup.config, starting_params(setup, start), shardings)
-    folder.write_json(folder_lib.START, start.identity())
-    if is_first():
-      print(f"start      {start.describe()}")
-  else:
-    state = initial_state(setup, shardings)
-  report_initial_weights(folder, state.params)
-  return state
-
-
-def report_initial_weights(folder: RunFolder, params: Any) -> None:
-  """Prints one hash of the initial weights and writes it with the sum behind it of each tensor: runs that start from
-  the same numbers show the same, on any mesh (Admin's scales are means, which a mesh may round another way)."""
-  sums = {name: int(value) for name, value in jax.device_get(jax.jit(bit_sums)(params)).items()}
-  if is_first():
-    print(f"weights    initial, hash {hash_of_sums(sums)}")
-  folder.write_json(folder_lib.INITIAL_WEIGHTS, {"hash": hash_of_sums(sums), "bit_sums": sums})
-
-
-def write_facts(setup: Setup, folder: RunFolder, params: Any, point: ResumePoint) -> None:
-  if point.changes and is_first():
-    now = datetime.datetime.now().astimezone().isoformat()
-    with (folder / folder_lib.CHANGES).open("a") as file:
-      file.write(json.dumps({"step": point.step, "time": now, "changes": point.changes}) + "\n")
-  folder.write(folder_lib.CONFIG, config_lib.to_json(setup.config))
-  folder.write(folder_lib.PLACEMENT, setup.table.layer_list + "\n")
-  folder.write(folder_lib.PARAMETERS, folder_lib.parameter_table(params, count_params(setup.config.model)))
-  manifest = setup.corpus.manifest
-  data = {"fingerprint": manifest.fingerprint, "folder": str(setup.corpus.folder)}
-  folder.write_json(folder_lib.DATA, data | {"tokenizer_sha256": manifest.tokenizer_sha256})
-  folder.write_json(folder_lib.ENVIRONMENT, folder_lib.environment())
-
-
-def open_metrics(setup: Setup, folder: RunFolder, start_step: int) -> Metrics:
-  metrics = Metrics(folder / folder_lib.METRICS, start_step)
-  logging = setup.config.logging
-  if logging.tensorboard:
-    metrics.add_mirror(TensorBoardMirror, folder / folder_lib.TENSORBOARD, start_step + 1)
-  if logging.wandb_project:
-    metrics.add_mirror(WandbMirror, logging.wandb_project, folder.path, folder.name, config_lib.flatten(setup.config))
-  return metrics
-
-
-def _progress(setup: Setup, start_step: int) -> Progress:
-  config, devices = setup.config, setup.mesh.devices.flat
+def _progress_of(members: Sequence[Member], start_step: int) -> Progress:
+  config, devices = members[0].config, members[0].setup.mesh.devices.flat
   peak = peak_flops(devices[0])
   length = config.data.sequence_length
-  flops_per_step = train_flops_per_token(config.model, length) * config.train.batch_size * length
+  flops_per_token = sum(train_flops_per_token(member.config.model, length) for member in members)
+  flops_per_step = flops_per_token * config.train.batch_size * length
   return Progress(start_step, config.train.num_steps, flops_per_step, peak and peak * len(devices))
 
 
-def _announce(setup: Setup, folder: RunFolder, point: ResumePoint) -> None:
-  model, manifest = setup.config.model, setup.corpus.manifest
-  devices = setup.mesh.devices.flat
-  mesh = describe_mesh(setup.mesh.shape)
-  print(f"placement  {setup.table.layer_list}")
+def _announce(members: Sequence[Member], points: Sequence[ResumePoint]) -> None:
+  """Prints what is trained, on what, and where."""
+  setup = members[0].setup
+  model, manifest, devices = setup.config.model, setup.corpus.manifest, setup.mesh.devices.flat
+  if len(members) == 1:
+    print(f"placement  {setup.table.layer_list}")
   print(f"model      {count_params(model) / 1e6:.2f} M parameters, {model.num_layers} layers × {model.embed_dim}")
   train = manifest.splits["train"]
   size = f"{train.counted:,} training tokens" if train.counted else f"{train.documents:,} documents on the fly"
   print(f"data       {setup.corpus.folder}, {size}, fingerprint {manifest.fingerprint[:12]}")
-  print(f"devices    {len(devices)} × {devices[0].device_kind}, mesh: {mesh}")
+  print(f"devices    {len(devices)} × {devices[0].device_kind}, mesh: {describe_mesh(setup.mesh.shape)}")
   print(f"attention  {attention_of(setup.config, setup.mesh)}")
-  print(f"run        {folder.address}" + (f", goes on from step {point.step}" if point.step else ""))
-  for change in point.changes:
-    print(f"changed    {change}")
-
-
-def write_outcome(setup: Setup, folder: RunFolder, end: End, checkpoints: Checkpoints, clock: Clock) -> Outcome:
-  validations = [line for line in read_lines(folder / folder_lib.METRICS) if line["split"] == "validation"]
-  outcome = Outcome(
-    status=end.status,
-    step=end.step,
-    last_checkpoint=checkpoints.latest_step(),
-    validation=validations[-1] if validations else None,
-    best_validation=min(validations, key=_loss_of, default=None),
-    diverged=Divergence(setup, folder, end.step).in_a_row > 0,
-    skipped_updates=end.skipped,
-    seconds={name: round(value, 3) for name, value in clock.seconds().items()},
-    message=end.message,
-  )
-  folder.write_json(folder_lib.OUTCOME, outcome._asdict())
-  return outcome
-
-
-def read_outcome(folder: RunFolder, statuses: Sequence[str]) -> Outcome | None:
-  """The outcome of a run that ended with one of the statuses; None where there is no such."""
-  path = folder / folder_lib.OUTCOME
-  outcome = Outcome(**json.loads(path.read_text())) if path.exists() else None
-  return outcome if outcome is not None and outcome.status in statuses else None
-
-
-def _loss_of(line: dict[str, Any]) -> float:
-  loss = float(line["loss"])
-  return loss if math.isfinite(loss) else math.inf
-
-
-class _Profiler:
-  """A JAX profile of config.profile.num_steps steps from config.profile.start_step on."""
-
-  def __init__(self, config: Config, folder: Path):
-    self._first, self._count, self._folder = config.profile.start_step, config.profile.num_steps, folder
-    self._running = False
-
-  def before(self, step: int) -> None:
-    if self._count and step == self._first:
-      jax.profiler.start_trace(str(self._folder))
-      self._running = True
-
-  def after(self, step: int, state: Any) -> None:
-    if self._running and step == self._first + self._count - 1:
-      jax.block_until_ready(state)
-      self.close()
-
-  def close(self) -> None:
-    if self._running:
-      jax.profiler.stop_trace()
-      self._running = False
+  for member, point in zip(members, points, strict=True):
+    where = member.folder.address if len(members) == 1 else f"{member.name}: {member.setup.table.layer_list}"
+    resumed = f", resumed from step {point.step}" if point.step else ""
+    ended = "" if member.outcome is None else f", ended before at step {member.outcome.step}"
+    print(f"run        {where}{ended or resumed}")
+    for change in point.changes:
+      print(f"changed    {change}")

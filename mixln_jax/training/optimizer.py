@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mixln_jax.config import Config, decay_steps, warmup_steps
-from mixln_jax.model.transformer import is_matrix, param_paths
+from mixln_jax.config import Config, ModelConfig, decay_steps, warmup_steps
+from mixln_jax.model.parameters import param_paths, parameters
+from mixln_jax.parallel.rules import platform
+from mixln_jax.training.tuned import clip_with_known_norm, update_from_moments
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
@@ -43,46 +45,39 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
   Its state is made by `init` from parameters in `optimizer.moment_dtype` (see `moment_cast`).
   """
   c = config.optimizer
-  return optax.chain(
-    clip_by_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
-    moment_cast(c.moment_dtype),
-    scale_by_adam(c.b1, c.b2, c.epsilon),
-    optax.add_decayed_weights(c.weight_decay, mask=decayed) if c.weight_decay > 0 else optax.identity(),
-  )
+  clip, decay = optax.identity(), optax.identity()
+  if c.clip_norm > 0:
+    clip = clip_by_norm(c.clip_norm)
+  if c.weight_decay > 0:
+    decay = optax.add_decayed_weights(c.weight_decay, mask=lambda params: decayed(config.model, params))
+  return optax.chain(clip, moment_cast(c.moment_dtype), scale_by_adam(c.b1, c.b2, c.epsilon), decay)
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-  """`optax.clip_by_global_norm` for gradients whose norm is known, as one factor.
-
-  optax divides by the norm. A CPU would not repeat a division in each of the passes that read its result, and so writes
-  all gradients once more.
-  """
+  """`optax.clip_by_global_norm`; on a CPU by the norm that the step has computed already."""
+  plain = optax.clip_by_global_norm(limit)
 
   def update(updates: Any, state: Any, params: Any = None, **extra: jax.Array) -> tuple[Any, Any]:
-    del params
-    factor = jnp.where(extra["norm"] < limit, 1.0, limit / extra["norm"])
-    return jax.tree.map(lambda g: g * factor, updates), state
+    if platform() == "cpu":
+      return clip_with_known_norm(updates, extra["norm"], limit), state
+    return plain.update(updates, state, params)
 
-  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+  return optax.GradientTransformationExtraArgs(plain.init, update)
 
 
 def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformationExtraArgs:
-  """`optax.scale_by_adam`, whose update is made of the moments that are kept, after `accept` had its say.
-
-  optax's own is made of the new moments before that. XLA on a CPU, whose passes over memory have one output each, then
-  makes the new moments once more where it updates the parameters, and for that keeps a copy of all old ones.
-  """
-  adam = optax.scale_by_adam(b1, b2, epsilon)
+  """`optax.scale_by_adam`, whose state stays as it is where `accept` is False."""
+  plain = optax.scale_by_adam(b1, b2, epsilon)
 
   def update(updates: Any, state: Any, params: Any = None, **extra: jax.Array) -> tuple[Any, Any]:
     del params
-    _, new = adam.update(updates, state)
-    new: Any = jax.tree.map(lambda new, old: jnp.where(extra["accept"], new, old), new, state)
-    mean = optax.tree.bias_correction(new.mu, b1, new.count)
-    square = optax.tree.bias_correction(new.nu, b2, new.count)
-    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square), new
+    updates, proposed = plain.update(updates, state)
+    kept: Any = jax.tree.map(lambda new, old: jnp.where(extra["accept"], new, old), proposed, state)
+    if platform() == "cpu":
+      updates = update_from_moments(kept, b1, b2, epsilon)
+    return updates, kept
 
-  return optax.GradientTransformationExtraArgs(adam.init, update)
+  return optax.GradientTransformationExtraArgs(plain.init, update)
 
 
 def moment_cast(dtype: str) -> optax.GradientTransformation:
@@ -95,6 +90,7 @@ def init_moments(optimizer: optax.GradientTransformation, params: Any, dtype: st
   return optimizer.init(jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params))
 
 
-def decayed(params: Any) -> Any:
-  """True for each matrix, False for each gain and bias."""
-  return jax.tree.map(is_matrix, param_paths(params))
+def decayed(model: ModelConfig, params: Any) -> Any:
+  """True for each parameter that weight decay is for; `params` may be a tree that several placements share."""
+  decays = {path for path, param in parameters(model).items() if param.decays}
+  return jax.tree.map(lambda path: path in decays, param_paths(params))

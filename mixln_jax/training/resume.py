@@ -1,4 +1,4 @@
-"""Whether, and from which checkpoint, a run may go on with a config."""
+"""Whether, and from which checkpoint, a run may resume with a config."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,14 +19,14 @@ class ResumePoint(NamedTuple):
 
 
 def resume_point(old: Config, new: Config, steps: Sequence[int], workdir: str) -> ResumePoint:
-  """The checkpoint from which the run with config `old` goes on as `new`; step 0 where it has none.
+  """The checkpoint from which the run with config `old` resumes as `new`; step 0 where it has none.
 
   A field that decides what the run computes can't change. The length of the run can, where every step already done had
   the learning rate that the new schedule gives it; a wsd run that has decayed goes back to where its decay began.
 
   Args:
     old: the config that the run was started with.
-    new: the config that it is to go on with.
+    new: the config that it is to resume with.
     steps: its checkpoints.
     workdir: for the message.
 
@@ -40,9 +40,7 @@ def resume_point(old: Config, new: Config, steps: Sequence[int], workdir: str) -
     if config_lib.FIELDS[name].on_resume == config_lib.REFUSED
   ]
   if refused:
-    raise InputError(
-      f"--workdir={workdir} holds another run: {'; '.join(refused)}; use its values, or another --workdir"
-    )
+    raise InputError(f"workdir={workdir} holds another run: {'; '.join(refused)}; use its values, or another workdir")
   changes = [f"config.{name}: {before!r} -> {after!r}" for name, before, after in differences]
   newest = max(steps, default=0)
   if all(config_lib.FIELDS[name].on_resume == config_lib.FREE for name, _, _ in differences):
@@ -50,14 +48,14 @@ def resume_point(old: Config, new: Config, steps: Sequence[int], workdir: str) -
   if new.train.num_steps <= newest and new.train.num_steps != old.train.num_steps:
     raise InputError(
       f"config.train.num_steps={new.train.num_steps}: the run in {workdir} has done {newest} steps "
-      "already; raise it, or use another --workdir"
+      "already; raise it, or use another workdir"
     )
   if _rates_agree(old, new, newest):
     return ResumePoint(newest, changes)
   if old.optimizer.schedule == "wsd":
     decay_start = old.train.num_steps - config_lib.decay_steps(old)
     if decay_start in steps and _rates_agree(old, new, decay_start):
-      return ResumePoint(decay_start, [*changes, f"goes back to step {decay_start}, where the decay began"])
+      return ResumePoint(decay_start, [*changes, f"resumes from step {decay_start}, where the decay began"])
   raise InputError(_why_not(old, new, newest, workdir))
 
 
@@ -79,8 +77,8 @@ def _why_not(old: Config, new: Config, newest: int, workdir: str) -> str:
     if config_lib.FIELDS[name].on_resume == config_lib.CHECKED
   )
   return (
-    f"the run in {workdir} can't go on with {fields}: step {step + 1} of the {newest} already done had learning rate "
+    f"the run in {workdir} can't resume with {fields}: step {step + 1} of the {newest} already done had learning rate "
     f"{before[step]:.4g}, with the new {new.optimizer.schedule} schedule it would have been "
     f"{after[step]:.4g}; only the schedules constant and wsd, with config.optimizer.warmup_steps stated, can be "
-    "extended; use another --workdir"
+    "extended; use another workdir"
   )

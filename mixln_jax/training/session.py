@@ -1,20 +1,50 @@
-"""A run in this process: it joins the others, trains, and says how it ended."""
+"""The command that trains, `train` and `finetune` alike: it joins the other processes, trains, says how it ended."""
 
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from mixln_jax.command_line import CommandLine
 from mixln_jax.config import Config
+from mixln_jax.errors import InputError
 from mixln_jax.inference.generate import generate_text
+from mixln_jax.opening import open_run
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.compile_cache import use_compile_cache
+from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.training import loop
-from mixln_jax.training.setup import on_mesh, open_run, set_up
-from mixln_jax.training.start import resolve
+from mixln_jax.runs.outcome import DIVERGED, FINISHED, NON_FINITE, STOPPED, Outcome
+from mixln_jax.training import finetune, loop
 from mixln_jax.training.stopping import STOPPED_STATUS
 
-STATUSES = {loop.FINISHED: 0, loop.DIVERGED: 0, loop.STOPPED: STOPPED_STATUS, loop.NON_FINITE: 1}
+STATUSES = {FINISHED: 0, DIVERGED: 0, STOPPED: STOPPED_STATUS, NON_FINITE: 1}
+
+
+def train_command(doc: str, argv: list[str], *, needs_start: bool = False) -> int:
+  """Parses the arguments of a command that trains, and trains; returns the exit status.
+
+  Args:
+    doc: the command's docstring, for --help.
+    argv: its arguments.
+    needs_start: refuse a run that does not start from another run's weights.
+
+  Raises:
+    InputError: as `finetune.resolve` and `loop.train`, or an argument is missing.
+  """
+  line = CommandLine(doc)
+  line.config(required=False)
+  line.string("workdir", "the run's folder; a run that is there is resumed, without --config as it was", required=True)
+  values = line.parse(argv)
+  folder = RunFolder(values.workdir)
+  if values.config is None and not folder.has_run:
+    raise InputError("--config is required for a new run, and --workdir holds none; see --help")
+  config, overrides = (read_config(folder), {}) if values.config is None else (line.config_value(), line.overrides())
+  if needs_start and not config.train.start_from:
+    raise InputError(
+      "config.train.start_from is required: the folder of the run whose weights are fine-tuned (of `train`, or of "
+      "`convert --input`)"
+    )
+  return train_here(config, overrides, folder)
 
 
 def train_here(config: Config, overrides: Mapping[str, Any], folder: RunFolder) -> int:
@@ -26,32 +56,34 @@ def train_here(config: Config, overrides: Mapping[str, Any], folder: RunFolder) 
     folder: the run's.
 
   Raises:
-    InputError: as `start.resolve` and `loop.train`.
+    InputError: as `finetune.resolve` and `loop.train`.
   """
   processes.join(config.parallel)
   use_compile_cache()
   with processes.failing_together():
-    config = resolve(config, overrides, folder)
+    config = finetune.resolve(config, overrides, folder)
     outcome = loop.train(config, folder.address)
     processes.wait_for_all("the end of the run")  # process 0 may still copy: the others must not time out meanwhile
-  show = print if processes.is_first() else _nothing
-  if outcome.diverged:
-    show("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
-  if outcome.skipped_updates:
-    show(f"skipped    {outcome.skipped_updates} updates, whose loss or gradient was not finite")
-  show(f"{outcome.status:<10} {outcome.message}", file=sys.stderr if outcome.status == loop.NON_FINITE else sys.stdout)
-  if outcome.validation:
-    loss, perplexity = (float(outcome.validation[name]) for name in ("loss", "perplexity"))
-    show(f"validation loss {loss:.4f}, perplexity {perplexity:.3f} (step {outcome.validation['step']})")
-  if outcome.status == loop.FINISHED and config.train.sample_tokens:
-    setup = set_up(config)
-    run = open_run(folder, setup.mesh)
-    with on_mesh(setup.mesh):
-      text = generate_text(run.config.model, run.params, setup.corpus.tokenizer, "", config.train.sample_tokens)
-    show(f"sample     {text!r}")
-  show(f"files      {folder.address}")
+  if processes.is_first():
+    _show(outcome)
+  if outcome.status == FINISHED and config.train.sample_tokens:
+    with open_run(folder.address) as run:
+      text = generate_text(run.config.model, run.params, run.tokenizer, "", config.train.sample_tokens)
+    if processes.is_first():
+      print(f"sample     {text!r}")
+  if processes.is_first():
+    print(f"files      {folder.address}")
   return STATUSES[outcome.status]
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-  """What the processes print that are not the first."""
+def _show(outcome: Outcome) -> None:
+  """Prints how a run ended."""
+  if outcome.diverged:
+    print("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
+  if outcome.skipped_updates:
+    print(f"skipped    {outcome.skipped_updates} updates, whose loss or gradient was not finite")
+  stream = sys.stderr if outcome.status == NON_FINITE else sys.stdout
+  print(f"{outcome.status:<10} {outcome.message}", file=stream)
+  if outcome.validation:
+    loss, perplexity = (float(outcome.validation[name]) for name in ("loss", "perplexity"))
+    print(f"validation loss {loss:.4f}, perplexity {perplexity:.3f} (step {outcome.validation['step']})")

@@ -14,8 +14,9 @@ from mixln_jax.config import Config
 from mixln_jax.diagnostics import layers
 from mixln_jax.model import Transformer
 from mixln_jax.model.columns import Columns
-from mixln_jax.model.initial import abstract_params, draw_params, starting_values
+from mixln_jax.model.initial import draw_params, starting_values
 from mixln_jax.model.loss import batch_loss
+from mixln_jax.model.parameters import param_shardings, parameters
 from mixln_jax.parallel import rules
 from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
 
@@ -31,8 +32,8 @@ class TrainState(flax.struct.PyTreeNode):
     step: updates done, int32.
     params: the parameters.
     opt_state: optax's state.
-    skipped: updates that were not made, since their loss or gradient was not finite, int32.
-    skipped_in_a_row: how many of them came last, one after the other, int32.
+    skipped: updates that were not made because their loss or gradient was not finite, int32.
+    skipped_in_a_row: how many of them came last, consecutively, int32.
   """
 
   step: Any
@@ -75,7 +76,7 @@ def abstract_state(config: Config, columns: Columns | None = None) -> TrainState
 
 def state_shardings(config: Config, mesh: Mesh, columns: Columns | None = None) -> TrainState:
   """The sharding of each tensor of the state: moments lie where their parameters do, the rest is replicated."""
-  params = rules.shardings(abstract_params(config.model, columns), mesh)
+  params = param_shardings(config.model, mesh, columns)
   replicated = rules.replicated(mesh)
   opt_state = optax.tree.map_params(
     make_optimizer(config),
@@ -151,10 +152,11 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
     total, count, grads, statistics = gradient_and_statistics(
       model, state.params, batch, config.train.micro_batches, columns
     )
-    # Of the sums, and the mean by a factor: a norm of means, or a division, would make a CPU write all gradients again.
+    # Take the norm of the sums, and multiply by 1 / count: a norm of means, or a division, would make a CPU write all
+    # gradients to memory once more.
     loss, gradient_norm = total / count, optax.tree.norm(grads) / count
     grads = jax.tree.map(lambda g: g * (1 / count), grads)
-    # After too many in a row nothing more is updated: the host, which reads a step late, finds all as it was.
+    # After too many of them nothing more is updated: the host, which reads a step late, finds all as it was.
     halted = state.skipped_in_a_row >= config.train.max_skipped_in_a_row
     update = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & ~halted
     rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -165,7 +167,7 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
     params = jax.tree.map(lambda new, old: jnp.where(update, new, old), params, state.params)
     in_a_row = jnp.where(update, 0, state.skipped_in_a_row + 1)
     skipped = state.skipped + jnp.where(update, 0, 1)
-    metrics = {
+    metrics: Metrics = {
       "loss": loss,
       "gradient_norm": gradient_norm,
       "learning_rate": rate,
@@ -173,7 +175,9 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
       "skipped_in_a_row": in_a_row,
     }
     if diagnose:
-      metrics["diagnostics"] = layers.of_step(statistics, count, grads, state.params, params)
+      metrics["diagnostics"] = layers.of_step(
+        statistics, count, grads, state.params, params, parameters(config.model, columns)
+      )
     return TrainState(state.step + 1, params, opt_state, skipped, in_a_row), metrics
 
   return train_step

@@ -189,7 +189,7 @@ def test_an_empty_file_is_no_document_and_other_sources_are_refused(tmp_path, mo
     with pytest.raises(InputError, match=words):
       parts_of(source)
   (tmp_path / "b.parquet").write_bytes(b"not parquet")
-  with pytest.raises(InputError, match=r"b\.parquet is no Parquet file"):
+  with pytest.raises(InputError, match=r"b\.parquet is not a Parquet file"):
     parts_of(str(tmp_path / "b.parquet"))
   unreadable = tmp_path / "unreadable.jsonl"  # a file that opens, and whose first read fails
   unreadable.symlink_to("/proc/self/mem")

@@ -148,7 +148,7 @@ def test_records_round_trip_and_are_filled_first_fit():
   ("content", "words"),
   [
     (None, "examples.json': there are no instructions; with config.data.mode=instructions give a path"),
-    ('[{"instruction": "a", "output": "b"},', "examples.json is no JSON list (Expecting"),
+    ('[{"instruction": "a", "output": "b"},', "examples.json is not a JSON list (Expecting"),
     ("[]", "the corpus is empty"),
     ('{"data": [1]}', "1 of 1 documents can't be used (no instruction: "),
     ('["text"]', "(not an object: "),

@@ -1,4 +1,4 @@
-"""`prepare`: C4 as published goes to records and training; killed anywhere, it goes on and ends with the same bytes."""
+"""`prepare`: C4 as published goes to records and training; killed anywhere, it resumes and ends with the same bytes."""
 
 import gzip
 import json
@@ -20,6 +20,7 @@ from mixln_jax.data import prepare as prepare_lib
 from mixln_jax.data.prepare import prepare
 from mixln_jax.data.records import open_corpus
 from mixln_jax.errors import InputError
+from mixln_jax.files import partial_of
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 6
@@ -102,7 +103,7 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(make_config, c4, tmp_path):
+def test_killed_anywhere_it_resumes_and_ends_with_the_same_bytes(make_config, c4, tmp_path):
   script = tmp_path / "run.py"
   script.write_text(SCRIPT)
   expected = contents(prepare(c4_config(make_config, c4, tmp_path / "whole"), progress=False, workers=1).folder)
@@ -143,7 +144,7 @@ def test_a_worker_that_is_killed_is_reported(make_config, c4, tmp_path):
   options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True, "timeout": 120}
   result = subprocess.run([sys.executable, str(script)], input=text, check=False, **options)
   assert result.returncode != 0
-  assert "run it again with fewer --workers" in result.stderr
+  assert "run again with fewer workers" in result.stderr
 
 
 def test_a_part_whose_shard_was_lost_is_written_again(make_config, c4, tmp_path, monkeypatch):
@@ -155,14 +156,17 @@ def test_a_part_whose_shard_was_lost_is_written_again(make_config, c4, tmp_path,
   partial = tmp_path / ".records.partial"
   next(partial.glob("train-00003*")).unlink()
   next(partial.glob("train-00001*")).write_bytes(b"cut")
-  (partial / ".train-00004-of-00007.array_record.999").write_bytes(b"of a process that was killed")
+  shard = partial / "train-00004-of-00007.array_record"
+  partial_of(shard).write_bytes(b"of a process that was killed")
+  (partial / ".train-00004-of-00007.array_record.999").write_bytes(b"of an earlier version that was killed")
   written = []
   original = prepare_lib.write_part
   monkeypatch.setattr(prepare_lib, "write_part", lambda job, *rest: written.append(job.number) or original(job, *rest))
   again = prepare(config, progress=False, workers=1)
   assert written == [1, 3]
   open_corpus(again.folder, verify=True)
-  assert not list(again.folder.glob(".train*"))
+  hidden = [path.name for path in again.folder.iterdir() if path.name.startswith(".")]
+  assert hidden == [prepare_lib.SOURCE_STATE]
 
 
 def test_a_source_that_changed_in_between_starts_again(make_config, c4, tmp_path, monkeypatch):
@@ -224,6 +228,22 @@ def test_two_at_once_and_too_many_bad_documents_are_refused(make_config, c4, tmp
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(prepare_lib, "write_part", lambda *_: pytest.fail("a part was written again"))
     assert prepare(config, progress=False, workers=1).manifest.skipped == {"no text": 1, "not JSON": 1}
+
+
+@pytest.mark.parametrize("begun_again", [False, True])
+def test_a_lock_on_a_file_that_is_gone_is_no_lock(tmp_path, begun_again):
+  """Would catch a process that works in a folder which another one has just finished and renamed."""
+  partial, folder = tmp_path / ".records.partial", tmp_path / "records"
+  path = partial / prepare_lib.LOCK
+  with prepare_lib._locked(partial, folder):
+    late = path.open("a")
+    partial.rename(folder)
+    (folder / prepare_lib.LOCK).unlink()
+  if begun_again:
+    partial.mkdir()
+    path.touch()
+  with late:
+    assert not prepare_lib._acquire(late, path)
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(make_config, c4, tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def test_damage_is_named(folder):
   with pytest.raises(InputError, match=r"manifest.json is damaged"):
     open_corpus(folder)
   manifest.unlink()
-  with pytest.raises(InputError, match=r"no records in .*run `python -m mixln_jax prepare`"):
+  with pytest.raises(InputError, match=r"no records in .*prepare them with the same config first"):
     open_corpus(folder)
 
 

@@ -1,5 +1,7 @@
 """Tokenizers are lossless and know how many bytes they stand for."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,10 +10,13 @@ from mixln_jax.data.tokenizer import (
   ByteTokenizer,
   HuggingFaceTokenizer,
   SentencePieceTokenizer,
+  content_hash,
   load_tokenizer,
   read_tokenizer,
+  read_written_tokenizer,
   train_hugging_face,
   train_sentencepiece,
+  write_tokenizer,
 )
 from mixln_jax.errors import InputError
 
@@ -57,6 +62,63 @@ def test_a_tokenizer_is_read_back_from_its_content(tokenizer):
   assert again.vocab_size == tokenizer.vocab_size
 
 
+FILES = {"bytes": "tokenizer.bytes", "sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
+
+
+@ALL
+def test_a_written_tokenizer_reads_back_as_the_same_one(tokenizer, tmp_path):
+  """Would catch a file under another kind's name, a torn or re-encoded one, and a second write that touches it."""
+  assert read_written_tokenizer(tmp_path) is None
+  path = write_tokenizer(tokenizer, tmp_path)
+  assert [entry.name for entry in tmp_path.iterdir()] == [path.name] == [FILES[tokenizer.name]]
+  again = read_written_tokenizer(tmp_path)
+  assert again is not None
+  ids = tokenizer.encode(TEXT)
+  assert again.encode(TEXT) == ids
+  assert again.decode(ids) == tokenizer.decode(ids)
+  assert (again.name, again.eos_id, again.vocab_size) == (tokenizer.name, tokenizer.eos_id, tokenizer.vocab_size)
+  assert again.bytes_per_token() == tokenizer.bytes_per_token()
+  assert content_hash(again) == content_hash(tokenizer)
+  os.utime(path, (1, 1))
+  assert write_tokenizer(tokenizer, tmp_path) == path
+  assert path.stat().st_mtime == 1  # left alone
+
+
+@pytest.mark.parametrize("tokenizer", [TRAINED, BYTE_LEVEL], ids=["sentencepiece", "tokenizers"])
+def test_other_programs_read_the_written_file(tokenizer, tmp_path):
+  """Would catch a format of our own: the file must be the one that the tokenizer's own library loads."""
+  import sentencepiece
+  import tokenizers
+
+  path = str(write_tokenizer(tokenizer, tmp_path))
+  if path.endswith(".model"):
+    ids = sentencepiece.SentencePieceProcessor(model_file=path).encode(TEXT)
+  else:
+    ids = tokenizers.Tokenizer.from_file(path).encode(TEXT).ids
+  assert ids == tokenizer.encode(TEXT)
+
+
+@ALL
+def test_a_damaged_tokenizer_is_named(tokenizer, tmp_path):
+  """Would catch a truncated file that is read as a shorter tokenizer, or as the byte tokenizer whatever it says."""
+  path = write_tokenizer(tokenizer, tmp_path)
+  path.write_bytes(tokenizer.content[: len(tokenizer.content) // 2])
+  with pytest.raises(InputError, match=rf"tokenizer .*{path.name}: not "):
+    read_written_tokenizer(tmp_path)
+
+
+def test_a_folder_has_one_tokenizer(tmp_path):
+  """Would catch a run's tokenizer that is replaced by another, and a guess between two of them."""
+  path = write_tokenizer(TRAINED, tmp_path)
+  for other in (train_sentencepiece([TEXT], 310), ByteTokenizer()):
+    with pytest.raises(InputError, match=r"tokenizer .*tokenizer\.model: another tokenizer is there already"):
+      write_tokenizer(other, tmp_path)
+  assert path.read_bytes() == TRAINED.content
+  (tmp_path / "tokenizer.json").write_bytes(BYTE_LEVEL.content)
+  with pytest.raises(InputError, match=r"tokenizer\.model and tokenizer\.json are different tokenizers"):
+    read_written_tokenizer(tmp_path)
+
+
 def test_a_sentencepiece_like_tokenizer_json_knows_its_bytes(tmp_path):
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -94,10 +156,10 @@ def test_what_can_not_be_a_tokenizer_is_refused(tmp_path):
   json_path.write_text(BYTE_LEVEL.content.decode().replace("</s>", "<end>"))
   with pytest.raises(InputError, match="none of the special tokens </s>"):
     read_tokenizer(str(json_path))
-  with pytest.raises(InputError, match=r"--tokenizer_size=9000: this corpus gives \d+ tokens at most"):
+  with pytest.raises(InputError, match=r"vocab_size=9000: this corpus gives at most \d+ tokens"):
     train_hugging_face([TEXT], 9000)
   path.write_bytes(b"cos\nsystem\n(S'echo'\ntR.")  # a pickle
   with pytest.raises(InputError, match="not a SentencePiece model"):
     read_tokenizer(str(path))
-  with pytest.raises(InputError, match=r"config.model.vocab_size=9000: no SentencePiece model of that size"):
+  with pytest.raises(InputError, match=r"^vocab_size=9000: no SentencePiece model of that size"):
     train_sentencepiece([TEXT], 9000)

@@ -3,13 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import random_params, small_model
+from helpers import small_model
 from model.cases import reference_case
 
 from mixln_jax import config as config_lib
-from mixln_jax.diagnostics import parts
 from mixln_jax.diagnostics.diagnose import make_gradient_norms
-from mixln_jax.model.transformer import param_paths
+from mixln_jax.model.parameters import parameters
 from mixln_jax.parallel.mesh import make_mesh
 
 ATTENTION, MLP = ("query", "key", "value", "output"), ("gate", "up", "down")
@@ -18,10 +17,9 @@ ATTENTION, MLP = ("query", "key", "value", "output"), ("gate", "up", "down")
 def test_every_parameter_has_its_part():
   strips = "keel*2,admin*1+gpas,layerscale*1"
   model = small_model(placement=strips, qkv_bias=True)
-  paths = jax.tree.leaves(param_paths(random_params(model)))
   by_part = {}
-  for path in paths:
-    by_part.setdefault(parts.part_of(path), set()).add(path.removeprefix("layers/"))
+  for param in parameters(model).values():
+    by_part.setdefault(param.part, set()).add(param.name)
   assert by_part["attention/"] == {*ATTENTION, *(f"{name}_bias" for name in ATTENTION[:3])}
   assert by_part["mlp/"] == set(MLP)
   assert by_part["attention/gain_"] == {"attention_norm", "attention_norm_2"}
@@ -31,8 +29,8 @@ def test_every_parameter_has_its_part():
     "gpas",
     *(f"{sublayer}_vector_c_{which}" for sublayer in ("attention", "mlp") for which in ("res", "out")),
   }
-  heads = random_params(small_model(placement="hybrid*2,pre*2+qk_norm"))
-  gains = {path for path in jax.tree.leaves(param_paths(heads)) if parts.part_of(path) == "attention/gain_"}
+  heads = parameters(small_model(placement="hybrid*2,pre*2+qk_norm"))
+  gains = {path for path, param in heads.items() if param.part == "attention/gain_"}
   assert gains == {f"layers/{name}_norm" for name in ("query", "key", "value", "attention")}
 
 

@@ -21,7 +21,7 @@ from mixln_jax.data.prepare import prepare
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.metrics import read_lines
+from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.checkpoints import restore_state, split
 
@@ -209,7 +209,7 @@ class Suite:
     checkpoints.close()
     leaves = jax.tree_util.tree_leaves_with_path(split(state))
     values = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    lines = read_lines(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir / "metrics.jsonl")
     slow = ("tokens_per_second",)
     text = [json.dumps({name: line[name] for name in sorted(line) if name not in slow}) for line in lines]
     return values | {"metrics": np.array(text)}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from faults.suite import ROOT, Suite
-from mixln_jax.runs.metrics import read_lines
+from mixln_jax.runs.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def assert_same(suite, workdir):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(suite):
-  one, two = (read_lines(suite.folder / name / "metrics.jsonl") for name in ("untouched", "two"))
+  one, two = (read_metrics(suite.folder / name / "metrics.jsonl") for name in ("untouched", "two"))
   assert [(line["step"], line["split"]) for line in one] == [(line["step"], line["split"]) for line in two]
   np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=1e-5)
   assert (suite.folder / "two" / "outcome.json").is_file()
@@ -90,9 +90,9 @@ def test_a_run_of_two_goes_on_with_one(suite, tmp_path):
   let_the_last_die(processes)
   again = suite.run(tmp_path / "run", "none", 1)
   assert again.returncode == 0, again.stderr[-3000:]
-  expected = [line["loss"] for line in read_lines(suite.folder / "two" / "metrics.jsonl")]
+  expected = [line["loss"] for line in read_metrics(suite.folder / "two" / "metrics.jsonl")]
   np.testing.assert_allclose(
-    [line["loss"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")], expected, rtol=1e-5
+    [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")], expected, rtol=1e-5
   )
 
 

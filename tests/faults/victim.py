@@ -17,7 +17,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 from mixln_jax.parallel import processes
 from mixln_jax.runs.checkpoint import Checkpoints
-from mixln_jax.training import loop, setup
+from mixln_jax.training import evaluation, loop, member, program
 
 
 def die():
@@ -87,15 +87,15 @@ def broken_tracker():
   def broken(*_, **__):
     raise OSError("no quota left")
 
-  loop.TensorBoardMirror.write = broken
+  member.TensorBoardMirror.write = broken
 
 
 FAULTS = {
   "none": lambda number: None,
-  "kill during compile": lambda number: before_call(setup.step_lib, "abstract_state", 2),
+  "kill during compile": lambda number: before_call(program.step_lib, "abstract_state", 2),
   "kill before a step": lambda number: before_call(loop, "global_batch", number),
-  "kill while metrics are written": lambda number: before_call(loop.Metrics, "write", number),
-  "kill during evaluation": lambda number: before_call(setup, "evaluate", number),
+  "kill while metrics are written": lambda number: before_call(member.Metrics, "write", number),
+  "kill during evaluation": lambda number: before_call(evaluation, "add_up", number),
   "kill as a checkpoint begins": lambda number: before_call(Checkpoints, "save", number),
   "kill at an open of a checkpoint's file": lambda number: at_event("open", "orbax-checkpoint-tmp", number),
   "kill at a rename of a checkpoint": lambda number: at_event("os.rename", "checkpoints/", number),
@@ -103,7 +103,7 @@ FAULTS = {
   "kill while facts are written": lambda number: at_event("open", "parameters.txt", 1),
   "kill while the outcome is written": lambda number: at_event("open", "outcome.json", 1),
   "disk full for a checkpoint": lambda number: full_checkpoint(),
-  "disk full for metrics": lambda number: before_call(loop.Metrics, "write", number, full),
+  "disk full for metrics": lambda number: before_call(member.Metrics, "write", number, full),
   "NaN in a gradient": nan_in_a_gradient,
   "tracker that fails": lambda number: broken_tracker(),
   "clock that jumps": lambda number: clock_that_jumps(),

@@ -13,9 +13,9 @@ from mixln_jax.inference import batching
 from mixln_jax.inference.generate import generate, generate_batch
 from mixln_jax.inference.sampling import Sampling
 from mixln_jax.inference.scoring import score
-from mixln_jax.model.initial import abstract_sharded_params
+from mixln_jax.model.parameters import abstract_sharded_params
 from mixln_jax.parallel.mesh import make_mesh
-from mixln_jax.training.setup import on_mesh
+from mixln_jax.parallel.rules import on_mesh
 
 MESHES = {
   "one device": None,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers import small_model
 
-from mixln_jax.model.initial import count_params, initial_params
+from mixln_jax.model.initial import initial_params
+from mixln_jax.model.parameters import count_params
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 
 

@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 from mixln_jax import placement
 from mixln_jax.model import Columns, Transformer
 from mixln_jax.model.admin import profile_admin
-from mixln_jax.model.columns import used_by_layer
+from mixln_jax.model.parameters import used_by_layer
 from mixln_jax.model.transformer import empty_cache
 from mixln_jax.placement import ROWS, Layer, Table
 from model import reference
@@ -60,7 +60,7 @@ def test_what_a_layer_does_not_use_never_gets_a_gradient_and_what_it_uses_does(n
   model = small_model(placement=name)
   params, tokens = random_params(model), random_tokens(model)
   grads = jax.jit(jax.grad(lambda p: mean_loss(model, p, tokens)))(params)["layers"]
-  for parameter, used_L in used_by_layer(placement.parse(name, 4)).items():
+  for parameter, used_L in used_by_layer(small_model(placement=name)).items():
     assert used_L.any() == (parameter in grads), parameter
     if parameter in grads:
       moved_L = np.abs(grads[parameter]).reshape(4, -1).sum(axis=1) > 0

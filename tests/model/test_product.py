@@ -1,11 +1,13 @@
-"""Products with weights: equal to einsum, also in what is differentiated, and with little to turn around."""
+"""Products with weights: both forms against einsum in fp64, and which one a platform gets."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixln_jax.model.product import multiply
+from mixln_jax.model import product
+from mixln_jax.model.tuned.product import multiply_narrow_first
+from model.rounding import assert_within, sum_error
 
 SHAPES = {
   "btd,df->btf": ((2, 3, 4), (4, 5)),
@@ -14,33 +16,61 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("equation", SHAPES)
-def test_equal_to_einsum_with_the_narrower_operand_first(equation):
+@pytest.fixture(params=SHAPES)
+def case(request):
+  equation = request.param
   rng = np.random.default_rng(0)
   x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in SHAPES[equation])
-  product = jnp.einsum(equation, x, weight)
-  gradient = jnp.asarray(rng.normal(size=product.shape), jnp.float32)
+  gradient = jnp.asarray(rng.normal(size=jnp.einsum(equation, x, weight).shape), jnp.float32)
+  return equation, x, weight, gradient
 
-  def gradients(multiply):
-    return lambda x, weight, gradient: jax.vjp(multiply, x, weight)[1](gradient)
 
-  ours = gradients(lambda x, weight: multiply(equation, x, weight))
-  expected = gradients(lambda x, weight: jnp.einsum(equation, x, weight))(x, weight, gradient)
-  np.testing.assert_allclose(multiply(equation, x, weight), product, rtol=1e-6, atol=1e-6)
-  for actual, value in zip(ours(x, weight, gradient), expected, strict=True):
-    np.testing.assert_allclose(actual, value, rtol=1e-5, atol=1e-5)
-  equations = jax.make_jaxpr(ours)(x, weight, gradient).eqns
+def gradients(form, equation, x, weight, gradient):
+  return jax.vjp(lambda x, weight: form(equation, x, weight), x, weight)[1](gradient)
+
+
+@pytest.mark.parametrize("form", [jnp.einsum, multiply_narrow_first])
+def test_values_and_gradients_are_einsums_in_fp64(case, form):
+  """Catches a gradient that sums over the wrong letters, or a weight gradient left transposed."""
+  equation, x, weight, gradient = case
+  inputs, output_term = equation.split("->")
+  x_term, weight_term = inputs.split(",")
+  exact = {
+    equation: (form(equation, x, weight), x, weight),
+    f"{output_term},{weight_term}->{x_term}": (gradients(form, *case)[0], gradient, weight),
+    f"{x_term},{output_term}->{weight_term}": (gradients(form, *case)[1], x, gradient),
+  }
+  for name, (actual, a, b) in exact.items():
+    expected = np.einsum(name, np.asarray(a, np.float64), np.asarray(b, np.float64))
+    terms = a.size * b.size // expected.size  # at least the length of the sum
+    assert_within(actual, expected, sum_error(terms, name, a, b), name)
+
+
+def test_tuned_weight_gradient_has_the_narrower_operand_first(case):
+  """Catches the copy of the wider operand that the tuned form is for: it would cost a CPU time and change no value."""
+  _, x, weight, gradient = case
+  equations = jax.make_jaxpr(lambda *a: gradients(multiply_narrow_first, case[0], *a))(x, weight, gradient).eqns
   (of_weight,) = (e for e in equations if e.primitive.name == "dot_general" and e.outvars[0].aval.size == weight.size)
   assert of_weight.invars[0].aval.size == min(x.size, gradient.size)
-  turned = [e.invars[0].aval.size for e in equations if e.primitive.name == "transpose"]
-  assert turned == ([weight.size] if x.size > gradient.size else [])
+  transposed = [e.invars[0].aval.size for e in equations if e.primitive.name == "transpose"]
+  assert transposed == ([weight.size] if x.size > gradient.size else [])
 
 
-def test_rematerialisation_still_sees_the_products():
-  """A policy that keeps products keeps these: none is multiplied a second time."""
+@pytest.mark.parametrize(("platform", "tuned"), [("cpu", True), ("tpu", False), ("gpu", False)])
+def test_only_a_cpu_gets_the_tuned_form(monkeypatch, platform, tuned):
+  """Catches a door that costs an accelerator forward-mode and second derivatives, or a CPU its tuned form."""
+  monkeypatch.setattr(product, "platform", lambda: platform)
+  jaxpr = jax.make_jaxpr(lambda x, w: product.multiply("btd,df->btf", x, w))(jnp.ones((1, 2, 3)), jnp.ones((3, 4)))
+  assert ("custom_vjp" in str(jaxpr)) == tuned
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_rematerialisation_still_sees_the_products(monkeypatch, platform):
+  """Catches a form that hides its products from a remat policy: they would be multiplied a second time."""
+  monkeypatch.setattr(product, "platform", lambda: platform)
 
   def count(policy):
-    f = jax.checkpoint(lambda x, w: jnp.sum(jnp.sin(multiply("btd,df->btf", x, w))), policy=policy)
+    f = jax.checkpoint(lambda x, w: jnp.sum(jnp.sin(product.multiply("btd,df->btf", x, w))), policy=policy)
     return str(jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(jnp.ones((1, 2, 3)), jnp.ones((3, 4)))).count("dot_general")
 
   policies = jax.checkpoint_policies

@@ -16,14 +16,16 @@ from mixln_jax import config as config_lib
 from mixln_jax.diagnostics.diagnose import diagnose
 from mixln_jax.errors import InputError
 from mixln_jax.model import next_token_loss
+from mixln_jax.opening import check_batch, make_loader, set_up
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
-from mixln_jax.parallel.rules import batch_sharding
+from mixln_jax.parallel.rules import batch_sharding, on_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.folder import parameter_table
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.checkpoints import initial_weights
-from mixln_jax.training.setup import Evaluator, check_batch, lower_train_step, make_loader, on_mesh, set_up
+from mixln_jax.training.begin import initial_weights
+from mixln_jax.training.evaluation import Evaluator
+from mixln_jax.training.program import SingleProgram, lower_train_step
 
 MESHES = {
   "data 8": {"data": -1},
@@ -71,7 +73,7 @@ def run(config_json, mesh):
     "samples": samples,
     "gathered": gathered(train_step.as_text()),
     "table": parameter_table(state.params, 0),
-    "validation": Evaluator(setup)(state.params)._asdict(),
+    "validation": Evaluator(SingleProgram(config, setup.mesh), setup)(state.params)[0]._asdict(),
     "share_of_one_device": share / sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
     "restored": restored_elsewhere(config_json, state.params),
   }

@@ -12,7 +12,7 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.metrics import read_lines
+from mixln_jax.runs.metrics import read_metrics
 from parallel import pod
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def train(recipe, workdir, count, *, devices=1, **fields):
 
 
 def losses(workdir):
-  lines = read_lines(workdir / "metrics.jsonl")
+  lines = read_metrics(workdir / "metrics.jsonl")
   assert [(line["step"], line["split"]) for line in lines] == [
     *((1, "train"), (2, "train"), (3, "train"), (3, "validation")),
     *((4, "train"), (5, "train"), (6, "train"), (6, "validation")),

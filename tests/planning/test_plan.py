@@ -21,7 +21,7 @@ from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.planning import plan as planning
 from mixln_jax.planning import search as search_lib
 from mixln_jax.planning import text, topology
-from mixln_jax.training.setup import lower_train_step, program_hash
+from mixln_jax.training.program import lower_train_step, program_hash
 from mixln_jax.training.step import state_shardings
 from planning import on_eight
 

@@ -41,10 +41,14 @@ def make_run(
   status="finished",
   weights=None,
   fingerprint="f" * 16,
+  environment=None,
   **changes,
 ):
-  """Writes a run's folder; `weights` changes some tensors' sums of bits, `diagnosis` some of diagnose.json. Returns the
-  folder."""
+  """Writes a run's folder and returns it.
+
+  `weights` changes some tensors' sums of bits, `diagnosis` some of diagnose.json, `environment` some of
+  environment.json, and `changes` some fields of the config.
+  """
   folder.mkdir(parents=True)
   config = config_of(**changes)
   write = lambda name, value: (folder / name).write_text(json.dumps(value))  # noqa: E731
@@ -54,7 +58,8 @@ def make_run(
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   sums = {name: 1000 * config["seed"] + index for index, name in enumerate(TENSORS)} | (weights or {})
   write("initial_weights.json", {"hash": f"{sum(sums.values()):x}", "bit_sums": sums})
-  write("environment.json", {"python": "3.11", "git": "abc", "devices": ["cpu:cpu"], "packages": {"jax": "0.10.2"}})
+  facts = {"python": "3.11", "git": "abc", "devices": ["cpu:cpu"], "packages": {"jax": "0.10.2"}}
+  write("environment.json", facts | (environment or {}))
   if ended:
     outcome = {
       "status": status,

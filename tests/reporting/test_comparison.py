@@ -4,20 +4,13 @@ import itertools
 import math
 
 import pytest
-from scipy import stats
 
-from mixln_jax.reporting.comparison import (
-  best_by_learning_rate,
-  featured,
-  make_groups,
-  paired_difference,
-  post_share,
-  spread,
-  standings,
-)
-from mixln_jax.reporting.evidence import Source, alpha_ablation, learning_rate_study
-from mixln_jax.reporting.loading import Run, load
-from mixln_jax.reporting.page import summarize
+from mixln_jax.reporting.analysis import summarize
+from mixln_jax.reporting.comparison import best_by_learning_rate, featured, paired_difference, spread, standings
+from mixln_jax.reporting.groups import make_groups, post_fraction
+from mixln_jax.reporting.loading import ReportedRun, load
+from mixln_jax.reporting.source import Source
+from mixln_jax.reporting.studies import alpha_ablation, learning_rate_study
 from mixln_jax.reporting.tables import perplexity_table
 from reporting.making import config_of, make_run
 
@@ -27,27 +20,31 @@ def load_runs(root, runs):
   return load([str(make_run(root / name, loss, **changes)) for name, loss, changes in runs])
 
 
-def test_mean_and_deviation_by_hand():
+def test_mean_and_std_by_hand():
   value = spread([1.0, 2.0, 4.0])
   assert (value.n, value.mean) == (3, pytest.approx(7 / 3))
-  assert value.deviation == pytest.approx(math.sqrt((16 / 9 + 1 / 9 + 25 / 9) / 2))
-  assert spread([3.0]).deviation is None
+  assert value.std == pytest.approx(math.sqrt((16 / 9 + 1 / 9 + 25 / 9) / 2))
+  assert spread([3.0]).std is None
 
 
-def test_interval_of_paired_differences_is_the_paired_t_tests():
-  ours, base = [5.1, 4.9, 5.3], [5.4, 5.5, 5.5]
-  result = paired_difference([a - b for a, b in zip(ours, base, strict=True)])
-  expected = stats.ttest_rel(ours, base).confidence_interval(0.95)
-  assert result.interval == pytest.approx((expected.low, expected.high))
-  # By hand: mean -11/30, s² = 0.13/3, t(2; 0.975) = 4.302653.
+def test_the_interval_of_paired_differences_by_hand():
+  """Would catch an interval of unpaired samples, of another level, or with n instead of n − 1 degrees of freedom."""
+  result = paired_difference([5.1, 4.9, 5.3], [5.4, 5.5, 5.5])
+  # Mean -11/30, s² = 0.13/3, t(2; 0.975) = 4.302653.
+  half_width = 4.302653 * math.sqrt(0.13 / 3 / 3)
+  assert result.n == 3
   assert result.mean == pytest.approx(-11 / 30)
-  assert result.interval is not None
-  assert result.interval[1] - result.mean == pytest.approx(4.302653 * math.sqrt(0.13 / 3 / 3), rel=1e-6)
+  assert result.interval == pytest.approx((-11 / 30 - half_width, -11 / 30 + half_width), rel=1e-6)
 
 
-def test_nothing_is_stated_where_there_is_nothing_to_state():
-  assert paired_difference([0.5]).interval is None
-  assert paired_difference([0.5, 0.5]).interval is None
+@pytest.mark.parametrize(
+  ("ours", "baseline"),
+  [([5.5], [5.0]), ([5.5, 6.5], [5.0, 6.0]), ([5.3, 4.2], [5.2, 4.1])],
+  ids=["one_pair", "equal", "equal_but_for_rounding"],
+)
+def test_there_is_no_interval_where_no_seed_shows_a_spread(ours, baseline):
+  """Would catch an interval of width 0, or one of rounding alone (5.3 − 5.2 is not 4.2 − 4.1 in binary)."""
+  assert paired_difference(ours, baseline).interval is None
 
 
 def test_the_table_pairs_equal_seeds_and_counts_only_whole_runs(tmp_path):
@@ -102,7 +99,6 @@ def test_the_best_learning_rate_and_an_edge_of_the_grid_are_marked(tmp_path):
   best = [(one.row.group.label, one.place) for one in best_by_learning_rate(rows)]
   assert best == [("pre, learning_rate 0.003", "inside"), ("post, learning_rate 0.001", "lower edge")]
   figure = learning_rate_study(Source(material.runs, groups, rows, groups))
-  assert figure is not None
   pre, post = figure.panels[0].series
   assert (list(pre.x), list(pre.y)) == ([1e-3, 3e-3, 1e-2], [5.0, 4.0, 6.0])
   assert (pre.marked, post.marked) == ([1], [0])
@@ -185,14 +181,13 @@ def test_alpha_ablation_has_pre_at_0_and_post_at_1(tmp_path):
   groups = make_groups(material)
   rows = standings(material.runs, groups, "pre")
   figure = alpha_ablation(Source(material.runs, groups, rows, groups))
-  assert figure is not None
   (line,) = figure.panels[0].series
   assert sorted(zip(line.x, line.y, strict=True)) == [(0.0, 4.0), (0.25, 3.0), (0.25, 3.1), (0.5, 3.5), (1.0, 5.0)]
   assert [line.y[index] for index in line.marked] == [3.0]
 
 
 @pytest.mark.parametrize(
-  ("placement", "share"),
+  ("placement", "expected"),
   [
     ("pre", (0.0, "")),
     ("post", (1.0, "")),
@@ -204,8 +199,8 @@ def test_alpha_ablation_has_pre_at_0_and_post_at_1(tmp_path):
     ("not a placement", None),
   ],
 )
-def test_share_of_post_layers(placement, share, tmp_path):
-  assert post_share(Run("run", tmp_path, config_of(model__placement=placement))) == share
+def test_fraction_of_post_layers(placement, expected, tmp_path):
+  assert post_fraction(ReportedRun("run", tmp_path, config_of(model__placement=placement))) == expected
 
 
 def test_sixty_runs_stay_legible(tmp_path):

@@ -2,8 +2,10 @@
 
 import pytest
 
-from mixln_jax.reporting.comparison import make_groups
-from mixln_jax.reporting.fairness import find
+from mixln_jax import config as config_lib
+from mixln_jax.model.parameters import parameters
+from mixln_jax.reporting.fairness import DRAWN, find
+from mixln_jax.reporting.groups import make_groups
 from mixln_jax.reporting.loading import load
 from reporting.making import make_run, make_study
 
@@ -26,11 +28,11 @@ def test_a_fair_comparison_has_nothing_to_say(tmp_path):
 @pytest.mark.parametrize(
   ("one", "other", "words"),
   [
-    ({"train__batch_size": 8}, {"train__batch_size": 16}, "train.batch_size differs and is no axis"),
+    ({"train__batch_size": 8}, {"train__batch_size": 16}, "train.batch_size differs and is not an axis"),
     ({"optimizer__clip_norm": 0.0}, {"optimizer__clip_norm": 1.0}, "optimizer.clip_norm differs"),
     ({"fingerprint": "a" * 16}, {"fingerprint": "b" * 16}, "different data (fingerprints): aaaaaaaaaaaa in run0"),
-    ({}, {"weights": {"layers/query": 7}}, "same seed but start from other numbers in layers/query"),
-    ({}, {"weights": {"embedding": 7, "final_norm": 8}}, "start from other numbers in embedding"),
+    ({}, {"weights": {"layers/query": 7}}, "same seed but start from different numbers in layers/query"),
+    ({}, {"weights": {"embedding": 7, "final_norm": 8}}, "start from different numbers in embedding"),
     ({}, {"diagnosis": {"step": 10}}, "(last step, an unknown number of tokens in run0; step 10, an unknown number"),
     (
       {"diagnosis": {"tokens": 4096}},
@@ -45,7 +47,7 @@ def test_what_is_not_fair_is_said(one, other, words, tmp_path):
   assert words in findings[0][1]
 
 
-def test_weights_that_a_placement_draws_otherwise_are_no_fault_but_the_embedding_is(tmp_path):
+def test_weights_that_a_placement_draws_differently_are_no_fault_but_the_embedding_is(tmp_path):
   scaled = {"model__placement": "pre+scaled_init"}
   findings = found(tmp_path / "a", PRE, scaled | {"weights": {"layers/output": 7, "layers/down": 8}})
   assert [level for level, _ in findings] == ["note"]
@@ -55,10 +57,12 @@ def test_weights_that_a_placement_draws_otherwise_are_no_fault_but_the_embedding
 
 def test_fields_that_compute_the_same_are_only_noted(tmp_path):
   findings = found(tmp_path, PRE, POST | {"model__remat": "full", "checkpoint__every_steps": 5})
-  assert findings == [("note", "fields that don't change what is computed differ: model.remat, checkpoint.every_steps")]
+  assert findings == [
+    ("note", "fields that do not change what is computed differ: model.remat, checkpoint.every_steps")
+  ]
 
 
-def test_diagnoses_of_each_runs_last_step_are_alike_and_old_ones_are_a_caution(tmp_path):
+def test_diagnoses_of_each_runs_last_step_are_comparable_and_old_ones_are_a_caution(tmp_path):
   longer = {"train__num_steps": 40, "diagnosis": {"step": 40}}
   assert not any("diagnosed" in text for _, text in found(tmp_path / "a", PRE, POST | longer))
   early = {"diagnosis": {"step": 10}}
@@ -68,20 +72,22 @@ def test_diagnoses_of_each_runs_last_step_are_alike_and_old_ones_are_a_caution(t
   ]
 
 
-def test_seeds_are_held_against_each_other_by_group(tmp_path):
+def test_seeds_are_compared_by_group(tmp_path):
   rates = [{"optimizer__learning_rate": 3e-3, "seed": seed} for seed in range(2)] + [{"optimizer__learning_rate": 1e-3}]
   findings = found(tmp_path / "a", *(name | rate for name in (PRE, POST) for rate in rates))
   assert findings == [
     (
       "caution",
-      "seed was not the same set for each group (0 in pre, learning_rate 0.001 and in post, learning_rate 0.001; "
-      "0, 1 in pre, learning_rate 0.003 and in post, learning_rate 0.003); "
+      "seed does not have the same values in each group (0 in pre, learning_rate 0.001 and in post, learning_rate "
+      "0.001; 0, 1 in pre, learning_rate 0.003 and in post, learning_rate 0.003); "
       "means are over different seeds, differences only over equal ones",
     )
   ]
   crossed = [PRE | {"seed": 0}, PRE | {"seed": 1, "data__seed": 1}, POST | {"seed": 1}, POST | {"data__seed": 1}]
   ((_, text),) = found(tmp_path / "b", *crossed)
-  assert text.startswith("seed / data.seed was not the same set for each group (0/0, 1/1 in pre; 0/1, 1/0 in post)")
+  assert text.startswith(
+    "seed / data.seed does not have the same values in each group (0/0, 1/1 in pre; 0/1, 1/0 in post)"
+  )
 
 
 def test_what_weakens_a_comparison_is_a_caution(tmp_path):
@@ -96,11 +102,11 @@ def test_what_weakens_a_comparison_is_a_caution(tmp_path):
   assert {level for level, _ in findings} == {"caution"}
   text = "\n".join(text for _, text in findings)
   for words in (
-    "run2, run3 are one run made again",
-    "optimizer.learning_rate was not the same set for each placement (pre: 0.001, 0.003; post: 0.003)",
-    "seed was not the same set for each group (0 in pre, learning_rate 0.001 and in pre, learning_rate 0.003; 0, 1 in",
+    "run2, run3 repeat one run",
+    "optimizer.learning_rate does not have the same values for each placement (pre: 0.001, 0.003; post: 0.003)",
+    "seed does not have the same values in each group (0 in pre, learning_rate 0.001 and in pre, learning_rate 0.003;",
     "no evaluation at their last step: run4 (running or killed, step 0 of 20)",
-    "which data they were trained on is not known yet of run4",
+    "the training data of run4 is not known yet",
   ):
     assert words in text
 
@@ -114,5 +120,56 @@ def test_a_study_holds_its_runs_to_its_plan(tmp_path):
   make_run(folder / "runs" / "post", model__placement="post", seed=3, train__batch_size=4)
   material = load([str(folder)])
   findings = [finding.text for finding in find(material, make_groups(material))]
-  assert any(text.startswith("train.batch_size differs and is no axis") for text in findings)
+  assert any(text.startswith("train.batch_size differs and is not an axis") for text in findings)
   assert any(text.startswith("post is not the run that the study planned: seed=3, planned 0, ") for text in findings)
+
+
+def test_runs_of_different_code_are_named(tmp_path):
+  """Would catch a comparison of runs whose code changed in between that does not say so, or not which runs."""
+  old, new = {"environment": {"code": "c0ffee"}}, {"environment": {"code": "decade"}}
+  findings = found(tmp_path / "a", PRE | old, POST | new, {"model__placement": "lns"} | new)
+  assert findings == [
+    (
+      "caution",
+      "the runs were trained by different code (environment.json): code c0ffee in run0; code decade in run1, run2. "
+      "They are comparable only if what changed in between does not change the numbers",
+    )
+  ]
+  # A run of a version without the hash has its revision; whether the code is the same can't be known.
+  findings = found(tmp_path / "b", PRE, POST | new)
+  assert "revision abc in run0; code decade in run1" in findings[0][1]
+
+
+def test_another_revision_of_the_same_code_is_no_finding(tmp_path):
+  """Would catch a caution about a commit that changed no line of the package."""
+  one, other = ({"environment": {"code": "c0ffee", "git": git}} for git in ("abc", "def-dirty"))
+  assert found(tmp_path, PRE | one, POST | other) == []
+
+
+def test_runs_of_one_group_with_different_programs_are_named(tmp_path):
+  """Would catch a spread over seeds that is one of programs; placements are different programs by design."""
+  programs = [{"environment": {"train_step": name}} for name in ("one", "two")]
+  assert found(tmp_path / "a", PRE | programs[0], POST | programs[1]) == []
+  ((level, text),) = found(tmp_path / "b", PRE | programs[0], PRE | programs[1] | {"seed": 1})
+  assert level == "note"
+  assert text.startswith(
+    "the training steps of pre are different programs (environment.json): one in run0; two in run1"
+  )
+
+
+def test_machines_and_versions_that_differ_are_named(tmp_path):
+  """Would catch a finding that says that machines differ but not whose."""
+  other = {"environment": {"devices": ["gpu:H100"], "packages": {"jax": "0.11.0"}}}
+  texts = [text for _, text in found(tmp_path, PRE, POST | other)]
+  assert texts == [
+    "not all runs had the same JAX version: 0.10.2 in run0; 0.11.0 in run1",
+    "not all runs had the same kind of device: cpu:cpu in run0; gpu:H100 in run1",
+  ]
+
+
+def test_the_drawn_parameters_are_those_of_the_model():
+  """Would catch a new matrix in the model whose initial numbers a report would not compare."""
+  config = config_lib.base()
+  config.model.placement = "pre+gpas,layerscale*11+qk_norm"
+  drawn = {param.name for param in parameters(config.model).values() if param.drawn}
+  assert set(DRAWN) == drawn

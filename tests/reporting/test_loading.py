@@ -2,13 +2,21 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mixln_jax.errors import InputError
-from mixln_jax.reporting.loading import load, read_diagnosis
+from mixln_jax.reporting import figures
+from mixln_jax.reporting.groups import differing_fields
+from mixln_jax.reporting.loading import load
+from mixln_jax.reporting.model_diagnosis import read_diagnosis
+from mixln_jax.reporting.page import write_report
 from reporting.making import make_run, make_study
+
+OLD_RUN = Path(__file__).parents[1] / "data" / "old_run" / "run"
 
 
 def test_a_run_that_still_trains(tmp_path):
@@ -33,15 +41,15 @@ def test_numbers_that_are_not_finite(tmp_path):
   ("file", "text", "words"),
   [
     ("metrics.jsonl", '{"step": 1\n{"step": 2, "split": "train", "loss": 1}\n', "line 1 is not JSON"),
-    ("metrics.jsonl", '{"step": 1, "split": "train"}\n', "has no loss"),
+    ("metrics.jsonl", '{"step": 1, "split": "train"}\n', "line 1 is not an object with step and split and loss"),
     ("outcome.json", "[]", "holds no JSON object"),
     ("outcome.json", "{", "can't be read"),
-    ("diagnostics.jsonl", '{"stp": 1}\n', "line 1 has no step"),
+    ("diagnostics.jsonl", '{"stp": 1}\n', "line 1 is not an object with step;"),
     ("diagnose/20/diagnose.json", '{"step": 20}', "diagnose.json: damaged (KeyError: 'num_layers')"),
     (
       "diagnose/20/diagnose.json",
       '{"step": 1, "num_layers": 3, "effective_rank": [1]}',
-      "shape (1,) stands where (4,)",
+      "an array has shape (1,), expected (4,)",
     ),
   ],
 )
@@ -64,7 +72,7 @@ def test_a_run_without_a_readable_config_is_left_out_and_named(tmp_path):
     load([str(broken)])
 
 
-def test_what_is_not_there_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_an_error(tmp_path):
   with pytest.raises(InputError, match="holds neither a run"):
     load([str(make_run(tmp_path / "run")), str(tmp_path)])
 
@@ -98,3 +106,50 @@ def test_null_is_nan_in_a_diagnosis(tmp_path):
   assert last.shape == (4, 4)
   assert np.isfinite(last).sum() == 4 + 3 + 2 + 1
   assert diagnosis.removal[2].tolist() == [7.0, 6.5, 6.0]
+
+
+def test_a_field_that_an_earlier_version_lacked_has_its_default(tmp_path):
+  """Would catch a run of an earlier version that is not compared with a new one of the same settings."""
+  old, new = make_run(tmp_path / "old"), make_run(tmp_path / "new")
+  config = json.loads((old / "config.json").read_text())
+  del config["model.qkv_bias"], config["data.seed"]
+  (old / "config.json").write_text(json.dumps(config))
+  material = load([str(old), str(new)])
+  assert material.runs[0].config == material.runs[1].config
+  assert differing_fields(material.runs) == []
+  assert material.runs[0].problems == []
+
+
+@pytest.mark.parametrize(
+  ("environment", "words"),
+  [
+    ({"version": "9.9", "git": "abc"}, "written by version 9.9;"),
+    ({"git": "abc"}, "written by revision abc;"),
+    ({"git": None}, "written by another version;"),
+  ],
+)
+def test_a_field_that_this_version_lacks_is_named_with_the_version_that_wrote_it(environment, words, tmp_path):
+  """Would catch a setting of another version that is ignored without a word."""
+  folder = make_run(tmp_path / "run", environment=environment, model__streams=4)
+  (run,) = load([str(folder)]).runs
+  (problem,) = run.problems
+  assert words in problem
+  assert "does not know model.streams=4" in problem
+  assert run.config["model.streams"] == 4
+
+
+def test_a_run_of_an_earlier_version_is_reported(tmp_path, monkeypatch):
+  """Would catch a report that can't read, or silently leaves out, what an earlier version wrote."""
+  monkeypatch.setattr(figures, "FORMATS", ("svg",))  # one format shows whether it is drawn
+  shutil.copytree(OLD_RUN, tmp_path / "old", ignore=shutil.ignore_patterns("checkpoints"))
+  material = load([str(tmp_path / "old")])
+  (run,) = material.runs
+  assert run.problems == []
+  assert (run.step, run.status) == (20, "finished, diverged")
+  assert run.final_loss == 2.9891420534143895
+  assert run.layer_list == ["post+gpas", "pre", "layerscale+qk_norm", "lns"]
+  report = write_report(material, tmp_path / "report")
+  drawn = {path.stem for path in report.figures}
+  assert drawn == {"loss", "perplexity", "gradient_norm", "layer_gradient_norm", "residual_growth", "sublayers"}
+  assert "19.87 (one seed)" in report.headline
+  assert "19.87" in report.page.read_text()

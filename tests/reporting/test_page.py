@@ -11,8 +11,9 @@ import pytest
 
 from mixln_jax.__main__ import main
 from mixln_jax.reporting import figures
+from mixln_jax.reporting.analysis import analyze
 from mixln_jax.reporting.loading import load
-from mixln_jax.reporting.page import SECTIONS, analyze
+from mixln_jax.reporting.page import SECTIONS
 from mixln_jax.reporting.panels import DARK, DARK_PAGE, LIGHT, LIGHT_PAGE
 from reporting.conftest import EVIL
 from reporting.making import make_run, make_study
@@ -103,14 +104,14 @@ def test_numbers_reach_page_and_csv(whole_report):
     rows = {row["group"]: row for row in csv.DictReader(file)}
   row = rows["mix:0.5, learning_rate 0.001"]
   assert row["loss (nats)"] == "5.0500 ± 0.0707"  # 5.0 and 5.1
-  assert row["loss less pre's"] == "+1.0000 (all pairs equal: no interval)"
+  assert row["loss minus pre's"] == "+1.0000 (all pairs equal: no interval)"
   assert rows["pre, learning_rate 0.001"]["diverged"] == "1"
   text = (whole_report / "report.html").read_text()
   assert "<td>5.0500 ± 0.0707</td>" in text
   with (whole_report / "tables" / "removal.csv").open() as file:
     drops = [float(row["y"]) for row in csv.DictReader(file) if row["panel"] == "one layer"]
   assert drops[:4] == [1.0, 0.5, 0.25, 0.0]
-  assert "Could not be read" in text
+  assert "Problems with the run folders" in text
   assert "environment.json" in text
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mixln_jax.errors import InputError
 from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
-from mixln_jax.runs.metrics import Metrics, read_lines
+from mixln_jax.runs.metrics import Metrics, read_metrics
 
 
 def trees(step):
@@ -151,20 +151,20 @@ def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
   metrics.close()
   with path.open("a") as file:
     file.write('{"step": 4')
-  assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 3]
-  assert read_lines(path)[-1]["loss"] == "inf"
+  assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 3]
+  assert read_metrics(path)[-1]["loss"] == "inf"
   metrics = Metrics(path, 2)
   metrics.write(3, "train", {"loss": 0.1})
   metrics.close()
-  assert [(line["step"], line["loss"]) for line in read_lines(path)] == [(1, 1.0), (2, 0.5), (3, 0.1)]
+  assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1.0), (2, 0.5), (3, 0.1)]
   path.write_text('{"step": 1, "split": "train"}\nnonsense\n{"step": 2}\n')
   with pytest.raises(InputError, match="line 2 is not JSON"):
-    read_lines(path)
+    read_metrics(path)
   path.write_text('{"step": 1, "split": "train"}\n3\n')
   with pytest.raises(InputError, match="line 2 has no step and split"):
-    read_lines(path)
+    read_metrics(path)
   path.write_bytes(b'{"step": 1, "split": "train"}\n\xff\xfe\n{}\n')
   with pytest.raises(InputError, match="line 2 is not JSON"):
-    read_lines(path)
+    read_metrics(path)
   Metrics(path, 0).close()
   assert path.read_text() == ""

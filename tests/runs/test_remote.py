@@ -16,9 +16,10 @@ from gcsfs.retry import HttpError
 from mixln_jax import config as config_lib
 from mixln_jax.commands import doctor
 from mixln_jax.errors import InputError
+from mixln_jax.runs import lock as lock_lib
 from mixln_jax.runs import remote as remote_lib
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.metrics import read_lines
+from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.runs.remote import Lock, Remote
 from runs import buckets
 
@@ -39,15 +40,15 @@ def bucket(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
   for name, seconds in (("STALE_SECONDS", 1.5), ("TOUCH_SECONDS", 0.2), ("POLL_SECONDS", 0.05)):
-    monkeypatch.setattr(remote_lib, name, seconds)
+    monkeypatch.setattr(lock_lib, name, seconds)
   monkeypatch.setattr(remote_lib, "SETTLE_SECONDS", 1.0)
 
 
 @pytest.mark.parametrize(
   ("url", "words"),
   [
-    ("ftp://host/run", r"--workdir=ftp://host/run: can't be written to; give a local folder, or one of gs://"),
-    ("gs://bucket", r"--workdir=gs://bucket: names a bucket; give a folder in it, gs://bucket/NAME"),
+    ("ftp://host/run", r"workdir=ftp://host/run: can't be written to; give a local folder, or one of gs://"),
+    ("gs://bucket", r"workdir=gs://bucket: names a bucket; give a folder in it, gs://bucket/NAME"),
   ],
 )
 def test_a_url_that_can_not_be_a_work_directory_is_refused(url, words):
@@ -131,9 +132,9 @@ def test_small_files_go_out_and_come_back_whole(bucket):
     assert again.unused("nested").name == "nested_2"
   with pytest.raises(InputError, match=r"no run there \(placement.txt"):
     again.read("placement.txt")
-  with pytest.raises(InputError, match=r"--workdir=gs://bucket/spool: not empty and holds no run"):
+  with pytest.raises(InputError, match=r"workdir=gs://bucket/spool: not empty and holds no run"):
     again.create("{}")
-  with pytest.raises(InputError, match=r"--workdir=gs://nobody/run: can't be used .*see that the bucket exists"):
+  with pytest.raises(InputError, match=r"workdir=gs://nobody/run: can't be used .*see that the bucket exists"):
     RunFolder("gs://nobody/run").create("{}")
 
 
@@ -143,7 +144,7 @@ def test_the_doctor_tries_a_bucket(bucket, capsys):
   assert "gs://bucket/visit can be written" in capsys.readouterr().out
   assert not list(bucket[0].glob("visit/*"))
   (problem,) = doctor._check_workdir("gs://nobody/visit")
-  assert "--workdir=gs://nobody/visit: can't be used" in problem
+  assert "workdir=gs://nobody/visit: can't be used" in problem
 
 
 @needs_bucket
@@ -159,12 +160,12 @@ def test_one_writer(bucket, quick):
   folder.remote.write(".lock", json.dumps({"host": "gone", "process": 7}).encode())
   started = time.monotonic()
   with other.lock():
-    assert remote_lib.STALE_SECONDS <= time.monotonic() - started < 10
+    assert lock_lib.STALE_SECONDS <= time.monotonic() - started < 10
 
 
 @needs_bucket
 def test_of_several_that_find_a_stale_lock_one_gets_it(bucket, quick, monkeypatch):
-  monkeypatch.setattr(remote_lib, "STALE_SECONDS", 4.0)  # on a busy machine a thread may be late by seconds
+  monkeypatch.setattr(lock_lib, "STALE_SECONDS", 4.0)  # on a busy machine a thread may be late by seconds
   monkeypatch.setattr(remote_lib, "SETTLE_SECONDS", 2.0)
   remote = Remote("gs://bucket/race")
   remote.write(".lock", b'{"host": "gone"}')
@@ -229,10 +230,10 @@ def command(tmp_path_factory, make_config, bucket):
     f"  return config.from_json(Path({str(place / 'config.json')!r}).read_text())\n"
   )
 
-  def run(*arguments, env=None, stale_seconds=remote_lib.STALE_SECONDS, **options):
+  def run(*arguments, env=None, stale_seconds=lock_lib.STALE_SECONDS, **options):
     machine = tmp_path_factory.mktemp("machine")
-    front_door = f"remote.STALE_SECONDS = {stale_seconds}; sys.exit(__main__.main(sys.argv[1:]))"
-    script = f"import sys; from mixln_jax import __main__; from mixln_jax.runs import remote; {front_door}"
+    front_door = f"lock.STALE_SECONDS = {stale_seconds}; sys.exit(__main__.main(sys.argv[1:]))"
+    script = f"import sys; from mixln_jax import __main__; from mixln_jax.runs import lock; {front_door}"
     return subprocess.Popen(
       [sys.executable, "-c", script, *arguments],
       env=os.environ | bucket[1] | {"PYTHONPATH": str(ROOT), "TMPDIR": str(machine), **(env or {})},
@@ -253,7 +254,7 @@ def finish(process, status=0):
 
 
 def curve(path):
-  return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in read_lines(path)]
+  return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in read_metrics(path)]
 
 
 @pytest.mark.slow

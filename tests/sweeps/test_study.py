@@ -6,7 +6,7 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.model.initial import deviations
+from mixln_jax.model.parameters import parameters
 from mixln_jax.sweeps.sequence import OPEN, open_study, state_of
 from mixln_jax.sweeps.study import check_initial_weights, load_study, make_study, parse_axes
 
@@ -116,7 +116,7 @@ def test_runs_of_other_shapes_share_nothing_of_those_shapes(make_config, tmp_pat
   runs = study_of(make_config(), "num_kv_heads=1 2").runs(tmp_path)
   for number, run in enumerate(runs):
     run.folder.create(config_lib.to_json(run.config))
-    sums = dict.fromkeys(deviations(run.config.model), 7) | {"layers/key": number, "layers/value": number}
+    sums = dict.fromkeys(parameters(run.config.model), 7) | {"layers/key": number, "layers/value": number}
     run.folder.write_json("initial_weights.json", {"hash": str(number), "bit_sums": sums})
   assert len(check_initial_weights(runs)) == 2
 

@@ -11,17 +11,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import saved_params
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.metrics import read_lines
-from mixln_jax.sweeps import together
+from mixln_jax.runs import outcome as outcomes_lib
+from mixln_jax.runs.metrics import read_metrics
+from mixln_jax.sweeps.joint import joint_set, train_together
 from mixln_jax.sweeps.sequence import open_study
 from mixln_jax.sweeps.study import make_study, parse_axes
-from mixln_jax.sweeps.together import joint_set, train_together
 from mixln_jax.training import loop
-from mixln_jax.training.setup import open_run, set_up
 from mixln_jax.training.stopping import StopRequest
 
 PLACEMENTS = "pre mix:0.5 sandwich+gpas"
@@ -32,11 +31,11 @@ def study_of(config, *axes):
 
 
 def values(run, split="train"):
-  return [line for line in read_lines(run.folder / "metrics.jsonl") if line["split"] == split]
+  return [line for line in read_metrics(run.folder / "metrics.jsonl") if line["split"] == split]
 
 
 def params(folder, config):
-  return open_run(RunFolder(folder), set_up(config).mesh).params
+  return saved_params(folder)
 
 
 def assert_same_runs(actual, expected):
@@ -57,11 +56,11 @@ def trained(make_config, tmp_path_factory):
 
 def assert_equal_to_alone(run, outcome, folder):
   alone = loop.train(run.config, folder)
-  assert outcome.status == alone.status == loop.FINISHED
+  assert outcome.status == alone.status == outcomes_lib.FINISHED
   initial = json.loads((folder / "initial_weights.json").read_text())
   assert json.loads(run.folder.read("initial_weights.json")) == initial  # to the last bit
   for split in ("train", "validation"):
-    own = [line for line in read_lines(folder / "metrics.jsonl") if line["split"] == split]
+    own = [line for line in read_metrics(folder / "metrics.jsonl") if line["split"] == split]
     for line, other in zip(values(run, split), own, strict=True):
       assert line["step"] == other["step"]
       for name in {"loss", "gradient_norm", "learning_rate", "perplexity"} & line.keys():
@@ -93,8 +92,8 @@ def test_a_run_of_them_goes_on_alone(trained, tmp_path):
   shutil.copytree(runs[3].folder.path, tmp_path / "alone")
   for step in (4, 6):  # back to step 2
     shutil.rmtree(tmp_path / "alone" / "checkpoints" / str(step))
-  assert loop.train(runs[3].config, tmp_path / "alone").status == loop.FINISHED
-  losses = [line["loss"] for line in read_lines(tmp_path / "alone" / "metrics.jsonl") if line["split"] == "train"]
+  assert loop.train(runs[3].config, tmp_path / "alone").status == outcomes_lib.FINISHED
+  losses = [line["loss"] for line in read_metrics(tmp_path / "alone" / "metrics.jsonl") if line["split"] == "train"]
   np.testing.assert_allclose(losses, [line["loss"] for line in values(runs[3])], rtol=2e-5)
 
 
@@ -116,12 +115,12 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(trained, tmp_path, monkeyp
   runs = open_study(study, tmp_path / "study")
   assert joint_set(runs) == runs
   with monkeypatch.context() as patch:
-    patch.setattr(together, "stop_on_signals", lambda: contextlib.nullcontext(AfterThreeSteps()))
-    assert {outcome.status for outcome in train_together(study, runs)} == {loop.STOPPED}
+    patch.setattr(loop, "stop_on_signals", lambda: contextlib.nullcontext(AfterThreeSteps()))
+    assert {outcome.status for outcome in train_together(study, runs)} == {outcomes_lib.STOPPED}
   # As a kill would leave it that came between the checkpoints of two runs.
   shutil.rmtree(runs[4].folder / "checkpoints" / "3")
   assert joint_set(runs) == runs
-  assert {outcome.status for outcome in train_together(study, runs)} == {loop.FINISHED}
+  assert {outcome.status for outcome in train_together(study, runs)} == {outcomes_lib.FINISHED}
   for run, other in zip(runs, expected, strict=True):
     for split in ("train", "validation"):
       assert_same_runs(values(run, split), values(other, split))
@@ -139,11 +138,11 @@ def test_a_run_that_is_not_finite_is_frozen_and_the_others_go_on(make_config, tm
   outcomes = train_together(study, runs)
   status = {run.name: outcome.status for run, outcome in zip(runs, outcomes, strict=True)}
   frozen = [run for run in runs if run.config.optimizer.learning_rate > 1]
-  assert {status[run.name] for run in runs if run not in frozen} == {loop.FINISHED}
-  assert {status[run.name] for run in frozen} == {loop.NON_FINITE}
+  assert {status[run.name] for run in runs if run not in frozen} == {outcomes_lib.FINISHED}
+  assert {status[run.name] for run in frozen} == {outcomes_lib.NON_FINITE}
   for run, outcome in zip(runs, outcomes, strict=True):
     assert json.loads(run.folder.read("outcome.json"))["status"] == outcome.status
-    if outcome.status == loop.NON_FINITE:
+    if outcome.status == outcomes_lib.NON_FINITE:
       assert values(run)[-1]["step"] == outcome.step < config.train.num_steps
       assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params(run.folder.path, run.config)))
       assert (run.folder / f"non_finite_{outcome.step}").is_dir()
@@ -161,9 +160,9 @@ def test_all_may_freeze_and_a_finished_run_is_never_trained_again(make_config, t
   runs = open_study(study, tmp_path / "study")
   loop.train(runs[1].config.copy_and_resolve_references(), runs[1].folder.path)  # one of them alone, to its end
   before = runs[1].folder.read("outcome.json")
-  assert json.loads(before)["status"] == loop.NON_FINITE
+  assert json.loads(before)["status"] == outcomes_lib.NON_FINITE
   outcomes = train_together(study, joint_set(runs))
-  assert [outcome.status for outcome in outcomes] == [loop.NON_FINITE]
+  assert [outcome.status for outcome in outcomes] == [outcomes_lib.NON_FINITE]
   assert outcomes[0].skipped_updates == json.loads(before)["skipped_updates"]
   assert runs[1].folder.read("outcome.json") == before
   assert joint_set(runs) == []

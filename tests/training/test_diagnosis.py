@@ -15,10 +15,11 @@ from training.test_step import state_of, unequal_batch
 from mixln_jax.diagnostics.spikes import FEWEST, WINDOW, LossWindow
 from mixln_jax.model import Transformer
 from mixln_jax.model.attention import attention_statistics
-from mixln_jax.runs.metrics import read_lines
+from mixln_jax.opening import set_up
+from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.training import loop
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import lower_train_step, set_up
+from mixln_jax.training.program import lower_train_step
 
 
 def lines_of(workdir):
@@ -172,7 +173,7 @@ def test_a_run_with_diagnostics_is_the_same_run_with_a_line_on_its_steps(plain, 
   assert_same_run(tmp_path / "run", plain)
   lines = lines_of(tmp_path / "run")
   assert [line["step"] for line in lines] == [1, 3, 6]
-  train = [line for line in read_lines(plain / "metrics.jsonl") if line["split"] == "train"]
+  train = [line for line in read_metrics(plain / "metrics.jsonl") if line["split"] == "train"]
   assert [line["loss"] for line in lines] == [train[step - 1]["loss"] for step in (1, 3, 6)]
   first = lines[0]
   assert first["loss_spike_score"] is None

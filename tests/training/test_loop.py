@@ -14,17 +14,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import saved_params
 
 from mixln_jax import config as config_lib
 from mixln_jax.data.prepare import prepare
 from mixln_jax.errors import InputError
 from mixln_jax.parallel.mesh import make_mesh
-from mixln_jax.runs import remote
+from mixln_jax.runs import lock as lock_lib
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.metrics import read_lines
-from mixln_jax.training import loop
+from mixln_jax.runs.metrics import read_metrics
+from mixln_jax.training import loop, member
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.setup import open_run
 from mixln_jax.training.stopping import StopRequest
 
 ROOT = Path(__file__).parents[2]
@@ -36,13 +36,13 @@ def slow(value):
 
 def final_params(workdir, step=None):
   folder = RunFolder(workdir)
-  params = open_run(folder, make_mesh(config_lib.base().mesh), step).params
+  params = saved_params(folder, step)
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def curve(workdir):
   """What metrics.jsonl says, less the speed; each (split, step) once, in order of steps."""
-  lines = read_lines(Path(workdir) / "metrics.jsonl")
+  lines = read_metrics(Path(workdir) / "metrics.jsonl")
   keys = [(line["split"], line["step"]) for line in lines]
   assert len(keys) == len(set(keys))
   assert [step for split, step in keys if split == "train"] == list(
@@ -103,7 +103,7 @@ def test_a_run_leaves_its_facts(untouched, make_config):
   assert re.fullmatch("[0-9a-f]{16}", environment["train_step"])
   outcome = json.loads((untouched / "outcome.json").read_text())
   assert (outcome["status"], outcome["step"]) == ("finished", 6)
-  lines = read_lines(untouched / "metrics.jsonl")
+  lines = read_metrics(untouched / "metrics.jsonl")
   assert [line["step"] for line in lines if line["split"] == "validation"] == [3, 6]
   train = [line for line in lines if line["split"] == "train"]
   assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
@@ -144,7 +144,7 @@ def test_a_crash_between_checkpoints_loses_nothing_but_time(untouched, make_conf
     loop.train(make_config(), tmp_path / "run")
   monkeypatch.undo()
   path = tmp_path / "run" / "metrics.jsonl"
-  assert read_lines(path)[-1]["step"] == 3
+  assert read_metrics(path)[-1]["step"] == 3
   with path.open("a") as file:
     file.write('{"step": 4, "spl')
   assert loop.train(make_config(), tmp_path / "run").status == "finished"
@@ -175,7 +175,7 @@ def test_a_killed_process_run_again_is_the_untouched_run(untouched, make_config,
     process.send_signal(killer)
     status = process.wait(timeout=60)
   assert status == (75 if killer == signal.SIGTERM else -signal.SIGKILL)
-  assert len(read_lines(metrics)) < 250
+  assert len(read_metrics(metrics)) < 250
   subprocess.run(command(tmp_path / "b"), check=True, timeout=300, **options)
   assert_same_run(tmp_path / "b", tmp_path / "a")
 
@@ -297,7 +297,7 @@ def test_a_decayed_wsd_run_goes_on_from_where_its_decay_began(make_config, tmp_p
     np.testing.assert_array_equal(leaf, second[name], err_msg=name)
   # The decayed model is not lost.
   kept = tmp_path / "run" / "superseded_at_5"
-  assert [line["step"] for line in read_lines(kept / "metrics.jsonl") if line["split"] == "train"][-1] == 8
+  assert [line["step"] for line in read_metrics(kept / "metrics.jsonl") if line["split"] == "train"][-1] == 8
   (tmp_path / "old").mkdir()
   shutil.copy(tmp_path / "run" / "config.json", tmp_path / "old")
   shutil.copytree(kept / "8", tmp_path / "old" / "checkpoints" / "8")
@@ -332,7 +332,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(make_config, tmp_pa
   outcome = loop.train(config, tmp_path / "run")
   assert (outcome.status, outcome.step, outcome.skipped_updates) == ("finished", 6, 1)
   assert f"skipped    step {bad_step}: loss nan" in capsys.readouterr().out
-  lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "train"]
+  lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["split"] == "train"]
   assert [line["skipped_in_a_row"] for line in lines] == [float(step == bad_step) for step in range(1, 7)]
   assert [line["step"] for line in lines if line["loss"] == "nan"] == [bad_step]
   if bad_step > 1:
@@ -359,9 +359,9 @@ def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_do_the_step_again(
   config = make_config(**{"train.max_skipped_in_a_row": 2, "train.num_steps": 8})
   outcome = loop.train(config, tmp_path / "run")
   assert (outcome.status, outcome.step, outcome.skipped_updates) == ("non_finite", 5, 3)
-  assert "2 updates in a row skipped" in outcome.message
+  assert "2 consecutive updates skipped" in outcome.message
   assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "non_finite"
-  last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+  last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
   assert (last["step"], last["loss"]) == (5, "nan")
   assert outcome.last_checkpoint == 5
   before, after = state_at(config, tmp_path / "run", 4), state_at(config, tmp_path / "run", 5)
@@ -372,7 +372,7 @@ def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_do_the_step_again(
   report = json.loads((dump / "report.json").read_text())
   assert len(report["gradient_norms"]["layers/query"]) == 2
   assert float(report["loss"]) > 0  # the batch itself is sound: here it was poisoned on the way to the device
-  from mixln_jax.training.setup import make_loader, set_up
+  from mixln_jax.opening import make_loader, set_up
 
   with np.load(dump / "batch.npz", allow_pickle=False) as batch:
     expected = next(make_loader(set_up(config), 8).train(4))
@@ -399,7 +399,7 @@ def test_a_run_at_the_unigram_entropy_has_diverged(make_config, tmp_path):
   changes = {"optimizer.learning_rate": 0.0, "optimizer.warmup_steps": 0, "evaluate.every_steps": 1}
   outcome = loop.train(make_config(**changes), tmp_path / "run")
   assert (outcome.status, outcome.step, outcome.diverged) == ("finished", 6, True)
-  line = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+  line = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
   assert 2.0 < line["unigram_entropy"] < line["loss"]
   stopped = loop.train(make_config(**changes, **{"train.stop_when_diverged": True}), tmp_path / "early")
   assert (stopped.status, stopped.step, stopped.last_checkpoint) == ("diverged", 2, 2)
@@ -421,7 +421,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_before_its_checkpoint
   outcome = loop.train(config, tmp_path / "run")
   assert (outcome.status, outcome.step, outcome.last_checkpoint) == ("non_finite", 1, None)
   assert "validation loss" in outcome.message
-  assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["split"] == "validation"
+  assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["split"] == "validation"
 
 
 def test_a_second_process_is_kept_out(make_config, tmp_path, monkeypatch):
@@ -436,12 +436,12 @@ def test_a_second_process_is_kept_out(make_config, tmp_path, monkeypatch):
   os.utime(lock, (time.time() - 500, time.time() - 500))  # by the file server's clock
   holder = threading.Timer(0.5, lambda: os.utime(lock, (time.time() + 5, time.time() + 5)))
   holder.start()
-  monkeypatch.setattr(remote, "POLL_SECONDS", 0.1)
+  monkeypatch.setattr(lock_lib, "POLL_SECONDS", 0.1)
   with pytest.raises(InputError, match="host another, process 7, since today"), folder.lock():
     pass
   holder.join()
   lock.write_text(json.dumps({"host": "another", "process": 7, "since": "today"}))
-  monkeypatch.setattr(remote, "STALE_SECONDS", 0.3)
+  monkeypatch.setattr(lock_lib, "STALE_SECONDS", 0.3)
   assert loop.train(config, tmp_path / "run").status == "finished"
 
 
@@ -475,7 +475,7 @@ def test_a_tracker_that_fails_never_stops_a_run(make_config, tmp_path, capsys, m
     def close(self):
       raise OSError("no quota left")
 
-  monkeypatch.setattr(loop, "TensorBoardMirror", Broken)
+  monkeypatch.setattr(member, "TensorBoardMirror", Broken)
   config = make_config(**{"logging.tensorboard": True, "logging.wandb_project": "nowhere"})
   assert loop.train(config, tmp_path / "run").status == "finished"
   complaints = capsys.readouterr().err

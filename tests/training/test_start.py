@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from helpers import saved_params
 
 from mixln_jax import config as config_lib
 from mixln_jax.__main__ import main
@@ -15,15 +16,16 @@ from mixln_jax.data.instructions import prompt_of
 from mixln_jax.data.tokenizer import train_hugging_face
 from mixln_jax.errors import InputError
 from mixln_jax.model import Transformer
+from mixln_jax.opening import set_up
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.metrics import read_lines
+from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.training import loop
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.checkpoints import begin_from, initial_weights, open_checkpoints, restore_state, split
-from mixln_jax.training.setup import open_run, set_up
-from mixln_jax.training.start import find_start, resolve
+from mixln_jax.training.begin import begin_from, initial_weights
+from mixln_jax.training.checkpoints import open_checkpoints, restore_state, split
+from mixln_jax.training.finetune import find_start, resolve
 
 NUM_STEPS = 6
 EXAMPLES = [{"instruction": f"which number? {n}", "input": "", "output": f"the answer is {n}"} for n in range(60)]
@@ -81,7 +83,7 @@ def tuned(recipe, tmp_path_factory):
 
 
 def params_of(workdir, step=None):
-  return open_run(RunFolder(workdir), make_mesh(config_lib.base().mesh), step).params
+  return saved_params(workdir, step)
 
 
 def state_of(workdir):
@@ -94,7 +96,7 @@ def state_of(workdir):
 
 
 def curve(workdir):
-  lines = read_lines(workdir / "metrics.jsonl")
+  lines = read_metrics(workdir / "metrics.jsonl")
   return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
 
 
@@ -151,7 +153,7 @@ def test_its_loss_is_that_of_the_answers_each_example_by_itself(tuned):
   ]
   model = config_lib.from_json((tuned / "config.json").read_text()).model
   total, count = answer_losses(model, params_of(tuned), held_out)
-  last = read_lines(tuned / "metrics.jsonl")[-1]
+  last = read_metrics(tuned / "metrics.jsonl")[-1]
   assert (last["split"], last["tokens"]) == ("validation", count)
   np.testing.assert_allclose(last["loss"], total / count, rtol=1e-5)
 

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the charts over their still pictures, in the colours of light or dark; shows and hides runs.
+// Draws the charts in place of their still pictures, in light or dark colours; shows and hides runs.
 (async () => {
   const read = (id) => document.getElementById(id).textContent;
   const root = document.documentElement;
@@ -17,7 +17,7 @@
     document.head.append(script);
     if (!window.Plotly) throw new Error("plotly.js did not start");
   } catch (error) {
-    console.warn(`the pictures stay still: ${error}`); // an old browser: pictures and tables say the same
+    console.warn(`the pictures stay still: ${error}`); // an old browser: pictures and tables show the same
     root.dataset.drawn = "still";
     return;
   }
@@ -70,8 +70,8 @@
 
   const options = {
     responsive: true, displaylogo: false, doubleClick: "reset",
-    displayModeBar: touch ? false : "hover", // it would lie on the data
-    modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]], // none that sends
+    displayModeBar: touch ? false : "hover", // it would cover the data
+    modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]], // none that sends data away
   };
   const render = (id) => Plotly.react(id, charts[id].data.map(painted), laidOut(id), options);
 
@@ -79,9 +79,9 @@
   async function renderAll(ids) {
     const mine = ++latest;
     const top = (id) => Math.abs(document.getElementById(id).getBoundingClientRect().top);
-    for (const id of ids.sort((a, b) => top(a) - top(b))) { // what is in sight first
+    for (const id of ids.sort((a, b) => top(a) - top(b))) { // first what is on screen
       await render(id);
-      await new Promise((resolve) => setTimeout(resolve)); // the page stays alive
+      await new Promise((resolve) => setTimeout(resolve)); // keeps the page responsive
       if (mine !== latest) return;
     }
     root.dataset.drawn = "charts";

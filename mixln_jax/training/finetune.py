@@ -1,7 +1,10 @@
-"""Starting from another run's weights: what a fine-tuned run takes from it, and what must agree."""
+"""What a fine-tuned run takes from the run that it starts from, and what must agree.
+
+This decides the config and finds the weights. `training/begin.py` makes them the run's checkpoint of step 0, and from
+then on nothing knows any more that a run is a fine-tuned one.
+"""
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,18 +12,18 @@ from typing import Any, NamedTuple
 import jax
 
 from mixln_jax import config as config_lib
-from mixln_jax.config import Config, TrainConfig
-from mixln_jax.data.prepare import data_directory
+from mixln_jax.config import Config, ModelConfig, TrainConfig
+from mixln_jax.data.checks import data_directory
 from mixln_jax.data.records import MANIFEST, named_tokenizer
-from mixln_jax.data.tokenizer import HUB, RECORDS, SENTENCEPIECE, content_hash
+from mixln_jax.data.tokenizer import FILES, HUB, RECORDS, SENTENCEPIECE, content_hash
 from mixln_jax.errors import InputError
-from mixln_jax.model.initial import abstract_sharded_params
+from mixln_jax.model.parameters import abstract_sharded_params
+from mixln_jax.opening import Setup, choose_step, data_facts
 from mixln_jax.parallel.bits import hash_of_sums
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import SUMS, Checkpoints
+from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.opening import read_config
-from mixln_jax.training.setup import Setup
 
 FIELD = "config.train.start_from"
 
@@ -127,7 +130,7 @@ def _with_run(folder: RunFolder) -> RunFolder:
   return folder
 
 
-def _model_of(theirs: Config, config: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _model_of(theirs: ModelConfig, config: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of `theirs`, but those that compute the same and are stated here.
 
   A field is stated where it stands on the command line, or differs from its default.
@@ -155,28 +158,24 @@ def _tokenizer_name(folder: RunFolder, known: Config) -> str:
   if data.mixture:
     records = Path(data.mixture.split(",")[0].rpartition(":")[0].strip())
   else:
-    records = Path(_data_facts(folder).get("folder") or data_directory(known))
+    records = Path(data_facts(folder).get("folder") or data_directory(known))
   if not data.on_the_fly and (records.expanduser() / MANIFEST).is_file():
     return f"{RECORDS}{records}"
   if data.tokenizer != SENTENCEPIECE:
     return data.tokenizer
+  for file in FILES.values():
+    written = folder.path / folder_lib.TOKENIZER / file
+    if folder.remote is None and written.is_file():
+      return str(written)
   raise InputError(
     f"{FIELD}={folder.address!r}: its tokenizer lies with its records, which are not in {records}; bring them back, or "
     "set config.data.tokenizer to a copy of it"
   )
 
 
-def _data_facts(folder: RunFolder) -> dict[str, Any]:
-  """What a run says of its data; nothing for one that was never trained here."""
-  try:
-    return json.loads(folder.read(folder_lib.DATA))
-  except (InputError, ValueError):
-    return {}
-
-
 def _check_tokenizer(folder: RunFolder, known: Config, sha256: str, name: str) -> None:
   """Refuses a tokenizer, known by its hash, that is not the one that the run was trained with."""
-  theirs = _data_facts(folder).get("tokenizer_sha256")
+  theirs = data_facts(folder).get("tokenizer_sha256")
   if theirs is None:
     theirs = content_hash(named_tokenizer(_tokenizer_name(folder, known)))
   if sha256 != theirs:
@@ -210,23 +209,8 @@ def find_start(setup: Setup) -> Start:
 
 
 def _step(checkpoints: Checkpoints, train: TrainConfig) -> int:
-  steps, wanted = checkpoints.all_steps(), train.start_checkpoint
-  where = f"{FIELD}={train.start_from!r}"
-  if not steps:
-    raise InputError(f"{where}: the run has no checkpoint yet; let it train to one")
-  if wanted == config_lib.NEWEST:
-    return steps[-1]
-  if wanted == config_lib.BEST:
-    best = checkpoints.best_step()
-    if best is None:
-      raise InputError(f"{where}: none of its checkpoints was evaluated, so none is {wanted}; name a step")
-    return best
-  if int(wanted) not in steps:
-    raise InputError(
-      f"config.train.start_checkpoint={wanted!r}: {where} has no checkpoint of that step; it has "
-      f"{', '.join(map(str, steps))}"
-    )
-  return int(wanted)
+  where, parameter = f"{FIELD}={train.start_from!r}", "config.train.start_checkpoint"
+  return choose_step(checkpoints, train.start_checkpoint, where, parameter)
 
 
 def starting_params(setup: Setup, start: Start) -> Any:

@@ -1,0 +1,199 @@
+"""One part of a corpus to records: what a worker process of `prepare` does."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixln_jax.data import corpus as corpus_lib
+from mixln_jax.data import instructions
+from mixln_jax.data import records as records_lib
+from mixln_jax.data import tokenizer as tokenizer_lib
+from mixln_jax.data.corpus import Bad, Document, Part
+from mixln_jax.data.instructions import Example
+from mixln_jax.data.records import SPLITS, Record, Split
+from mixln_jax.errors import InputError
+from mixln_jax.files import write_whole
+
+RESULTS = "parts"  # folder of the results of the parts
+EXAMPLES = 3  # bad documents of a part that its result names
+TRAIN, VALIDATION = SPLITS
+
+
+class SplitPart(NamedTuple):
+  """A part of the corpus, and where its documents belong."""
+
+  part: Part
+  split: str | None  # None = the hash of each document's name decides
+
+
+class Job(NamedTuple):
+  """One part to write: all that a worker needs to know."""
+
+  part: Part
+  number: int
+  total: int  # parts of the whole corpus
+  split: str | None  # as in SplitPart
+  folder: Path
+  sequence_length: int
+  mode: str
+  text_field: str
+  validation_fraction: float
+  tokenizer: str  # its kind; its content is in the folder
+
+  @property
+  def result(self) -> Path:
+    """The file of the result; once it is there, the part is finished."""
+    return self.folder / RESULTS / f"{self.number:05d}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What writing a part gave."""
+
+  splits: dict[str, Split]
+  sha256: str  # over the names and texts of the part's documents
+  skipped: dict[str, int]  # reason -> documents that could not be used
+  where: list[str]  # up to EXAMPLES of them
+  cut_prompts: int  # examples whose prompt lost its beginning
+
+  def to_json(self) -> str:
+    return json.dumps(dataclasses.asdict(self))
+
+  @classmethod
+  def from_json(cls, text: str) -> "Result":
+    value = json.loads(text)
+    splits = {name: Split.from_json(split) for name, split in value["splits"].items()}
+    return cls(**{**value, "splits": splits})
+
+
+def write_part(job: Job, count: Callable[[int], object] = lambda _: None) -> Result:
+  """Writes the shards of one part, and last its result, which says that the part is finished.
+
+  Args:
+    job: the part.
+    count: called with the number of documents finished since the last call.
+
+  Raises:
+    InputError: a file of the corpus is damaged, the tokenizer does not fit, or a shard can't be written.
+  """
+  path = job.folder / records_lib.TOKENIZER
+  tokenizer = tokenizer_lib.load_tokenizer(job.tokenizer, path.read_bytes(), str(path))
+  writers = {split: _SplitWriter(job, split, tokenizer) for split in SPLITS}
+  skipped: Counter[str] = Counter()
+  where: list[str] = []
+  digest = hashlib.sha256()
+  for document in read_part(job.part, job.text_field):
+    if isinstance(document, Bad):
+      bad = document
+    else:
+      hash_document(digest, document)
+      split = job.split or split_of(document, job.validation_fraction)
+      bad = writers[split].add(document)
+    if bad is None:
+      count(1)
+      continue
+    skipped[bad.reason] += 1
+    if len(where) < EXAMPLES:
+      where.append(f"{bad.reason}: {bad.where}")
+  result = Result(
+    splits={split: writer.finish() for split, writer in writers.items()},
+    sha256=digest.hexdigest(),
+    skipped=dict(skipped),
+    where=where,
+    cut_prompts=sum(writer.cut_prompts for writer in writers.values()),
+  )
+  write_whole(job.result, result.to_json())
+  return result
+
+
+def finished(job: Job) -> Result | None:
+  """The result of a part that an earlier process finished; None if it did not, or if a shard of it is gone."""
+  if not job.result.is_file():
+    return None
+  result = Result.from_json(job.result.read_text())
+  for split in result.splits.values():
+    for shard in split.shards:
+      path = job.folder / shard.file
+      if not path.is_file() or path.stat().st_size != shard.bytes:
+        return None
+  return result
+
+
+class _SplitWriter:
+  """Writes the documents of one part that belong to one split into a shard."""
+
+  def __init__(self, job: Job, split: str, tokenizer: tokenizer_lib.Tokenizer):
+    path = job.folder / f"{split}-{job.number:05d}-of-{job.total:05d}.array_record"
+    self._tokenizer = tokenizer
+    self._writer = records_lib.ShardWriter(path, records_lib.token_dtype(tokenizer.vocab_size))
+    self._packer = records_lib.PACKERS[job.mode](job.sequence_length, tokenizer_lib.PAD)
+    self._length = job.sequence_length
+    self._documents = self._tokens = self._largest_id = 0
+    self.cut_prompts = 0
+
+  def add(self, document: Document | Example) -> Bad | None:
+    """Writes a document; returns it as a bad one if no record can hold it."""
+    if isinstance(document, Document):
+      ids = [*self._tokenizer.encode(document.text), self._tokenizer.eos_id]
+      self._write(document.name, ids, self._packer.add(ids))
+      return None
+    tokens = instructions.tokenize(document, self._tokenizer, self._length)
+    if tokens is None:
+      return Bad(instructions.ANSWER_TOO_LONG, f"the example that answers {document.answer[:60]!r}")
+    self.cut_prompts += tokens.num_cut > 0
+    self._tokens += tokens.num_cut
+    self._write(document.name, tokens.ids, self._packer.add(tokens.ids, tokens.num_answer))
+    return None
+
+  def _write(self, name: str, ids: Sequence[int], full: Iterable[Record]) -> None:
+    largest = max(ids)
+    if largest >= self._tokenizer.vocab_size:
+      raise InputError(
+        f"config.data.tokenizer: gives id {largest} for document {name!r}, beyond its vocabulary of "
+        f"{self._tokenizer.vocab_size}; choose another"
+      )
+    self._documents += 1
+    self._tokens += len(ids)
+    self._largest_id = max(self._largest_id, largest)
+    for record in full:
+      self._writer.write(record)
+
+  def finish(self) -> Split:
+    """Writes the last records; returns what the split holds."""
+    for record in self._packer.finish():
+      self._writer.write(record)
+    shards = self._writer.finish()
+    return Split(self._documents, self._tokens, self._writer.counted, self._largest_id, shards)
+
+
+def read_part(part: Part, text_field: str) -> Iterator[Document | Example | Bad]:
+  """The documents or examples of a part, and those that can't be used."""
+  if part.kind == instructions.KIND:
+    return instructions.read(part)
+  return corpus_lib.read(part, text_field)
+
+
+def hash_of_part(part: Part, text_field: str) -> str:
+  """Hash over the names and texts of a part's documents: Result.sha256, without writing anything."""
+  digest = hashlib.sha256()
+  for document in read_part(part, text_field):
+    if not isinstance(document, Bad):
+      hash_document(digest, document)
+  return digest.hexdigest()
+
+
+def hash_document(digest: Any, document: Document | Example) -> None:
+  """Adds the fields of a document to a hash, each with its length before it."""
+  for text in document:
+    data = text.encode(errors="surrogateescape")
+    digest.update(len(data).to_bytes(8, "little"))
+    digest.update(data)
+
+
+def split_of(document: Document | Example, validation_fraction: float) -> str:
+  """The split of a document, decided by the hash of its name."""
+  return VALIDATION if corpus_lib.is_validation(document.name, validation_fraction) else TRAIN

@@ -1,0 +1,189 @@
+"""The head's loss without all logits at once: chunks of positions, value and gradient in one pass.
+
+Dimensions (D, V, and T as in the model):
+  N  chunks, in the order in which they are computed
+  P  pieces of the batch, one for each group of devices that holds different rows
+  Q  pieces of the length, likewise
+  B  rows of a piece
+  C  positions of a chunk
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mixln_jax.parallel.rules import constrain, platform, shards
+
+# Logits that a device forms at once. On a CPU 256 tokens of a vocabulary of 32,000 (33 MB) were among the fastest of 64
+# to 2,048, at widths 128 and 512. On an accelerator 512 MB, to make products long enough to fill it: not measured.
+CHUNK_LOGITS = {"cpu": 2**23, "accelerator": 2**27}
+PIECE = ("batch", "length", None, None)  # the logical axes of P, Q, B, C
+
+
+def chunked_loss(
+  hidden_BTD: jax.Array,
+  head_DV: jax.Array,
+  labels_BT: jax.Array,
+  weights_BT: jax.Array,
+  chunk: int | None = None,
+) -> jax.Array:
+  """What `all_logits_loss` computes, in the memory of one chunk of logits.
+
+  Logits exist for a chunk of positions at a time, and once: where a gradient is wanted, it is computed from them in the
+  same pass and saved instead. So memory does not grow with tokens × vocabulary, and the head takes part in three
+  products, as it does where all logits are saved (a rematerialised chunk needs a fourth). A chunk is cut along the
+  sequence out of the positions that a device holds: no hidden state leaves its device, and the head's gradient is
+  added over devices once. The result can be differentiated once, in reverse.
+
+  Args:
+    hidden_BTD: final hidden states.
+    head_DV: output projection, in the hidden states' type.
+    labels_BT: the token to predict at each position.
+    weights_BT: fp32, what each position's loss is multiplied by.
+    chunk: positions of a row whose logits exist at once; by default what `CHUNK_LOGITS` allows.
+
+  Returns:
+    The weighted sum of the losses in nats, an fp32 scalar.
+  """
+  batch, length = labels_BT.shape
+  rows = _num_pieces(batch, "batch")
+  columns = _num_pieces(length, "length")
+  if chunk is None:
+    logits_per_column = batch // rows * -(-head_DV.shape[1] // shards("vocab"))
+    allowed = CHUNK_LOGITS.get(platform(), CHUNK_LOGITS["accelerator"])
+    chunk = max(1, allowed // logits_per_column)
+  cut = partial(_cut, rows=rows, columns=columns, chunk=chunk)
+  return _summed_loss(cut(hidden_BTD), head_DV, cut(labels_BT), cut(weights_BT))
+
+
+def _num_pieces(size: int, axis: str) -> int:
+  """Into how many pieces the mesh cuts a dimension; one where it can't cut it evenly."""
+  return 1 if size % shards(axis) else shards(axis)
+
+
+def _cut(x_BT: jax.Array, rows: int, columns: int, chunk: int) -> jax.Array:
+  """[B, T, …] as [N, P, Q, B / P, C, …]: N chunks of each of the P × Q pieces that lie on different devices.
+
+  C is at most `chunk`. Where N·C is more than the positions of a piece, the last ones are zeros: their weight too.
+  """
+  batch, length, *rest = x_BT.shape
+  piece_length = length // columns
+  num_chunks = -(-piece_length // chunk)
+  size = -(-piece_length // num_chunks)
+  x = x_BT.reshape(rows, batch // rows, columns, piece_length, *rest)
+  padding = [(0, 0)] * x.ndim
+  padding[3] = (0, num_chunks * size - piece_length)
+  x = jnp.pad(x, padding)
+  x_PBQNC = x.reshape(*x.shape[:3], num_chunks, size, *rest)
+  x_NPQBC = jnp.moveaxis(x_PBQNC, (3, 0, 2), (0, 1, 2))
+  return constrain(x_NPQBC, None, *PIECE, *[None] * len(rest))
+
+
+@jax.custom_vjp
+def _summed_loss(
+  hidden_NPQBCD: jax.Array, head_DV: jax.Array, labels_NPQBC: jax.Array, weights_NPQBC: jax.Array
+) -> jax.Array:
+  """The loss alone, where nobody asks for a gradient."""
+
+  def add(sum_PQ: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+    loss_PQ, _, _ = _chunk_loss(head_DV, *chunk)
+    return sum_PQ + loss_PQ, None
+
+  sum_PQ = jnp.zeros(labels_NPQBC.shape[1:3])
+  sum_PQ, _ = _scan(add, sum_PQ, (hidden_NPQBCD, labels_NPQBC, weights_NPQBC))
+  return jnp.sum(sum_PQ)
+
+
+def _loss_and_gradients(
+  hidden_NPQBCD: jax.Array, head_DV: jax.Array, labels_NPQBC: jax.Array, weights_NPQBC: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """The loss, and its gradients by the hidden states and the head, which the backward pass has only to scale."""
+  product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+  def add(sums: Any, chunk: Any) -> tuple[Any, jax.Array]:
+    sum_PQ, head_gradient_PQDV = sums
+    hidden_PQBCD, labels_PQBC, weights_PQBC = chunk
+    loss_PQ, gradient_PQBCV, factor_PQBC1 = _chunk_loss(head_DV, hidden_PQBCD, labels_PQBC, weights_PQBC)
+    gradient_PQBCV = gradient_PQBCV.astype(head_DV.dtype)
+    hidden_gradient_PQBCD = product("pqbcv,dv->pqbcd", gradient_PQBCV, head_DV) * factor_PQBC1
+    scaled_hidden_PQBCD = (hidden_PQBCD * factor_PQBC1).astype(head_DV.dtype)
+    head_gradient_PQDV += product("pqbcd,pqbcv->pqdv", scaled_hidden_PQBCD, gradient_PQBCV)
+    hidden_gradient_PQBCD = constrain(hidden_gradient_PQBCD.astype(head_DV.dtype), *PIECE, None)
+    return (sum_PQ + loss_PQ, head_gradient_PQDV), hidden_gradient_PQBCD
+
+  pieces = labels_NPQBC.shape[1:3]
+  # One sum for each piece: with a single one, all devices would have to agree on it after every chunk.
+  head_gradient_PQDV = constrain(jnp.zeros((*pieces, *head_DV.shape)), "batch", "length", "activation_embed", "vocab")
+  sums = (jnp.zeros(pieces), head_gradient_PQDV)
+  sums, hidden_gradient_NPQBCD = _scan(add, sums, (hidden_NPQBCD, labels_NPQBC, weights_NPQBC))
+  sum_PQ, head_gradient_PQDV = sums
+  return jnp.sum(sum_PQ), (hidden_gradient_NPQBCD, jnp.sum(head_gradient_PQDV, axis=(0, 1)))
+
+
+def _scaled_gradients(gradients: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple[Any, ...]:
+  hidden_gradient_NPQBCD, head_gradient_DV = gradients
+  dtype = hidden_gradient_NPQBCD.dtype
+  return (hidden_gradient_NPQBCD * scale).astype(dtype), (head_gradient_DV * scale).astype(dtype), None, None
+
+
+_summed_loss.defvjp(_loss_and_gradients, _scaled_gradients)
+
+
+def _chunk_loss(
+  head_DV: jax.Array, hidden_PQBCD: jax.Array, labels_PQBC: jax.Array, weights_PQBC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The summed loss of each piece, and its gradient by the logits in two factors; all fp32.
+
+  That gradient is weight · (softmax − one-hot) = weight / sum · (powers − sum · one-hot), where powers are the
+  exponentials of the logits and sum is their sum. The first factor is left for the much smaller arrays before and after
+  the products with the head: one pass fewer over all logits.
+
+  Returns:
+    (loss_PQ, powers_PQBCV − sum · one-hot, weight / sum [P, Q, B, C, 1]).
+  """
+  logits_PQBCV = jnp.einsum("pqbcd,dv->pqbcv", hidden_PQBCD, head_DV, preferred_element_type=jnp.float32)
+  logits_PQBCV = constrain(logits_PQBCV, *PIECE, "vocab")
+  largest_PQBC1 = jnp.max(logits_PQBCV, axis=-1, keepdims=True)
+  powers_PQBCV = jnp.exp(logits_PQBCV - largest_PQBC1)
+  sums_PQBC1 = jnp.sum(powers_PQBCV, axis=-1, keepdims=True)
+  label_logits_PQBC1 = jnp.take_along_axis(logits_PQBCV, labels_PQBC[..., None], axis=-1)
+  losses_PQBC = (jnp.log(sums_PQBC1) + largest_PQBC1 - label_logits_PQBC1)[..., 0]
+  gradient_PQBCV = _subtract_at(labels_PQBC, powers_PQBCV, sums_PQBC1)
+  return jnp.sum(losses_PQBC * weights_PQBC, axis=(2, 3)), gradient_PQBCV, weights_PQBC[..., None] / sums_PQBC1
+
+
+def _subtract_at(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
+  """x minus the amount at the label's place."""
+  if platform() == "cpu" and shards("vocab") == 1:
+    return _scatter_subtract(labels_PQBC, x_PQBCV, amount_PQBC1)
+  return _compare_and_subtract(labels_PQBC, x_PQBCV, amount_PQBC1)
+
+
+def _compare_and_subtract(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
+  """The plain form, which an accelerator fuses into what forms the operand of the products."""
+  is_label_PQBCV = jnp.arange(x_PQBCV.shape[-1]) == labels_PQBC[..., None]
+  return jnp.where(is_label_PQBCV, x_PQBCV - amount_PQBC1, x_PQBCV)
+
+
+def _scatter_subtract(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
+  """In place, one number a position."""
+  batch_dims = (0, 1, 2, 3)
+  numbers = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(),
+    inserted_window_dims=(4,),
+    scatter_dims_to_operand_dims=(4,),
+    operand_batching_dims=batch_dims,
+    scatter_indices_batching_dims=batch_dims,
+  )
+  return jax.lax.scatter_sub(x_PQBCV, labels_PQBC[..., None], amount_PQBC1[..., 0], numbers, unique_indices=True)
+
+
+def _scan(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+  """`jax.lax.scan`, without a loop where there is one chunk."""
+  if len(jax.tree.leaves(xs)[0]) > 1:
+    return jax.lax.scan(body, carry, xs)
+  carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
+  return carry, jax.tree.map(lambda y: y[None], y)

@@ -1,0 +1,153 @@
+"""Which runs belong together: a group is runs that differ only in their seeds."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from mixln_jax.config import FIELDS, FREE
+from mixln_jax.reporting.loading import Material, ReportedRun
+from mixln_jax.reporting.panels import Style
+
+PLACEMENT_FIELD, LEARNING_RATE_FIELD = "model.placement", "optimizer.learning_rate"
+SEED_FIELDS = ("seed", "data.seed")
+ABSENT = "absent"
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Runs that differ only in their seeds.
+
+  Attributes:
+    label: unique in the report.
+    placement: their placement.
+    setting: the other fields in which the report's groups differ, with this group's values.
+    runs: indices into the report's runs.
+    style: how they are drawn.
+  """
+
+  label: str
+  placement: str
+  setting: Mapping[str, Any]
+  runs: Sequence[int]
+  style: Style
+
+  def setting_but(self, without: str) -> dict[str, Any]:
+    """The setting without one field."""
+    return {field: value for field, value in self.setting.items() if field != without}
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+  """The items by their key, in the order in which the keys first occur."""
+  groups: dict[Key, list[Item]] = {}
+  for item in items:
+    groups.setdefault(key(item), []).append(item)
+  return groups
+
+
+def seeds_of(run: ReportedRun) -> tuple[Any, ...]:
+  """Runs of two groups with equal seeds are a pair: the same initial numbers, the same order of samples."""
+  return tuple(value_of(run, field) for field in SEED_FIELDS)
+
+
+def value_of(run: ReportedRun, field: str) -> Any:
+  """A field's value in a run's config, or `absent`. It can be hashed, also where another version stored a list."""
+  value = run.config.get(field, ABSENT)
+  return value if isinstance(value, (str, int, float, bool)) else repr(value)
+
+
+def differing_fields(runs: Sequence[ReportedRun]) -> list[str]:
+  """Config fields that are not the same in all runs, in the order of FIELDS, then those that this version lacks."""
+  unknown = {field for run in runs for field in run.config if field not in FIELDS}
+  differing = []
+  for field in (*FIELDS, *sorted(unknown)):
+    if len({value_of(run, field) for run in runs}) > 1:
+      differing.append(field)
+  return differing
+
+
+def changes_the_run(field: str) -> bool:
+  """Whether a field decides what is computed. The others change how it is computed, or how often it is looked at."""
+  return field not in FIELDS or FIELDS[field].on_resume != FREE
+
+
+def show(value: Any) -> str:
+  """A config value for a person."""
+  return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def sort_key(value: Any) -> tuple[bool, Any]:
+  """Sorts numbers by size, then text."""
+  return (False, value) if isinstance(value, (int, float)) else (True, str(value))
+
+
+def sort_keys(values: Iterable[Any]) -> tuple[tuple[bool, Any], ...]:
+  """Sorts tuples of such values."""
+  return tuple(sort_key(value) for value in values)
+
+
+def make_groups(material: Material) -> list[Group]:
+  """The groups of a report.
+
+  Placements come in the order of the study, else from `pre` over mixtures to `post` and then all others; the settings
+  of one placement are sorted.
+  """
+  runs = material.runs
+  fields = [
+    field
+    for field in differing_fields(runs)
+    if changes_the_run(field) and field not in SEED_FIELDS and field != PLACEMENT_FIELD
+  ]
+
+  def setting_of(run: ReportedRun) -> tuple[Any, ...]:
+    return tuple(value_of(run, field) for field in fields)
+
+  placements = _ordered_placements(material)
+  settings = sorted({setting_of(run) for run in runs}, key=sort_keys)
+  members = grouped(range(len(runs)), lambda index: (runs[index].placement, setting_of(runs[index])))
+  groups = []
+  for kind, placement in enumerate(placements):
+    for variant, values in enumerate(settings):
+      if (placement, values) in members:
+        setting = dict(zip(fields, values, strict=True))
+        label = ", ".join([placement, *words(setting)])
+        groups.append(Group(label, placement, setting, members[placement, values], Style(kind, variant)))
+  return groups
+
+
+def words(setting: Mapping[str, Any]) -> list[str]:
+  """A setting in words, `learning_rate 0.001` each."""
+  return [f"{field.split('.')[-1]} {show(value)}" for field, value in setting.items()]
+
+
+def _ordered_placements(material: Material) -> list[str]:
+  fractions = {run.placement: post_fraction(run) for run in reversed(material.runs)}
+  listed = material.study.axes.get(PLACEMENT_FIELD, ()) if material.study else ()
+  by_fraction = sorted((found[0], name) for name, found in fractions.items() if found)
+  ordered = [name for name in listed if name in fractions]
+  ordered += [name for _, name in by_fraction]
+  ordered += reversed(fractions)
+  return list(dict.fromkeys(ordered))
+
+
+def post_fraction(run: ReportedRun) -> tuple[float, str] | None:
+  """Where a run stands between Pre-LN and Post-LN.
+
+  Returns:
+    The fraction of leading layers that are Post-LN (`pre` 0, `post` 1), all others being Pre-LN, and the modifiers that
+    all layers have. None for any other placement.
+  """
+  table = run.placement_table
+  if table is None:
+    return None
+  names, modifiers = [], set()
+  for layer in table.layers:
+    name, _, modifier = layer.name.partition("+")
+    names.append(name)
+    modifiers.add(modifier)
+  num_post = names.count("post")
+  if len(modifiers) > 1 or names != ["post"] * num_post + ["pre"] * (len(names) - num_post):
+    return None
+  return num_post / len(names), modifiers.pop()

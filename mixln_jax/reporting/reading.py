@@ -1,0 +1,52 @@
+"""JSON files of run folders, which may hold anything, and errors that name the file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixln_jax.errors import InputError, one_line
+
+# What reading a file can raise when it is damaged, or holds something else than it should.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The object that a file of JSON holds.
+
+  Raises:
+    InputError: the file can't be read, or holds something else.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path}: can't be read ({reason(error)}); restore or remove it") from error
+  if not isinstance(value, dict):
+    raise InputError(f"{path}: holds no JSON object; restore or remove it")
+  return value
+
+
+def reason(error: Exception) -> str:
+  """An error in one line. The message of a Python error says little without its type: `KeyError: 'step'`."""
+  if isinstance(error, InputError):
+    return str(error)
+  return f"{type(error).__name__}: {one_line(error)}"
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+  """The value if it is a mapping, else an empty one."""
+  return value if isinstance(value, Mapping) else {}
+
+
+def number_array(values: Any, *shape: int) -> np.ndarray:
+  """An array of numbers, null as NaN.
+
+  Raises:
+    ValueError: it does not have this shape.
+  """
+  array = np.array(values, float)
+  if array.shape != shape:
+    raise ValueError(f"an array has shape {array.shape}, expected {shape}")
+  return array

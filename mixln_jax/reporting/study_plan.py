@@ -1,0 +1,57 @@
+"""study.json: what a sweep set out to compare."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixln_jax.errors import InputError
+from mixln_jax.reporting.reading import read_json, reason
+
+# The names that `sweeps/study.py` writes; rooms of one floor don't import one another.
+STUDY_FILE, RUNS_FOLDER = "study.json", "runs"
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyPlan:
+  """What study.json says.
+
+  Attributes:
+    name: of the study.
+    question: what it is to decide.
+    base: config field -> value, of the config that every run starts from.
+    axes: field -> its values, of the fields in which the runs may differ.
+    planned: name of a run -> its values on the axes.
+    claims: what is judged, `{"id", "claim", "judged_by"}` each, written down before the runs.
+  """
+
+  name: str
+  question: str = ""
+  base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  axes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+  planned: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  claims: Sequence[Mapping[str, Any]] = ()
+
+
+def read_study_plan(path: Path) -> StudyPlan:
+  """Reads a study.json.
+
+  Raises:
+    InputError: it can't be read, or is damaged.
+  """
+  value = read_json(path)
+  try:
+    planned = {str(run["name"]): dict(run["values"]) for run in value["runs"]}
+    for name in planned:
+      if Path(name).name != name:  # a path could lead out of the study
+        raise ValueError(f"the run name {name!r} is not the name of a folder")
+    return StudyPlan(
+      name=str(value.get("name") or path.parent.name),
+      question=str(value.get("question", "")),
+      base=dict(value["base"]),
+      axes={str(field): list(values) for field, values in value["axes"].items()},
+      planned=planned,
+      claims=[dict(claim) for claim in value.get("claims") or ()],
+    )
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
+    raise InputError(f"{path}: damaged ({reason(error)}); restore it, or make the study again") from error

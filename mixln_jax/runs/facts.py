@@ -1,0 +1,128 @@
+"""What a run says of itself besides numbers: its config, the machine and code that ran it, its parameters."""
+
+import hashlib
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mixln_jax import config as config_lib
+from mixln_jax.config import Config
+from mixln_jax.errors import InputError
+from mixln_jax.files import json_object
+from mixln_jax.parallel.rules import mesh_axes
+from mixln_jax.runs.folder import CONFIG, ENVIRONMENT, RunFolder
+from mixln_jax.text import aligned
+from mixln_jax.version import VERSION
+
+PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "array-record",
+  "ml_collections",
+  "numpy",
+  "sentencepiece",
+)
+
+
+def read_config(folder: RunFolder) -> Config:
+  """The config of a run, perhaps of an earlier version.
+
+  Raises:
+    InputError: the folder holds no run, its config.json is damaged, or it has a field that this version does not know.
+  """
+  where = f"{folder.address}/{CONFIG}"
+  flat = json_object(folder.read(CONFIG), where)
+  try:
+    return config_lib.from_flat(flat, written_by(folder))
+  except InputError as error:
+    raise InputError(f"{where}: {error}") from error
+
+
+def written_by(folder: RunFolder) -> str:
+  """The version of this package that last trained a run, as its environment.json says, in words."""
+  try:
+    environment = json_object(folder.read(ENVIRONMENT), ENVIRONMENT)
+  except InputError:
+    return "another version"
+  version, revision = environment.get("version", "an earlier version"), environment.get("git")
+  return f"{version} (revision {revision})" if revision else version
+
+
+def environment() -> dict[str, Any]:
+  """Versions, devices and code revision of this process."""
+  return {
+    "version": VERSION,
+    "python": platform.python_version(),
+    "platform": platform.platform(),
+    "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    "devices": [f"{device.platform}:{device.device_kind}" for device in jax.devices()],
+    "processes": jax.process_count(),
+    "cpus": os.cpu_count(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    "git": _git_revision(),
+    "code": code_hash(),
+    "command": sys.argv,
+  }
+
+
+def code_hash() -> str:
+  """A hash of this package's source files: what runs, whether or not it lies in a repository."""
+  root = Path(__file__).parents[1]
+  digest = hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+  return digest.hexdigest()[:16]
+
+
+def _git_revision() -> str | None:
+  root = Path(__file__).parents[2]
+  if (root / "REVISION").is_file():  # code that was shipped without git
+    return (root / "REVISION").read_text().strip()
+  try:
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def parameter_table(params: Any, count: int) -> str:
+  """parameters.txt: a line a tensor (name, shape, type, how it is sharded, what one device holds of it, its size), as
+  stored, and the model's own count.
+
+  Args:
+    params: a tree of arrays, or of shapes with shardings.
+    count: parameters that the model has, without what is only stored (columns that pad the MLP, unused gains).
+  """
+  rows = [("name", "shape", "dtype", "sharding", "on a device", "size")]
+  total = held = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    shape, piece = tuple(leaf.shape), leaf.sharding.shard_shape(leaf.shape)
+    rows.append((name, str(shape), str(leaf.dtype), describe_sharding(leaf.sharding), str(piece), f"{leaf.size:,}"))
+    total += leaf.size
+    held += math.prod(piece)
+  return (
+    "\n".join([*aligned(rows), f"stored {total:,}, of which a device holds {held:,}", f"parameters {count:,}"]) + "\n"
+  )
+
+
+def describe_sharding(sharding: Any) -> str:
+  """How a tensor lies on the mesh, in words: `axis 1 over fsdp 4, axis 2 over tensor 2`; `whole on every device`."""
+  cuts = []
+  for number, entry in enumerate(getattr(sharding, "spec", ())):
+    sizes = {axis: sharding.mesh.shape[axis] for axis in mesh_axes(entry)}
+    over = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
+    if over:
+      cuts.append(f"axis {number} over {' × '.join(over)}")
+  return ", ".join(cuts) or "whole on every device"

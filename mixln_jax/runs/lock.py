@@ -1,0 +1,165 @@
+"""The lock of a run on a disk: who writes there, and whether that process is alive."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from mixln_jax.errors import InputError
+
+STALE_SECONDS, TOUCH_SECONDS = 120.0, 15.0  # a holder that was silent for so long is presumed dead; how often it speaks
+POLL_SECONDS = 2.0
+
+
+def identity() -> dict[str, Any]:
+  """What a lock says of its holder: this process."""
+  return {"host": platform.node(), "process": os.getpid(), "since": datetime.datetime.now().astimezone().isoformat()}
+
+
+def holder_of(content: bytes | str) -> dict[str, Any]:
+  """Who a lock says holds it; empty where it does not."""
+  try:
+    value = json.loads(content)
+  except ValueError:
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def describe_holder(holder: Mapping[str, Any]) -> str:
+  """One phrase for a person."""
+  return ", ".join(f"{name} {value}" for name, value in holder.items() if name != "beat")
+
+
+def held_error(workdir: str, holder: Mapping[str, Any]) -> InputError:
+  """The error for a work directory that another process writes to."""
+  who = describe_holder(holder) or "one that does not say who it is"
+  return InputError(f"workdir={workdir}: another process trains there ({who}); wait for it, or stop it")
+
+
+class Liveness:
+  """Whether the holders of lock files on other machines are alive.
+
+  A living holder touches its file every TOUCH_SECONDS. One whose file did not change for STALE_SECONDS *by this
+  machine's clock* is presumed dead. The file's own time is never compared with this clock: it is the file server's, and
+  a clock that is ahead would take the lock from the living.
+  """
+
+  def __init__(self) -> None:
+    self._seen: dict[Path, tuple[float, float]] = {}  # path -> the file's time, and when it was first seen by ours
+
+  def is_dead(self, path: Path) -> bool:
+    """Whether the file was watched for long enough without a sign of life."""
+    seen, since = self._look(path)
+    return path.stat().st_mtime == seen and time.monotonic() - since >= STALE_SECONDS
+
+  def wait(self, path: Path) -> bool:
+    """Watches a file until its holder gives a sign of life (True) or is presumed dead (False)."""
+    seen, _ = self._look(path)
+    while path.stat().st_mtime == seen:
+      if self.is_dead(path):
+        return False
+      time.sleep(min(1.0, POLL_SECONDS))
+    return True
+
+  def _look(self, path: Path) -> tuple[float, float]:
+    changed = path.stat().st_mtime
+    if path not in self._seen or self._seen[path][0] != changed:
+      self._seen[path] = (changed, time.monotonic())
+    return self._seen[path]
+
+
+@contextlib.contextmanager
+def lock(path: Path, workdir: str) -> Iterator[None]:
+  """Holds a lock file while the context is open, and touches it so that other machines see that we live.
+
+  On one machine the system frees the lock of a process that died. A holder on another machine is watched
+  (`Liveness`).
+
+  Args:
+    path: the lock file.
+    workdir: what it locks, for messages.
+
+  Raises:
+    InputError: another process holds it, or the folder can't be written.
+  """
+  with contextlib.ExitStack() as stack:
+    try:
+      file = stack.enter_context(path.open("a+"))
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise held_error(workdir, holder_of(path.read_text())) from error
+    except OSError as error:
+      raise InputError(
+        f"workdir={workdir}: can't be locked ({error.strerror}); choose a folder that you can write to"
+      ) from error
+    file.seek(0)
+    holder = holder_of(file.read())
+    if _is_elsewhere(holder):
+      print(f"waiting    to see whether the holder of {workdir} is alive", flush=True)
+      if Liveness().wait(path):
+        raise held_error(workdir, holder)
+    _overwrite(file, json.dumps(identity()))
+    stack.callback(_overwrite, file, "")
+    stack.enter_context(_touched(path))
+    yield
+
+
+def is_held(path: Path, liveness: Liveness) -> bool:
+  """Whether another process holds a lock file; it looks, and takes nothing that a run could miss.
+
+  A holder on another machine counts as alive until `liveness` has watched it for long enough.
+  """
+  try:
+    return is_held_elsewhere(path) and not liveness.is_dead(path)
+  except BlockingIOError:
+    return True
+  except OSError:
+    return False
+
+
+def is_held_elsewhere(path: Path) -> bool:
+  """Whether a lock file names a holder on another machine, dead or alive.
+
+  Raises:
+    BlockingIOError: a process on this machine holds it, which lives for certain.
+    OSError: there is no such file.
+  """
+  with path.open() as file:
+    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return _is_elsewhere(holder_of(file.read()))
+
+
+def _is_elsewhere(holder: Mapping[str, Any]) -> bool:
+  return holder.get("host", platform.node()) != platform.node()
+
+
+def _overwrite(file: IO[str], text: str) -> None:
+  file.truncate(0)
+  file.write(text)
+  file.flush()
+
+
+@contextlib.contextmanager
+def _touched(path: Path) -> Iterator[None]:
+  """Touches a file now and then, until the context is left or the process is gone."""
+  done = threading.Event()
+
+  def touch() -> None:
+    while not done.wait(TOUCH_SECONDS):
+      with contextlib.suppress(OSError):
+        os.utime(path)
+
+  thread = threading.Thread(target=touch, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()

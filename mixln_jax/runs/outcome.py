@@ -1,0 +1,71 @@
+"""How a run ended: `outcome.json`, its statuses, its one writer and its one reader."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mixln_jax.errors import InputError
+from mixln_jax.files import json_object
+from mixln_jax.runs.folder import OUTCOME, RunFolder
+
+FINISHED, STOPPED, NON_FINITE, DIVERGED, FAILED = "finished", "stopped", "non_finite", "diverged", "failed"
+ENDED_ITSELF = (NON_FINITE, DIVERGED)  # it would end in the same way again
+
+
+class Outcome(NamedTuple):
+  """How a run ended.
+
+  Attributes:
+    status: finished; stopped (by a signal: the same command resumes it); non_finite; diverged; or failed.
+    step: updates done when it ended.
+    last_checkpoint: step of its newest checkpoint.
+    validation: the last evaluation's line of metrics.jsonl.
+    best_validation: the line of lowest loss.
+    diverged: whether the last evaluation after the warm-up was at the unigram entropy of its data.
+    skipped_updates: of the whole run, because their loss or gradient was not finite.
+    seconds: of this process: total, compile, input, evaluation, checkpoint, steps, and the goodput.
+    message: one line for a person.
+  """
+
+  status: str
+  step: int
+  last_checkpoint: int | None = None
+  validation: dict[str, Any] | None = None
+  best_validation: dict[str, Any] | None = None
+  diverged: bool = False
+  skipped_updates: int = 0
+  seconds: Mapping[str, float] = {}
+  message: str = ""
+
+
+def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
+  """Writes outcome.json; of several processes the first one does."""
+  folder.write_json(OUTCOME, outcome._asdict())
+
+
+def read_outcome(folder: RunFolder) -> Outcome | None:
+  """How the run ended; None where it has not ended yet, or is training again.
+
+  Fields that an earlier version did not write have their defaults, and fields of a later one are left out.
+
+  Raises:
+    InputError: outcome.json is not what a run writes.
+  """
+  path = folder / OUTCOME
+  if not path.exists():
+    return None
+  content = json_object(path.read_text(errors="replace"), str(path))
+  missing = [name for name in ("status", "step") if name not in content]
+  if missing:
+    raise InputError(f"{path}: damaged, it has no {missing[0]}; remove the file, and train the run again")
+  return Outcome(**{name: content[name] for name in Outcome._fields if name in content})
+
+
+def best_of(validations: list[dict[str, Any]]) -> dict[str, Any] | None:
+  """The line of lowest loss; one that is not finite is the highest."""
+
+  def loss_of(line: dict[str, Any]) -> float:
+    loss = float(line["loss"])
+    return loss if math.isfinite(loss) else math.inf
+
+  return min(validations, key=loss_of, default=None)
