@@ -63,18 +63,14 @@ def apply(model, params, tokens, **arguments):
   return logits_of(FrozenConfigDict(model), params, tokens, arguments)
 
 
-def reference_logits(model, params, tokens, kinds):
-  return reference.logits(params, tokens, tuple(kinds), FrozenConfigDict(model))
-
-
 @functools.cache
 def reference_case(name):
   """Parameters, tokens, and what the reference makes of them."""
   model = small_model(placement=name)
   params, tokens = random_params(model), random_tokens(model)
-  kinds = tuple(LAYER_LISTS[name].split())
-  loss, gradient = reference.loss_and_gradient(params, tokens, kinds, FrozenConfigDict(model))
-  return params, tokens, reference_logits(model, params, tokens, kinds), loss, gradient
+  kinds = LAYER_LISTS[name].split()
+  loss, gradient = reference.loss_and_gradient(params, tokens, kinds, model)
+  return params, tokens, reference.logits(params, tokens, kinds, model), loss, gradient
 
 
 def assert_trees_close(actual, expected, tolerance):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def norm(x, gain, epsilon):
@@ -133,9 +134,19 @@ def layer(x, p, kind, number, total, model):
   return x
 
 
-@functools.partial(jax.jit, static_argnames=("kinds", "model"))
-def logits(params, tokens, kinds, model):
-  """Logits [B, T, V]; `kinds` is a tuple of the layer list's words, `model` a FrozenConfigDict."""
+def in_float64(compute):
+  """Op by op in float64: a comparison sees the model's rounding only, and there is no program to compile."""
+
+  @functools.wraps(compute)
+  def run(params, tokens, kinds, model):
+    with jax.enable_x64(True):
+      wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), params)
+      return jax.tree.map(np.asarray, compute(wide, tokens, kinds, model))
+
+  return run
+
+
+def forward(params, tokens, kinds, model):
   x = params["embedding"][tokens]
   for index, kind in enumerate(kinds):
     p = jax.tree.map(lambda w, index=index: w[index], params["layers"])
@@ -144,11 +155,20 @@ def logits(params, tokens, kinds, model):
   return norm(x, params["final_norm"], model.norm_epsilon) @ head
 
 
-@functools.partial(jax.jit, static_argnames=("kinds", "model"))
-@functools.partial(jax.value_and_grad, argnums=0)
-def loss_and_gradient(params, tokens, kinds, model):
-  """Mean cross entropy of each token given the ones before it."""
-  out = logits(params, tokens, kinds, model)[:, :-1]
+def mean_cross_entropy(params, tokens, kinds, model):
+  out = forward(params, tokens, kinds, model)[:, :-1]
   probabilities = jnp.exp(out) / jnp.exp(out).sum(-1, keepdims=True)
   picked = jnp.take_along_axis(probabilities, tokens[:, 1:, None], -1)
   return -jnp.log(picked).mean()
+
+
+@in_float64
+def logits(params, tokens, kinds, model):
+  """Logits [B, T, V]; `kinds` are the layer list's words."""
+  return forward(params, tokens, kinds, model)
+
+
+@in_float64
+def loss_and_gradient(params, tokens, kinds, model):
+  """Mean cross entropy of each token given the ones before it."""
+  return jax.value_and_grad(mean_cross_entropy)(params, tokens, kinds, model)

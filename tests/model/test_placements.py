@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params, random_tokens, small_model
+from ml_collections import FrozenConfigDict
 
 from mixln_jax import placement
 from mixln_jax.model import Columns, Transformer
@@ -132,6 +133,11 @@ NAMES_THAT_VARY = (
 )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradient(model, params, tokens):
+  return jax.value_and_grad(lambda p: mean_loss(model, p, tokens))(params)
+
+
 def table_of(name, **columns):
   """The table of a placement with some columns changed in every row."""
 
@@ -167,11 +173,11 @@ def test_identities(name, changes, parameters, same_as):
       if path.endswith(parameter):
         params["layers"][path] = jnp.full_like(params["layers"][path], value)
 
-  def loss(m, p, **arguments):
-    return jax.jit(jax.value_and_grad(lambda p: mean_loss(m, p, tokens, **arguments)))(p)
-
-  expected_loss, expected = loss(small_model(placement=same_as, norm_epsilon=0.0), params)
-  actual_loss, actual = loss(model, params, columns=Columns.of(table))
+  base = FrozenConfigDict(small_model(placement=same_as, norm_epsilon=0.0))
+  expected_loss, expected = loss_and_gradient(base, params, tokens)
+  actual_loss, actual = jax.jit(jax.value_and_grad(lambda p: mean_loss(model, p, tokens, columns=Columns.of(table))))(
+    params
+  )
   np.testing.assert_allclose(actual_loss, expected_loss, rtol=2e-6)
   learned = [path for path in params["layers"] if path.endswith(tuple(parameters))] if parameters else []
   for path in learned:  # the base has no such parameter

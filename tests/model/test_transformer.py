@@ -9,7 +9,7 @@ from helpers import random_params, random_tokens, small_model
 from mixln_jax.model import Transformer
 from mixln_jax.model.transformer import REMAT_POLICIES, empty_cache
 from model import reference
-from model.cases import LAYER_LISTS, apply, assert_trees_close, mean_loss, reference_case, reference_logits
+from model.cases import LAYER_LISTS, apply, assert_trees_close, mean_loss, reference_case
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_options_of_open_models_equal_the_reference(fields):
   model = small_model(placement="mix:0.5", **fields)
   params, tokens = random_params(model), random_tokens(model)
   logits = apply(model, params, tokens)
-  expected = reference_logits(model, params, tokens, LAYER_LISTS["mix:0.5"].split())
+  expected = reference.logits(params, tokens, LAYER_LISTS["mix:0.5"].split(), model)
   np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(logits).max())
 
 
@@ -59,7 +59,7 @@ def test_removing_a_layer_by_flag_equals_surgery(name, unroll):
     keep = jnp.ones(4).at[removed].set(0)
     actual = apply(model, params, tokens, keep_L=keep)
     rest = {**params, "layers": jax.tree.map(lambda w, left=left: w[np.array(left)], params["layers"])}
-    expected = reference_logits(model, rest, tokens, [kinds[index] for index in left])
+    expected = reference.logits(rest, tokens, [kinds[index] for index in left], model)
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
