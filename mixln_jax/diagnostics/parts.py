@@ -10,7 +10,7 @@ from mixln_jax.model.transformer import param_paths
 from mixln_jax.placement import SUBLAYERS
 
 GAIN = "gain_"
-# statistic -> the parameter that it is of: a sublayer's first and second gain, in order of application.
+# statistic -> its parameter: a sublayer's first and second gain, in order of application.
 GAINS = {
   f"{sublayer}/norm_gain_rms{which}": f"{sublayer}_norm{which}" for sublayer in SUBLAYERS for which in ("", "_2")
 }
@@ -29,11 +29,11 @@ def part_of(path: str) -> str | None:
   if "_norm" in name:
     return f"mlp/{GAIN}" if name.startswith("mlp") else f"attention/{GAIN}"
   sublayer = SUBLAYER_OF.get(name.removesuffix("_bias"))
-  return sublayer and f"{sublayer}/"
+  return None if sublayer is None else f"{sublayer}/"
 
 
 def norms(tree: Any) -> dict[str, jax.Array]:
-  """L2 norms of the parts of a tree shaped as the parameters are: part -> [L] (outside the layers: a scalar), fp32.
+  """L2 norms of the parts of a tree shaped like the parameters: part -> [L] (outside the layers: a scalar), fp32.
 
   A norm over several tensors is that of all their entries together. Call it under jit.
   """
@@ -55,7 +55,7 @@ def gradient_norms(grads: Any) -> dict[str, jax.Array]:
 def update_ratios(old: Any, new: Any) -> dict[str, jax.Array]:
   """`attention/update_ratio`, `mlp/update_ratio` [L]: ‖new − old‖ / ‖old‖ over all weights of the sublayer.
 
-  The change is the one that the stored parameters made: what a narrow type rounds away is not in it.
+  The change is that of the stored parameters: it lacks what a narrow type rounds away.
   """
   changes = norms(jax.tree.map(lambda a, b: b.astype(jnp.float32) - a.astype(jnp.float32), old, new))
   sizes = norms(old)

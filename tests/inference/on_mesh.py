@@ -15,7 +15,7 @@ from mixln_jax.inference.sampling import Sampling
 from mixln_jax.inference.scoring import score
 from mixln_jax.model.initial import abstract_sharded_params
 from mixln_jax.parallel.mesh import make_mesh
-from mixln_jax.training.setup import on_mesh
+from mixln_jax.parallel.rules import on_mesh
 
 MESHES = {
   "one device": None,

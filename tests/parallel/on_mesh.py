@@ -18,12 +18,12 @@ from mixln_jax.errors import InputError
 from mixln_jax.model import next_token_loss
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
-from mixln_jax.parallel.rules import batch_sharding
+from mixln_jax.parallel.rules import batch_sharding, on_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.folder import parameter_table
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.checkpoints import initial_weights
-from mixln_jax.training.setup import Evaluator, check_batch, lower_train_step, make_loader, on_mesh, set_up
+from mixln_jax.training.setup import Evaluator, check_batch, lower_train_step, make_loader, set_up
 
 MESHES = {
   "data 8": {"data": -1},
