@@ -38,7 +38,6 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from mixln_jax.training.setup import on_mesh
 
 from benchmarks.parts import Step, for_cpu, normal, turns
 from benchmarks.recipes import CONFIGS, load_file
@@ -47,7 +46,7 @@ from mixln_jax.model import loss, product
 from mixln_jax.model.attention_kernels import self_attention
 from mixln_jax.model.tuned import loss as tuned_loss
 from mixln_jax.parallel.mesh import make_mesh
-from mixln_jax.parallel.rules import RULES
+from mixln_jax.parallel.rules import RULES, on_mesh
 from mixln_jax.training import optimizer
 from mixln_jax.training import step as step_lib
 

@@ -102,7 +102,7 @@ check_recipe() {
 pack_code() {
   local folder=$1 tree=HEAD revision
   local archive=(git archive --format=tar.gz --add-file="$folder/REVISION" --output="$folder/mixln_jax.tar.gz")
-  revision=$(git rev-parse HEAD 2>/dev/null) || refuse "$PWD is no git clone, so there is no committed code to ship"
+  revision=$(git rev-parse HEAD 2>/dev/null) || refuse "$PWD is not a git clone, so there is no committed code to ship"
   run mkdir -p "$folder"
   if [ -n "$(git status --porcelain)" ]; then
     "$dirty" || refuse "there are changes that are not committed (git status); commit them, or ship them with --dirty"
@@ -137,9 +137,9 @@ in_region() {
     return
   fi
   location=$("${describe[@]}") ||
-    refuse "$bucket can't be looked at (gcloud says why above); create it, or leave the question out with --any-region"
+    refuse "$bucket can't be read (gcloud says why above); create it, or skip this check with --any-region"
   location=$(echo "$location" | tr '[:upper:]' '[:lower:]')
   [ "$location" = "$region" ] ||
-    refuse "$bucket is in $location, --zone=$zone in $region: what goes between them is slow and billed; take a" \
-      "bucket in $region, or say --any-region"
+    refuse "$bucket is in $location, --zone=$zone in $region: traffic between them is slow and billed; take a" \
+      "bucket in $region, or pass --any-region"
 }

@@ -20,14 +20,14 @@ verbs:
     --xpk-flag=FLAG                        goes to `xpk cluster create` as it is; may be repeated
   train       builds an image of the committed code, and starts training in it
     --name=NAME                            of the workload
-    --config=FILE --workdir=gs://…         the recipe, and the run's folder: the same folder goes on with the run
+    --config=FILE --workdir=gs://…         the recipe, and the run's folder: the same folder resumes the run
     --config.FIELD=VALUE                   changes the recipe
     --data=gs://…                          prepared records, copied to every host first
     --env=NAME=VALUE                       a variable for training; may be repeated
     --base-image=python:3.12               what the code is put into; requirements-tpu.txt is installed at each start
     --image=IMAGE                          instead: an image of yours that has this code as its folder, and .venv
     --max-restarts=50                      restarts after a preemption, a failure of the machine or a SIGTERM (75);
-                                           refused input (2) and errors (1) are not tried again
+                                           rejected input (2) and errors (1) are not retried
     --dirty                                ships the working tree as it stands, changes and all
     --any-region                           buckets need not be in the region of the zone
   status      the workloads of the cluster

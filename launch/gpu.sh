@@ -8,9 +8,9 @@ usage() {
   cat <<'TEXT'
 usage: bash launch/gpu.sh --config=FILE --workdir=DIR [--gpus=N] [--print] [--config.FIELD=VALUE ...]
 
-Makes .venv, installs requirements-gpu.txt (once), prepares the corpus (once), and trains; the same --workdir goes on
-with the run. --gpus=N takes the first N (default: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists).
-Training is refused where JAX finds fewer, or falls back to the CPU. Ctrl-C or SIGTERM ends it after its step, with a
+Makes .venv, installs requirements-gpu.txt (once), prepares the corpus (once), and trains; the same --workdir resumes the
+run. --gpus=N takes the first N (default: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists). Training does
+not start where JAX finds fewer, or falls back to the CPU. Ctrl-C or SIGTERM ends it after the current step, with a
 checkpoint.
 --print only prints the commands. Several machines: launch/slurm.sh.
 TEXT
@@ -32,7 +32,7 @@ elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
   gpus=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .)
 else
   gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') ||
-    refuse "nvidia-smi lists no GPU; install NVIDIA's driver, say --gpus=N, or train on the CPU with launch/local.sh"
+    refuse "nvidia-smi lists no GPU; install NVIDIA's driver, pass --gpus=N, or train on the CPU with launch/local.sh"
 fi
 
 set_up_environment requirements-gpu.txt

@@ -23,33 +23,34 @@ common_help() {
 
 verbs:
   create      makes the TPU
-    --capacity=on-demand|spot|reserved     (default on-demand); spot is cheaper, and can be taken away at any time
+    --capacity=on-demand|spot|reserved     (default on-demand); spot is cheaper, and can be preempted at any time
     --service-account=EMAIL                what the hosts may do; it must be allowed to write to the bucket
     --create-flag=FLAG                     goes to gcloud as it is, as in --create-flag=--network=mine; may be repeated
   setup       ships the committed code to every host, and installs --requirements=requirements-tpu.txt
     --dirty                                ships the working tree as it stands, changes and all
   train       starts training on every host, in the background: it outlives the connection
-    --config=FILE --workdir=gs://…         the recipe, and the run's folder: the same folder goes on with the run
+    --config=FILE --workdir=gs://…         the recipe, and the run's folder: the same folder resumes the run
     --config.FIELD=VALUE                   changes the recipe
     --data=gs://…                          prepared records, copied to every host first
     --env=NAME=VALUE                       a variable for training; it is printed, and stands in the list of processes
     --any-region                           buckets need not be in the region of the TPU
-  follow      shows the log of a host (--worker=0) until training ends; Ctrl-C ends only the showing
+  follow      shows the log of a host (--worker=0) until training ends; Ctrl-C stops only the display
   tail        shows the end of the log of every host (--lines=40)
   status      the TPU's state, and a line a host: running or ended, exit status, seconds
   fetch       copies the run's folder, without checkpoints, and all logs to --output=work/fetched/NAME
     --everything                           with checkpoints
-  stop        asks training to stop after its step with a checkpoint; kills it after --grace=300 seconds
+  stop        asks training to stop after the current step with a checkpoint; kills it after --grace=300 seconds
   free        ends every process that holds the TPU, and removes the lock of one that died
   supervise   create, setup and train, and again after each preemption, until training is done
-    --poll=60 --wait=15 --longest-wait=900   seconds between looks; seconds to wait before a restart, doubled each time
+    --poll=60 --wait=15 --longest-wait=900   seconds between polls; seconds to wait before a restart, doubled each time
     --healthy=1800                         training seen running after so many seconds clears crashes and the wait
-    --max-crashes=3                        crashes in a row (not preemptions) after which it gives up
-    --max-creations=100                    attempts in a row to get the TPU after which it gives up
-    --delete-when-done                     deletes the TPU when training is done, was refused or keeps crashing
+    --max-crashes=3                        consecutive crashes (not preemptions) after which it gives up
+    --max-creations=100                    consecutive attempts to get the TPU after which it gives up
+    --delete-when-done                     deletes the TPU when training is done, rejects its input or keeps crashing
   delete      deletes the TPU, and what its hosts hold with it
 
-Exit status: 0 done; 1 it failed, or training keeps crashing; 2 refused; 75 stopped by a signal (run it again to go on).
+Exit status: 0 done; 1 it failed, or training keeps crashing; 2 rejected input; 75 stopped by a signal (run it again to
+resume).
 TEXT
 }
 

@@ -11,7 +11,7 @@ usage() {
 usage: bash launch/local.sh [--print] [--config=FILE] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
 Makes .venv and installs requirements.txt (once), prepares the corpus (once), and trains; a new run each time, under
-work/runs, unless --workdir names one to go on with. Defaults: --config=configs/tiny.py.
+work/runs, unless --workdir names one to resume. Defaults: --config=configs/tiny.py.
 The fields: .venv/bin/python -m mixln_jax train --help
 TEXT
 }

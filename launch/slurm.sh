@@ -11,16 +11,16 @@ Run it on a login node, from a clone on a file system that all nodes see; --work
 mixln_jax prepare`) lie on one too. Makes .venv, installs requirements-gpu.txt (once), and submits the job.
 
   --gpus=N                   GPUs of each node, and processes
-  --time=24:00:00            as sbatch takes it; 180 s before its end training ends with a checkpoint, and the job is
-                             put back into the queue, until training is done
+  --time=24:00:00            as sbatch takes it; 180 s before its end training stops with a checkpoint, and the job is
+                             requeued, until training is done
   --config.FIELD=VALUE       changes the recipe
   --name=mixln_jax           of the job; its log is work/slurm/NAME-ID.log
   --partition=P --account=A  of the job
   --sbatch-flag=FLAG         goes to sbatch as it is, as in --sbatch-flag=--exclusive; may be repeated
   --print                    prints the exact commands, runs nothing
 
-Exit status of the job: that of training, 0 done, 1 failed, 2 refused, 75 stopped by a signal. Only 75 before the time
-limit is queued again. To stop it with a checkpoint: scancel --signal=TERM JOB, then scancel JOB once it waits again.
+Exit status of the job: that of training, 0 done, 1 failed, 2 rejected input, 75 stopped by a signal. Only 75 before the
+time limit is requeued. To stop it with a checkpoint: scancel --signal=TERM JOB, then scancel JOB once it waits again.
 TEXT
 }
 

@@ -23,11 +23,11 @@ give_up() {
   local status=$1
   shift
   say "$*"
-  say "$preemptions preemptions, $crashes crashes in a row"
+  say "$preemptions preemptions, $crashes consecutive crashes"
   if "$delete_when_done" && ((status != 75)); then
     machine_delete || say "the TPU could not be deleted: it is still billed"
   elif [ "$machine" != absent ]; then
-    say "the TPU is still there, and billed; to be rid of it: the verb delete, with the same --name and --zone"
+    say "the TPU is still there, and billed; delete it with the verb delete and the same --name and --zone"
   fi
   exit "$status"
 }
@@ -123,7 +123,7 @@ look_at_training() {
       show_logs
       is_still_there || return 0
       [ "$training" = crashed ] || { on_hosts all "$(on_host stop --grace=10)" || true; }
-      [ "$training" = crashed ] || give_up 2 "training refused its input on $by: trying again would not help"
+      [ "$training" = crashed ] || give_up 2 "training rejected its input on $by: trying again would not help"
       count_crash "exit status $status on $by"
       ;;
   esac
@@ -157,12 +157,12 @@ create_again() {
 }
 
 leave_well() {
-  say "told to stop: so is training"
+  say "stopping training, as a signal asked"
   machine_state
   if [ "$machine" = ready ]; then
     on_hosts all "$(on_host stop --grace="$grace")" || true
   fi
-  give_up 75 "run the same command to go on"
+  give_up 75 "run the same command to resume"
 }
 
 supervise() {
@@ -183,7 +183,7 @@ supervise() {
       absent) is_set_up=false restart=true && create_again ;;
       gone)
         preemptions=$((preemptions + 1)) is_set_up=false
-        say "$name was taken away ($machine_says), for the ${preemptions}. time: deleting what is left of it"
+        say "$name was preempted or stopped ($machine_says), number $preemptions: deleting what is left of it"
         machine_delete || true
         back_off
         ;;

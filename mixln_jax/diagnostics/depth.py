@@ -18,7 +18,7 @@ from mixln_jax.model.norm import rms_norm
 
 
 class DepthSums(flax.struct.PyTreeNode):
-  """What is added up over batches; `P` = L + 1 depths.
+  """Sums over batches; `P` = L + 1 depths.
 
   Attributes:
     tokens: counted positions.
@@ -40,8 +40,14 @@ class DepthSums(flax.struct.PyTreeNode):
   def zeros(cls, model: ModelConfig) -> "DepthSums":
     depths, width = model.num_layers + 1, model.embed_dim + 1
     square = (depths, depths)
-    shapes = {"tokens": (), "rows": (), "angle_all_PP": square, "angle_last_PP": square, "lens_P": (depths,)}
-    return cls(**{k: jnp.zeros(s) for k, s in shapes.items()}, triangle_PEE=jnp.zeros((depths, width, width)))
+    return cls(
+      tokens=jnp.zeros(()),
+      rows=jnp.zeros(()),
+      angle_all_PP=jnp.zeros(square),
+      angle_last_PP=jnp.zeros(square),
+      lens_P=jnp.zeros((depths,)),
+      triangle_PEE=jnp.zeros((depths, width, width)),
+    )
 
 
 def angular_distances(streams_PBTD: jax.Array) -> jax.Array:
@@ -69,27 +75,27 @@ def last_counted(weights_BT: jax.Array) -> jax.Array:
 def add_rows(triangle_EE: jax.Array, x_ND: jax.Array, weights_N: jax.Array) -> jax.Array:
   """R of a QR decomposition of the rows (1, x) of weight 1, and of those whose R is given.
 
-  As the first column is all ones, the lower right block of R is that of the rows with their mean taken off. Updating R
-  keeps what a covariance would square away: fp32 resolves singular values down to 1e-7 of the largest, not 3e-4.
+  As the first column is all ones, the lower right block of R is that of the rows minus their mean. Updating R is more
+  exact than a covariance, which squares: fp32 resolves singular values down to 1e-7 of the largest, not 3e-4.
   """
   rows_NE = jnp.concatenate([jnp.ones((len(x_ND), 1)), x_ND.astype(jnp.float32)], axis=1) * weights_N[:, None]
   return jnp.linalg.qr(jnp.concatenate([triangle_EE, rows_NE]), mode="r")
 
 
 def effective_rank(triangle_EE: np.ndarray) -> float | None:
-  """exp of the entropy of the singular values' shares, of the centred rows behind an R of `add_rows`.
+  """exp of the entropy of the singular values over their sum, of the centred rows behind an R of `add_rows`.
 
   Roy and Vetterli, The effective rank (EUSIPCO 2007). None where all rows are equal.
   """
   values = np.linalg.svd(np.asarray(triangle_EE, np.float64)[1:, 1:], compute_uv=False)
   if not np.isfinite(values).all() or values.sum() == 0:
     return None
-  shares = values[values > 0] / values.sum()
-  return float(np.exp(-(shares * np.log(shares)).sum()))
+  fractions = values[values > 0] / values.sum()
+  return float(np.exp(-(fractions * np.log(fractions)).sum()))
 
 
 def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str, jax.Array]], DepthSums]:
-  """`step(params, sums, batch) -> sums`: a batch added to the sums. To be called under jit."""
+  """`step(params, sums, batch) -> sums`: adds a batch to the sums. Call it under jit."""
 
   def look(transformer: Transformer, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:
     labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
@@ -125,7 +131,9 @@ def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str
 
 def by_block(mean_PP: np.ndarray) -> list[list[float | None]]:
   """A matrix over depths as [l][n - 1]: from the input of layer l, over n layers; None where l + n > L."""
-  depths = range(len(mean_PP))
-  return [
-    [float(mean_PP[start, start + n]) if start + n in depths else None for n in depths[1:]] for start in depths[:-1]
-  ]
+  num_layers = len(mean_PP) - 1
+  rows: list[list[float | None]] = []
+  for start in range(num_layers):
+    known = [float(value) for value in mean_PP[start, start + 1 :]]
+    rows.append([*known, *[None] * start])
+  return rows

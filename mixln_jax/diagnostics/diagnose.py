@@ -16,6 +16,7 @@ from mixln_jax.model.loss import batch_loss
 from mixln_jax.model.parameters import abstract_params, parameters
 from mixln_jax.parallel.rules import replicated
 from mixln_jax.placement import SUBLAYERS
+from mixln_jax.text import aligned, perplexity
 
 DEFINITIONS = {
   "data": "The first records of the run's validation set, up to the one with which `tokens` counted tokens are "
@@ -58,11 +59,11 @@ def diagnose(
   Args:
     config: of the run.
     params: the checkpoint's parameters, on the mesh.
-    initial_params: gives the run's initial parameters, on the mesh; called once, and let go of when they are measured.
+    initial_params: gives the run's initial parameters, on the mesh; called once, and not kept.
     batches: global batches of the validation set.
     mesh: where all of that lies.
     sizes: how many neighbouring layers to remove together.
-    scores: tasks to score under removal, as `removal` takes them.
+    scores: tasks to score with layers removed, as `removal` takes them.
     watch: wraps the batches of a stage, whose name it gets, to show how far it is.
 
   Returns:
@@ -89,7 +90,7 @@ def diagnose(
       "checkpoint": gradient_norms(params, watch(batches, "gradient")),
     },
     "effective_rank": [depth.effective_rank(triangle_EE) for triangle_EE in sums.triangle_PEE],
-    "logit_lens_perplexity": [_perplexity(loss) for loss in sums.lens_P / sums.tokens],
+    "logit_lens_perplexity": [perplexity(float(loss)) for loss in sums.lens_P / sums.tokens],
   }
   return finite(result)
 
@@ -136,10 +137,6 @@ def make_gradient_norms(model: ModelConfig, shardings: Any, mesh: Mesh) -> Gradi
   return norms
 
 
-def _perplexity(loss: float) -> float:
-  return math.exp(loss) if loss < 700 else math.inf
-
-
 def finite(value: Any) -> Any:
   """The same with None for a number that is not finite, which JSON does not have."""
   if isinstance(value, Mapping):
@@ -149,32 +146,29 @@ def finite(value: Any) -> Any:
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(result: Mapping[str, Any], strip: str) -> str:
-  """The numbers by layer for a terminal. `strip`: the placement, a word a layer."""
+def table(result: Mapping[str, Any], layer_list: str) -> str:
+  """The numbers by layer for a terminal. `layer_list`: the placement, a word a layer."""
   distance, removed, norms = result["angular_distance"], result["removal"], result["gradient_norm"]
-  num_layers, scores = len(strip.split()), removed.get("scores")
+  num_layers, scores = len(layer_list.split()), removed.get("scores")
   columns = [
     (("", "layer"), [*map(str, range(num_layers)), "end"]),
-    (("", "placement"), strip.split()),
+    (("", "placement"), layer_list.split()),
     (("angular dist.", "last token"), _cells((row[0] for row in distance["last"]), ".4f")),
     (("to the next,", "all tokens"), _cells((row[0] for row in distance["all"]), ".4f")),
     (("loss", "without it"), _cells(removed["blocks"].get("1", []), ".4f")),
-    *([(("score", "without it"), _cells(_mean_score(removed)["blocks"].get("1", []), ".4f"))] if scores else []),
-    *(
-      ((f"gradient, {when}", sublayer), _cells(norms[when][sublayer], ".3e"))
-      for when in ("initial", "checkpoint")
-      for sublayer in SUBLAYERS
-    ),
-    (("effective", "rank"), _cells(result["effective_rank"], ".1f")),
-    (("logit-lens", "perplexity"), _cells(result["logit_lens_perplexity"], ".5g")),
   ]
-  texts = [[*head, *cells, *[""] * (num_layers + 1 - len(cells))] for head, cells in columns]
-  widths = [max(map(len, column)) for column in texts]
-  rows = (
-    "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in zip(*texts, strict=True)
-  )
+  if scores:
+    columns.append((("score", "without it"), _cells(_mean_score(removed)["blocks"].get("1", []), ".4f")))
+  for when in ("initial", "checkpoint"):
+    for sublayer in SUBLAYERS:
+      columns.append(((f"gradient, {when}", sublayer), _cells(norms[when][sublayer], ".3e")))
+  columns.append((("effective", "rank"), _cells(result["effective_rank"], ".1f")))
+  columns.append((("logit-lens", "perplexity"), _cells(result["logit_lens_perplexity"], ".5g")))
+  # A column without a value for the end of the stack has one cell fewer.
+  padded = [[*head, *cells, *[""] * (num_layers + 1 - len(cells))] for head, cells in columns]
+  lines = aligned(list(zip(*padded, strict=True)), right=range(len(columns)))
   (loss,) = _cells([removed["loss"]], ".4f")
-  lines = [*rows, f"loss with all layers {loss}, over {result['tokens']:,} tokens"]
+  lines.append(f"loss with all layers {loss}, over {result['tokens']:,} tokens")
   if scores:
     lines.append(f"score with all layers {_mean_score(removed)['score']:.4f}, the mean of {', '.join(scores)}")
   return "\n".join(lines)
@@ -183,10 +177,10 @@ def table(result: Mapping[str, Any], strip: str) -> str:
 def _mean_score(removed: Mapping[str, Any]) -> dict[str, Any]:
   """The mean over tasks of what `removal` calls `scores`."""
   scores = list(removed["scores"].values())
-  blocks = {
-    size: [math.fsum(values) / len(scores) for values in zip(*(one["blocks"][size] for one in scores), strict=True)]
-    for size in scores[0]["blocks"]
-  }
+  blocks = {}
+  for size in scores[0]["blocks"]:
+    by_layer = zip(*(one["blocks"][size] for one in scores), strict=True)
+    blocks[size] = [math.fsum(values) / len(scores) for values in by_layer]
   return {"score": math.fsum(one["score"] for one in scores) / len(scores), "blocks": blocks}
 
 

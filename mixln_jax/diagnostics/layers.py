@@ -1,4 +1,4 @@
-"""Statistics of the residual stream by layer, reduced inside the scan over layers, so that no [L, B, T, D] is kept.
+"""Statistics of the residual stream by layer, reduced inside the scan over layers, so that no [L, B, T, D] is stored.
 
 They are sums and maxima over counted positions (those whose next token the loss counts), so that micro-batches and
 devices add up to what the whole batch would give; `finish` divides once, by the number of counted tokens.
@@ -16,7 +16,7 @@ Statistics = dict[str, dict[str, jax.Array]]  # "sums" and "maxima": name -> sca
 
 
 def observe(taps: dict[str, jax.Array], weights_BT: jax.Array) -> Statistics:
-  """One layer's statistics; what `Transformer.observe` is for."""
+  """One layer's statistics; the function for `Transformer.observe`."""
 
   def total(values_BT: jax.Array) -> jax.Array:
     return jnp.sum(values_BT * weights_BT)
@@ -59,7 +59,7 @@ def merge(statistics: Statistics) -> Statistics:
 
 
 def finish(statistics: Statistics, count: jax.Array) -> dict[str, jax.Array]:
-  """What is reported of the statistics of `count` tokens; each [L], `embedded_rms` a scalar.
+  """The reported numbers, from the statistics of `count` tokens; each [L], `embedded_rms` a scalar.
 
   `stream_rms`        RMS of the residual stream after the layer (before the final norm), over tokens and channels
   `stream_variance`   its variance over the channels of a token, the mean over tokens
@@ -84,7 +84,7 @@ def finish(statistics: Statistics, count: jax.Array) -> dict[str, jax.Array]:
 def of_step(
   statistics: Statistics, count: jax.Array, grads: Any, old_params: Any, new_params: Any, table: parts.Table
 ) -> dict[str, jax.Array]:
-  """All that a diagnostic step reports: of its forward pass, gradient, update and parameters.
+  """All that a diagnostic step reports on its forward pass, gradient, update and parameters.
 
   Args:
     statistics: of the whole batch.

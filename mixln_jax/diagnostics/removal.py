@@ -1,4 +1,4 @@
-"""What a model loses with layers removed: its output is then its input. No fine-tuning, no surgery: a flag."""
+"""The loss of a model with layers removed: a removed layer's output is its input. Removal is a flag, not surgery."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ Score = Callable[[Any, jax.Array], float]
 
 
 def make_removal_step(model: ModelConfig) -> LossOf:
-  """`step(params, batch, keep_L) -> (loss sum, count)`. Which layers are kept is data: compiled once for all."""
+  """`step(params, batch, keep_L) -> (loss sum, count)`. Which layers stay is data: compiled once for all."""
   transformer = Transformer(model)
 
   def step(params: Any, batch: Mapping[str, jax.Array], keep_L: Any) -> tuple[jax.Array, jax.Array]:
@@ -41,7 +41,7 @@ def removal(
   sizes: Sequence[int],
   scores: Mapping[str, Score] | None = None,
 ) -> dict[str, Any]:
-  """The loss as it is, and with each block of layers removed.
+  """The loss with all layers, and with each block of layers removed.
 
   Args:
     step: compiled `make_removal_step`.
@@ -49,8 +49,8 @@ def removal(
     batches: global batches.
     num_layers: L.
     sizes: how many neighbouring layers to remove together.
-    scores: tasks to score besides, name -> a function of the parameters and the flags keep_L (int32 [L]), which it is
-      to hand to the model.
+    scores: tasks to score besides, name -> a function of the parameters and the flags keep_L (int32 [L]), which it
+      passes to the model.
 
   Returns:
     `loss`, nats a counted token; `blocks`, size -> the loss without layers l … l + size - 1, for l from 0; with scores
@@ -72,6 +72,8 @@ def removal(
   losses = sums / count
   result: dict[str, Any] = {"loss": float(losses[0]), "blocks": by_size(losses)}
   if scores:
-    tasks = {name: [float(score(params, jnp.asarray(keep_L))) for keep_L in keeps] for name, score in scores.items()}
-    result["scores"] = {name: {"score": values[0], "blocks": by_size(values)} for name, values in tasks.items()}
+    result["scores"] = {}
+    for name, score in scores.items():
+      values = [float(score(params, jnp.asarray(keep_L))) for keep_L in keeps]
+      result["scores"][name] = {"score": values[0], "blocks": by_size(values)}
   return result

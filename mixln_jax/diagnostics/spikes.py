@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Iterable
 
 WINDOW = 128
-FEWEST = 16  # losses, under which their deviation says little
+FEWEST = 16  # losses, under which their standard deviation says little
 
 
 class LossWindow:
   """The last losses of a run.
 
-  The score of a loss is its distance from their mean in their standard deviations, at most WINDOW of them: what OLMo
-  2's training code (allenai/OLMo-core, its stability monitor) calls a spike where it is over 6.
+  The score of a loss is its distance from the mean of the last WINDOW losses, in their standard deviations. A score
+  over 6 is what OLMo 2's training code (allenai/OLMo-core, its stability monitor) calls a spike.
   """
 
   def __init__(self, losses: Iterable[float] = ()):
@@ -23,10 +23,10 @@ class LossWindow:
     """The score of the next loss; None where there are fewer than FEWEST before it, or all of them are equal."""
     if len(self._losses) < FEWEST:
       return None
-    mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
-    return (loss - mean) / deviation if deviation > 0 else None
+    mean, std = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+    return (loss - mean) / std if std > 0 else None
 
   def add(self, loss: float) -> None:
-    """Takes note of a loss; one that is not finite is left out."""
+    """Adds a loss to the window; one that is not finite is left out."""
     if math.isfinite(loss):
       self._losses.append(loss)

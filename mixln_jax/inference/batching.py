@@ -14,11 +14,12 @@ SMALLEST = 16  # positions that no row is shorter than
 def bucket(length: int, smallest: int = SMALLEST) -> int:
   """The next of 16, 24, 32, 48, 64, 96, … (halves between powers of two): at most half of a row is padding."""
   power = smallest * 2 ** max(0, math.ceil(math.log2(length / smallest)))
-  return power * 3 // 4 if power > smallest and length <= power * 3 // 4 else power
+  halfway = power * 3 // 4
+  return halfway if power > smallest and length <= halfway else power
 
 
 def bucket_rows(rows: int) -> int:
-  """A number of rows from `rows` on that the mesh of this context cuts evenly: a power of two on each part of it."""
+  """At least `rows`, and a number that the mesh in use cuts evenly: a power of two on each of its parts."""
   ways = ways_of_rows(jax.sharding.get_abstract_mesh())
   return ways * 2 ** math.ceil(math.log2(max(1, rows / ways)))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.data.tokenizer import PAD, Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.inference import batching
@@ -42,7 +42,7 @@ class _State(NamedTuple):
 
 
 def generate(
-  config: Config,
+  config: ModelConfig,
   params: Any,
   prompts: Sequence[Sequence[int]],
   num_tokens: int,
@@ -51,10 +51,10 @@ def generate(
   stop_ids: Sequence[int] = (),
   num_ids: int | None = None,
 ) -> list[list[int]]:
-  """Goes on with prompts of any lengths, as one batch.
+  """Continues prompts of any lengths, as one batch.
 
-  On a mesh (`parallel.rules.on_mesh`) its rows are cut as those of a training batch. Lengths and rows are padded to few
-  sizes, so that few shapes are compiled.
+  On a mesh (`parallel.rules.on_mesh`) its rows are sharded as those of a training batch. Lengths and rows are padded to
+  few sizes, so that few shapes are compiled.
 
   Args:
     config: config.model.
@@ -62,7 +62,7 @@ def generate(
     prompts: ids, at least one each.
     num_tokens: the most to add to each.
     sampling: how the next token is chosen; by default the likeliest.
-    stop_ids: a row ends with the first of these; the loop ends with the last row.
+    stop_ids: a row ends with the first of these; the loop ends when all rows have ended.
     num_ids: only ids below it are sampled; by default all rows of the head (a tokenizer may have fewer ids).
 
   Returns:
@@ -70,7 +70,7 @@ def generate(
 
   Raises:
     ValueError: a prompt is empty.
-    InputError: `sampling` can't be meant.
+    InputError: `sampling` is invalid.
   """
   sampling.check()
   if not all(map(len, prompts)):
@@ -82,7 +82,7 @@ def generate(
   stop_N[: len(stop_ids)] = stop_ids
   narrowing = (np.int32(sampling.top_k), np.float32(sampling.top_p)) if sampling.narrows else None
   tokens_BS, steps = generate_batch(
-    FrozenConfigDict(config),
+    cast(ModelConfig, FrozenConfigDict(config)),
     num_slots,
     num_ids or config.vocab_size,
     params,
@@ -92,11 +92,10 @@ def generate(
     stop_N,
     (np.float32(sampling.temperature), narrowing, np.uint32(sampling.seed)),
   )
-  rows = np.asarray(tokens_BS)
-  ends = lengths_B + int(steps)
-  return [
-    _through_stop(rows[index, lengths_B[index] : ends[index]].tolist(), stop_ids) for index in range(len(prompts))
-  ]
+  added = []
+  for row, length in zip(np.asarray(tokens_BS)[: len(prompts)], lengths_B[: len(prompts)], strict=True):
+    added.append(_through_stop(row[length : length + int(steps)].tolist(), stop_ids))
+  return added
 
 
 def _through_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -106,7 +105,7 @@ def _through_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def generate_batch(
-  config: Config,
+  config: ModelConfig,
   num_slots: int,
   num_ids: int,
   params: Any,
@@ -131,7 +130,7 @@ def generate_batch(
 
   Returns:
     The tokens [B, S] (prompts, what was added, and PAD from where a row stopped), and how many tokens were added to
-    the row that went on longest.
+    the longest row.
   """
   model = Transformer(config)
   temperature, narrowing, seed = sampling
@@ -175,12 +174,12 @@ def _next_logits(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-  """Ids of a prompt; it stands at the start of a document, after the end of another."""
+  """Ids of a prompt, which starts a document: they follow the end-of-document token of another."""
   return [tokenizer.eos_id, *tokenizer.encode(prompt)]
 
 
 def check_context(longest: int, num_tokens: int, context: int) -> None:
-  """Refuses to go beyond the positions that a run was trained at, where RoPE's angles are new to the model.
+  """Rejects positions beyond those that a run was trained at, where RoPE's angles are new to the model.
 
   Args:
     longest: tokens of the longest prompt.
@@ -194,14 +193,14 @@ def check_context(longest: int, num_tokens: int, context: int) -> None:
     room = context - longest
     hint = f"lower it to {room}" if room > 0 else "shorten the prompt"
     raise InputError(
-      f"--num_tokens={num_tokens}: with the {longest} tokens of the longest prompt that is {longest + num_tokens}, "
+      f"num_tokens={num_tokens}: with the {longest} tokens of the longest prompt that is {longest + num_tokens}, "
       f"more than the {context} that the run was trained at (config.data.sequence_length); "
-      f"{hint}, or give --beyond_context"
+      f"{hint}, or go beyond it on purpose (beyond_context)"
     )
 
 
 def generate_texts(
-  config: Config,
+  config: ModelConfig,
   params: Any,
   tokenizer: Tokenizer,
   prompts: Sequence[str],
@@ -211,7 +210,7 @@ def generate_texts(
   stop_ids: Sequence[int],
   batch_size: int = BATCH_SIZE,
 ) -> list[Text]:
-  """What comes after each prompt, in their order. Arguments as `generate`; `batch_size` prompts at a time."""
+  """The text after each prompt, in their order. Arguments as `generate`; `batch_size` prompts at a time."""
   rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
   results: dict[int, Text] = {}
   for indices in batching.by_length([len(row) for row in rows], batch_size):
@@ -231,7 +230,7 @@ def generate_texts(
 
 
 def generate_text(
-  config: Config,
+  config: ModelConfig,
   params: Any,
   tokenizer: Tokenizer,
   prompt: str,
@@ -240,7 +239,7 @@ def generate_text(
   temperature: float = 0.8,
   seed: int = 0,
 ) -> str:
-  """Text that goes on from `prompt`, up to the end of a document; from the start of a document where it is empty."""
+  """The text after `prompt`, up to the end of a document; with an empty prompt, from the start of a document."""
   sampling = Sampling(temperature, seed=seed)
   stop_ids = (tokenizer.eos_id,)
   return generate_texts(config, params, tokenizer, [prompt], num_tokens, sampling=sampling, stop_ids=stop_ids)[0].text

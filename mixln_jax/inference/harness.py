@@ -20,7 +20,7 @@ try:
   from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
   raise InputError(
-    f"--tasks needs the lm-evaluation-harness ({error.name} is missing): pip install -r requirements-eval.txt"
+    f"tasks need the lm-evaluation-harness ({error.name} is missing): pip install -r requirements-eval.txt"
   ) from error
 
 NEW_TOKENS = 256  # of a generation whose task does not say, as the harness's own models have it
@@ -73,7 +73,7 @@ class HarnessModel(TemplateLM):
     room = self._max_length + 1 - len(continuation)
     if room < 1:
       raise InputError(
-        f"--tasks: a continuation of {len(continuation)} tokens does not fit the {self._max_length} that the run was "
+        f"tasks: a continuation of {len(continuation)} tokens does not fit the {self._max_length} that the run was "
         "trained at (config.data.sequence_length); leave the task out"
       )
     return context[-room:], continuation
@@ -124,7 +124,7 @@ class HarnessModel(TemplateLM):
 
 
 class _Generation(NamedTuple):
-  """How a request is to be gone on with."""
+  """How a request is to be continued."""
 
   until: tuple[str, ...]
   num_tokens: int
@@ -135,17 +135,21 @@ class _Generation(NamedTuple):
     unknown = sorted(set(options) - set(GENERATION_OPTIONS))
     if unknown:
       known = ", ".join(GENERATION_OPTIONS)
-      raise InputError(f"--tasks: generation_kwargs has {unknown[0]!r}, which is not supported; supported: {known}")
+      raise InputError(f"tasks: generation_kwargs has {unknown[0]!r}, which is not supported; supported: {known}")
     until = options.get("until") or []
     num_tokens = int(options.get("max_gen_toks", min(NEW_TOKENS, max_length // 2)))
     if num_tokens >= max_length:
       raise InputError(
-        f"--tasks: max_gen_toks={num_tokens} leaves no room for a context in the {max_length} tokens that the run was "
+        f"tasks: max_gen_toks={num_tokens} leaves no room for a context in the {max_length} tokens that the run was "
         "trained at (config.data.sequence_length); lower it in the task's file"
       )
-    temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
-    narrowing = (int(options.get("top_k", 0)), float(options.get("top_p", 1.0))) if temperature else (0, 1.0)
-    return cls((until,) if isinstance(until, str) else tuple(until), num_tokens, Sampling(temperature, *narrowing))
+    ends = (until,) if isinstance(until, str) else tuple(until)
+    sampling = Sampling()
+    if options.get("do_sample"):
+      sampling = Sampling(float(options.get("temperature", 1.0)))
+    if sampling.temperature:
+      sampling = sampling._replace(top_k=int(options.get("top_k", 0)), top_p=float(options.get("top_p", 1.0)))
+    return cls(ends, num_tokens, sampling)
 
   def cut(self, text: str) -> str:
     for end in self.until:

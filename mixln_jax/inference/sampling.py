@@ -9,13 +9,13 @@ from mixln_jax.errors import InputError
 
 
 class Sampling(NamedTuple):
-  """What decides the next token. The settings are data: one compiled program serves all of them.
+  """The settings that decide the next token. They are data: one compiled program serves all of them.
 
   Attributes:
     temperature: divides the logits; 0 = always the likeliest token.
     top_k: only the k likeliest tokens; 0 = all.
     top_p: of those, only the likeliest whose probabilities reach p, at least one (arXiv 1904.09751); 1 = all.
-    seed: of the draws. A row's draws are its own: they don't depend on the rows beside it.
+    seed: of the draws. The draws of a row don't depend on the rows beside it.
   """
 
   temperature: float = 0.0
@@ -29,15 +29,15 @@ class Sampling(NamedTuple):
     return self.top_k > 0 or self.top_p < 1
 
   def check(self) -> None:
-    """Raises InputError, naming the flag, where a setting can't be meant."""
+    """Raises InputError, with the name of the setting, where one is invalid."""
     if self.temperature < 0:
-      raise InputError(f"--temperature={self.temperature}: must be 0 (always the likeliest token) or more")
+      raise InputError(f"temperature={self.temperature}: must be 0 (always the likeliest token) or more")
     if self.top_k < 0:
-      raise InputError(f"--top_k={self.top_k}: must be 0 (all tokens) or more")
+      raise InputError(f"top_k={self.top_k}: must be 0 (all tokens) or more")
     if not 0 < self.top_p <= 1:
-      raise InputError(f"--top_p={self.top_p}: must be above 0, and at most 1 (all tokens)")
+      raise InputError(f"top_p={self.top_p}: must be above 0, and at most 1 (all tokens)")
     if self.temperature == 0 and self.narrows:
-      raise InputError("--top_k and --top_p have no meaning with --temperature=0, which takes the likeliest token")
+      raise InputError("top_k and top_p have no meaning with temperature=0, which takes the likeliest token")
 
 
 def choose(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from mixln_jax.config import Config, ModelConfig
+from mixln_jax.config import ModelConfig
 from mixln_jax.inference import batching
 from mixln_jax.model import Transformer
 from mixln_jax.model.transformer import project_to_logits
@@ -20,7 +20,7 @@ CHUNK = 64  # most positions whose logits are formed at a time
 
 
 class Score(NamedTuple):
-  """What the model makes of a continuation."""
+  """The model's verdict on a continuation."""
 
   log_likelihood: float  # of all its tokens together, nats
   greedy: bool  # whether each of them is the likeliest one
@@ -36,7 +36,7 @@ def score(
 ) -> list[Score]:
   """Log-likelihoods of continuations after their contexts.
 
-  On a mesh (`parallel.rules.on_mesh`) the rows are cut as those of a training batch.
+  On a mesh (`parallel.rules.on_mesh`) the rows are sharded as those of a training batch.
 
   Args:
     model: config.model.
@@ -48,7 +48,8 @@ def score(
   Returns:
     A score for each pair, in their order.
   """
-  frozen, num_rows = FrozenConfigDict(model), batching.bucket_rows(batch_size)
+  frozen = cast(ModelConfig, FrozenConfigDict(model))
+  num_rows = batching.bucket_rows(batch_size)
   scores: dict[int, Score] = {}
   for indices in batching.by_length([len(context) + len(rest) for context, rest in pairs], num_rows):
     rows = [[*pairs[index][0], *pairs[index][1]] for index in indices]
@@ -65,9 +66,9 @@ def score(
 
 @partial(jax.jit, static_argnums=0)
 def score_batch(
-  config: Config, params: Any, tokens_BT: jax.Array, labels_BT: jax.Array, counts_BT: jax.Array, keep_L: Any
+  config: ModelConfig, params: Any, tokens_BT: jax.Array, labels_BT: jax.Array, counts_BT: jax.Array, keep_L: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """Of each row, the log-likelihood of the labels that count, and whether each of them is the likeliest token.
+  """For each row, the log-likelihood of the labels that count, and whether each of them is the likeliest token.
 
   Args:
     config: config.model, frozen.

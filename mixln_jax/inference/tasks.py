@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
 from mixln_jax.inference.harness import HarnessModel, TaskManager, evaluate
+from mixln_jax.text import aligned
 
 # The paper's table 2 (arXiv 2412.13795). It names no metric and no shots; what it prints for OpenBookQA (11.6 to 18.8,
 # under the 25 of guessing) is accuracy without normalisation by length, and the harness's default is no shots.
@@ -39,7 +40,7 @@ class Tasks:
     self.paper = names.strip() == PAPER
     words = PAPER_TASKS if self.paper else [word.strip() for word in names.split(",") if word.strip()]
     if not words:
-      raise InputError(f"--tasks={names!r}: names no task")
+      raise InputError(f"tasks={names!r}: names no task")
     random.seed(RANDOM_SEED)
     np.random.seed(NUMPY_SEED)  # noqa: NPY002 (what the tasks' own code draws from)
     self._loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -89,13 +90,16 @@ def _described(name: str, found: Mapping[str, Any], results: Mapping[str, Any]) 
   metrics: dict[str, Any] = {}
   for key, value in found.items():
     metric, _, filtered = key.partition(",")
-    if filtered and isinstance(value, int | float) and not metric.endswith("_stderr"):
-      deviation = found.get(f"{metric}_stderr,{filtered}")
-      shown = metric if filtered == "none" else f"{metric} ({filtered})"
-      stderr = float(deviation) if isinstance(deviation, int | float) else None  # "N/A" where there is none
-      metrics[shown] = {"value": float(value), "stderr": stderr}
+    if not filtered or not isinstance(value, int | float) or metric.endswith("_stderr"):
+      continue
+    error = found.get(f"{metric}_stderr,{filtered}")
+    shown = metric if filtered == "none" else f"{metric} ({filtered})"
+    stderr = float(error) if isinstance(error, int | float) else None  # "N/A" where there is none
+    metrics[shown] = {"value": float(value), "stderr": stderr}
   counts = results["n-samples"]
-  members = [name] if name in counts else [one for one in results["group_subtasks"].get(name, ()) if one in counts]
+  members = [name]
+  if name not in counts:
+    members = [one for one in results["group_subtasks"].get(name, ()) if one in counts]
   return {
     "num_documents": sum(counts[one]["effective"] for one in members),
     "num_fewshot": results["n-shot"].get(name),
@@ -111,22 +115,24 @@ def main_metric(described: Mapping[str, Any]) -> float:
 
 
 def report(tasks: Tasks, results: Mapping[str, Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
-  """What was measured and how, as JSON; of the paper's tasks also their `mean`. No path stands in it."""
-  mean = {"mean": float(np.mean([main_metric(results[name]) for name in PAPER_TASKS]))} if tasks.paper else {}
-  return {**facts, "harness": f"lm_eval {importlib.metadata.version('lm_eval')}", **mean, "tasks": dict(results)}
+  """What was measured and how, as JSON; for the paper's tasks also their `mean`. It contains no path."""
+  written = {**facts, "harness": f"lm_eval {importlib.metadata.version('lm_eval')}"}
+  if tasks.paper:
+    written["mean"] = float(np.mean([main_metric(results[name]) for name in PAPER_TASKS]))
+  return {**written, "tasks": dict(results)}
 
 
 def table(result: Mapping[str, Any]) -> str:
   """The report as a table, a metric a line."""
-  lines = [f"{'task':28} {'documents':>9} {'shots':>5}  {'metric':18} {'value':>9}"]
+  rows = [("task", "documents", "shots", "metric", "value", "")]
   for name, one in result["tasks"].items():
-    shots = "" if one["num_fewshot"] is None else one["num_fewshot"]
+    shots = "" if one["num_fewshot"] is None else str(one["num_fewshot"])
     for metric, number in one["metrics"].items():
-      deviation = "" if number["stderr"] is None else f" ± {number['stderr']:.4f}"
-      lines.append(f"{name:28} {one['num_documents']:9,} {shots!s:>5}  {metric:18} {number['value']:9.4f}{deviation}")
+      error = "" if number["stderr"] is None else f"± {number['stderr']:.4f}"
+      rows.append((name, f"{one['num_documents']:,}", shots, metric, f"{number['value']:.4f}", error))
   if "mean" in result:
-    lines.append(f"{f'mean of the {len(PAPER_TASKS)}':28} {'':9} {'':5}  {PAPER_METRIC:18} {result['mean']:9.4f}")
-  return "\n".join(lines)
+    rows.append((f"mean of the {len(PAPER_TASKS)}", "", "", PAPER_METRIC, f"{result['mean']:.4f}", ""))
+  return "\n".join(aligned(rows, right=(1, 2, 4)))
 
 
 def _is_path(word: str) -> bool:
@@ -139,10 +145,10 @@ def _local(word: str) -> tuple[TaskManager, list[str]]:
   if path.is_dir():
     manager = TaskManager(include_path=str(path), include_defaults=False)
     if not manager.all_subtasks:
-      raise InputError(f"--tasks={word}: the folder has no task file (.yaml with `task:`)")
+      raise InputError(f"tasks={word}: the folder has no task file (.yaml with `task:`)")
     return manager, manager.all_subtasks
   if not path.is_file():
-    raise InputError(f"--tasks={word}: no such file or folder; give a task's name, its .yaml, or a folder of them")
+    raise InputError(f"tasks={word}: no such file or folder; give a task's name, its .yaml, or a folder of them")
   return TaskManager(include_path=str(path.parent), include_defaults=False), [str(path)]
 
 
@@ -151,7 +157,7 @@ def _known(word: str, manager: TaskManager) -> str:
     close = difflib.get_close_matches(word, manager.all_tasks, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise InputError(
-      f"--tasks={word}: the harness has no such task; {hint}`lm_eval ls tasks` lists all; a file ends in .yaml"
+      f"tasks={word}: the harness has no such task; {hint}`lm_eval ls tasks` lists all; a file ends in .yaml"
     )
   return word
 
@@ -160,8 +166,8 @@ def _load(manager: TaskManager, specs: list[str], word: str) -> Mapping[str, Any
   try:
     return manager.load(specs)
   except Exception as error:  # a task file is anybody's, and its documents come over the network
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    reason = one_line(f"{type(error).__name__}: {error}")
     raise InputError(
-      f"--tasks={word}: can't be loaded ({reason}); a task by name fetches its documents from the Hugging Face hub, a "
+      f"tasks={word}: can't be loaded ({reason}); a task by name fetches its documents from the Hugging Face hub, a "
       "task file names them under dataset_path and data_files"
     ) from error

@@ -147,7 +147,7 @@ def _values_of_model(
   in_fp32.update(dtype="float32", residual_dtype="float32", attention="xla")
   transformer = Transformer(cast(ModelConfig, in_fp32))
 
-  def apply(params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def apply(params: Any, tokens_BT: jax.Array, positions_BT: jax.Array) -> Any:
     arguments = ({"params": params}, tokens_BT)
     _, taps = transformer.apply(*arguments, positions_BT=positions_BT, method="hidden")
     logits_BTV = transformer.apply(*arguments, positions_BT=positions_BT)

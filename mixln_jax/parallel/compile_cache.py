@@ -1,4 +1,4 @@
-"""Compiled programs kept between processes, where only their owner can put anything: what lies there is run."""
+"""A cache of compiled programs that only its owner can write to, since what lies there is executed."""
 
 import os
 import stat
@@ -9,9 +9,12 @@ import jax
 
 
 def use_compile_cache() -> Path | None:
-  """Keeps compiled programs in the user's cache folder, with mode 0700; returns it, or None where it is not used.
+  """Caches compiled programs in the user's cache folder, with mode 0700.
 
   A folder that was chosen with JAX_COMPILATION_CACHE_DIR is left as it is.
+
+  Returns:
+    The folder; None where it is not used.
   """
   if jax.config.values["jax_compilation_cache_dir"]:
     return None
@@ -22,7 +25,7 @@ def use_compile_cache() -> Path | None:
       raise PermissionError("it belongs to somebody else")
     folder.chmod(stat.S_IRWXU)
   except OSError as error:
-    print(f"warning: compiled programs are not kept: {folder}: {error.strerror or error}", file=sys.stderr)
+    print(f"warning: compiled programs are not cached: {folder}: {error.strerror or error}", file=sys.stderr)
     return None
   jax.config.update("jax_compilation_cache_dir", str(folder))
   return folder

@@ -39,6 +39,6 @@ DEVICES: dict[str, Device] = {
 
 
 def peak_flops(device: Any) -> float | None:
-  """Peak bf16 FLOP/s of a device; None where it is not in the table (a guess would make any utilisation up)."""
+  """Peak bf16 FLOP/s of a device; None where it is not in the table (a guess would make up any utilisation)."""
   known = DEVICES.get(device.device_kind)
-  return known and known.peak_flops
+  return None if known is None else known.peak_flops

@@ -3,25 +3,27 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from mixln_jax.config import MeshConfig
 from mixln_jax.errors import InputError
 from mixln_jax.parallel import rules
 
 AXES = ("run", "data", "fsdp", "sequence", "tensor")  # outermost first
+Sizes = Mapping[str, int] | MeshConfig  # devices along each axis within a slice, and `dcn_AXIS` over slices
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: Sizes, devices: Sequence[Any] | None = None) -> Mesh:
   """The mesh of `config.mesh` over all devices.
 
   Args:
-    sizes: devices along each axis within a slice, and `dcn_AXIS` over slices; one may be -1, all that is left. Where
-      the devices don't say what slice they are of (CPUs; GPUs of one NVLink domain), each process counts as one;
+    sizes: devices along each axis within a slice, and `dcn_AXIS` over slices; one may be -1, all that are left. Where
+      the devices don't say which slice they belong to (CPUs; GPUs of one NVLink domain), each process counts as one;
       a TPU slice is one, however many processes it has.
     devices: by default all of them.
 
@@ -33,21 +35,25 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   ici = [filled[axis] for axis in AXES]
   dcn = [filled[f"dcn_{axis}"] for axis in AXES]
   if math.prod(dcn) > 1:
-    slices, hosts = ({getattr(device, name, 0) for device in devices} for name in ("slice_index", "process_index"))
-    try:
-      # Chips of one slice are on one torus, whatever hosts hold them.
-      by_process = len(slices) == 1 and devices[0].platform != "tpu"
-      grid = _arranged(
-        functools.partial(mesh_utils.create_hybrid_device_mesh, process_is_granule=by_process), ici, dcn, devices
-      )
-    except ValueError as error:
-      raise InputError(
-        f"config.mesh.dcn_*: they ask for {math.prod(dcn)} slices of {math.prod(ici)} devices, but the slices number "
-        f"{len(slices)}, the processes {len(hosts)} ({error}); change them, or set them to 1"
-      ) from error
+    grid = _grid_over_slices(ici, dcn, devices)
   else:
     grid = _arranged(mesh_utils.create_device_mesh, ici, devices)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid_over_slices(ici: Sequence[int], dcn: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+  slices = {getattr(device, "slice_index", 0) for device in devices}
+  processes = {device.process_index for device in devices}
+  # Chips of one slice are on one torus, whatever hosts hold them.
+  by_process = len(slices) == 1 and devices[0].platform != "tpu"
+  arrange = functools.partial(mesh_utils.create_hybrid_device_mesh, process_is_granule=by_process)
+  try:
+    return _arranged(arrange, ici, dcn, devices)
+  except ValueError as error:
+    raise InputError(
+      f"config.mesh.dcn_*: they ask for {math.prod(dcn)} slices of {math.prod(ici)} devices, but the slices number "
+      f"{len(slices)}, the processes {len(processes)} ({error}); change them, or set them to 1"
+    ) from error
 
 
 def describe_mesh(sizes: Mapping[str, int]) -> str:
@@ -63,7 +69,7 @@ def _arranged(arrange: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray
     return arrange(*arguments, allow_split_physical_axes=True)
 
 
-def abstract_mesh(sizes: Mapping[str, int], num_devices: int) -> Any:
+def abstract_mesh(sizes: Sizes, num_devices: int) -> Any:
   """The mesh of `config.mesh` without devices: enough to know the shardings on it, which take it as they take a mesh.
 
   Raises:
@@ -74,15 +80,16 @@ def abstract_mesh(sizes: Mapping[str, int], num_devices: int) -> Any:
   return AbstractMesh(tuple(whole), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _fill(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
-  sizes = {name: sizes[name] for name in (*AXES, *(f"dcn_{axis}" for axis in AXES))}
-  known = math.prod(size for size in sizes.values() if size != -1)
-  shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+def _fill(sizes: Sizes, num_devices: int) -> dict[str, int]:
+  names = (*AXES, *(f"dcn_{axis}" for axis in AXES))
+  asked: dict[str, int] = {name: sizes[name] for name in names}  # pyright: ignore[reportAssignmentType]
+  known = math.prod(size for size in asked.values() if size != -1)
+  shown = ", ".join(f"{name}={size}" for name, size in asked.items() if size != 1)
   if num_devices % known:
     raise InputError(
       f"config.mesh ({shown}): the axes ask for a multiple of {known} devices, but there are {num_devices}"
     )
-  filled = {name: num_devices // known if size == -1 else size for name, size in sizes.items()}
+  filled = {name: num_devices // known if size == -1 else size for name, size in asked.items()}
   if math.prod(filled.values()) != num_devices:
     raise InputError(
       f"config.mesh ({shown or 'all 1'}): the axes make {known} devices, but there are "
@@ -100,7 +107,9 @@ def rows_share(mesh: Mesh) -> tuple[int, int]:
   """
   groups = _row_groups(mesh)
   parts = sorted(set(groups.values()), key=min)
-  if sum(map(len, parts)) > len(set().union(*parts)) or len(set(map(len, parts))) > 1:
+  overlap = sum(len(part) for part in parts) > len(set().union(*parts))
+  equal = len({len(part) for part in parts}) == 1
+  if overlap or not equal:
     return 0, 1
   return parts.index(groups[jax.process_index()]), len(parts)
 
@@ -123,22 +132,11 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
   """The rows that this process loaded (`rows_share`) as global arrays [B, T], sharded by rows and positions."""
   sharding = rules.batch_sharding(mesh)
   _, count = rows_share(mesh)
-
-  def make(rows: np.ndarray) -> jax.Array:
-    shape = (len(rows) * count, *rows.shape[1:])
-    held = range(len(rows))
-    if count > 1:  # this process's rows of the global array, in their order, are the rows that it loaded
-      indices = sharding.addressable_devices_indices_map(shape).values()
-      held = sorted({row for index in indices for row in range(shape[0])[cast(Any, index)[0]]})
-    place = {row: number for number, row in enumerate(held)}
-
-    def piece(index: Any) -> np.ndarray:
-      wanted = range(shape[0])[index[0]]
-      return rows[place[wanted[0]] : place[wanted[-1]] + 1, *index[1:]]
-
-    return jax.make_array_from_callback(shape, sharding, piece)
-
-  return {name: make(rows) for name, rows in batch.items()}
+  # With the global shape JAX knows of each dimension whether all of it is here or the pieces of this process.
+  return {
+    name: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * count, *rows.shape[1:]))
+    for name, rows in batch.items()
+  }
 
 
 def attach(abstract: Any, shardings: Any) -> Any:

@@ -1,7 +1,7 @@
 """Several processes as one run: joining them, waiting for one another, agreeing, failing and stopping together.
 
-What is said here goes through JAX's coordination service, which process 0 runs: no device takes part, so that a process
-that is missing is an error after a time, and not a collective that hangs.
+All messages go through JAX's coordination service, which process 0 runs. No device is involved, so a missing process
+causes a timeout error instead of a hung collective.
 """
 
 import contextlib
@@ -12,28 +12,37 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 
-from mixln_jax.config import Config
-from mixln_jax.errors import InputError, OtherProcessError
+from mixln_jax.config import ParallelConfig
+from mixln_jax.errors import InputError, OtherProcessError, one_line
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 POLL_SECONDS = 0.1
+MOST_DIFFERENCES = 5  # that a message names
 
 _meetings = itertools.count()
 _seconds_to_wait = 300  # config.parallel.join_timeout of the process that joined
 
 
-def join(parallel: Config) -> None:
+class _Named(NamedTuple):
+  """The run that VARIABLES name; None where they don't."""
+
+  address: str | None
+  num_processes: int | None
+  process_id: int | None
+
+
+def join(parallel: ParallelConfig) -> None:
   """Joins the processes of a run. Call it before any device is touched.
 
   They are those that VARIABLES name; else those of the cluster that JAX detects: a TPU VM, GKE, Slurm (inside srun),
   Open MPI, or a Kubernetes job (with the package `kubernetes`). JAX_COORDINATOR_PORT sets the port of a detected one.
-  Where there is neither, the process is alone and nothing is done. Where the others don't come in
-  `parallel.join_timeout` seconds, the process ends with an error and status 1.
+  Without either, the process is alone and nothing is done. Where the others don't join within `parallel.join_timeout`
+  seconds, the process ends with an error and status 1.
 
   Args:
     parallel: config.parallel.
@@ -43,18 +52,13 @@ def join(parallel: Config) -> None:
   """
   if jax.distributed.is_initialized():
     return
-  by_hand, cluster = _by_hand(), _cluster()
-  if not by_hand and cluster is None:
+  cluster = _cluster()
+  named = _named(complete=cluster is None)
+  if named == _Named(None, None, None) and cluster is None:
     return
-  missing = [name for name in VARIABLES if name not in by_hand]
-  if missing and cluster is None:
-    raise InputError(f"{', '.join(by_hand)} set, but not {', '.join(missing)}: set all three, or none")
-  count, index = by_hand.get("JAX_NUM_PROCESSES"), by_hand.get("JAX_PROCESS_ID")
-  if count and index and not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-    raise InputError(f"JAX_PROCESS_ID={index} must be a whole number below JAX_NUM_PROCESSES={count}")
   global _seconds_to_wait
   _seconds_to_wait = parallel.join_timeout
-  where = by_hand.get("JAX_COORDINATOR_ADDRESS") or f"the coordinator that JAX finds ({cluster})"
+  where = named.address or f"the coordinator that JAX finds ({cluster})"
   too_late = (
     f"error: the processes of the run did not all come to {where} in config.parallel.join_timeout={_seconds_to_wait} "
     "seconds; start it on all hosts, look at each log (the first error there is the cause), and see that they can "
@@ -63,19 +67,44 @@ def join(parallel: Config) -> None:
   try:
     with _ends_after(_seconds_to_wait, too_late):
       jax.distributed.initialize(
-        by_hand.get("JAX_COORDINATOR_ADDRESS"),
-        None if count is None else int(count),
-        None if index is None else int(index),
+        named.address,
+        named.num_processes,
+        named.process_id,
         initialization_timeout=_seconds_to_wait + 60,  # JAX aborts the process then; ours says why before
         heartbeat_timeout_seconds=parallel.heartbeat_timeout,
         shutdown_timeout_seconds=parallel.heartbeat_timeout,
       )
   except (RuntimeError, ValueError, OSError, KeyError) as error:
-    raise InputError(f"the processes of the run can't be joined at {where}: {_one_line(error)}") from error
+    raise InputError(f"the processes of the run can't be joined at {where}: {one_line(error)}") from error
 
 
-def _by_hand() -> dict[str, str]:
-  return {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+def _named(*, complete: bool) -> _Named:
+  """What VARIABLES say of the run.
+
+  Args:
+    complete: whether all of them are needed where one is set: no cluster says the rest.
+
+  Raises:
+    InputError: they are incomplete, or contradict one another.
+  """
+  values = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+  missing = [name for name in VARIABLES if name not in values]
+  if values and missing and complete:
+    raise InputError(f"{', '.join(values)} set, but not {', '.join(missing)}: set all three, or none")
+  address, count, index = (values.get(name) for name in VARIABLES)
+  if count is not None and index is not None:
+    numbers = count.isdecimal() and index.isdecimal()
+    if not numbers or int(index) >= int(count):
+      raise InputError(f"JAX_PROCESS_ID={index} must be a whole number below JAX_NUM_PROCESSES={count}")
+  return _Named(address, _whole("JAX_NUM_PROCESSES", count), _whole("JAX_PROCESS_ID", index))
+
+
+def _whole(name: str, text: str | None) -> int | None:
+  if text is None:
+    return None
+  if not text.isdecimal():
+    raise InputError(f"{name}={text} must be a whole number")
+  return int(text)
 
 
 def _cluster() -> str | None:
@@ -103,8 +132,8 @@ def _ends_after(seconds: float, message: str) -> Iterator[None]:
     timer.cancel()
 
 
-def check_devices(parallel: Config) -> None:
-  """Refuses other devices than `config.parallel` expects: JAX itself would fall back to the CPU with a warning.
+def check_devices(parallel: ParallelConfig) -> None:
+  """Rejects other devices than `config.parallel` expects: JAX itself would fall back to the CPU with a warning.
 
   Raises:
     InputError: the platform or the number of devices (of all processes together) is another, or there is no device.
@@ -112,7 +141,7 @@ def check_devices(parallel: Config) -> None:
   try:
     devices = jax.devices()
   except RuntimeError as error:
-    raise InputError(f"JAX finds no device: {_one_line(error)}") from error
+    raise InputError(f"JAX finds no device: {one_line(error)}") from error
   found = (
     f"JAX found {len(devices)} × {devices[0].device_kind} ({devices[0].platform}) in {jax.process_count()} processes"
   )
@@ -134,57 +163,65 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-  """Returns once every process has come to this point; `what` names it, the same on all.
+  """Waits until every process has reached this point; `what` names it, the same on all.
 
   Raises:
-    OtherProcessError, InputError: another process failed, was refused, or did not come in time.
+    InputError: another process rejected its input.
+    OtherProcessError: another process failed, or timed out.
   """
   _meet(what, "", lambda _: "")
 
 
 def agree(what: str, facts: Mapping[str, Any]) -> None:
-  """Returns once every process has come with the same facts (JSON values).
+  """Waits until every process has given its facts (JSON values), and compares them.
 
   Raises:
     InputError: one differs; every process names it, the fact, and both values.
-    OtherProcessError: another process failed or did not come in time.
+    OtherProcessError: another process failed, or timed out.
   """
   _meet(what, json.dumps(dict(facts)), lambda said: _first_difference([json.loads(text) for text in said]))
 
 
 def _first_difference(facts: list[dict[str, Any]]) -> str:
   """The first process that says something else than process 0, in words; empty where all agree."""
+  first = facts[0]
   for process, other in enumerate(facts):
-    names = [name for name in {**facts[0], **other} if facts[0].get(name) != other.get(name)]
-    if names:
-      values = "; ".join(
-        f"{name} is {other.get(name)!r} in process {process}, {facts[0].get(name)!r} in process 0" for name in names[:5]
-      )
-      more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
-      return f"the processes of the run disagree: {values}{more}; start all with the same command, code and data"
+    names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+    if not names:
+      continue
+    values = [
+      f"{name} is {other.get(name)!r} in process {process}, {first.get(name)!r} in process 0"
+      for name in names[:MOST_DIFFERENCES]
+    ]
+    more = f" (and {len(names) - len(values)} more)" if len(names) > len(values) else ""
+    return (
+      f"the processes of the run disagree: {'; '.join(values)}{more}; start all with the same command, code and data"
+    )
   return ""
 
 
 def _meet(what: str, value: str, judge: Callable[[list[str]], str]) -> None:
   """Every process gives a value; process 0 judges all of them, and all raise its verdict where it is not empty."""
-  # Who we are is asked of the service: the first touch of a device would wait for the devices of the others.
+  # The service says which process this is: touching a device would wait for the devices of the others.
   client, count, index = _client(), _service().num_processes, _service().process_id
   if client is None or count == 1:
     return
   place = f"mixln_jax/meeting/{next(_meetings)}"
+
+  def said() -> list[str] | None:
+    values = dict(client.key_value_dir_get(f"{place}/values/"))
+    if len(values) < count:
+      return None
+    return [values[f"{place}/values/{process}"] for process in range(count)]
+
+  def verdict() -> str | None:
+    return dict(client.key_value_dir_get(f"{place}/verdict/")).get(f"{place}/verdict/0")
+
   client.key_value_set(f"{place}/values/{index}", value)
   if index == 0:
-    said = _wait_until(what, lambda: _said(client, place, count))
-    client.key_value_set(f"{place}/verdict/0", judge(said))
-  verdict = _wait_until(what, lambda: dict(client.key_value_dir_get(f"{place}/verdict/")).get(f"{place}/verdict/0"))
-  if verdict:
-    raise InputError(verdict)
-
-
-def _said(client: Any, place: str, count: int) -> list[str] | None:
-  """The values of all processes, in their order; None while one is missing."""
-  values = dict(client.key_value_dir_get(f"{place}/values/"))
-  return [values[f"{place}/values/{process}"] for process in range(count)] if len(values) == count else None
+    client.key_value_set(f"{place}/verdict/0", judge(_wait_until(what, said)))
+  if problem := _wait_until(what, verdict):
+    raise InputError(problem)
 
 
 def _wait_until(what: str, ready: Callable[[], Any]) -> Any:
@@ -204,9 +241,9 @@ def _wait_until(what: str, ready: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-  """Tells the other processes of an error that leaves the context, so that they need not wait to the end of their time.
+  """Tells the other processes of an error that leaves the context, so that they need not wait until they time out.
 
-  (They hear of it where they wait in `wait_for_all` or `agree`; in a collective they wait for JAX's heartbeat.)
+  (They notice it while they wait in `wait_for_all` or `agree`; in a collective they wait for JAX's heartbeat.)
   """
   try:
     yield
@@ -216,7 +253,7 @@ def failing_together() -> Iterator[None]:
     client = _client()
     if client is not None:
       refused = isinstance(error, InputError)
-      text = str(error) if refused else f"{type(error).__name__}: {_one_line(error)}"
+      text = str(error) if refused else f"{type(error).__name__}: {one_line(error)}"
       with contextlib.suppress(Exception):  # the service may be what failed
         client.key_value_set(f"mixln_jax/failed/{_service().process_id}", json.dumps([refused, text]))
     raise
@@ -242,12 +279,8 @@ def _service() -> Any:
   return distributed.global_state
 
 
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())[:300]
-
-
 def all_stop_at(step: int) -> bool:
-  """Whether a SIGTERM that reached any process ends all of them after this step. Every process asks after every step.
+  """Whether all processes stop after this step, since a SIGTERM reached one of them. All ask after every step.
 
   With several processes JAX handles the signal itself, and agrees on a step that none has passed.
   """

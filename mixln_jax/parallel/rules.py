@@ -45,7 +45,7 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """An activation, laid out on the mesh by the logical axis of each of its dimensions; as it is where there is no mesh.
+  """Lays out an activation on the mesh by the logical axis of each of its dimensions; without a mesh, changes nothing.
 
   Raises:
     ValueError: as `check_axes`.
@@ -55,19 +55,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def shards(axis: str) -> int:
-  """Into how many pieces the mesh in use (`jax.set_mesh`) cuts a logical axis; 1 where there is none."""
+  """The number of pieces into which the mesh in use (`jax.set_mesh`) cuts a logical axis; 1 where there is none."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape.get(name, 1) for name in mesh_axes(RULES[axis]))
 
 
 def platform() -> str:
-  """What a program that is traced now is for, `cpu`, `gpu` or `tpu`: the mesh in use, or JAX's default backend."""
+  """The platform of a program that is traced now, `cpu`, `gpu` or `tpu`: the mesh's, or JAX's default backend."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
 
 
 def check_axes(name: str, axes: Iterable[str | None]) -> None:
-  """Checks the logical axes of one tensor. (flax would leave what is wrong unsharded, in silence.)
+  """Checks the logical axes of one tensor. (flax would silently leave it unsharded.)
 
   Raises:
     ValueError: an axis has no rule, or two of them are sharded over the same mesh axis.
@@ -89,7 +89,9 @@ def check_axes(name: str, axes: Iterable[str | None]) -> None:
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   """The mesh axes of a rule, or of an entry of a PartitionSpec."""
-  return (entry,) if isinstance(entry, str) else entry or ()
+  if isinstance(entry, str):
+    return (entry,)
+  return entry or ()
 
 
 def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
@@ -116,7 +118,7 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
 
 
 def check_divides(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
-  """Raises InputError, naming the tensor, its size and the axes, where a sharding can't cut it into equal pieces."""
+  """Raises InputError, with the tensor, its size and the axes, where a sharding can't cut it into equal pieces."""
   for size, entry in zip(shape, sharding.spec, strict=False):
     axes = mesh_axes(entry)
     ways = math.prod(sharding.mesh.shape[axis] for axis in axes)
@@ -128,8 +130,11 @@ def check_divides(name: str, shape: tuple[int, ...], sharding: NamedSharding) ->
 
 
 def check_not_replicated(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
-  """Raises InputError for a parameter of more than LARGEST_REPLICATED elements that every device of the mesh's fsdp and
-  tensor axes would hold whole."""
+  """Rejects a large parameter that every device of the mesh's fsdp and tensor axes would hold whole.
+
+  Raises:
+    InputError: it has more than LARGEST_REPLICATED elements, and no such axis cuts it.
+  """
   over = {axis: sharding.mesh.shape[axis] for axis in ("fsdp", "tensor") if sharding.mesh.shape[axis] > 1}
   cut = {axis for entry in sharding.spec for axis in mesh_axes(entry)}
   if over and not cut & over.keys() and math.prod(shape) > LARGEST_REPLICATED:

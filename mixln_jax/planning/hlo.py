@@ -1,9 +1,9 @@
 """What a compiled program moves, counted from the text of its optimized HLO.
 
-XLA's own cost analysis counts the body of a loop once. Here the program is walked from its entry, and what stands in
-the body of a `while` counts as often as the loop turns: its `known_trip_count` where the compiler wrote it down (CPU,
-GPU), else what its condition `i < N`, its step `i + s` and its first value say (TPU). A loop of which neither is known
-counts once, and is named. Every branch of a conditional counts.
+XLA's own cost analysis counts the body of a loop once. Here the program is walked from its entry, and the body of a
+`while` counts as often as the loop turns: its `known_trip_count` where the compiler wrote it down (CPU, GPU), else what
+its condition `i < N`, its step `i + s` and its first value say (TPU). A loop with neither counts once, and is named.
+Every branch of a conditional counts.
 """
 
 import math
@@ -20,13 +20,14 @@ COLLECTIVES = (
   "collective-permute",
   "collective-broadcast",
 )
-# What moves nothing itself.
+# Instructions that move nothing themselves.
 FREE = (
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
   *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"),
 )
 
-SLICES = ("dynamic-slice", "slice", "gather")  # they read of their first operand what they return
+LEAVES = ("constant", "parameter")  # their operand is a value, or a number, and no name
+SLICES = ("dynamic-slice", "slice", "gather")  # they read as much of their first operand as they return
 
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -57,13 +58,17 @@ class Collective(NamedTuple):
 
   Attributes:
     runs: how many of them.
-    bytes: of its operands, over all runs.
+    bytes: of their operands, over all runs.
     sent: bytes that the device sends for them by the ring algorithms, whatever the compiler chooses.
   """
 
-  runs: int
-  bytes: float
-  sent: float
+  runs: int = 0
+  bytes: float = 0.0
+  sent: float = 0.0
+
+  def plus(self, runs: int, size: int, sent: float) -> "Collective":
+    """With so many runs more; `size` and `sent` are bytes of one run."""
+    return Collective(self.runs + runs, self.bytes + runs * size, self.sent + runs * sent)
 
 
 class Traffic(NamedTuple):
@@ -85,7 +90,7 @@ def traffic(text: str) -> Traffic:
   program = _Program(text)
   totals: dict[str, Collective] = {}
   memory = 0.0
-  seen: set[tuple[str, str, int]] = set()
+  seen: set[tuple[str, str, str]] = set()
   for owner, name, times in program.executed():
     for instruction in program.computations[name].values():
       if name == owner:
@@ -95,19 +100,19 @@ def traffic(text: str) -> Traffic:
         continue
       # The TPU compiler cuts a collective into steps, each in a fusion of its own: the channel says that it is one.
       channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-      key = (owner, kind, int(channel.group(1)) if channel else -1 - len(seen))
-      if key in seen:
-        continue
-      seen.add(key)
+      if channel is not None:
+        key = (owner, kind, channel.group(1))
+        if key in seen:
+          continue
+        seen.add(key)
       size = program.operand_bytes(name, instruction)
       sent = size * _hops(kind, program.group_size(instruction))
-      before = totals.get(kind, Collective(0, 0.0, 0.0))
-      totals[kind] = Collective(before.runs + times, before.bytes + times * size, before.sent + times * sent)
+      totals[kind] = totals.get(kind, Collective()).plus(times, size, sent)
   return Traffic(dict(sorted(totals.items())), memory, tuple(program.unknown_loops))
 
 
 def _hops(kind: str, group: int) -> float:
-  """Bytes that a device sends for each byte of its operand, in a group of so many, on a ring."""
+  """Bytes that a device sends for each byte of its operand, on a ring of `group` devices."""
   if kind == "all-gather":
     return group - 1
   if kind == "all-reduce":
@@ -162,41 +167,47 @@ class _Program:
   def _derived_trip_count(self, name: str, loop: Instruction) -> int | None:
     """Turns of `for (i = first; i < limit; i += step)`; None where the loop is something else."""
     condition, body = (self.computations[_attribute(loop, key)] for key in ("condition", "body"))
-    test, result = _root(condition), _root(body)
-    if test.opcode == "fusion":
-      outer, condition = test, self.computations[_attribute(test, "calls")]
-      test = _root(condition)
-      bound = dict(zip(_parameters(condition), outer.operands, strict=True))
-      source = self.computations[_attribute(loop, "condition")]
-    else:
-      bound, source = {}, condition
+    test, operands = self._through_fusion(condition, _root(condition))
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
       return None
-    counter, limit = (_source(source, bound.get(operand, operand)) for operand in test.operands)
+    counter, limit = operands
     last = _constant(limit)
     if counter.opcode != "get-tuple-element" or last is None:
       return None
     index = int(_attribute(counter, "index"))
-    step = self._increment(body, result.operands[index], index)
+    step = self._increment(body, _root(body).operands[index], index)
     first = self._first_value(name, loop, index)
     if not step or first is None:
       return None
     return max(0, math.ceil((last - first) / step))
 
+  def _through_fusion(
+    self, computation: Computation, instruction: Instruction
+  ) -> tuple[Instruction, list[Instruction]]:
+    """An instruction, or the root of the fusion that it is; and where its operands come from, outside of the fusion."""
+    if instruction.opcode in LEAVES:
+      return instruction, []
+    operands = [_source(computation, operand) for operand in instruction.operands]
+    if instruction.opcode != "fusion":
+      return instruction, operands
+    inner = self.computations[_attribute(instruction, "calls")]
+    given = dict(zip(_parameters(inner), operands, strict=True))
+    root = _root(inner)
+    return root, [given.get(operand, inner[operand]) for operand in root.operands]
+
   def _increment(self, body: Computation, name: str, index: int) -> int | None:
     """The constant s of the value `i + s`, i being element `index` of the loop's state."""
-    value = _source(body, name)
-    operands = [_source(body, operand) for operand in value.operands]
-    if value.opcode == "fusion":
-      inner = self.computations[_attribute(value, "calls")]
-      root = _root(inner)
-      bound = dict(zip(_parameters(inner), operands, strict=True))
-      value, operands = root, [bound.get(operand, inner[operand]) for operand in root.operands]
+    value, operands = self._through_fusion(body, _source(body, name))
     if value.opcode != "add" or len(operands) != 2:
       return None
-    steps = [step for operand in operands if (step := _constant(operand)) is not None]
-    counters = [o for o in operands if o.opcode == "get-tuple-element" and int(_attribute(o, "index")) == index]
-    return steps[0] if len(steps) == len(counters) == 1 else None
+    steps, num_counters = [], 0
+    for operand in operands:
+      step = _constant(operand)
+      if step is not None:
+        steps.append(step)
+      elif operand.opcode == "get-tuple-element" and int(_attribute(operand, "index")) == index:
+        num_counters += 1
+    return steps[0] if len(steps) == num_counters == 1 else None
 
   def _first_value(self, name: str, loop: Instruction, index: int) -> int | None:
     """The constant that element `index` of the loop's state starts from."""
@@ -208,10 +219,10 @@ class _Program:
 
   def operand_bytes(self, name: str, instruction: Instruction) -> int:
     computation = self.computations[name]
-    return sum(array.bytes for operand in instruction.operands for array in computation[operand].arrays)
+    return sum(_size(computation[operand].arrays) for operand in instruction.operands)
 
   def group_size(self, instruction: Instruction) -> int:
-    """Devices that a collective is over together."""
+    """The number of devices in a group of a collective."""
     text = instruction.attributes
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
       sizes = dict(re.findall(r"'([^']+)'=(\d+)", match.group(1)))
@@ -240,24 +251,28 @@ class _Program:
     return sum(reads) + written
 
   def _fusion(self, instruction: Instruction, reads: list[int], written: int) -> tuple[list[int], int]:
-    """What a fusion reads of each operand and writes: of what it only cuts a piece from, the piece."""
+    """The bytes that a fusion reads of each operand and writes: where it only cuts a piece out, those of the piece."""
     inner = self.computations[_attribute(instruction, "calls")]
     reads = list(reads)
     for number, parameter in enumerate(_parameters(inner)):
       users = list(self._users(inner, parameter))
-      if users and all(user.opcode in SLICES for user, _, _ in users) and reads[number]:
-        reads[number] = min(reads[number], sum(array.bytes for user, _, _ in users for array in user.arrays))
+      if users and reads[number] and all(user.opcode in SLICES for user, _, _ in users):
+        pieces = sum(_size(user.arrays) for user, _, _ in users)
+        reads[number] = min(reads[number], pieces)
       for user, position, computation in users:
-        if user.opcode == "dynamic-update-slice" and position == 0:  # in place
-          reads[number] = 0
-          size = sum(array.bytes for array in user.arrays)
-          piece = sum(array.bytes for array in computation[user.operands[1]].arrays)
-          written = written - size + piece if written >= size else written
+        if user.opcode != "dynamic-update-slice" or position != 0:
+          continue
+        reads[number] = 0  # it is updated in place
+        whole, piece = _size(user.arrays), _size(computation[user.operands[1]].arrays)
+        if written >= whole:
+          written += piece - whole
     return reads, written
 
   def _users(self, computation: Computation, name: str) -> Iterator[tuple[Instruction, int, Computation]]:
-    """Instructions that use a value, itself or as a bitcast, here or in a fusion within: each with the number of the
-    operand that it is, and the computation that they stand in."""
+    """Instructions that use a value, itself or as a bitcast, here or in a nested fusion.
+
+    Each comes with the position of the value among its operands, and with the computation that it stands in.
+    """
     for instruction in computation.values():
       if instruction.opcode == "parameter":
         continue
@@ -275,26 +290,39 @@ class _Program:
 
 def _instruction(match: re.Match[str]) -> Instruction:
   root, name, shape, opcode, rest = match.groups()
-  depth, end = 1, 0
-  while depth and end < len(rest):
-    depth += {"(": 1, ")": -1}.get(rest[end], 0)
-    end += 1
-  inside, attributes = rest[: end - 1], rest[end:]
-  operands = [inside] if opcode in ("constant", "parameter") else re.findall(r"%([\w.-]+)", inside)
+  end = _closing_parenthesis(rest)
+  inside, attributes = rest[:end], rest[end + 1 :]
+  operands = [inside] if opcode in LEAVES else re.findall(r"%([\w.-]+)", inside)
   return Instruction(name, opcode, _arrays(shape), operands, attributes, bool(root))
 
 
+def _closing_parenthesis(text: str) -> int:
+  """Where the parenthesis closes that was opened before the text."""
+  depth = 1
+  for position, character in enumerate(text):
+    if character == "(":
+      depth += 1
+    elif character == ")":
+      depth -= 1
+    if depth == 0:
+      return position
+  return len(text)
+
+
 def _arrays(shape: str) -> list[Array]:
-  return [
-    Array(math.ceil(_bits(kind) / 8 * math.prod(int(n) for n in sizes.split(",") if n)), not _elsewhere(layout))
-    for kind, sizes, layout in _ARRAY.findall(shape)
-  ]
+  arrays = []
+  for kind, sizes, layout in _ARRAY.findall(shape):
+    elements = math.prod(int(size) for size in sizes.split(",") if size)
+    arrays.append(Array(math.ceil(_bits(kind) * elements / 8), in_memory=not _elsewhere(layout)))
+  return arrays
 
 
 def _bits(kind: str) -> int:
-  """Of one element: f32, bf16, s4, f8e4m3fn, pred."""
-  if kind in ("pred", "token"):
-    return 8 * (kind == "pred")
+  """The width of one element: f32, bf16, s4, f8e4m3fn, pred; a token has none."""
+  if kind == "pred":
+    return 8
+  if kind == "token":
+    return 0
   width = re.search(r"\d+", kind)
   return int(width.group()) if width else 0
 
@@ -305,12 +333,16 @@ def _elsewhere(layout: str) -> bool:
   return space is not None and space.group(1) != "0"
 
 
+def _size(arrays: list[Array]) -> int:
+  return sum(array.bytes for array in arrays)
+
+
 def _in_memory(arrays: list[Array]) -> int:
   return sum(array.bytes for array in arrays if array.in_memory)
 
 
 def _called(instruction: Instruction) -> list[str]:
-  """Computations that an instruction runs whole: not those that a reduction applies to scalars, nor conditions."""
+  """Computations that an instruction runs as a whole; not those that a reduction applies to scalars, nor conditions."""
   if instruction.opcode == "call":
     return [_attribute(instruction, "to_apply")]
   if instruction.opcode == "while":
@@ -319,9 +351,9 @@ def _called(instruction: Instruction) -> list[str]:
     return [_attribute(instruction, "calls")]
   if instruction.opcode == "conditional":
     branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-    names = branches.group(1) if branches else instruction.attributes
-    pattern = r"%([\w.-]+)" if branches else r"(?:true|false)_computation=%?([\w.-]+)"
-    return re.findall(pattern, names)
+    if branches is not None:
+      return re.findall(r"%([\w.-]+)", branches.group(1))
+    return re.findall(r"(?:true|false)_computation=%?([\w.-]+)", instruction.attributes)
   return []
 
 
@@ -343,7 +375,7 @@ def _parameters(computation: Mapping[str, Instruction]) -> list[str]:
 
 
 def _source(computation: Mapping[str, Instruction], name: str) -> Instruction:
-  """What a value is a copy of."""
+  """The instruction that a value is a copy of."""
   value = computation[name]
   while value.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
     value = computation[value.operands[0]]
@@ -351,5 +383,6 @@ def _source(computation: Mapping[str, Instruction], name: str) -> Instruction:
 
 
 def _constant(instruction: Instruction) -> int | None:
-  value = instruction.operands[0] if instruction.opcode == "constant" else ""
-  return int(value) if re.fullmatch(r"-?\d+", value) else None
+  if instruction.opcode != "constant" or re.fullmatch(r"-?\d+", instruction.operands[0]) is None:
+    return None
+  return int(instruction.operands[0])

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 
 from mixln_jax import config as config_lib
-from mixln_jax import placement
 from mixln_jax.config import Config
 from mixln_jax.model.flops import executed_flops_per_token, train_flops_per_token
 from mixln_jax.model.parameters import abstract_sharded_params, count_params
@@ -22,7 +21,7 @@ from mixln_jax.training.loop import check_batches
 from mixln_jax.training.program import abstract_batch, lower_train_step, program_hash
 from mixln_jax.training.step import abstract_state, state_shardings
 
-EFFICIENCY = 0.5  # share of the peak that the matrix products reach: an assumption, not a measurement
+EFFICIENCY = 0.5  # fraction of the peak that the matrix products reach: an assumption, not a measurement
 
 
 class Counted(NamedTuple):
@@ -35,7 +34,7 @@ class Counted(NamedTuple):
 
 
 class Memory(NamedTuple):
-  """Bytes of one device that the compiled step takes. The new state takes the place of the old."""
+  """Bytes of one device that the compiled step takes. The new state replaces the old one in place."""
 
   arguments: int
   temporaries: int
@@ -48,11 +47,11 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-  """What the compiler made of the step.
+  """The compiled step.
 
   Attributes:
     program: hash of its StableHLO; a run on the same mesh logs the same.
-    seconds: that it took to compile.
+    seconds: how long it took to compile.
     memory: None where it does not fit.
     too_much: why it does not fit; empty where it does.
     traffic: None where it does not fit.
@@ -63,6 +62,19 @@ class Compiled(NamedTuple):
   memory: Memory | None
   too_much: str
   traffic: Traffic | None
+
+  def to_json(self) -> dict[str, Any]:
+    """For machines, all numbers of one device; None for what is not known of a step that does not fit."""
+    result: dict[str, Any] = {"program": self.program, "seconds": round(self.seconds, 1), "too_much": self.too_much}
+    result |= dict.fromkeys(("memory_bytes", "collectives", "memory_traffic_bytes", "unknown_loops"))
+    if self.memory is not None:
+      result["memory_bytes"] = self.memory._asdict() | {"total": self.memory.total}
+    if self.traffic is not None:
+      collectives = self.traffic.collectives
+      result["collectives"] = {kind: collective._asdict() for kind, collective in collectives.items()}
+      result["memory_traffic_bytes"] = self.traffic.memory_bytes
+      result["unknown_loops"] = self.traffic.unknown_loops
+    return result
 
 
 class Estimate(NamedTuple):
@@ -80,7 +92,7 @@ class Estimate(NamedTuple):
 
   @property
   def step(self) -> float:
-    """Where all three overlap: the largest."""
+    """The time where all three overlap: the largest."""
     return max(self.known())
 
   @property
@@ -122,9 +134,10 @@ class Plan:
   @property
   def fits(self) -> bool | None:
     """None where it is not known: nothing was compiled, or the device's memory is not in the table."""
-    if self.compiled is None or self.device is None:
-      too_large = self.device is not None and sum(self.counted) > self.device.memory_bytes
-      return False if too_large else None
+    if self.device is None:
+      return None
+    if self.compiled is None:
+      return False if sum(self.counted) > self.device.memory_bytes else None
     return self.compiled.memory is not None and self.compiled.memory.total <= self.device.memory_bytes
 
   @property
@@ -134,8 +147,8 @@ class Plan:
       return None
     peak = self.topology.num_devices * self.device.peak_flops * self.efficiency
     compute = self.executed_flops_per_token * self.tokens_per_step / peak
-    moved = self.compiled and self.compiled.traffic
-    if not moved:
+    moved = None if self.compiled is None else self.compiled.traffic
+    if moved is None:
       return Estimate(compute, None, None)
     sent = sum(collective.sent for collective in moved.collectives.values())
     memory = moved.memory_bytes / self.device.memory_bandwidth
@@ -143,9 +156,8 @@ class Plan:
 
   def to_json(self) -> dict[str, Any]:
     """For machines: bytes, seconds and FLOPs, of one device where not said otherwise."""
-    table = placement.parse(self.config.model.placement, self.config.model.num_layers)
-    result: dict[str, Any] = {
-      "placement": table.layer_list,
+    return {
+      "placement": config_lib.table(self.config.model).layer_list,
       "parameters": self.parameters,
       "topology": self.topology._asdict(),
       "mesh": self.mesh,
@@ -155,28 +167,21 @@ class Plan:
       "device_memory_bytes": self.device and self.device.memory_bytes,
       "counted_bytes": self.counted._asdict(),
       "fits": self.fits,
-      "compiled": None,
-      "estimate": None,
+      "compiled": None if self.compiled is None else self.compiled.to_json(),
+      "estimate": self._estimate_json(),
     }
-    if (made := self.compiled) is not None:
-      result["compiled"] = {
-        "program": made.program,
-        "seconds": round(made.seconds, 1),
-        "too_much": made.too_much,
-        "memory_bytes": made.memory and made.memory._asdict() | {"total": made.memory.total},
-        "collectives": made.traffic and {kind: c._asdict() for kind, c in made.traffic.collectives.items()},
-        "memory_traffic_bytes": made.traffic and made.traffic.memory_bytes,
-        "unknown_loops": made.traffic and made.traffic.unknown_loops,
-      }
-    if (estimate := self.estimate) is not None:
-      result["estimate"] = estimate._asdict() | {
-        "assumed_efficiency": self.efficiency,
-        "step": estimate.step,
-        "step_without_overlap": estimate.step_without_overlap,
-        "tokens_per_second": self.tokens_per_step / estimate.step,
-        "hours": estimate.step * self.config.train.num_steps / 3600,
-      }
-    return result
+
+  def _estimate_json(self) -> dict[str, Any] | None:
+    estimate = self.estimate
+    if estimate is None:
+      return None
+    return estimate._asdict() | {
+      "assumed_efficiency": self.efficiency,
+      "step": estimate.step,
+      "step_without_overlap": estimate.step_without_overlap,
+      "tokens_per_second": self.tokens_per_step / estimate.step,
+      "hours": estimate.step * self.config.train.num_steps / 3600,
+    }
 
 
 def arithmetic(config: Config, topology: Topology, efficiency: float = EFFICIENCY) -> Plan:
@@ -206,7 +211,7 @@ def _bytes_of_one_device(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
 
 
 def compile_plan(plan: Plan, devices: Sequence[Any]) -> Plan:
-  """The plan with what the compiler makes of the very step that training runs.
+  """Completes a plan by compiling the very step that training runs.
 
   Raises:
     jax.errors.JaxRuntimeError: the compiler failed for another reason than too little memory.
@@ -238,15 +243,16 @@ def compile_plan(plan: Plan, devices: Sequence[Any]) -> Plan:
 
 
 def too_much(message: str) -> str:
-  """What a compiler's message of too little memory says, in GB."""
+  """A compiler's message of too little memory, in GB."""
   size = r"([\d.]+)([KMGT])"
-  used = re.search(rf"Used {size}i?B? of {size}", message) or re.search(
-    rf"\({size}\) exceeds available HBM \({size}\)", message
-  )
-  if used is None:
+  patterns = (rf"Used {size}i?B? of {size}", rf"\({size}\) exceeds available HBM \({size}\)")
+  found = [match for pattern in patterns if (match := re.search(pattern, message))]
+  if not found:
     return message.strip().splitlines()[0]
   units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-  needed, available = (float(used.group(i)) * units[used.group(i + 1)] / 1e9 for i in (1, 3))
+  number, unit, other_number, other_unit = found[0].groups()
+  needed = float(number) * units[unit] / 1e9
+  available = float(other_number) * units[other_unit] / 1e9
   return f"the compiler needs {needed:.2f} GB of {available:.2f} GB a device: {needed - available:.2f} GB too much"
 
 
@@ -254,11 +260,11 @@ def advice(plan: Plan) -> list[str]:
   """What to try where a run does not fit, the cheapest first."""
   config, tried = plan.config, []
   if config.model.remat != "full":
-    tried.append("--config.model.remat=full")
+    tried.append("config.model.remat=full")
   rows = plan.mesh["data"] * plan.mesh["fsdp"]
   micro = 2 * config.train.micro_batches
   if config.train.batch_size % (micro * rows) == 0:
-    tried.append(f"--config.train.micro_batches={micro}")
+    tried.append(f"config.train.micro_batches={micro}")
   if plan.mesh["data"] > 1:
-    tried.append("--config.mesh.data=1 --config.mesh.fsdp=-1 (parameters and moments sharded over all devices)")
-  return [*tried, "a larger slice", "--search, which tries them"]
+    tried.append("config.mesh.data=1 and config.mesh.fsdp=-1 (parameters and moments sharded over all devices)")
+  return [*tried, "a larger slice", "a search, which tries them"]

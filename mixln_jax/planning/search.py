@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mixln_jax.config import Config
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
 from mixln_jax.model.flops import executed_flops_per_token
 from mixln_jax.parallel.mesh import abstract_mesh, describe_mesh
 from mixln_jax.planning.plan import Plan, arithmetic, compile_plan
@@ -19,7 +19,7 @@ from mixln_jax.training.loop import check_batches
 REMAT = ("full", "dots_no_batch", "dots", "none")  # the least memory first
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 TENSOR = (1, 2, 4, 8)
-NOT_TRIED = "not tried: as many as --search_compilations allows were compiled before"
+NOT_TRIED = "not tried: as many as max_compilations allows were compiled before"
 
 
 class Candidate(NamedTuple):
@@ -31,7 +31,7 @@ class Candidate(NamedTuple):
 
   @property
   def flags(self) -> str:
-    """The overrides that make it."""
+    """The overrides of a config that make it, as a command takes them."""
     mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in self.mesh)
     return f"--config.model.remat={self.remat} --config.train.micro_batches={self.micro_batches} {mesh}"
 
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
     return f"{mesh}, remat {self.remat}, micro-batches {self.micro_batches}"
 
   def needs_at_least(self, other: "Candidate") -> bool:
-    """Whether it takes as much memory as another, by the rule: the same mesh, no more recomputed, no smaller pieces."""
+    """Whether it takes at least as much memory as another: the same mesh, no more recomputed, no smaller pieces."""
     return (
       self.mesh == other.mesh
       and REMAT.index(self.remat) >= REMAT.index(other.remat)
@@ -75,21 +75,31 @@ def search(
   efficiency: float,
   report: Callable[[str], None],
 ) -> list[Tried]:
-  """Compiles up to `max_compilations` candidates, the config as it is first, then the most promising; `report` gets a
-  line for each. Those that fit come first, the fastest by estimate before the others.
+  """Compiles up to `max_compilations` candidates, the config as it is first, then the most promising.
 
-  A candidate that needs at least what another needs, which did not fit, is not compiled. Candidates that the mesh does
-  not divide, or whose state alone is too large, cost nothing.
+  A candidate that needs at least as much as another one, which did not fit, is not compiled. Candidates that the mesh
+  does not divide, or whose state alone is too large, cost nothing.
+
+  Args:
+    config: what is varied.
+    topology: what it would run on.
+    devices: those of the topology.
+    max_compilations: how many candidates are compiled.
+    efficiency: fraction of the peak that is assumed.
+    report: gets a line for each compilation.
+
+  Returns:
+    All candidates; first those that fit, the fastest by estimate before the others.
   """
   tried: list[Tried] = []
   compilations = 0
   own = _own(config, topology)
   for candidate, plan, reason in _ordered(config, topology, efficiency, own):
-    worse = next((t for t in tried if not _fits(t) and t.plan and candidate.needs_at_least(t.candidate)), None)
+    smaller = _too_large_and_needs_no_more(candidate, tried)
     if plan is None:
       result = Tried(candidate, None, reason)
-    elif worse is not None:
-      result = Tried(candidate, None, f"needs no less than {worse.candidate.label}, which does not fit")
+    elif smaller is not None:
+      result = Tried(candidate, None, f"needs no less than {smaller.label}, which does not fit")
     elif compilations == max_compilations:
       result = Tried(candidate, None, NOT_TRIED)
     else:
@@ -97,15 +107,23 @@ def search(
       result = _try(candidate, plan, devices)
       report(f"[{compilations}/{max_compilations}] {candidate.label}: {_outcome(result)}")
     tried.append(result)
-  fitting = sorted((t for t in tried if _fits(t)), key=lambda t: t.rank)
-  return fitting + [t for t in tried if not _fits(t)]
+  fitting = sorted((one for one in tried if _fits(one)), key=lambda one: one.rank)
+  return fitting + [one for one in tried if not _fits(one)]
+
+
+def _too_large_and_needs_no_more(candidate: Candidate, tried: Sequence[Tried]) -> Candidate | None:
+  """One that was compiled, did not fit, and needs no more memory than the candidate."""
+  for one in tried:
+    if one.plan is not None and not _fits(one) and candidate.needs_at_least(one.candidate):
+      return one.candidate
+  return None
 
 
 def _try(candidate: Candidate, plan: Plan, devices: Sequence[Any]) -> Tried:
   try:
     made = compile_plan(plan, devices)
   except jax.errors.JaxRuntimeError as error:
-    return Tried(candidate, None, f"the compiler failed: {str(error).strip().splitlines()[0][:200]}")
+    return Tried(candidate, None, f"the compiler failed: {one_line(error, 200)}")
   return Tried(candidate, made, made.compiled.too_much if made.compiled else "")
 
 
@@ -123,9 +141,13 @@ def _outcome(tried: Tried) -> str:
 
 def _own(config: Config, topology: Topology) -> Candidate:
   """The config as it is."""
-  mesh = arithmetic(config, topology).mesh
-  sizes = {axis: mesh[axis] // config.mesh[f"dcn_{axis}"] for axis in ("data", "fsdp", "tensor")}
-  return Candidate(tuple(sizes.items()), config.model.remat, config.train.micro_batches)
+  whole, slices = arithmetic(config, topology).mesh, config.mesh
+  mesh = (
+    ("data", whole["data"] // slices.dcn_data),
+    ("fsdp", whole["fsdp"] // slices.dcn_fsdp),
+    ("tensor", whole["tensor"] // slices.dcn_tensor),
+  )
+  return Candidate(mesh, config.model.remat, config.train.micro_batches)
 
 
 def _ordered(
@@ -147,7 +169,9 @@ def _ordered(
       found.append((first, None, f"parameters, moments and batch alone take {size} a device"))
       continue
     of_mesh = [Candidate(mesh, remat, number) for remat, number in itertools.product(REMAT, micro_batches)]
-    for candidate in dict.fromkeys((own, *of_mesh) if mesh == own.mesh else of_mesh):
+    if mesh == own.mesh:
+      of_mesh.append(own)  # its number of micro-batches may be another
+    for candidate in dict.fromkeys(of_mesh):
       changed = _changed(config, candidate)
       try:
         check_batches(changed, abstract_mesh(changed.mesh, topology.num_devices))
@@ -155,7 +179,12 @@ def _ordered(
         found.append((candidate, None, str(error)))
       else:
         found.append((candidate, dataclasses.replace(plan, config=changed), ""))
-  return iter(sorted(found, key=lambda one: (one[1] is not None and one[0] != own, _guess(one[1]))))
+
+  def order(one: tuple[Candidate, Plan | None, str]) -> tuple[bool, tuple[bool, float]]:
+    candidate, plan, _ = one
+    return plan is not None and candidate != own, _guess(plan)
+
+  return iter(sorted(found, key=order))
 
 
 def _changed(config: Config, candidate: Candidate) -> Config:
@@ -172,31 +201,34 @@ def _meshes(config: Config, topology: Topology) -> list[tuple[tuple[str, int], .
   if fixed < 1 or devices % fixed:
     return []
   devices //= fixed
-  return [
-    (("data", devices // tensor // fsdp), ("fsdp", fsdp), ("tensor", tensor))
-    for tensor in TENSOR
-    if devices % tensor == 0
-    for fsdp in dict.fromkeys((devices // tensor, max(1, devices // tensor // 4), 1))
-    if devices // tensor % fsdp == 0
-  ]
+  meshes = []
+  for tensor in TENSOR:
+    if devices % tensor:
+      continue
+    rest = devices // tensor
+    for fsdp in dict.fromkeys((rest, max(1, rest // 4), 1)):
+      if rest % fsdp == 0:
+        meshes.append((("data", rest // fsdp), ("fsdp", fsdp), ("tensor", tensor)))
+  return meshes
 
 
 def _guess(plan: Plan | None) -> tuple[bool, float]:
-  """What decides which candidate is tried first, and nothing else: those that may fit, by a guess of their time."""
+  """The order in which candidates are tried, and nothing else: first those that may fit, by a guess of their time."""
   if plan is None:
     return False, 0.0
-  return plan.device is not None and _guess_bytes(plan) > plan.device.memory_bytes, _guess_seconds(plan)
+  too_large = plan.device is not None and _guess_bytes(plan) > plan.device.memory_bytes
+  return too_large, _guess_seconds(plan)
 
 
 def _guess_bytes(plan: Plan) -> float:
-  """Memory of a device: arguments, fp32 gradients, logits and their gradient, and what the scan keeps of each layer."""
+  """Memory of a device: arguments, fp32 gradients, logits and their gradient, and what the scan saves of each layer."""
   model, mesh, length = plan.config.model, plan.mesh, plan.config.data.sequence_length
   width = jnp.dtype(model.dtype).itemsize
   tokens = plan.tokens_per_step / (mesh["data"] * mesh["fsdp"] * plan.config.train.micro_batches)
   scores = model.num_heads * length
   products = 6 * model.embed_dim + 2 * model.mlp_dim
-  kept = {"full": 0, "dots_no_batch": products, "dots": products + scores, "none": 2 * (products + scores)}
-  layer = width * (model.embed_dim + kept[model.remat] / mesh["tensor"])
+  saved = {"full": 0, "dots_no_batch": products, "dots": products + scores, "none": 2 * (products + scores)}
+  layer = width * (model.embed_dim + saved[model.remat] / mesh["tensor"])
   gradients = 4 / jnp.dtype(model.param_dtype).itemsize * plan.counted.parameters
   logits = (4 + width) * model.vocab_size / mesh["tensor"]
   return sum(plan.counted) + gradients + tokens * (model.num_layers * layer + logits)

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from mixln_jax import placement
+from mixln_jax import config as config_lib
 from mixln_jax.parallel.mesh import describe_mesh
 from mixln_jax.planning.plan import Compiled, Estimate, Plan, advice
 from mixln_jax.planning.search import NOT_TRIED, Tried
+from mixln_jax.text import aligned
 
 
 def describe(plan: Plan) -> str:
@@ -15,7 +16,7 @@ def describe(plan: Plan) -> str:
 
 def _lines(plan: Plan) -> Iterator[str]:
   config, topology = plan.config, plan.topology
-  table = placement.parse(config.model.placement, config.model.num_layers)
+  table = config_lib.table(config.model)
   mesh = describe_mesh(plan.mesh)
   slices = f" × {topology.num_slices} slices" if topology.num_slices > 1 else ""
   yield f"placement  {table.layer_list}"
@@ -24,7 +25,7 @@ def _lines(plan: Plan) -> Iterator[str]:
   yield f"devices    {topology.name}{slices}: {topology.num_devices} × {topology.device_kind}, mesh: {mesh}"
   yield (
     f"FLOPs      {plan.model_flops_per_token:.4g} a token (counted); {plan.executed_flops_per_token:.4g} are executed "
-    f"(masked positions, and what remat={config.model.remat} does again)"
+    f"(masked positions, and what remat={config.model.remat} recomputes)"
   )
   yield (
     f"step       {config.train.batch_size} × {config.data.sequence_length} = {plan.tokens_per_step:,} tokens in "
@@ -92,10 +93,10 @@ def _estimate(plan: Plan) -> Iterator[str]:
   bound = "at least " if estimate.network is None else ""
   without = f" ({estimate.step_without_overlap:.3g} s if nothing overlaps)" if estimate.network is not None else ""
   used = plan.model_flops_per_token * plan.tokens_per_step / estimate.step
-  share = used / (plan.topology.num_devices * device.peak_flops)
+  utilisation = used / (plan.topology.num_devices * device.peak_flops)
   yield (
     f"           step {bound}{estimate.step:.3g} s, the largest{without}: "
-    f"{plan.tokens_per_step / estimate.step:,.0f} tokens/s, {share:.0%} model-FLOPs utilisation"
+    f"{plan.tokens_per_step / estimate.step:,.0f} tokens/s, {utilisation:.0%} model-FLOPs utilisation"
   )
   yield f"           {steps:,} steps: {bound}{estimate.step * steps / 3600:.3g} h, without evaluations and checkpoints"
 
@@ -123,17 +124,22 @@ def _terms(plan: Plan, estimate: Estimate) -> Iterator[str]:
 def describe_search(tried: Sequence[Tried]) -> str:
   """The ranking, what did not fit, and the flags of the best."""
   fitting = [one for one in tried if one.plan and not one.reason]
-  lines = [f"{'rank':<6}{'GB a device':>11}{'s a step':>10}{'tokens/s':>12}  candidate (times are estimates)"]
+  rows = [("rank", "GB a device", "s a step", "tokens/s", "candidate (times are estimates)")]
   for rank, one in enumerate(fitting, 1):
     assert one.plan is not None
     made, estimate = one.plan.compiled, one.plan.estimate
     memory = f"{made.memory.total / 1e9:.2f}" if made and made.memory else "-"
     step = f"{estimate.step:.3g}" if estimate else "-"
     rate = f"{one.plan.tokens_per_step / estimate.step:,.0f}" if estimate else "-"
-    lines.append(f"{rank:<6}{memory:>11}{step:>10}{rate:>12}  {one.candidate.label}")
-  lines += ["not:"] * (len(fitting) < len(tried))
+    rows.append((str(rank), memory, step, rate, one.candidate.label))
+  lines = aligned(rows, right=(1, 2, 3))
+  if len(fitting) < len(tried):
+    lines.append("not:")
   lines += [f"  {one.candidate.label}: {one.reason}" for one in tried if one.reason and one.reason != NOT_TRIED]
   if left := sum(one.reason == NOT_TRIED for one in tried):
     lines.append(f"  {left} others were {NOT_TRIED}")
-  best = f"best   {fitting[0].candidate.flags}" if fitting else "nothing fits: give a larger slice, or another mesh"
-  return "\n".join([*lines, best])
+  if fitting:
+    lines.append(f"best   {fitting[0].candidate.flags}")
+  else:
+    lines.append("nothing fits: give a larger slice, or another mesh")
+  return "\n".join(lines)

@@ -9,8 +9,7 @@ import jax
 from jax.experimental import topologies
 
 from mixln_jax.config import Config
-from mixln_jax.errors import InputError
-from mixln_jax.parallel.mesh import AXES
+from mixln_jax.errors import InputError, one_line
 
 HERE = ("cpu", "gpu")
 
@@ -39,8 +38,8 @@ class Topology(NamedTuple):
 
   Attributes:
     name: as it was given.
-    num_slices: of so many slices; more than one where config.mesh.dcn_* says so.
-    num_devices: of all slices.
+    num_slices: more than one where config.mesh.dcn_* says so.
+    num_devices: in all slices together.
     device_kind: as JAX names the devices.
   """
 
@@ -51,28 +50,33 @@ class Topology(NamedTuple):
 
 
 def parse(name: str, config: Config) -> Topology:
-  """What `--topology` names: `v5e:4x4`, `v5p:2x2x4`, …, chips along each dimension of one slice; `cpu` or `gpu`, the
-  devices of this process. The slices are those of config.mesh.dcn_*.
+  """The topology of a name.
+
+  Args:
+    name: `v5e:4x4`, `v5p:2x2x4`, …, chips along each dimension of one slice; `cpu` or `gpu`, the devices of this
+      process.
+    config: its mesh.dcn_* says how many slices there are.
 
   Raises:
     InputError: there is no such topology.
   """
-  slices = [config.mesh[f"dcn_{axis}"] for axis in AXES]
+  mesh = config.mesh
+  slices = [mesh.dcn_run, mesh.dcn_data, mesh.dcn_fsdp, mesh.dcn_sequence, mesh.dcn_tensor]
   if name in HERE:
     devices = _here(name)
     return Topology(name, 1, len(devices), devices[0].device_kind)
   if -1 in slices:
-    raise InputError(f"--topology={name}: say in config.mesh.dcn_* how many slices there are, without -1")
+    raise InputError(f"topology={name}: say in config.mesh.dcn_* how many slices there are, without -1")
   match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
   if match is None or match.group(1) not in TPUS:
     raise InputError(
-      f"--topology={name!r}: must be {' or '.join(HERE)} (the devices of this process), or the shape of a slice of "
+      f"topology={name!r}: must be {' or '.join(HERE)} (the devices of this process), or the shape of a slice of "
       f"{', '.join(TPUS)}, as in v5e:4x4 or v5p:2x2x4"
     )
   tpu, shape = TPUS[match.group(1)], [int(size) for size in match.group(2).split("x")]
   if len(shape) != tpu.dimensions or 0 in shape:
     raise InputError(
-      f"--topology={name}: a slice of {match.group(1)} has {tpu.dimensions} dimensions, as in "
+      f"topology={name}: a slice of {match.group(1)} has {tpu.dimensions} dimensions, as in "
       f"{match.group(1)}:{'x'.join(['2', '2', '4'][: tpu.dimensions])}"
     )
   return Topology(name, math.prod(slices), math.prod(shape) * math.prod(slices), tpu.kind)
@@ -82,7 +86,7 @@ def _here(platform: str) -> list[Any]:
   try:
     return jax.devices(platform)
   except RuntimeError as error:
-    raise InputError(f"--topology={platform}: this process has no such device ({error})") from error
+    raise InputError(f"topology={platform}: this process has no such device ({error})") from error
 
 
 def devices(topology: Topology) -> list[Any]:
@@ -96,7 +100,7 @@ def devices(topology: Topology) -> list[Any]:
     return _here(topology.name)
   if importlib.util.find_spec("libtpu") is None:
     raise MissingLibtpuError(
-      f"--topology={topology.name}: the TPU compiler is missing; run `pip install -r requirements-tpu.txt` (no TPU is "
+      f"topology={topology.name}: the TPU compiler is missing; run `pip install -r requirements-tpu.txt` (no TPU is "
       "needed)"
     )
   name, _, shape = topology.name.partition(":")
@@ -106,8 +110,5 @@ def devices(topology: Topology) -> list[Any]:
   try:
     return list(topologies.get_topology_desc(topology.name, platform="tpu", **options).devices)
   except jax.errors.JaxRuntimeError as error:
-    raise InputError(f"--topology={topology.name}: not a slice that libtpu knows ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+    reason = one_line(error).removeprefix("INVALID_ARGUMENT: ")
+    raise InputError(f"topology={topology.name}: not a slice that libtpu knows ({reason})") from error

@@ -140,7 +140,8 @@ def test_a_sure_task_scores_all_and_one_without_sense_scores_chance(harness_mode
   written = report(tasks, results, step=3)
   assert str(folder) not in json.dumps(written)
   assert written["harness"].startswith("lm_eval 0.4")
-  assert "sure                               120     0  acc                   1.0000 ± 0.0000" in table(written)
+  rows = [line.split() for line in table(written).splitlines()]
+  assert ["sure", "120", "0", "acc", "1.0000", "±", "0.0000"] in rows
 
 
 def test_a_limit_shots_and_removed_layers(harness_model, folder):
@@ -183,5 +184,5 @@ def test_tasks_that_are_not_there_are_named(names, words, folder, tmp_path):
 def test_the_papers_tasks_have_the_harnesss_names_and_others_are_named():
   """Reads all of the harness's task files, and fetches nothing."""
   assert set(PAPER_TASKS) <= set(TaskManager().all_tasks)
-  with pytest.raises(InputError, match="--tasks=arc_eazy: the harness has no such task; did you mean 'arc_easy'"):
+  with pytest.raises(InputError, match=r"^tasks=arc_eazy: the harness has no such task; did you mean 'arc_easy'"):
     Tasks("arc_eazy")

@@ -25,7 +25,7 @@ def test_preempted_twice_then_done(pod):
   pod.plan("preempted", "preempted", "done")
   status, output = supervise(pod, "--capacity=spot", tpu=POD)
   assert status == 0, output
-  assert "2 preemptions, 0 crashes in a row" in output
+  assert "2 preemptions, 0 consecutive crashes" in output
   assert "still there, and billed" in output
   assert pod.count("create", "--spot") == 3
   assert pod.count("delete") == 2
@@ -72,7 +72,7 @@ def test_a_start_that_was_undone_is_not_taken_for_a_stop_by_hand(cloud):
   status, output = supervise(cloud)
   assert status == 0, output
   assert "training did not start on all hosts" in output
-  assert "0 preemptions, 0 crashes" in output  # it was in repair
+  assert "0 preemptions, 0 consecutive crashes" in output  # it was in repair
   assert attempts(cloud) == 2
 
 
@@ -88,7 +88,7 @@ def test_stopped_by_a_signal_goes_on(cloud):
   cloud.plan("signal", "done")
   status, output = supervise(cloud)
   assert status == 0, output
-  assert "0 preemptions, 0 crashes" in output
+  assert "0 preemptions, 0 consecutive crashes" in output
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_an_abort_before_the_cloud_tells_of_a_preemption_is_no_crash(pod):
   pod.plan("taken", "done")
   status, output = supervise(pod, "--poll=1", tpu=POD)
   assert status == 0, output
-  assert "1 preemptions, 0 crashes" in output
+  assert "1 preemptions, 0 consecutive crashes" in output
   assert "crash 1 of" not in output
 
 
@@ -189,7 +189,7 @@ def test_managed_instance_group(pod):
   arguments = (*WHERE, "--type=v5p-16", "--capacity=spot", *RUN, *QUICK)
   status, output = pod.run("mig.sh", "supervise", *arguments, FAKE_PREEMPTED="STOPPING")
   assert status == 0, output
-  assert "1 preemptions, 0 crashes" in output
+  assert "1 preemptions, 0 consecutive crashes" in output
   policy = "--workload-policy=projects/project/regions/us-west4/resourcePolicies/llama"
   assert pod.count("instance-groups", "create", policy) == 2
   assert pod.count("instance-templates", "create", "--provisioning-model=SPOT") == 2

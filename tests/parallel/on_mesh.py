@@ -21,7 +21,7 @@ from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
 from mixln_jax.parallel.rules import batch_sharding, on_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
-from mixln_jax.runs.folder import parameter_table
+from mixln_jax.runs.facts import parameter_table
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.begin import initial_weights
 from mixln_jax.training.evaluation import Evaluator
