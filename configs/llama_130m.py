@@ -7,7 +7,7 @@ Result:   Table 1: perplexity 26.07 with mix:0.25, 26.78 with pre, 26.95 with po
           correct one gives about 26.51, 27.24 and 27.41. A same-config rerun of this lineage was off by 0.45.
 Source:   arXiv 2412.13795; 20K steps, Table 7.
 
-`configs/llama_130m.py:official` sets what the released code does: no clipping, embedding deviation sqrt(2/5), and
+`configs/llama_130m.py:official` sets what the released code does: no clipping, embedding std sqrt(2/5), and
 parameters, gradients and Adam's moments in bfloat16. It is there to compare; its bf16 second moment never decays.
 """
 

@@ -5,10 +5,10 @@ Command:  python -m mixln_jax prepare, then python -m mixln_jax finetune --workd
 Hardware: never run here. num_steps is 4 epochs if two examples share a record; `prepare` says how many records there
           are: set it to 4 × records / 64.
 Result:   Table 2, mean accuracy on seven tasks: 250M pre 36.93, mix 41.34; 1B pre 43.01, mix 44.66. Ours: none.
-Source:   arXiv 2412.13795, which gives the data alone. Epochs, rate and seed: GPAS, of the same lineage, which trains
+Source:   arXiv 2412.13795, which names only the data. Epochs, rate and seed: GPAS, of the same lineage, which trains
           four layers at a time (LISA); here all are. Length, schedule, warm-up: LLM-Adapters, arXiv 2304.01933.
 
-The variant `:depthbench` has DepthBench's: 3 epochs, length 512, batch 128, a tenth of the pre-training's rate.
+The variant `:depthbench` has DepthBench's settings: 3 epochs, length 512, batch 128, a tenth of pre-training's rate.
 """
 
 from mixln_jax.config import base

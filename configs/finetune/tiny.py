@@ -1,10 +1,10 @@
-"""Fine-tuning on a laptop: was a passage said before 1860 or after 1960, from a run of configs/tiny.py.
+"""Fine-tuning on a laptop: tell passages from before 1860 and after 1960 apart, from a run of configs/tiny.py.
 
-Command:  python -m benchmarks.finetuning --only_task (writes work/eras), then with
-          --config=configs/finetune/tiny.py --config.train.start_from=RUN first
-          python -m mixln_jax prepare, then python -m mixln_jax finetune --workdir=DIR
-Hardware: 2 CPU cores. It was timed only beside much other work: 17 and 20 minutes (a step has as many tokens as one of
-          configs/tiny.py, which takes half a second on cores of its own: a minute and a half, by arithmetic).
+Command:  python -m benchmarks.finetuning --only_task (writes work/eras), then
+          python -m mixln_jax prepare, then python -m mixln_jax finetune --workdir=DIR, both with
+          --config=configs/finetune/tiny.py --config.train.start_from=RUN
+Hardware: 2 CPU cores. Timed only on a busy machine: 17 and 20 minutes. By arithmetic, a minute and a half on idle
+          cores: a step has as many tokens as one of configs/tiny.py, which takes half a second there.
 Result:   held-out accuracy, two choices, data.seed 0 (measured): pre 50.0 -> 94.8 %, mix:0.25 50.0 -> 95.8 %.
 Source:   ours; the embedded corpus.
 """

@@ -4,7 +4,7 @@ Command:  python -m mixln_jax prepare --config=configs/studies/first_norm.py, th
           python -m mixln_jax sweep --config=configs/studies/first_norm.py --workdir=DIR
 Hardware: 2 CPU cores, about three hours for 28 runs of 2.05 M tokens.
 Result:   docs/studies/first_norm.md.
-Source:   ours; the claims are those of arXiv 2412.13795 and 2502.05795 that this size can speak of.
+Source:   ours; the claims are those of arXiv 2412.13795 and 2502.05795 that this size can test.
 """
 
 from mixln_jax.config import base
