@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.finetune import tiny
-from mixln_jax.config import Config
+from mixln_jax.config import ModelConfig
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data import instructions
 from mixln_jax.data.corpus import Document
@@ -83,7 +83,7 @@ def _digest(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def log_likelihoods(model: Config, params: Any, rows: Sequence[Tokens]) -> np.ndarray:
+def log_likelihoods(model: ModelConfig, params: Any, rows: Sequence[Tokens]) -> np.ndarray:
   """Log probability, in nats, of the answer of each row: of its tokens together, its end among them."""
   length = max(len(row.ids) for row in rows)
 

@@ -62,7 +62,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--out", type=Path)
   out = parser.parse_args().out
-  model = FrozenConfigDict(get_config().model)
+  model: Any = FrozenConfigDict(get_config().model)
   params = jax.tree.map(jnp.asarray, jax.jit(lambda: initial_params(model, seed=0))())
   results = []
   print(f"{'rows':>5} {'slots':>6} {'tok/s':>8} {'ms/token':>9} {'cache MB':>9} {'temporary MB':>13}")

@@ -94,10 +94,10 @@ def test_train_evaluate_generate_from_the_command_line(recipe, tmp_path, capsys)
   texts = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
   assert [text["prompt"] for text in texts] == ["the", "naïve"]
   assert all(text["stopped"] or text["tokens"] == 9 for text in texts)
-  assert "--num_tokens=40: with the 7 tokens" in refused([*many[:3], "--num_tokens=40"], capsys)
+  assert "num_tokens=40: with the 7 tokens" in refused([*many[:3], "--num_tokens=40"], capsys)
   assert "--stop='ab': is 2 tokens" in refused([*many[:3], "--stop=ab"], capsys)
   prompts.write_text("{}\n")
-  assert "no JSON object with a text" in refused(many, capsys)
+  assert "is not a JSON object with a text" in refused(many, capsys)
 
   (tmp_path / "fox.jsonl").write_text('{"q": "the quick", "c": [" brown", " x"], "a": 0}\n' * 3)
   (tmp_path / "fox.yaml").write_text(
@@ -121,7 +121,7 @@ metadata: {{version: 1.0}}
   assert str(tmp_path) not in json.dumps(written)
   for flag, words in (
     ("--limit=3", "no meaning without --tasks"),
-    ("--tasks=no.yaml", "--tasks=no.yaml: no such file"),
+    ("--tasks=no.yaml", "tasks=no.yaml: no such file"),
   ):
     assert words in refused(["evaluate", f"--workdir={workdir}", flag], capsys)
   assert "has no checkpoint of that step; it has 4, 6" in refused(

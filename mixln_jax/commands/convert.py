@@ -78,8 +78,8 @@ def _write(workdir: str, output: str, step: int | None, layout: str, shard_gb: f
   size = f"{count_params(config.model) / 1e6:.2f} M parameters in {files} file{'s' * (files > 1)}"
   names = "".join(f", {name}" for name in others)
   print(f"wrote      {Path(output).expanduser()}: {description['model_type']}, {size}{names}")
-  if hf.MODELING.name in others:
-    print("load it    transformers.AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)")
+  for number, hint in enumerate(export.loading_hint(description, others)):
+    print(f"{'' if number else 'load it':<11}{hint}")
 
 
 def _tokenizer(run: OpenRun) -> Tokenizer | None:

@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 from helpers import random_params, random_tokens, small_model
 from model.cases import each_placement
+from model.rounding import assert_near
 
 from mixln_jax import config as config_lib
 from mixln_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_hugging_face, train_sentencepiece
@@ -43,7 +44,7 @@ def test_logits_equal_those_of_transformers(name):
   data, _, tensors, model = load(name)
   params = hf.import_weights(tensors, model)
   logits = jax.jit(Transformer(model).apply)({"params": params}, data["tokens"])
-  np.testing.assert_allclose(logits, data["logits"], atol=2e-5)
+  assert_near(logits, data["logits"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +114,7 @@ def test_the_modelling_file_computes_the_exported_model(name):
   """What transformers made of the exported folder with it: tests/data/make_export_golden.py."""
   model = small_model(placement=name, **OPTIONS[name])
   logits = Transformer(model).apply({"params": random_params(model)}, random_tokens(model, 2, 10))
-  np.testing.assert_allclose(logits, EXPORTED[f"logits/{name}"], atol=2e-5)
+  assert_near(logits, EXPORTED[f"logits/{name}"])
 
 
 def test_tokenizers_go_along_where_transformers_builds_the_same_of_them():

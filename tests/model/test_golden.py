@@ -13,8 +13,15 @@ from configs import llama_9m
 from mixln_jax.interop import hf
 from mixln_jax.model import Transformer
 from mixln_jax.training.step import init_moments, loss_sum, make_optimizer, make_train_step, start_state
+from model.rounding import NETWORK, assert_near
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+# Both sides are fp32, with sums of up to 128 terms in orders of their own: the estimate of rounding.py times two.
+# The backward pass is as long again, and a gradient sums over all positions.
+GRADIENT = 1e-4
+# Adam divides by the root of the second moment: a gradient near 0 moves its weight by a whole step of 1e-3 in the
+# direction of its rounding. Hence ten times NETWORK for losses of 1.3 to 5; they fall by 3 and more.
+TEN_UPDATES = 1e-4
 FILES = {
   "pre": "pre",
   "post": "post",
@@ -51,29 +58,34 @@ def tensors(data, prefix):
   return {key.removeprefix(prefix): data[key] for key in data.files if key.startswith(prefix)}
 
 
-@pytest.mark.parametrize("unroll", [1, 0])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+  ("name", "unroll"),
+  [
+    *((name, 1) for name in FILES),
+    *(pytest.param(name, 0, marks=[] if name == "mix_2_of_4" else pytest.mark.slow) for name in FILES),
+  ],
+)
 def test_forward_and_gradients(name, unroll):
   data, config, params, batch = load(name, unroll)
   model = Transformer(config.model)
   logits = jax.jit(model.apply)({"params": params}, batch["tokens_BT"])
-  np.testing.assert_allclose(logits, data["logits"], atol=2e-5)
+  assert_near(logits, data["logits"])
   hidden, taps = jax.jit(functools.partial(model.apply, method="hidden"))({"params": params}, batch["tokens_BT"])
-  np.testing.assert_allclose(taps["embedded_BTD"], data["hidden/0"], atol=2e-5)
+  np.testing.assert_array_equal(taps["embedded_BTD"], data["hidden/0"])
   for index in range(3):
-    np.testing.assert_allclose(taps["stream_LBTD"][index], data[f"hidden/{index + 1}"], atol=2e-5)
-  np.testing.assert_allclose(hidden, data["hidden/4"], atol=2e-5)
+    assert_near(taps["stream_LBTD"][index], data[f"hidden/{index + 1}"])
+  assert_near(hidden, data["hidden/4"])
 
   def mean(p):
     total, count = loss_sum(model, p, batch)
     return total / count
 
   value, actual = jax.jit(jax.value_and_grad(mean))(params)
-  np.testing.assert_allclose(value, data["loss"], atol=2e-5)
+  np.testing.assert_allclose(value, data["loss"], rtol=NETWORK)
   exported, expected = hf.export_weights(actual, config.model), tensors(data, "grad/")
   assert exported.keys() == expected.keys()
   for tensor, gradient in expected.items():
-    np.testing.assert_allclose(exported[tensor], gradient, atol=1e-4 * np.abs(gradient).max(), err_msg=tensor)
+    assert_near(exported[tensor], gradient, GRADIENT, err_msg=tensor)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -91,5 +103,5 @@ def test_ten_updates_of_the_train_step(name):
   for _ in range(adam["steps"]):
     state, metrics = step(state, batch)
     losses.append(metrics["loss"])
-  np.testing.assert_allclose(losses, data["adam_losses"], atol=1e-4)
+  np.testing.assert_allclose(losses, data["adam_losses"], atol=TEN_UPDATES)
   assert losses[-1] < losses[0]

@@ -10,6 +10,7 @@ from mixln_jax.model import Transformer
 from mixln_jax.model.transformer import REMAT_POLICIES, empty_cache
 from model import reference
 from model.cases import LAYER_LISTS, apply, assert_trees_close, mean_loss, reference_case
+from model.rounding import NETWORK, assert_near
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_options_of_open_models_equal_the_reference(fields):
   params, tokens = random_params(model), random_tokens(model)
   logits = apply(model, params, tokens)
   expected = reference.logits(params, tokens, LAYER_LISTS["mix:0.5"].split(), model)
-  np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(logits).max())
+  assert_near(logits, expected)
 
 
 @pytest.mark.parametrize(("policy", "unroll"), [("full", 0), *((policy, 1) for policy in REMAT_POLICIES)])
@@ -37,7 +38,7 @@ def test_remat_changes_neither_loss_nor_gradient(policy, unroll):
   params, tokens = random_params(plain), random_tokens(plain)
   expected = reference_case("mix:0.5")[-1]
   program = jax.jit(jax.grad(lambda p: mean_loss(remat, p, tokens)))
-  assert_trees_close(program(params), expected, 1e-5)
+  assert_trees_close(program(params), expected)
   # It really recomputes: the backward pass of the saved program has no second softmax.
   assert _exponentials(program, params) > _exponentials(
     jax.jit(jax.grad(lambda p: mean_loss(plain, p, tokens))), params
@@ -60,7 +61,7 @@ def test_removing_a_layer_by_flag_equals_surgery(name, unroll):
     actual = apply(model, params, tokens, keep_L=keep)
     rest = {**params, "layers": jax.tree.map(lambda w, left=left: w[np.array(left)], params["layers"])}
     expected = reference.logits(rest, tokens, [kinds[index] for index in left], model)
-    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+    assert_near(actual, expected)
 
 
 def test_segments_equal_separate_rows():
@@ -72,7 +73,7 @@ def test_segments_equal_separate_rows():
   for row, cut in ((0, 5), (1, 9)):
     for part in (slice(0, cut), slice(cut, 12)):
       alone = apply(model, params, tokens[row : row + 1, part])
-      np.testing.assert_allclose(packed[row, part], alone[0], atol=1e-5 * np.abs(alone).max())
+      assert_near(packed[row, part], alone[0])
 
 
 @pytest.mark.parametrize("unroll", [1, 0])
@@ -86,7 +87,7 @@ def test_a_cache_gives_what_recomputing_gives(unroll):
     positions = jnp.broadcast_to(jnp.arange(begin, end), (2, end - begin))
     logits, cache = apply(model, params, tokens[:, begin:end], positions_BT=positions, cache=cache)
     pieces.append(logits)
-  np.testing.assert_allclose(jnp.concatenate(pieces, 1), expected, atol=1e-5 * np.abs(expected).max())
+  assert_near(jnp.concatenate(pieces, 1), expected)
   at = {"positions_BT": jnp.broadcast_to(jnp.arange(10), (2, 10))}
   with pytest.raises(ValueError, match="10 tokens don't fit into a cache of 9 slots"):
     apply(model, params, tokens, cache=empty_cache(model, 2, 9), **at)
@@ -103,10 +104,10 @@ def test_padding_the_mlp_is_exact():
   assert wide["layers"]["gate"].shape == (4, 24, 64)
   expected = jax.jit(jax.value_and_grad(lambda p: mean_loss(plain, p, tokens)))(params)
   value, grads = jax.jit(jax.value_and_grad(lambda p: mean_loss(padded, p, tokens)))(wide)
-  np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+  np.testing.assert_allclose(value, expected[0], rtol=NETWORK)
   for name, axis in (("gate", 2), ("up", 2), ("down", 1)):
     inside, outside = np.split(np.asarray(grads["layers"][name]), [40], axis)
-    np.testing.assert_allclose(inside, expected[1]["layers"][name], atol=1e-6)
+    assert_near(inside, expected[1]["layers"][name])
     assert not outside.any()
 
 
@@ -117,7 +118,7 @@ def test_the_taps_are_the_stream_and_cost_nothing_unread():
   assert taps["stream_LBTD"].shape == (4, 3, 12, 24)
   np.testing.assert_array_equal(taps["embedded_BTD"], params["embedding"][tokens])
   last = reference.norm(taps["stream_LBTD"][-1], params["final_norm"], 1e-6) @ params["head"]
-  np.testing.assert_allclose(last, apply(model, params, tokens), atol=1e-4)
+  assert_near(last, apply(model, params, tokens))
 
   def forward(read):
     def run(p):
@@ -137,7 +138,7 @@ def test_parameters_may_come_in_another_type_than_the_config_says(name):
   params, tokens = random_params(model), random_tokens(model)
   low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
   expected = apply(model, jax.tree.map(lambda p: p.astype(jnp.float32), low), tokens)
-  np.testing.assert_allclose(apply(model, low, tokens), expected, atol=1e-5 * np.abs(expected).max())
+  assert_near(apply(model, low, tokens), expected)
 
 
 def test_the_module_hashes_by_its_config():

@@ -33,7 +33,9 @@ def test_it_evaluates_to_the_same_loss(old, capsys, number):
   """A field or a column whose default is not what the code did before would change the model."""
   expected = EXPECTED["evaluate"][number]
   assert main(["evaluate", f"--workdir={old}", f"--step={expected['step']}"]) == 0
-  actual = json.loads(printed(capsys)[-1])
+  lines = printed(capsys)
+  actual = json.loads(lines[-1])
+  assert lines[-2].endswith("nats above it")  # a model that is worse than the unigram entropy
   assert actual["loss"] == pytest.approx(expected["loss"], abs=LOSS)
   assert actual["unigram_entropy"] == pytest.approx(expected["unigram_entropy"], abs=1e-9)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import EXACT, random_params
+from model.rounding import NETWORK
 from training.test_loop import assert_same_run
 from training.test_step import state_of, unequal_batch
 
@@ -37,6 +38,9 @@ def assert_bit_equal(a, b):
     np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
+# A statistic is a quotient of two roots of sums, of a branch or an update that is smaller than what it was taken from:
+# ten times the rounding of the network.
+STATISTIC = 10 * NETWORK
 PLACEMENT = "post*1,sandwich*1"
 
 
@@ -63,7 +67,7 @@ def test_micro_batches_and_recomputation_change_neither_the_update_nor_the_stati
   expected = whole[2][1]["diagnostics"]
   assert metrics["diagnostics"].keys() == expected.keys()
   for name, value in metrics["diagnostics"].items():
-    np.testing.assert_allclose(value, expected[name], rtol=3e-5, err_msg=name)
+    np.testing.assert_allclose(value, expected[name], rtol=STATISTIC, err_msg=name)
 
 
 def test_the_statistics_are_what_they_say(whole):
@@ -107,10 +111,10 @@ def test_the_statistics_are_what_they_say(whole):
         np.asarray(params["layers"][f"{sublayer}_norm{which}"], np.float64)[:, None]
       )
   for name, value in expected.items():
-    np.testing.assert_allclose(actual[name], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(actual[name], value, rtol=STATISTIC, err_msg=name)
   # Before clipping: all parts together are the norm that the step reports.
   norms = [np.asarray(value, np.float64) for name, value in actual.items() if name.endswith("gradient_norm")]
-  np.testing.assert_allclose(np.sqrt(sum((norm**2).sum() for norm in norms)), metrics["gradient_norm"], rtol=1e-5)
+  np.testing.assert_allclose(np.sqrt(sum((norm**2).sum() for norm in norms)), metrics["gradient_norm"], rtol=NETWORK)
   assert metrics["gradient_norm"] > 10 * config.optimizer.clip_norm
   assert {"attention/largest_logit", "attention/entropy"} == {
     name for name in actual.keys() - expected.keys() if not name.endswith("gradient_norm")
@@ -135,8 +139,9 @@ def test_attention_statistics_against_a_softmax_by_hand(masked):
         shares = np.exp(logits) / np.exp(logits).sum()
         entropies.append(-(shares * np.log(shares)).sum())
         largest = max(largest, logits.max())
-      np.testing.assert_allclose(statistics["entropy_BT"][row, at], np.mean(entropies), rtol=1e-5, atol=1e-6)
-      np.testing.assert_allclose(statistics["largest_logit_BT"][row, at], largest, rtol=1e-5)
+      # An entropy is 0 where one key is seen.
+      np.testing.assert_allclose(statistics["entropy_BT"][row, at], np.mean(entropies), rtol=NETWORK, atol=1e-6)
+      np.testing.assert_allclose(statistics["largest_logit_BT"][row, at], largest, rtol=NETWORK)
 
 
 def test_with_diagnostics_the_ordinary_program_is_the_same(make_config):

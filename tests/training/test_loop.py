@@ -23,6 +23,7 @@ from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.runs import lock as lock_lib
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import read_metrics
+from mixln_jax.runs.outcome import read_outcome
 from mixln_jax.training import loop, member
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.stopping import StopRequest
@@ -482,3 +483,23 @@ def test_a_tracker_that_fails_never_stops_a_run(make_config, tmp_path, capsys, m
   assert complaints.count("no quota left") == 1
   assert "WandbMirror is off" in complaints
   assert len(curve(tmp_path / "run")) == 8
+
+
+def test_a_run_that_fails_says_at_which_step(make_config, tmp_path, monkeypatch):
+  """It was recorded at the step that it had been resumed from."""
+  config = make_config(**{"checkpoint.every_steps": 2})
+  loop.train(make_config(**{"train.num_steps": 6}), tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+  real, calls = loop.global_batch, []
+
+  def failing(batch, mesh):
+    calls.append(None)
+    if len(calls) == 2:
+      raise OSError("the network is gone")
+    return real(batch, mesh)
+
+  monkeypatch.setattr(loop, "global_batch", failing)
+  with pytest.raises(OSError, match="the network is gone"):
+    loop.train(config, tmp_path / "run")
+  outcome = read_outcome(RunFolder(tmp_path / "run"))
+  assert (outcome.status, outcome.step) == ("failed", 5)  # resumed from 4, and one more was done

@@ -14,6 +14,9 @@ from mixln_jax.training import optimizer as optimizer_lib
 from mixln_jax.training.optimizer import decayed, init_moments, learning_rate_schedule, make_optimizer
 from mixln_jax.training.step import init_state, make_train_step
 
+# fp32: near the end the falling part of the rate is the difference of two numbers 20 times as large (1 and the cosine).
+SCHEDULE = 1e-5
+
 
 def rates(**fields):
   config = config_lib.base()
@@ -30,23 +33,23 @@ def test_cosine_is_the_official_codes():
   for step in range(100):
     t = (step - 10) / (100 - 10)
     expected.append(2 * (step / 10 if step < 10 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * t))))
-  np.testing.assert_allclose(rates(), expected, rtol=1e-5)
+  np.testing.assert_allclose(rates(), expected, rtol=SCHEDULE)
 
 
 def test_linear():
   expected = [step / 10 * 2 if step < 10 else 2 + (0.5 - 2) * (step - 10) / 90 for step in range(100)]
-  np.testing.assert_allclose(rates(schedule="linear", final_fraction=0.25), expected, rtol=1e-5)
+  np.testing.assert_allclose(rates(schedule="linear", final_fraction=0.25), expected, rtol=SCHEDULE)
 
 
 def test_warmup_stable_decay():
   expected = [2 * min(1, step / 5) - max(0, step - 80) / 20 * 1.8 for step in range(100)]
-  np.testing.assert_allclose(rates(schedule="wsd", warmup_steps=5, decay_steps=20), expected, rtol=1e-5)
+  np.testing.assert_allclose(rates(schedule="wsd", warmup_steps=5, decay_steps=20), expected, rtol=SCHEDULE)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_constant_with_any_warm_up(warmup):
   expected = [2 * min(1, step / warmup) if warmup else 2 for step in range(100)]
-  np.testing.assert_allclose(rates(schedule="constant", warmup_steps=warmup), expected, rtol=1e-6)
+  np.testing.assert_allclose(rates(schedule="constant", warmup_steps=warmup), expected, rtol=SCHEDULE)
 
 
 def test_a_step_keeps_no_copy_of_the_moments_on_a_cpu(make_config):
