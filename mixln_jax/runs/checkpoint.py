@@ -4,10 +4,12 @@ A checkpoint is one thing: named trees (`params`, and `rest` of the train state,
 and the facts that say what they are (config, placement table, data fingerprint).
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,7 +62,8 @@ class Checkpoints:
       save_decision_policy=managers.FixedIntervalPolicy(1),
       read_only=read_only,
     )
-    self._manager = ocp.CheckpointManager(folder, options=options)
+    with _hints_silenced():
+      self._manager = ocp.CheckpointManager(folder, options=options)
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -149,6 +152,18 @@ class Checkpoints:
     """Waits and closes; raises what went wrong in the background."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+@contextlib.contextmanager
+def _hints_silenced() -> Iterator[None]:
+  """While the context is open, orbax does not warn that what is opened to be read can't be written."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def _sums(tree: Any) -> dict[str, int]:
