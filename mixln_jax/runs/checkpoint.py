@@ -55,14 +55,14 @@ class Checkpoints:
         get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
       )
       policies.append(best)
-    options = ocp.CheckpointManagerOptions(
-      best_fn=lambda metrics: metrics[METRIC],  # makes orbax store the metrics that BestN reads
-      best_mode="min",
-      preservation_policy=managers.AnyPreservationPolicy(policies),
-      save_decision_policy=managers.FixedIntervalPolicy(1),
-      read_only=read_only,
-    )
     with _hints_silenced():
+      options = ocp.CheckpointManagerOptions(
+        best_fn=lambda metrics: metrics[METRIC],  # makes orbax store the metrics that BestN reads
+        best_mode="min",
+        preservation_policy=managers.AnyPreservationPolicy(policies),
+        save_decision_policy=managers.FixedIntervalPolicy(1),
+        read_only=read_only,
+      )
       self._manager = ocp.CheckpointManager(folder, options=options)
 
   def latest_step(self) -> int | None:
