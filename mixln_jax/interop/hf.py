@@ -18,7 +18,7 @@ import numpy as np
 from mixln_jax import config as config_lib
 from mixln_jax.config import ModelConfig
 from mixln_jax.errors import InputError
-from mixln_jax.model.parameters import Param, abstract_params, gain_name, parameters
+from mixln_jax.model.parameters import Param, abstract_params, gain_name, param_paths, parameters
 from mixln_jax.placement import SUBLAYERS, Layer, Row
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -99,12 +99,16 @@ def tensors_of(model: ModelConfig) -> Iterator[Tensor]:
 
 def _their_name(param: Param) -> str:
   if param.elsewhere is None:
-    raise InputError(
-      f"parameter {param.path}: Hugging Face's layouts have no name for it, and their models no place; weights can't "
-      "be exported or imported with it until model/parameters.py names it and interop (modeling_mixln.py, forward.py) "
-      "computes with it"
-    )
+    raise _no_name(param.path)
   return param.elsewhere
+
+
+def _no_name(path: str) -> InputError:
+  return InputError(
+    f"parameter {path}: Hugging Face's layouts have no name for it, and their models no place; weights can't be "
+    "exported or imported with it until model/parameters.py names it and interop (modeling_mixln.py, forward.py) "
+    "computes with it"
+  )
 
 
 def import_weights(tensors: Mapping[str, Any], model: ModelConfig) -> Any:
@@ -171,6 +175,9 @@ def export_weights(params: Any, model: ModelConfig) -> Mapping[str, np.ndarray]:
   Raises:
     InputError: the model has a parameter that the layout has no name for.
   """
+  extra = sorted(set(jax.tree.leaves(param_paths(params))) - set(parameters(model)))
+  if extra:
+    raise _no_name(extra[0])
   return _Exported(params, model)
 
 

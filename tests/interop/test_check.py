@@ -18,6 +18,7 @@ from mixln_jax.errors import InputError
 from mixln_jax.interop import check, export, forward, hf
 from mixln_jax.interop.check import check_export
 from mixln_jax.model import norm
+from mixln_jax.model.parameters import Param
 
 
 def exported(model, params=None, official=True):
@@ -161,24 +162,31 @@ def test_numbers_that_are_not_finite_are_not_taken_for_a_difference():
     check_export(*exported(model, params))
 
 
-@pytest.mark.parametrize("path", ["layers/attention_norm_bias", "layers/mlp/query", "positions", "final_norm_bias"])
+@pytest.mark.parametrize("path", ["layers/attention_norm_bias", "positions", "final_norm_bias"])
 def test_a_parameter_without_a_name_is_rejected_by_its_name(path, monkeypatch):
-  """Catches a KeyError, and a parameter that is left out of the export in silence."""
-  original = hf.abstract_params
+  """Catches a KeyError, and a parameter of the table that is left out of the export in silence."""
+  original = hf.parameters
 
   def with_another(model):
-    tree = original(model)
-    *folders, name = path.split("/")
-    branch = tree
-    for folder in folders:
-      branch = branch.setdefault(folder, {})
-    branch[name] = jax.ShapeDtypeStruct((model.num_layers, model.embed_dim), jnp.float32)
-    return tree
+    shape = (model.num_layers, model.embed_dim)
+    return original(model) | {path: Param(path, shape, ("layers", "norm"))}
 
-  monkeypatch.setattr(hf, "abstract_params", with_another)
   model = small_model(placement="pre")
+  params = random_params(model)
+  monkeypatch.setattr(hf, "parameters", with_another)
   with pytest.raises(InputError, match=f"parameter {path}: .*no name for it"):
-    hf.export_weights(random_params(model), model)
+    hf.export_weights(params, model)
+
+
+@pytest.mark.parametrize("path", ["layers/attention_norm_bias", "positions"])
+def test_a_leaf_that_is_not_in_the_table_is_rejected(path):
+  """Catches an export that writes what it knows of a tree and says nothing of the rest."""
+  model = small_model(placement="pre")
+  params = random_params(model)
+  branch = params["layers"] if path.startswith("layers/") else params
+  branch[path.removeprefix("layers/")] = jnp.zeros((model.num_layers, model.embed_dim))
+  with pytest.raises(InputError, match=f"parameter {path}: .*no name for it"):
+    hf.export_weights(params, model)
 
 
 def test_a_missing_tensor_and_an_additional_one_are_named():

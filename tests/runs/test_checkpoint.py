@@ -161,7 +161,7 @@ def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
   with pytest.raises(InputError, match="line 2 is not JSON"):
     read_metrics(path)
   path.write_text('{"step": 1, "split": "train"}\n3\n')
-  with pytest.raises(InputError, match="line 2 has no step and split"):
+  with pytest.raises(InputError, match="line 2 is not an object with step and split"):
     read_metrics(path)
   path.write_bytes(b'{"step": 1, "split": "train"}\n\xff\xfe\n{}\n')
   with pytest.raises(InputError, match="line 2 is not JSON"):
