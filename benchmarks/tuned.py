@@ -2,7 +2,8 @@
 
     pip install -r requirements-tpu.txt     # for --on=tpu; no TPU is needed
     python -m benchmarks.tuned [--on cpu tpu] [--only product loss attention update step]
-                               [--shapes tiny 9m 71m 71m:1024 1b] [--repeats=9] [--out=benchmarks/results/tuned.json]
+                               [--shapes tiny 9m 71m 71m:1024 1b] [--against FORM ...] [--repeats=9]
+                               [--out=benchmarks/results/tuned.json]
 
   product    an MLP's two products with their gradients: einsum, against the narrower operand first
   loss       the head's loss with its gradients: all logits, and rematerialised chunks, against chunks in one pass
@@ -250,16 +251,19 @@ def update_piece(config: Config) -> Piece:
   return Piece(arguments, shardings, 2, forms, carried=True)
 
 
-def steps(config: Config) -> dict[str, Step]:
-  """The training step as it is, and with one part plain; each with a state of its own."""
+def steps(config: Config) -> dict[str, Callable[[], Step]]:
+  """Makes the training step as it is, and with one part plain; each with a state of its own."""
   plain_product, plain_update = pretend(product, "tpu"), pretend(optimizer, "tpu")
   plain_loss: Patch = (loss, "chunked_loss", lambda *arguments: loss.all_logits_loss(*arguments[:4]))
   plain_attention = config.copy_and_resolve_references()
   plain_attention.model.attention = "xla"
 
-  def step(config: Config, *patches: Patch) -> Step:
-    with patched(patches):
-      return Step(config)
+  def step(config: Config, *patches: Patch) -> Callable[[], Step]:
+    def make() -> Step:
+      with patched(patches):
+        return Step(config)
+
+    return make
 
   return {
     "product plain": step(config, plain_product),
@@ -312,15 +316,15 @@ def configured(shape: str, where: str) -> Config:
   return config
 
 
-def measure_on_cpu(name: str, shape: str, repeats: int) -> list[dict[str, Any]]:
-  """A row for each form but the tuned one: processor seconds of both, and the ratio."""
+def measure_on_cpu(name: str, shape: str, repeats: int, against: list[str] | None) -> list[dict[str, Any]]:
+  """A row for each form but the tuned one, or for those of `against`: processor seconds of both, and the ratio."""
   config = configured(shape, "cpu")
-  calls: dict[str, Callable[[], Any]] = {}
   if name == "step":
-    calls |= steps(config)
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {**steps(config)}
   else:
     piece = make_piece(name, config, "cpu")
-    calls |= {form: Call(piece, piece.forms[form]) for form in piece.forms}
+    makers = {form: partial(Call, piece, piece.forms[form]) for form in piece.forms}
+  calls = {form: make() for form, make in makers.items() if form == TUNED or against is None or form in against}
   seconds = {form: found["processor"] for form, found in turns(calls, repeats).items()}
   rows = []
   for form in calls:
@@ -382,23 +386,23 @@ def measure_on_tpu(name: str, shape: str) -> list[dict[str, Any]]:
 
 
 def show_cpu(rows: list[dict[str, Any]]) -> None:
-  print(f"\n{'CPU':<11}{'shape':<7}{'plain form':<24}{'plain ms':>10}{'tuned ms':>10}{'ratio':>8}   quartiles")
+  print(f"\n{'CPU':<11}{'shape':<12}{'plain form':<24}{'plain ms':>10}{'tuned ms':>10}{'ratio':>8}   quartiles")
   for row in rows:
     low, high = row["quartiles"]
     print(
-      f"{row['piece']:<11}{row['shape']:<7}{row['against']:<24}{row['plain_seconds'] * 1e3:>10.1f}"
+      f"{row['piece']:<11}{row['shape']:<12}{row['against']:<24}{row['plain_seconds'] * 1e3:>10.1f}"
       f"{row['tuned_seconds'] * 1e3:>10.1f}{row['ratio']:>8.3f}   {low:.3f} to {high:.3f}"
     )
 
 
 def show_tpu(rows: list[dict[str, Any]]) -> None:
-  print(f"\n{TOPOLOGY:<11}{'shape':<7}{'plain form':<24}{'GFLOP':>19}{'GB accessed':>17}{'temporaries MB':>19}")
+  print(f"\n{TOPOLOGY:<11}{'shape':<12}{'plain form':<24}{'GFLOP':>19}{'GB accessed':>17}{'temporaries MB':>19}")
   for row in rows:
     plain, tuned = row["plain"], row["tuned"]
     cells = []
     for key, unit, digits in (("flops", 1e9, 1), ("bytes", 1e9, 3), ("temporaries", 1e6, 0)):
       cells.append(f"{plain[key] / unit:.{digits}f} → {tuned[key] / unit:.{digits}f}")
-    print(f"{row['piece']:<11}{row['shape']:<7}{row['against']:<24}{cells[0]:>19}{cells[1]:>17}{cells[2]:>19}")
+    print(f"{row['piece']:<11}{row['shape']:<12}{row['against']:<24}{cells[0]:>19}{cells[1]:>17}{cells[2]:>19}")
 
 
 def main() -> None:
@@ -406,6 +410,7 @@ def main() -> None:
   parser.add_argument("--on", nargs="+", choices=["cpu", "tpu"], default=["cpu"])
   parser.add_argument("--only", nargs="+", choices=PIECES, default=PIECES)
   parser.add_argument("--shapes", nargs="+", help="by default tiny, 9m and 71m on a CPU, 71m and 1b on a TPU")
+  parser.add_argument("--against", nargs="+", metavar="FORM", help="on a CPU, these plain forms alone")
   parser.add_argument("--repeats", type=int, default=9)
   parser.add_argument("--out", type=Path, help="rows that it has already stay, unless they are measured again")
   arguments = parser.parse_args()
@@ -422,9 +427,15 @@ def main() -> None:
       if where == "tpu" and name == "step":
         continue
       for shape in arguments.shapes or SHAPES[where]:
-        measured = measure_on_cpu(name, shape, arguments.repeats) if where == "cpu" else measure_on_tpu(name, shape)
-        part["rows"] = [row for row in part["rows"] if (row["piece"], row["shape"]) != (name, shape)] + measured
-        show_cpu(measured) if where == "cpu" else show_tpu(measured)
+        if where == "cpu":
+          measured = measure_on_cpu(name, shape, arguments.repeats, arguments.against)
+          show_cpu(measured)
+        else:
+          measured = measure_on_tpu(name, shape)
+          show_tpu(measured)
+        again = {(row["piece"], row["shape"], row["against"]) for row in measured}
+        kept = [row for row in part["rows"] if (row["piece"], row["shape"], row["against"]) not in again]
+        part["rows"] = kept + measured
         if arguments.out:
           arguments.out.write_text(json.dumps(stored, indent=1) + "\n")
 

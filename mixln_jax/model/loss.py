@@ -24,6 +24,10 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Cross entropy, summed over counted positions; the division happens once, at the end of all sums.
 
+  `all_logits_loss` says what is computed. Every platform gets the chunked form: where all logits fit in one chunk the
+  TPU compiler makes the same of both, and where they don't the plain one holds them all (docs/tuned.md). The result
+  can be differentiated once, in reverse.
+
   Args:
     hidden_BTD: final hidden states.
     head_DV: output projection; multiplied in the hidden states' type, with fp32 logits.
