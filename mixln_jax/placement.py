@@ -16,6 +16,7 @@ Grammar:
 
 To add a placement whose columns fit the rule, add one line to ROWS, one line of mathematics to the tests' reference
 (`tests/model/reference.py`) and one to the README's table; a test that enumerates ROWS names the one that is missing.
+A row that takes an argument also gets an example in `tests/model/cases.py`.
 `bash tests/run.sh -k NAME` tries one placement everywhere.
 """
 
