@@ -91,7 +91,7 @@ def test_one_of_four_is_killed_two_go_on_and_two_evaluate(recipe, one, tmp_path)
   assert processes[-1].returncode == -signal.SIGKILL
   assert all(process.returncode not in (0, 2, 75) for process in processes)  # none takes it for an end
   again = pod.finish(train(recipe, workdir, 2, mesh__data=-1))
-  assert "goes on from step" in again[0]
+  assert "resumed from step" in again[0]
   np.testing.assert_allclose(losses(workdir), losses(one), rtol=NETWORK)
   evaluate = ["-m", "mixln_jax", "evaluate", f"--workdir={workdir}"]
   (first, second), (alone,) = pod.finish(pod.start(evaluate, 2)), pod.finish(pod.start(evaluate, 1))

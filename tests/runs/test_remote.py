@@ -271,7 +271,7 @@ def test_killed_and_gone_on_with_elsewhere_is_the_run_that_was_never_touched(buc
   process.send_signal(signal.SIGKILL)
   process.communicate()
   output = finish(command("train", recipe, "--workdir=gs://bucket/killed", stale_seconds=3.0))
-  assert "goes on from step" in output or "were done already" in output
+  assert "resumed from step" in output or "were done already" in output
   expected = curve(tmp_path / "local" / "metrics.jsonl")
   assert curve(place / "metrics.jsonl") == expected
   assert curve(bucket[0] / "untouched" / "metrics.jsonl") == expected
