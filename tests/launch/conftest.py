@@ -45,8 +45,10 @@ class Cloud:
     for name in ("xpk", "kubectl", "sbatch", "scontrol"):
       write_executable(programs / name, f'#!/bin/sh\nprintf "%s\\0" {name} "$@" >>{folder}/{name}\n')
     write_executable(programs / "python3", (HERE / "fake_python.sh").read_text())
+    # A launch script reads VENV too, which tests/run.sh may have been given for its own environment.
+    ours = ("JAX_", "SLURM_", "CUDA_", "VENV")
     self.environment = {
-      **{name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_", "CUDA_"))},
+      **{name: value for name, value in os.environ.items() if not name.startswith(ours)},
       "PATH": f"{programs}:{os.environ['PATH']}",
       "PYTHON": str(programs / "python3"),
       "FAKE_CLOUD": str(folder),
