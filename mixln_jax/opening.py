@@ -118,7 +118,8 @@ class OpenRun:
 
   Attributes:
     folder: the run's folder.
-    config: its config, with a mesh over the devices of this machine.
+    config: its config, with a mesh over the devices of this machine, and its placement as it is at that step (of one
+      with `+prores`, `pre+prores:linear:1000@40`).
     mesh: that mesh.
     step: the checkpoint that is open, in updates done.
   """
@@ -252,6 +253,7 @@ def open_run(
     mesh = make_mesh(here.mesh)
     with contextlib.closing(Checkpoints(folder.place(folder_lib.CHECKPOINTS), read_only=True)) as checkpoints:
       chosen = choose_step(checkpoints, step, f"workdir={folder.address}")
+      here.model.placement = placement.at_step(here.model.placement, here.model.num_layers, chosen)
       with on_mesh(mesh):
         yield OpenRun(folder, here, mesh, checkpoints, chosen)
     processes.wait_for_all(f"the end of the work on {folder.address}")

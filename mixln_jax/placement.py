@@ -646,7 +646,9 @@ def _prores(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
     raise ValueError(f"{wanted}; both numbers are whole, the first above 0")
   steps, num_layers = int(steps_text), position.num_layers
   if steps < num_layers:
-    raise ValueError(f"has {steps} steps for {num_layers} layers, one layer's ramp would be empty; give at least one each")
+    raise ValueError(
+      f"has {steps} steps for {num_layers} layers, one layer's ramp would be empty; give at least one each"
+    )
   ends = [float(end) for end in np.linspace(steps // num_layers, steps, num_layers)]
   start, end, floor, power = RAMPS[name](ends, position.layer)
   ramped = [replace(row, ramp_start=start, ramp_end=end, ramp_floor=floor, ramp_power=power) for row in rows]
@@ -765,7 +767,9 @@ def _parse_segment(text: str, placement: str) -> _Segment:
       hint = _suggestion(name, list(MODIFIERS))
       raise _error(placement, f"unknown modifier {name!r}; {hint}choices: {', '.join(MODIFIERS)}")
     if texts and not MODIFIERS[name].arguments:
-      raise _error(placement, f"modifier {name!r} takes no argument, but {':'.join(texts)!r} was given; write '+{name}'")
+      raise _error(
+        placement, f"modifier {name!r} takes no argument, but {':'.join(texts)!r} was given; write '+{name}'"
+      )
   body, star, count_text = body.partition("*")
   if star and not _is_count(count_text):
     raise _error(placement, f"the count of {text!r} must be a whole number above 0, as in 'post*3'")
@@ -836,6 +840,12 @@ def _check_modifier(name: str, rows: Rows, segment: _Segment, placement: str) ->
       placement,
       f"{segment.text!r}: +x0 keeps the embedding in a second stream, but this row's are "
       f"{STREAM_SETS[several[0]].meaning}; leave +x0 out",
+    )
+  if name == "prores" and any(row.vector_c_res for row in rows):
+    raise _error(
+      placement,
+      f"{segment.text!r}: admin's scales are set from its branches before the first update, when +prores has them "
+      "switched off; leave one of the two out",
     )
   if name == "gpas" and several:
     raise _error(

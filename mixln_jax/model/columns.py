@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixln_jax.errors import InputError
+from mixln_jax.model.append_only import Slots
 from mixln_jax.placement import NORMS, SUBLAYERS, Row, Streams, Table, ramp_factor
 
 Flag = bool | jax.Array  # a Python constant, or this layer's value as a traced scalar
@@ -117,6 +118,20 @@ class Columns(flax.struct.PyTreeNode):
       value = column_L[index]
       values[name] = _as_constant(value) if isinstance(column_L, np.ndarray) else value
     return values
+
+  @property
+  def only_sources(self) -> bool:
+    """Whether all sublayers are attention residuals, whose streams are one buffer that is only added to."""
+    constant = dict(self.constant)
+    return all(constant.get(f"{sublayer}.{WIRED}attention") is True for sublayer in SUBLAYERS)
+
+  def slots(self) -> Slots:
+    """Where attention residuals add their outputs; of `only_sources`."""
+    constant = dict(self.constant)
+    write = [self.varying.get(f"{name}.write", constant.get(f"{name}.write")) for name in SUBLAYERS]
+    attention_L, mlp_L = (jnp.argmax(jnp.atleast_2d(jnp.asarray(of_sublayer)), axis=-1) for of_sublayer in write)
+    # With a source for each sublayer, none is begun before its own layer.
+    return Slots(attention_L, mlp_L, begun=self.streams.num < 2 * self.num_layers + 1)
 
   def at_step(self, step: int | jax.Array) -> "Columns":
     """The columns of one table after `step` finished updates: the same where no factor depends on it."""

@@ -270,7 +270,9 @@ def _wired(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Param
   """What the wirings of a layer's two sublayers learn, and the norms and mixtures that go with several streams."""
   if columns.uses("attention", f"{WIRED}x0"):
     used_L = np.array([row.wiring == "x0" for row in table.rows("attention")])
-    yield Param("x0_lambdas", (2,), ("norm",), value=_for_each(used_L, [1.0, 0.0]), used_L=used_L, elsewhere="x0_lambdas")
+    yield Param(
+      "x0_lambdas", (2,), ("norm",), value=_for_each(used_L, [1.0, 0.0]), used_L=used_L, elsewhere="x0_lambdas"
+    )
   for column, shape in (("value_residual", ()), ("value_residual_two", (2,))):
     if columns.uses("attention", column):
       name = "value_lambda" if column == "value_residual" else "value_lambdas"
@@ -370,7 +372,9 @@ def _manifold(*names: str) -> Any:
     params = []
     for name in names:
       shape = (num, num) if name == "res" else (num,)
-      target_L = {"pre": [row.read for row in rows], "res": [row.mix for row in rows], "post": [None for _ in rows]}[name]
+      target_L = {"pre": [row.read for row in rows], "res": [row.mix for row in rows], "post": [None for _ in rows]}[
+        name
+      ]
       bias_L = []
       for row, target in zip(rows, target_L, strict=True):
         # The sigmoid, and the balanced exponential, of ± the size are close to 1 and 0.

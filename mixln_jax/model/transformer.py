@@ -19,13 +19,14 @@ from ml_collections import FrozenConfigDict
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import ModelConfig
+from mixln_jax.model import append_only
 from mixln_jax.model import attention as attention_lib
 from mixln_jax.model.attention_kernels import choose_attention, self_attention
 from mixln_jax.model.columns import Columns, TracedRow, traced_rows
 from mixln_jax.model.norm import norm, norm_params, rms_norm
 from mixln_jax.model.parameters import gain_name, parameters
 from mixln_jax.model.product import multiply
-from mixln_jax.model.residual import Stream, Streams, sublayer
+from mixln_jax.model.residual import Sources, Stream, Streams, Sublayer
 from mixln_jax.model.wiring import READ_OUTS, ReadOut, weighted_sum
 from mixln_jax.parallel.rules import constrain
 from mixln_jax.placement import Streams as StreamsOfModel
@@ -100,8 +101,8 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, carry: tuple[Streams, Cache | None], varying: Varying, shared: Shared
-  ) -> tuple[tuple[Streams, Cache | None], Any]:
+    self, carry: tuple[Streams | Sources, Cache | None], varying: Varying, shared: Shared
+  ) -> tuple[tuple[Streams | Sources, Cache | None], Any]:
     """Applies the layer.
 
     Args:
@@ -126,57 +127,60 @@ class Layer(nn.Module):
     middle, attended, attention_taps = self.sublayer("attention", attend, inputs, weights, rows.attention)
     after, _, mlp_taps = self.sublayer("mlp", mlp, self.values(middle), weights, rows.mlp)
 
-    after = after.replace(further=after.further[: self.streams.num_carried - 1])
-    if before.first.owed is not None:
-      after = after.replace(first=after.first.carried(self.config.norm))
+    if isinstance(after, Streams):
+      after = after.replace(further=after.further[: self.streams.num_carried - 1])
+      if before.first.owed is not None:
+        after = after.replace(first=after.first.carried(self.config.norm))
     if varying.keep is not None:
       after = jax.tree.map(lambda new, old: jnp.where(varying.keep != 0, new, old), after, before)
-    outputs = after.values(self.config.norm, self.config.norm_epsilon)
+    outputs = separate(after, self.config)
     taps = attention_taps | mlp_taps | {"stream_BTD": the_stream(outputs, self.streams)}
     for index, output_BTD in enumerate(outputs[1:], start=1):
       taps[f"stream_{index}_BTD"] = output_BTD
     if self.observe is not None:
       # Of a constant: a statistic that is differentiated would be one more thing that the backward pass keeps.
-      input_BTD = the_stream(inputs, self.streams)
+      input_BTD = the_stream(separate(before, self.config), self.streams)
       seen = jax.lax.stop_gradient(taps | attended.statistics | {"input_BTD": input_BTD})
       taps = self.observe(seen, shared.weights_BT)
     return (after, attended.cache), taps
 
-  def values(self, streams: Streams) -> list[jax.Array]:
+  def values(self, streams: Streams | Sources) -> list[jax.Array] | Sources:
     """All n streams at one point of the layer, also those that do not go from layer to layer."""
-    values = streams.values(self.config.norm, self.config.norm_epsilon)
+    if isinstance(streams, Sources):
+      return streams
+    values = separate(streams, self.config)
     return values + [jnp.zeros_like(values[0])] * (self.streams.num - len(values))
 
   def sublayer(
     self,
     name: str,
     branch: Callable[[jax.Array], tuple[jax.Array, Any]],
-    streams: list[jax.Array],
+    streams: list[jax.Array] | Sources,
     weights: Weights,
     row: TracedRow,
-  ) -> tuple[Streams, Any, dict[str, jax.Array]]:
+  ) -> tuple[Any, Any, dict[str, jax.Array]]:
     """The sublayer rule with this layer's row and parameters: the streams after it, what the branch said, its taps."""
     kind, prefix = self.config.norm, f"{name}_"
     gain_names = [gain_name(name, 0), gain_name(name, 1), gain_name(name, 2)]
-    norms = [norm_params(weights, gain, kind) for gain in gain_names if gain in weights]
     of_streams = [f"{name}_stream_norm_0", f"{name}_stream_norm_1"]
-    stream_norms = [norm_params(weights, gain, kind) for gain in of_streams if gain in weights]
     learned = {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
-    for shared_by_both in ("gpas", "x0_lambdas"):
-      if shared_by_both in weights:
-        learned[shared_by_both] = weights[shared_by_both]
+    for of_layer in ("gpas", "x0_lambdas"):
+      if of_layer in weights:
+        learned[of_layer] = weights[of_layer]
+    rule = Sublayer(
+      norms=[norm_params(weights, gain, kind) for gain in gain_names if gain in weights],
+      stream_norms=[norm_params(weights, gain, kind) for gain in of_streams if gain in weights],
+      learned=learned,
+      row=row,
+      kind=kind,
+      epsilon=self.config.norm_epsilon,
+      dtype=self.config.dtype,
+    )
     with jax.named_scope(name):
-      after, said, terms = sublayer(
-        streams,
-        branch,
-        norms,
-        learned,
-        row,
-        stream_norms=stream_norms,
-        kind=kind,
-        epsilon=self.config.norm_epsilon,
-        dtype=self.config.dtype,
-      )
+      if isinstance(streams, Sources):
+        after, said, terms = rule.append(branch, streams)
+      else:
+        after, said, terms = rule.apply(branch, streams)
     taps = {f"{name}_{term}": value for term, value in terms.items()}
     return jax.tree.map(_constrain_stream, after), said, taps
 
@@ -263,8 +267,18 @@ class Layer(nn.Module):
 
 
 def _constrain_stream(leaf: Any) -> Any:
-  """Lays out a stream; what a stream owes has no layout."""
-  return constrain(leaf, *STREAM) if getattr(leaf, "ndim", 0) == 3 else leaf
+  """Lays out a stream, or a buffer of them; what a stream owes has no layout."""
+  dimensions = getattr(leaf, "ndim", 0)
+  if dimensions < len(STREAM):
+    return leaf
+  return constrain(leaf, *[None] * (dimensions - len(STREAM)), *STREAM)
+
+
+def separate(streams: Streams | Sources, config: Any) -> list[jax.Array]:
+  """The streams that go from layer to layer, each [B, T, D]."""
+  if isinstance(streams, Sources):
+    return list(streams.buffer_SBTD)
+  return streams.values(config.norm, config.norm_epsilon)
 
 
 def the_stream(streams: list[jax.Array], of_model: StreamsOfModel) -> jax.Array:
@@ -394,16 +408,22 @@ class Transformer(nn.Module):
     streams = self.first_streams(x_BTD, columns)
     if columns.uses("attention", "value_residual") or columns.uses("attention", "value_residual_two"):
       shared = shared._replace(first_values_BSGK=self.first_values(streams, columns, shared))
-    run_stack = self.loop if c.unroll == 0 and not self.is_initializing() else self.scan
+    run_stack = self.scan
+    if not self.is_initializing():
+      run_stack = self.loop if c.unroll == 0 else run_stack
+      run_stack = self.append_only if isinstance(streams, Sources) and cache is None and c.unroll else run_stack
     (streams, new_cache), layer_taps = run_stack((streams, cache), columns, keep_L, shared)
     taps |= {name.replace("_BTD", "_LBTD"): tap for name, tap in layer_taps.items()}
     if cache is not None:
       taps["cache"] = new_cache
-    hidden_BTD = self.read_out(streams.values(c.norm, c.norm_epsilon), columns.streams)
+    hidden_BTD = self.read_out(separate(streams, c), columns.streams)
     return constrain(hidden_BTD, *STREAM), taps
 
-  def first_streams(self, x_BTD: jax.Array, columns: Columns) -> Streams:
+  def first_streams(self, x_BTD: jax.Array, columns: Columns) -> Streams | Sources:
     """The streams before the first layer, made of the embedded tokens, in the form that the scan carries."""
+    if columns.only_sources:
+      later = jnp.zeros((columns.streams.num - 1, *x_BTD.shape), x_BTD.dtype)
+      return Sources(constrain(jnp.concatenate([x_BTD[None], later]), None, *STREAM))
     first, start = Stream(x_BTD), columns.streams.start
     if columns.uses("mlp", "norm_out"):
       first = first.carried(self.config.norm)
@@ -468,6 +488,30 @@ class Transformer(nn.Module):
     )
     varying = Varying(columns.varying, jnp.arange(self.config.num_layers), keep_L)
     return self.make_layer(scanned, columns, name="layers")(carry, varying, shared)
+
+  def append_only(self, carry: Any, columns: Columns, keep_L: jax.Array | None, shared: Shared) -> tuple[Any, Any]:
+    """The same layers over sources that are only added to (`model/append_only.py`)."""
+    stacked = nn.unbox(self.variables["params"]["layers"])
+    layer = self.make_layer(Layer, columns, parent=None)
+
+    def step(buffer: jax.Array, params: Any, varying: Varying, read: Any) -> tuple[jax.Array, Any]:
+      values, rest = read
+      shared = rest._replace(first_values_BSGK=values)
+      (after, _), taps = layer.apply({"params": params}, (Sources(buffer), None), varying, shared)
+      return after.buffer_SBTD, taps
+
+    varying = Varying(columns.varying, jnp.arange(self.config.num_layers), keep_L)
+    buffer, taps = append_only.scan_layers(
+      step,
+      columns.slots(),
+      self.config.unroll,
+      carry[0].buffer_SBTD,
+      stacked,
+      varying,
+      shared.first_values_BSGK,
+      shared._replace(first_values_BSGK=None),
+    )
+    return (Sources(buffer), None), taps
 
   def loop(self, carry: Any, columns: Columns, keep_L: jax.Array | None, shared: Shared) -> tuple[Any, Any]:
     """The same layers as a plain Python loop over the same stacked parameters."""

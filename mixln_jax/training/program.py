@@ -87,7 +87,7 @@ class Program(Protocol):
     ...
 
   def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch], Any]:
-    """`(joint params, batch) -> (loss sum, count, bytes)` of each member, [R] or, for one run, scalars."""
+    """`(joint params, batch, step) -> (loss sum, count, bytes)` of each member, [R] or, for one run, scalars."""
     ...
 
   def initial_state(self) -> TrainState:
@@ -228,9 +228,9 @@ class JointProgram:
     return step(state, batch, self._columns, self._rates_R)
 
   def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch], Any]:
-    step = self._map(step_lib.make_evaluate_step(self.config, bytes_per_token_V), (0, None, 0))
+    step = self._map(step_lib.make_evaluate_step(self.config, bytes_per_token_V), (0, None, None, 0))
     mapped = jax.jit(step, out_shardings=replicated(self.mesh))
-    return lambda params, batch: mapped(params, batch, self._columns)
+    return lambda params, batch, after: mapped(params, batch, after, self._columns)
 
   def own_shardings(self, index: int) -> TrainState:
     return self._own_shardings[index]
