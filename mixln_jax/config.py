@@ -621,8 +621,8 @@ def _validate_training(config: Config) -> None:
   _contradiction(
     ramp_end > train.num_steps,
     f"config.model.placement={config.model.placement!r}: its warm-up of the residual ends after {ramp_end:g} updates, "
-    f"but config.train.num_steps={train.num_steps}; write a shorter one, as in '+prores:linear:{train.num_steps // 4}', "
-    "or train longer",
+    f"but config.train.num_steps={train.num_steps}; write a shorter one, as in "
+    f"'+prores:linear:{train.num_steps // 4}', or train longer",
   )
   warmup = warmup_steps(config)
   _contradiction(

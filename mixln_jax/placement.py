@@ -123,6 +123,18 @@ class Streams(NamedTuple):
     return bool(self.kind) and STREAM_SETS[self.kind].sums
 
 
+class Ramp(NamedTuple):
+  """floor + (1 − floor) clip((t − start) / (end − start), 0, 1)^power after t finished updates; 1 where end is 0."""
+
+  start: float
+  end: float
+  floor: float
+  power: float
+
+
+NO_RAMP = Ramp(0.0, 0.0, 0.0, 1.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """The columns of the sublayer rule for one sublayer of one layer.
@@ -153,10 +165,7 @@ class Row:
   norm_streams: bool = False  # M_0 and M_1 are norms with gains of their own; else nothing
   value_residual: bool = False  # attention: v ← (1 − λ) v + λ v_0, v_0 the first layer's, λ learned
   value_residual_two: bool = False  # attention: v ← λ_1 v_0 + λ_2 v, both learned
-  ramp_start: float = 0.0  # c_out is times a ramp over the finished updates t, where ramp_end > 0:
-  ramp_end: float = 0.0  # floor + (1 − floor) clip((t − start) / (end − start), 0, 1)^power
-  ramp_floor: float = 0.0
-  ramp_power: float = 1.0
+  ramp: Ramp = NO_RAMP  # c_out is times this function of the finished updates
   streams: str = _of_model("")  # a key of STREAM_SETS
   stream_start: float = _of_model(1.0)
   read_out_weight: float = _of_model(1.0)
@@ -183,7 +192,7 @@ class Row:
 
   @property
   def has_ramp(self) -> bool:
-    return self.ramp_end > 0.0
+    return self.ramp.end > 0.0
 
   def with_streams(self, num: int, *, kept: bool) -> "Row":
     """The row in a model of `num` streams: those that it does not know are neither read nor written, and `kept`."""
@@ -254,7 +263,7 @@ class Table:
   @property
   def ramp_end(self) -> float:
     """Finished updates after which no factor of the table changes any more; 0 where none does."""
-    return max(row.ramp_end for row in self.all_rows)
+    return max(row.ramp.end for row in self.all_rows)
 
   def to_json(self) -> list[dict[str, Any]]:
     return [dataclasses.asdict(layer) for layer in self.layers]
@@ -286,7 +295,8 @@ def _row_from_json(columns: Mapping[str, Any], written_by: str) -> Row:
       f"placement table: column {unknown[0]}={columns[unknown[0]]!r} is not one of this version's "
       f"({', '.join(sorted(known))}); the table was written by {written_by}; use that version"
     )
-  return Row(**{name: _from_list(value) for name, value in columns.items()})
+  row = Row(**{name: _from_list(value) for name, value in columns.items()})
+  return replace(row, ramp=Ramp(*row.ramp))
 
 
 def _from_list(value: Any) -> Any:
@@ -587,18 +597,18 @@ def _value_residual(rows: Rows, position: Position, texts: tuple[str, ...]) -> R
   return Rows(replace(rows.attention, value_residual=True), rows.mlp)
 
 
-# ProRes (arXiv 2603.05369): schedule -> (start, end, floor, power) of a layer's ramp, from the numbers at which the
-# ramps of all layers end (T_1 … T_L) and the layer's index. The floors by depth are 1/L, 1/√L and 1/√l.
-RAMPS: Mapping[str, Callable[[list[float], int], tuple[float, float, float, float]]] = {
-  "linear": lambda ends, layer: (0.0, ends[layer], 0.0, 1.0),
-  "linear_equal": lambda ends, layer: (0.0, ends[-1], 0.0, 1.0),
-  "linear_reverse": lambda ends, layer: (0.0, ends[-1 - layer], 0.0, 1.0),
-  "sqrt": lambda ends, layer: (0.0, ends[layer], 0.0, 0.5),
-  "square": lambda ends, layer: (0.0, ends[layer], 0.0, 2.0),
-  "stagewise_0": lambda ends, layer: (_stage_start(ends, layer), ends[layer], 0.0, 1.0),
-  "stagewise_L": lambda ends, layer: (_stage_start(ends, layer), ends[layer], 1 / len(ends), 1.0),
-  "stagewise_sqrt_L": lambda ends, layer: (_stage_start(ends, layer), ends[layer], 1 / math.sqrt(len(ends)), 1.0),
-  "stagewise_sqrt_l": lambda ends, layer: (_stage_start(ends, layer), ends[layer], 1 / math.sqrt(layer + 1), 1.0),
+# ProRes (arXiv 2603.05369): schedule -> a layer's ramp, from the numbers at which the ramps of all layers end (T_1 …
+# T_L) and the layer's index. The floors by depth are 1/L, 1/√L and 1/√l.
+RAMPS: Mapping[str, Callable[[list[float], int], Ramp]] = {
+  "linear": lambda ends, layer: Ramp(0.0, ends[layer], 0.0, 1.0),
+  "linear_equal": lambda ends, _: Ramp(0.0, ends[-1], 0.0, 1.0),
+  "linear_reverse": lambda ends, layer: Ramp(0.0, ends[-1 - layer], 0.0, 1.0),
+  "sqrt": lambda ends, layer: Ramp(0.0, ends[layer], 0.0, 0.5),
+  "square": lambda ends, layer: Ramp(0.0, ends[layer], 0.0, 2.0),
+  "stagewise_0": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 0.0, 1.0),
+  "stagewise_L": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 1 / len(ends), 1.0),
+  "stagewise_sqrt_L": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 1 / math.sqrt(len(ends)), 1.0),
+  "stagewise_sqrt_l": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 1 / math.sqrt(layer + 1), 1.0),
 }
 # Those that never end.
 FIXED_FACTORS: Mapping[str, Callable[[Position], float]] = {
@@ -613,19 +623,18 @@ def _stage_start(ends: list[float], layer: int) -> float:
   return 0.0 if layer == 0 else ends[layer - 1]
 
 
-def ramp_factor(row: Row, step: Any, xp: Any = np) -> Any:
-  """What c_out is times after `step` finished updates: a number, or an array where a column or the step is one.
+def ramp_factor(start: Any, end: Any, floor: Any, power: Any, step: Any, xp: Any = np) -> Any:
+  """What c_out is times after `step` finished updates: a number, or an array where an argument is one.
 
   Args:
-    row: the ramp's four columns, numbers or arrays of one shape.
+    start, end, floor, power: of a Ramp, numbers or arrays of one shape.
     step: finished optimizer updates.
     xp: NumPy, or jax.numpy for traced values.
   """
-  # Where there is no ramp its end is 0: any positive length will do, since the factor is 1 there.
-  length = xp.where(row.ramp_end > 0, row.ramp_end - row.ramp_start, 1.0)
-  progress = xp.clip((step - row.ramp_start) / length, 0.0, 1.0)
-  factor = row.ramp_floor + (1.0 - row.ramp_floor) * progress**row.ramp_power
-  return xp.where(row.ramp_end > 0, factor, 1.0)
+  # Where there is no ramp any positive length will do.
+  length = xp.where(end > 0, end - start, 1.0)
+  progress = xp.clip((step - start) / length, 0.0, 1.0)
+  return xp.where(end > 0, floor + (1.0 - floor) * progress**power, 1.0)
 
 
 def _prores(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
@@ -650,8 +659,8 @@ def _prores(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
       f"has {steps} steps for {num_layers} layers, one layer's ramp would be empty; give at least one each"
     )
   ends = [float(end) for end in np.linspace(steps // num_layers, steps, num_layers)]
-  start, end, floor, power = RAMPS[name](ends, position.layer)
-  ramped = [replace(row, ramp_start=start, ramp_end=end, ramp_floor=floor, ramp_power=power) for row in rows]
+  ramp = RAMPS[name](ends, position.layer)
+  ramped = [replace(row, ramp=ramp) for row in rows]
   if at:
     ramped = [_frozen(row, int(frozen_text)) for row in ramped]
   return Rows(*ramped)
@@ -659,8 +668,7 @@ def _prores(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
 
 def _frozen(row: Row, step: int) -> Row:
   """The row as it is after `step` finished updates, its ramp a number."""
-  c_out = row.c_out * float(ramp_factor(row, step))
-  return replace(row, c_out=c_out, ramp_start=0.0, ramp_end=0.0, ramp_floor=0.0, ramp_power=1.0)
+  return replace(row, c_out=row.c_out * float(ramp_factor(*row.ramp, step)), ramp=NO_RAMP)
 
 
 LONGEST_COUNT = 9  # digits

@@ -15,7 +15,7 @@ import numpy as np
 
 from mixln_jax.errors import InputError
 from mixln_jax.model.append_only import Slots
-from mixln_jax.placement import NORMS, SUBLAYERS, Row, Streams, Table, ramp_factor
+from mixln_jax.placement import NO_RAMP, NORMS, SUBLAYERS, Row, Streams, Table, ramp_factor
 
 Flag = bool | jax.Array  # a Python constant, or this layer's value as a traced scalar
 Number = float | jax.Array
@@ -25,7 +25,6 @@ COLUMNS = tuple(
   for field in dataclasses.fields(Row)
   if not {"initial", "of_model"} & set(field.metadata) and field.name != "wiring"
 )
-RAMP = ("ramp_start", "ramp_end", "ramp_floor", "ramp_power")
 WIRED = "wired_"  # `wired_hc`: whether a sublayer's wiring is hc
 GAIN_INDICES = tuple(f"gain_{norm}" for norm in NORMS)
 
@@ -139,11 +138,10 @@ class Columns(flax.struct.PyTreeNode):
       return self
     constant, varying = dict(self.constant), dict(self.varying)
     for sublayer in SUBLAYERS:
-      ramp = {name: varying.pop(f"{sublayer}.{name}", constant.get(f"{sublayer}.{name}")) for name in RAMP}
-      for name in RAMP:
-        constant[f"{sublayer}.{name}"] = getattr(Row, name)
+      ramp = jnp.asarray(varying.pop(f"{sublayer}.ramp", constant.get(f"{sublayer}.ramp")))
+      constant[f"{sublayer}.ramp"] = NO_RAMP
       c_out = varying.pop(f"{sublayer}.c_out", constant.pop(f"{sublayer}.c_out", None))
-      factor = ramp_factor(Row(**ramp), step, jnp)
+      factor = ramp_factor(*jnp.moveaxis(ramp, -1, 0), step, jnp)
       varying[f"{sublayer}.c_out"] = jnp.broadcast_to(c_out * factor, (self.num_layers,)).astype(jnp.float32)
     return self.replace(varying=varying, constant=tuple(sorted(constant.items())), has_ramp=False)
 

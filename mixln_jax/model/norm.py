@@ -70,7 +70,6 @@ def norm(
   x_BTD = x_BTD.astype(jnp.float32)
   out_BTD = x_BTD
   if on is not False and params is not None:
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     normed_BTD = _layer_norm(x_BTD, params, epsilon) if kind == "layernorm" else _squashed(kind, x_BTD, params)
     out_BTD = normed_BTD if on is True else jnp.where(on, normed_BTD, x_BTD)
   return out_BTD if _is_one(scale) else out_BTD * scale
@@ -83,11 +82,12 @@ def _layer_norm(x_BTD: jax.Array, params: NormParams, epsilon: float) -> jax.Arr
 
 def _squashed(kind: str, x_BTD: jax.Array, params: NormParams) -> jax.Array:
   squash = jax.lax.erf if kind == "derf" else jnp.tanh
-  return _plus(params.bias, params.gain * squash(_plus(params.shift, params.alpha * x_BTD)))
+  alpha = jnp.asarray(params.alpha, jnp.float32)
+  return _plus(params.bias, params.gain.astype(jnp.float32) * squash(_plus(params.shift, alpha * x_BTD)))
 
 
 def _plus(term: jax.Array | None, x_BTD: jax.Array) -> jax.Array:
-  return x_BTD if term is None else x_BTD + term
+  return x_BTD if term is None else x_BTD + term.astype(jnp.float32)
 
 
 def rms_norm(

@@ -326,7 +326,7 @@ def _sources(model: ModelConfig, name: str, elsewhere: str, used_L: np.ndarray |
   return [dataclasses.replace(query, shape_elsewhere=(1, width)), gain]
 
 
-def _static(rows: list[Row], num: int) -> list[Param]:
+def _static(_model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
   """Hyper-connections (arXiv 2409.19606, eq. 2 to 5): A [N, N + 1], its first column read and the others mix; B [N]."""
   alpha_L = []
   for row in rows:
@@ -339,17 +339,13 @@ def _static(rows: list[Row], num: int) -> list[Param]:
   ]
 
 
-def _hc(model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
-  return _static(rows, num)
-
-
 def _dynamic(norm: str, scale_shape: tuple[int, ...]) -> Any:
   """The dynamic ones (eq. 10 to 13). `norm`: what normalises a stream before them, or nothing for one without gain."""
 
   def declare(model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
     width, scale_axes = model.embed_dim, ("norm",) * len(scale_shape)
     params = [
-      *_static(rows, num),
+      *_static(model, rows, num),
       Param("hc_dynamic_alpha", (width, num + 1), ("embed", "norm"), 0.0, elsewhere="dynamic_alpha_fn"),
       Param("hc_dynamic_beta", (width,), ("embed",), 0.0, elsewhere="dynamic_beta_fn"),
       Param("hc_dynamic_alpha_scale", scale_shape, scale_axes, value=0.01, elsewhere="dynamic_alpha_scale"),
@@ -412,7 +408,7 @@ def _v4(parts: int, scale: float) -> Any:
 
 # wiring -> (config.model, the sublayer's rows, number of streams) -> what it learns, named without the sublayer.
 _WIRINGS = {
-  "hc": _hc,
+  "hc": _static,
   "dhc": _dynamic("rmsnorm", (1,)),
   "dhc_layernorm": _dynamic("layernorm", (1,)),
   "dhc_identity": _dynamic("", ()),

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from mixln_jax.model.columns import Flag, Number, TracedRow
 from mixln_jax.model.norm import NormParams, mean_square, neutral_params, norm
-from mixln_jax.model.wiring import weighted_sum, wiring_of
+from mixln_jax.model.wiring import Seen, weighted_sum, wiring_of
 from mixln_jax.placement import LEARNED
 
 
@@ -55,7 +55,7 @@ class Stream(flax.struct.PyTreeNode):
     normed_BTD = norm(kind, self.sum_BTD, self.owed, epsilon=epsilon, on=self.owes)
     return normed_BTD.astype(self.sum_BTD.dtype)
 
-  def carried(self, kind: str) -> "Stream":
+  def carried(self, kind: str) -> Stream:
     """The same with a norm, owed or not, as data in fp32: the form that a scan carries where any layer owes one."""
     if self.owed is None or self.owes is None:
       return Stream(self.sum_BTD, neutral_params(kind, self.sum_BTD.shape[-1]), jnp.asarray(False))
@@ -156,7 +156,7 @@ class Sublayer(NamedTuple):
       `branch_BTD`, in fp32.
     """
     row, n, dtype = self.row, len(streams), streams[0].dtype
-    wiring = wiring_of(row, streams, self.learned, self.epsilon)
+    wiring = wiring_of(Seen(row, streams, self.learned, self.epsilon))
     read_from = list(streams)  # M_i(H_i)
     if row.norm_streams is not False:
       for index, params in enumerate(self.stream_norms):

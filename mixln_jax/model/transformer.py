@@ -9,7 +9,7 @@ The parameters are declared in `model/parameters.py`, the rule by which a sublay
 `model/residual.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -129,14 +129,14 @@ class Layer(nn.Module):
 
     if isinstance(after, Streams):
       after = after.replace(further=after.further[: self.streams.num_carried - 1])
-      if before.first.owed is not None:
+      if isinstance(before, Streams) and before.first.owed is not None:
         after = after.replace(first=after.first.carried(self.config.norm))
     if varying.keep is not None:
       after = jax.tree.map(lambda new, old: jnp.where(varying.keep != 0, new, old), after, before)
     outputs = separate(after, self.config)
     taps = attention_taps | mlp_taps | {"stream_BTD": the_stream(outputs, self.streams)}
-    for index, output_BTD in enumerate(outputs[1:], start=1):
-      taps[f"stream_{index}_BTD"] = output_BTD
+    if len(outputs) > 1:
+      taps |= {f"stream_{index}_BTD": output_BTD for index, output_BTD in enumerate(outputs)}
     if self.observe is not None:
       # Of a constant: a statistic that is differentiated would be one more thing that the backward pass keeps.
       input_BTD = the_stream(separate(before, self.config), self.streams)
@@ -184,7 +184,7 @@ class Layer(nn.Module):
     taps = {f"{name}_{term}": value for term, value in terms.items()}
     return jax.tree.map(_constrain_stream, after), said, taps
 
-  def first_values(self, before: Streams, weights: Weights, varying: Varying, shared: Shared) -> jax.Array:
+  def first_values(self, before: Streams | Sources, weights: Weights, varying: Varying, shared: Shared) -> jax.Array:
     """The values [B, S, G, K] that the layer's attention would read: those that later layers mix with their own."""
     rows = traced_rows(self.constant, varying.columns)
     found = []
@@ -375,7 +375,7 @@ class Transformer(nn.Module):
     Returns:
       The final hidden states [B, T, D] in config.model.dtype, after the final norm; and the taps: `embedded_BTD`, the
       residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm), of several the
-      sum or the first (`placement.StreamSet.sums`), and `stream_1_LBTD`, … each of the further ones; for attention
+      sum or the first (`placement.StreamSet.sums`), and `stream_0_LBTD`, … each of several; for attention
       and MLP the two terms of the sublayer rule's sum, `attention_residual_LBTD`, `attention_branch_LBTD`,
       `mlp_residual_LBTD`, `mlp_branch_LBTD`; `cache`, where one was given. What nobody reads is not computed. With
       `observe`, `embedded_BTD`, and of the layers what that returns, stacked [L, …].
@@ -430,8 +430,16 @@ class Transformer(nn.Module):
     further = (start * x_BTD).astype(x_BTD.dtype) if start != 1.0 else x_BTD
     return Streams(first, (further,) * (columns.streams.num_carried - 1))
 
-  def read_out(self, streams: list[jax.Array], of_model: StreamsOfModel) -> jax.Array:
-    """What the head reads of the streams, each [B, T, D], after the final norm: [B, T, D] in config.model.dtype."""
+  def read_out(
+    self, streams: list[jax.Array], of_model: StreamsOfModel, there_N: Sequence[float] | jax.Array = ()
+  ) -> jax.Array:
+    """What the head reads, after the final norm: [B, T, D] in config.model.dtype.
+
+    Args:
+      streams: each [B, T, D].
+      of_model: what they are.
+      there_N: of attention residuals, 0 for a source that is not there yet; by default all are.
+    """
     c = self.config
     weights = {}
     for param in parameters(c).values():
@@ -447,10 +455,11 @@ class Transformer(nn.Module):
       stream_norm=lambda index, x_BTD: normed(f"stream_norm_{index}", x_BTD),
       epsilon=c.norm_epsilon,
       weight=of_model.read_out_weight,
+      there=there_N if len(there_N) else (1.0,) * len(streams),
     )
     return READ_OUTS[of_model.read_out](streams, by).astype(c.dtype)
 
-  def first_values(self, streams: Streams, columns: Columns, shared: Shared) -> jax.Array | None:
+  def first_values(self, streams: Streams | Sources, columns: Columns, shared: Shared) -> jax.Array | None:
     """The first layer's values, once for all layers that mix them with their own."""
     if self.is_initializing():
       return None

@@ -1,4 +1,4 @@
-"""Wirings: what the coefficients read, mix and write of the sublayer rule are made of; and how the head reads the streams.
+"""What the coefficients read, mix and write of the sublayer rule are made of, and how the head reads the streams.
 
 A coefficient is a Python constant, a number that a layer has learned, or one for each position [B, T] that is computed
 from the streams there. `WIRINGS` has a function for each word of the table's `wiring` column but `fixed`, `READ_OUTS`
@@ -6,7 +6,7 @@ one for each read-out of `placement.STREAM_SETS`. All is fp32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,34 +20,47 @@ V4_EPSILON = 1e-6  # DeepSeek-V4's, in its coefficients
 SINKHORN_ITERATIONS = 20  # arXiv 2512.24880, §4
 
 
-class Wiring(NamedTuple):
-  """How one sublayer meets n streams."""
+class Seen(NamedTuple):
+  """What a wiring may look at.
 
-  read: list[Coefficient]
-  mix: list[list[Coefficient]]  # [from][to]
-  write: list[Coefficient]
-
-
-def wiring_of(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
-  """The coefficients of a sublayer.
-
-  Args:
-    row: its columns.
+  Attributes:
+    row: the sublayer's columns.
     streams: n arrays [B, T, D].
     weights: what the sublayer learns, by name without the sublayer's.
     epsilon: of the norms.
   """
-  n = len(streams)
+
+  row: TracedRow
+  streams: Sequence[jax.Array]
+  weights: Weights
+  epsilon: float
+
+  @property
+  def n(self) -> int:
+    return len(self.streams)
+
+
+class Wiring(NamedTuple):
+  """How one sublayer meets n streams."""
+
+  read: Sequence[Coefficient]
+  mix: Sequence[Sequence[Coefficient]]  # [from][to]
+  write: Sequence[Coefficient]
+
+
+def wiring_of(seen: Seen) -> Wiring:
+  """The coefficients of a sublayer."""
+  row, n = seen.row, seen.n
   read, mix, write = (_entries(column, n) for column in (row.read, row.mix, row.write))
   wiring = Wiring(read, [_entries(of_stream, n) for of_stream in mix], write)
   for name, on in row.wired.items():
     if on is not False:
-      learned = WIRINGS[name](row, streams, weights, epsilon)
+      learned = WIRINGS[name](seen)
       wiring = learned if on is True else _choose(on, learned, wiring)
   return wiring
 
 
-def _entries(column: Sequence[float] | jax.Array, n: int) -> list:
+def _entries(column: Any, n: int) -> list[Any]:
   return [column[index] for index in range(n)]
 
 
@@ -62,7 +75,7 @@ def _choose(on: Flag, learned: Wiring, other: Wiring) -> Wiring:
 
 
 def weighted_sum(coefficients: Sequence[Coefficient], values: Sequence[jax.Array]) -> jax.Array:
-  """Σ coefficient · value. A constant 0 is left out, a constant 1 not multiplied, and one value alone is not touched."""
+  """Σ coefficient · value. A constant 0 is left out, a constant 1 not multiplied, one value alone left as it is."""
   terms = []
   for coefficient, value in zip(coefficients, values, strict=True):
     if isinstance(coefficient, float) and coefficient == 0.0:
@@ -80,7 +93,7 @@ def weighted_sum(coefficients: Sequence[Coefficient], values: Sequence[jax.Array
 
 def _scaled(coefficient: Coefficient, value_BTD: jax.Array) -> jax.Array:
   value_BTD = value_BTD.astype(jnp.float32)
-  if isinstance(coefficient, float):
+  if not isinstance(coefficient, jax.Array):
     return value_BTD if coefficient == 1.0 else coefficient * value_BTD
   return value_BTD * (coefficient[..., None] if coefficient.ndim else coefficient)
 
@@ -88,9 +101,9 @@ def _scaled(coefficient: Coefficient, value_BTD: jax.Array) -> jax.Array:
 # The wirings.
 
 
-def _x0(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
+def _x0(seen: Seen) -> Wiring:
   """x ← λ_1 x + λ_2 embedding, which the second stream keeps."""
-  own, embedded = jnp.asarray(weights["x0_lambdas"], jnp.float32)
+  own, embedded = jnp.asarray(seen.weights["x0_lambdas"], jnp.float32)
   return Wiring([own, embedded], [[own, 0.0], [embedded, 1.0]], [1.0, 0.0])
 
 
@@ -98,43 +111,43 @@ def _identity(n: int) -> list[list[Coefficient]]:
   return [[float(source == to) for to in range(n)] for source in range(n)]
 
 
-def _static(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
+def _static(seen: Seen) -> Wiring:
   """Hyper-connections (arXiv 2409.19606, eq. 2): A = [read, mix], B = write."""
-  n = len(streams)
-  alpha, beta = weights["hc_alpha"].astype(jnp.float32), weights["hc_beta"].astype(jnp.float32)
+  n = seen.n
+  alpha, beta = seen.weights["hc_alpha"].astype(jnp.float32), seen.weights["hc_beta"].astype(jnp.float32)
   mix = [[alpha[source, 1 + to] for to in range(n)] for source in range(n)]
   return Wiring([alpha[source, 0] for source in range(n)], mix, [beta[source] for source in range(n)])
 
 
-def _dynamic(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
+def _dynamic(seen: Seen) -> Wiring:
   """The dynamic ones (eq. 10 to 13): row i of A and entry i of B change with stream i, and with it alone."""
-  n, static = len(streams), _static(row, streams, weights, epsilon)
+  n, static = seen.n, _static(seen)
   read, mix, write = [], [], []
-  for index, stream_BTD in enumerate(streams):
-    normed_BTD = _normed(stream_BTD, weights, epsilon)
-    to_alpha, to_beta = weights["hc_dynamic_alpha"], weights["hc_dynamic_beta"]
-    alpha_BTA = weights["hc_dynamic_alpha_scale"] * jnp.tanh(_product("btd,da->bta", normed_BTD, to_alpha))
-    beta_BT = weights["hc_dynamic_beta_scale"] * jnp.tanh(_product("btd,d->bt", normed_BTD, to_beta))
+  for index, stream_BTD in enumerate(seen.streams):
+    normed_BTD = _normed(stream_BTD, seen)
+    to_alpha, to_beta = seen.weights["hc_dynamic_alpha"], seen.weights["hc_dynamic_beta"]
+    alpha_BTA = seen.weights["hc_dynamic_alpha_scale"] * jnp.tanh(_product("btd,da->bta", normed_BTD, to_alpha))
+    beta_BT = seen.weights["hc_dynamic_beta_scale"] * jnp.tanh(_product("btd,d->bt", normed_BTD, to_beta))
     read.append(static.read[index] + alpha_BTA[..., 0])
     mix.append([static.mix[index][to] + alpha_BTA[..., 1 + to] for to in range(n)])
     write.append(static.write[index] + beta_BT)
   return Wiring(read, mix, write)
 
 
-def _normed(stream_BTD: jax.Array, weights: Weights, epsilon: float) -> jax.Array:
+def _normed(stream_BTD: jax.Array, seen: Seen) -> jax.Array:
   """The norm of a stream that its coefficients are computed from: RMSNorm, LayerNorm, or one without a gain."""
   x_BTD = stream_BTD.astype(jnp.float32)
-  if "hc_norm" not in weights:
-    return x_BTD * jax.lax.rsqrt(mean_square(x_BTD) + epsilon)
-  if "hc_norm_bias" not in weights:
-    return rms_norm(x_BTD, weights["hc_norm"], epsilon=epsilon)
+  if "hc_norm" not in seen.weights:
+    return x_BTD * jax.lax.rsqrt(mean_square(x_BTD) + seen.epsilon)
+  if "hc_norm_bias" not in seen.weights:
+    return rms_norm(x_BTD, seen.weights["hc_norm"], epsilon=seen.epsilon)
   x_BTD = x_BTD - jnp.mean(x_BTD, axis=-1, keepdims=True)
-  return rms_norm(x_BTD, weights["hc_norm"], epsilon=epsilon) + weights["hc_norm_bias"]
+  return rms_norm(x_BTD, seen.weights["hc_norm"], epsilon=seen.epsilon) + seen.weights["hc_norm_bias"]
 
 
-def _dynamic_identity(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
+def _dynamic_identity(seen: Seen) -> Wiring:
   """The same without its mixing, as two published commits of DepthBench (arXiv 2609.32534) compute it."""
-  return _dynamic(row, streams, weights, epsilon)._replace(mix=_identity(len(streams)))
+  return _dynamic(seen)._replace(mix=_identity(seen.n))
 
 
 def _product(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -155,11 +168,11 @@ def _from_all(streams: Sequence[jax.Array], to_DNM: jax.Array, epsilon: float) -
   return total * jax.lax.rsqrt(square / n + epsilon)
 
 
-def _logits(name: str, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> jax.Array:
+def _logits(name: str, seen: Seen) -> jax.Array:
   """α (x φ) + b of one of pre, post and res (arXiv 2512.24880, eq. 7), [B, T, …]."""
-  phi, bias = weights[f"hc_phi_{name}"], weights[f"hc_b_{name}"]
-  changes = _from_all(streams, phi.reshape(len(streams), -1, phi.shape[-1]), epsilon)
-  return weights[f"hc_scale_{name}"] * changes.reshape(*changes.shape[:-1], *bias.shape) + bias
+  phi, bias = seen.weights[f"hc_phi_{name}"], seen.weights[f"hc_b_{name}"]
+  changes = _from_all(seen.streams, phi.reshape(seen.n, -1, phi.shape[-1]), seen.epsilon)
+  return seen.weights[f"hc_scale_{name}"] * changes.reshape(*changes.shape[:-1], *bias.shape) + bias
 
 
 def _last(values_BTN: jax.Array) -> list[Coefficient]:
@@ -170,17 +183,17 @@ def _matrix(values_BTNM: jax.Array) -> list[list[Coefficient]]:
   return [_last(values_BTNM[..., index, :]) for index in range(values_BTNM.shape[-2])]
 
 
-def _ihc(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
+def _ihc(seen: Seen) -> Wiring:
   """mHC without mixing: read = σ(…), write = 2σ(…)."""
-  read = jax.nn.sigmoid(_logits("pre", streams, weights, epsilon))
-  write = 2.0 * jax.nn.sigmoid(_logits("post", streams, weights, epsilon))
-  return Wiring(_last(read), _identity(len(streams)), _last(write))
+  read = jax.nn.sigmoid(_logits("pre", seen))
+  write = 2.0 * jax.nn.sigmoid(_logits("post", seen))
+  return Wiring(_last(read), _identity(seen.n), _last(write))
 
 
-def _mhc(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
+def _mhc(seen: Seen) -> Wiring:
   """Manifold-constrained hyper-connections (arXiv 2512.24880, eq. 7 to 9): mix is made doubly stochastic."""
-  mix = _balanced(jax.nn.softmax(_logits("res", streams, weights, epsilon), axis=-1))
-  return _ihc(row, streams, weights, epsilon)._replace(mix=_matrix(mix))
+  mix = _balanced(jax.nn.softmax(_logits("res", seen), axis=-1))
+  return _ihc(seen)._replace(mix=_matrix(mix))
 
 
 def _balanced(x_BTNM: jax.Array, epsilon: float = 0.0) -> jax.Array:
@@ -195,36 +208,37 @@ def _balanced(x_BTNM: jax.Array, epsilon: float = 0.0) -> jax.Array:
   return jax.lax.scan(over_both, over_from(x_BTNM), None, length=SINKHORN_ITERATIONS - 1)[0]
 
 
-def _v4_logits(streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> list[jax.Array]:
+def _v4_logits(seen: Seen) -> list[jax.Array]:
   """The parts of DeepSeek-V4's one matrix: pre, post and, where there are three scales, res."""
-  n = len(streams)
-  fn, base, scale = (weights[f"hc_{name}"].astype(jnp.float32) for name in ("fn", "base", "scale"))
-  logits = _from_all(streams, fn.reshape(-1, n, fn.shape[1] // n).transpose(1, 2, 0), epsilon)
+  n = seen.n
+  fn, base, scale = (seen.weights[f"hc_{name}"].astype(jnp.float32) for name in ("fn", "base", "scale"))
+  logits = _from_all(seen.streams, fn.reshape(-1, n, fn.shape[1] // n).transpose(1, 2, 0), seen.epsilon)
   parts = zip(jnp.split(logits, [n, 2 * n], axis=-1), jnp.split(base, [n, 2 * n]), scale, strict=False)
   return [part_scale * part + part_base for part, part_base, part_scale in parts]
 
 
-def _ihc_v4(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
+def _ihc_v4(seen: Seen) -> Wiring:
   """iHC with DeepSeek-V4's epsilon."""
-  pre, post = _v4_logits(streams, weights, epsilon)
+  pre, post = _v4_logits(seen)
   read, write = jax.nn.sigmoid(pre) + V4_EPSILON, 2.0 * jax.nn.sigmoid(post) + V4_EPSILON
-  return Wiring(_last(read), _identity(len(streams)), _last(write))
+  return Wiring(_last(read), _identity(seen.n), _last(write))
 
 
-def _mhc_v4(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
+def _mhc_v4(seen: Seen) -> Wiring:
   """mHC as DeepSeek-V4 computes it: an epsilon in the sums of Sinkhorn's iteration, a softmax for its first half."""
-  n = len(streams)
-  pre, post, res = _v4_logits(streams, weights, epsilon)
+  n = seen.n
+  pre, post, res = _v4_logits(seen)
   mix = _balanced(jax.nn.softmax(res.reshape(*res.shape[:-1], n, n), axis=-1) + V4_EPSILON, V4_EPSILON)
   read, write = jax.nn.sigmoid(pre) + V4_EPSILON, 2.0 * jax.nn.sigmoid(post)
   return Wiring(_last(read), _matrix(mix), _last(write))
 
 
-def _attention(row: TracedRow, streams: Sequence[jax.Array], weights: Weights, epsilon: float) -> Wiring:
+def _attention(seen: Seen) -> Wiring:
   """Attention residuals (arXiv 2603.15031): a softmax over the sources that are there, those that the table reads."""
-  there = _entries(row.read, len(streams))
-  read = source_weights(streams, weights["source_query"], weights["source_norm"], epsilon, there)
-  return Wiring(read, _identity(len(streams)), _entries(row.write, len(streams)))
+  there = _entries(seen.row.read, seen.n)
+  query_D, gain_D = seen.weights["source_query"], seen.weights["source_norm"]
+  read = source_weights(seen.streams, query_D, gain_D, seen.epsilon, there)
+  return Wiring(read, _identity(seen.n), _entries(seen.row.write, seen.n))
 
 
 def source_weights(
@@ -242,7 +256,7 @@ def source_weights(
   return list(jax.nn.softmax(jnp.stack(scores), axis=0))
 
 
-WIRINGS: Mapping[str, Callable[[TracedRow, Sequence[jax.Array], Weights, float], Wiring]] = {
+WIRINGS: Mapping[str, Callable[[Seen], Wiring]] = {
   "x0": _x0,
   "hc": _static,
   "dhc": _dynamic,
@@ -268,6 +282,7 @@ class ReadOut(NamedTuple):
     stream_norm: the norm of stream 0 or 1 that comes before it, where there is one.
     epsilon: of the norms.
     weight: of the first stream, where the read-out takes one.
+    there: 0 for a stream that is not there yet, where the read-out is over sources.
   """
 
   weights: Weights
@@ -275,6 +290,7 @@ class ReadOut(NamedTuple):
   stream_norm: Callable[[int, jax.Array], jax.Array]
   epsilon: float
   weight: float
+  there: Sequence[float] | jax.Array
 
 
 def _first(streams: Sequence[jax.Array], by: ReadOut) -> jax.Array:
@@ -305,8 +321,8 @@ def _dual(streams: Sequence[jax.Array], by: ReadOut) -> jax.Array:
 
 
 def _over_sources(streams: Sequence[jax.Array], by: ReadOut) -> jax.Array:
-  everywhere = [1.0] * len(streams)
-  weights = source_weights(streams, by.weights["source_query"], by.weights["source_norm"], by.epsilon, everywhere)
+  there = _entries(by.there, len(streams))
+  weights = source_weights(streams, by.weights["source_query"], by.weights["source_norm"], by.epsilon, there)
   return by.final_norm(weighted_sum(weights, streams))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.diagnostics import layers
 from mixln_jax.model import Transformer
@@ -190,9 +191,12 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
   return train_step
 
 
-def make_evaluate_step(config: Config, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch], Sums]:
-  """`evaluate_step(params, batch, step, columns=None) -> (loss sum, count, bytes)`: after `step` updates; bytes are those
-  that the counted labels stand for; `columns` as in `make_train_step`."""
+def make_evaluate_step(config: Config, bytes_per_token_V: np.ndarray) -> Callable[..., Sums]:
+  """`evaluate_step(params, batch, step, columns=None) -> (loss sum, count, bytes)`.
+
+  `step` counts the updates done, bytes are those that the counted labels stand for, and `columns` is as in
+  `make_train_step`.
+  """
   model = Transformer(config.model)
 
   def evaluate_step(params: Any, batch: Batch, step: jax.Array, columns: Columns | None = None) -> Sums:
