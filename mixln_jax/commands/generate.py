@@ -12,6 +12,7 @@ from mixln_jax.inference.prompts import read_prompts
 from mixln_jax.inference.sampling import Sampling
 from mixln_jax.opening import open_run
 from mixln_jax.parallel import processes
+from mixln_jax.text import for_stdout
 
 NUM_TOKENS = 100
 
@@ -77,5 +78,5 @@ def _num_tokens(tokenizer: Tokenizer, prompts: list[str], values: Any, context: 
 
 def _shown(prompt: str, text: Text, *, as_json: bool) -> str:
   if not as_json:
-    return prompt + text.text
+    return for_stdout(prompt + text.text)
   return json.dumps({"prompt": prompt, "text": text.text, "tokens": len(text.ids), "stopped": text.stopped})
