@@ -33,7 +33,7 @@ def check_regular(path: str | Path) -> None:
     OSError: nothing is there, or it can't be looked at.
     InputError: it is a pipe, a socket or a device, or a link to one.
   """
-  mode = os.stat(path).st_mode
+  mode = Path(path).stat().st_mode
   if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
     raise InputError(f"{path}: is {kind_of_file(mode)}, not a regular file; copy what it gives into a file")
 
@@ -57,7 +57,7 @@ def read_regular(path: str | Path, limit: int) -> bytes:
     InputError: it is a pipe, a socket or a device, or is larger than `limit` bytes.
   """
   check_regular(path)
-  with open(path, "rb") as file:
+  with Path(path).open("rb") as file:
     content = file.read(limit + 1)
   if len(content) > limit:
     raise InputError(f"{path}: has more than {limit:,} bytes, far too many for what it should be; give another file")
