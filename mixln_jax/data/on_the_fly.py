@@ -34,7 +34,7 @@ class Texts:
         f"config.data.on_the_fly: {source!r} is not addressed by number; give tfds:NAME:SPLIT or hf:NAME:SPLIT, or "
         "prepare its records"
       )
-    self._address = address
+    self.address = address
 
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "_examples": None}
@@ -42,7 +42,7 @@ class Texts:
   def _open(self) -> Any:
     with _opening:
       if self._examples is None:
-        self._examples = addressed.open_examples(self._address)
+        self._examples = addressed.open_examples(self.address, self._text_field)
     return self._examples
 
   def __len__(self) -> int:
@@ -51,9 +51,13 @@ class Texts:
   def __getitem__(self, index: int) -> str:
     """The text of a document; empty if it can't be used."""
     example = self._open()[index]
-    if self._text_field not in example:
-      raise InputError(f"config.data.text_field={self._text_field!r}: {self.source} has {', '.join(example)}")
-    document = corpus_lib.document_of(example[self._text_field], self.source)
+    text = corpus_lib.field_of(example, self._text_field)
+    if text is corpus_lib.ABSENT:
+      raise InputError(
+        f"config.data.text_field={self._text_field!r}: {self.source} has no such field; "
+        f"{corpus_lib.named_texts(example)}"
+      )
+    document = corpus_lib.document_of(text, self.source)
     return document.text if isinstance(document, Document) else ""
 
 
@@ -84,8 +88,6 @@ class OnTheFly:
       raise InputError(
         "config.data.validation_source is needed with config.data.on_the_fly, as in tfds:c4/en:validation"
       )
-    if data.validation_source == data.source:
-      raise InputError(f"config.data.validation_source={data.source!r} is the training data; give another split")
     if data.tokenizer == tokenizer_lib.SENTENCEPIECE:
       raise InputError(
         "config.data.tokenizer=sentencepiece is trained by `prepare`; with config.data.on_the_fly give a path or bytes"
@@ -95,6 +97,12 @@ class OnTheFly:
       "train": Texts(data.source, data.text_field),
       "validation": Texts(data.validation_source, data.text_field),
     }
+    shared = addressed.overlap(self._texts["train"].address, self._texts["validation"].address)
+    if shared is not None:
+      raise InputError(
+        f"config.data.validation_source={data.validation_source!r} has {shared}, which is training data; give another "
+        "split"
+      )
     self._length, self._max_bad_share = data.sequence_length, data.max_bad_share
     self.folder = Path(data.source)  # not a folder: what messages name
     self.manifest = self._manifest(data)
