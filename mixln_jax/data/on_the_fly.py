@@ -64,8 +64,9 @@ class Texts:
 class _Tokenize:
   """Text to a padded record; each worker loads the tokenizer for itself."""
 
-  def __init__(self, name: str, content: bytes, sequence_length: int):
-    self._name, self._content, self._length = name, content, sequence_length
+  def __init__(self, tokenizer: Tokenizer, sequence_length: int):
+    self._arguments = (tokenizer.name, tokenizer.content, "of the run", tokenizer.end_token)
+    self._length = sequence_length
     self._tokenizer: Tokenizer | None = None
 
   def __getstate__(self) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class _Tokenize:
 
   def __call__(self, text: str) -> Record:
     if self._tokenizer is None:
-      self._tokenizer = tokenizer_lib.load_tokenizer(self._name, self._content, "of the run")
+      self._tokenizer = tokenizer_lib.load_tokenizer(*self._arguments)
     ids = [*self._tokenizer.encode(text), self._tokenizer.eos_id] if text else []
     (record,) = Padder(self._length, tokenizer_lib.PAD).add(ids)
     return record._replace(tokens=record.tokens.astype(np.int32))
@@ -129,6 +130,7 @@ class OnTheFly:
       mode="pad",
       bytes_per_token=tuple(self.tokenizer.bytes_per_token()),
       splits=splits,
+      end_token=self.tokenizer.end_token,
     )
 
   def _sample(self, texts: Texts) -> list[Any]:
@@ -152,7 +154,7 @@ class OnTheFly:
   def rows(self, split: str) -> grain.MapDataset[Record]:
     """The documents of a split as records, in their order."""
     source: Any = self._texts[split]
-    tokenize = _Tokenize(self.tokenizer.name, self.tokenizer.content, self._length)
+    tokenize = _Tokenize(self.tokenizer, self._length)
     return grain.MapDataset.source(source).map(tokenize)
 
   def training(self, seed: int) -> grain.MapDataset[Record]:

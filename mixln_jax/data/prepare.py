@@ -47,7 +47,7 @@ from mixln_jax.data.parts import (
 from mixln_jax.data.records import SPLITS, Corpus, Manifest, Split, has_records
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.files import write_whole
+from mixln_jax.files import local_path, write_whole
 
 VALIDATION_SOURCE = "config.data.validation_source"
 PLAN, LOCK, SOURCE_STATE = "plan.json", ".lock", ".source_state"
@@ -102,7 +102,7 @@ def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
   Raises:
     InputError: the path has another suffix, exists, or can't be written, or the corpus is too small.
   """
-  target = Path(path).expanduser()
+  target = local_path(path)
   makers = {".model": tokenizer_lib.train_sentencepiece, ".json": tokenizer_lib.train_hugging_face}
   if target.suffix not in makers:
     raise InputError(f"tokenizer path={path!r}: must end in .model (SentencePiece) or .json (tokenizers)")
@@ -360,6 +360,7 @@ def _jobs(config: Config, parts: Sequence[SplitPart], folder: Path, tokenizer: T
       text_field=data.text_field,
       validation_fraction=data.validation_share,
       tokenizer=tokenizer.name,
+      end_token=tokenizer.end_token,
     )
     jobs.append(job)
   return jobs
@@ -513,6 +514,7 @@ def _manifest(config: Config, tokenizer: Tokenizer, results: Sequence[Result]) -
     bytes_per_token=tuple(tokenizer.bytes_per_token()),
     splits=splits,
     cut_prompts=cut_prompts,
+    end_token=tokenizer.end_token,
   )
 
 
