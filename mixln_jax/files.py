@@ -122,7 +122,7 @@ def read_json_lines(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any
   return result
 
 
-def json_object(text: str, where: str) -> dict[str, Any]:
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
   """The object that a JSON text is.
 
   Raises:

@@ -68,7 +68,7 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
       content = read_regular(self.path / name, LARGEST_JSON)
     except OSError as error:
       raise InputError(f"path={self.path}: {name} can't be read ({error})") from error
-    return json_object(content.decode(errors="replace"), f"path={self.path}: {name}")
+    return json_object(content, f"path={self.path}: {name}")
 
   def _open(self, file: str) -> Any:
     try:
