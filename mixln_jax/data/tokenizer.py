@@ -68,7 +68,8 @@ class ByteTokenizer:
   end_token: str | None = None
 
   def encode(self, text: str) -> list[int]:
-    return [3 + byte for byte in text.encode("utf-8")]
+    with _named(BYTES):
+      return [3 + byte for byte in text.encode("utf-8")]
 
   def decode(self, ids: Sequence[int]) -> str:
     return bytes(i - 3 for i in ids if 3 <= i < self.vocab_size).decode("utf-8", errors="replace")
