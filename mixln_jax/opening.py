@@ -33,6 +33,7 @@ from mixln_jax.model.parameters import abstract_sharded_params
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.mesh import make_mesh, rows_share
 from mixln_jax.parallel.rules import batch_sharding, check_divides, on_mesh
+from mixln_jax.parallel.settings import check_settings
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.facts import read_config
@@ -63,6 +64,7 @@ def set_up(config: Config, data_fallback: Path | None = None) -> Setup:
     InputError: config, data and devices contradict one another.
   """
   config_lib.validate(config)
+  check_settings()
   processes.check_devices(config.parallel)
   mesh = make_mesh(config.mesh)
   abstract_sharded_params(config.model, mesh)  # for its checks

@@ -14,8 +14,8 @@ from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.outcome import DIVERGED, FINISHED, NON_FINITE, STOPPED, Outcome
+from mixln_jax.signals import STOPPED_STATUS
 from mixln_jax.training import finetune, loop
-from mixln_jax.training.stopping import STOPPED_STATUS
 
 STATUSES = {FINISHED: 0, DIVERGED: 0, STOPPED: STOPPED_STATUS, NON_FINITE: 1}
 

@@ -15,11 +15,11 @@ from mixln_jax.errors import InputError
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.outcome import STOPPED
+from mixln_jax.signals import STOPPED_STATUS
 from mixln_jax.sweeps import sequence
 from mixln_jax.sweeps.joint import joint_set, train_together
 from mixln_jax.sweeps.record import Held, hold_against, write_curves
 from mixln_jax.sweeps.study import Run, Study, load_study, make_study, parse_axes
-from mixln_jax.training.stopping import STOPPED_STATUS
 
 
 def main(argv: list[str]) -> int:

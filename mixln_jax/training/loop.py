@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from mixln_jax import config as config_lib
+from mixln_jax import signals
 from mixln_jax.config import Config
 from mixln_jax.errors import one_line
 from mixln_jax.model.flops import train_flops_per_token
@@ -25,7 +26,7 @@ from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import Setup, attention_of, make_loader, set_up
 from mixln_jax.parallel.devices import peak_flops
 from mixln_jax.parallel.mesh import describe_mesh, global_batch
-from mixln_jax.parallel.processes import agree, all_stop_at, is_first, wait_for_all
+from mixln_jax.parallel.processes import agree, all_stop_at, begin_loop, is_first, wait_for_all
 from mixln_jax.parallel.rules import batch_sharding, check_divides
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.facts import code_hash
@@ -103,6 +104,7 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
 
   Raises:
     InputError: as `load_or_start`; nothing was changed.
+    Stopped: a signal came before the first step.
   """
   points, state = load_or_start(program, members)
   if points[0].step == program.config.train.num_steps:
@@ -114,6 +116,12 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
   loop = _Loop(program, members, points, state, clock)
   try:
     loop.run()
+  except signals.Stopped as stopped:  # before the first step: there is nothing new to save
+    message = f"by {stopped} before its next step; run the same command to resume"
+    for member in members:
+      if member.live:
+        member.end(STOPPED, loop.step, message, clock)
+    raise
   except Exception as error:
     message = f"{type(error).__name__}: {one_line(error)}; run the same command to resume from the last checkpoint"
     with contextlib.suppress(OSError):  # of a disk that is full
@@ -158,6 +166,7 @@ class _Loop:
     with contextlib.ExitStack() as stack:
       self._start(stack)
       train_step, diagnostic_step = self._compile()
+      begin_loop(self.step)
       setup = self._members[0].setup
       batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(self.step)))
       stop = stack.enter_context(stop_on_signals())
@@ -204,17 +213,19 @@ class _Loop:
   def _compile(self) -> tuple[jax.stages.Compiled, jax.stages.Compiled | None]:
     """The training step, and where diagnostics are asked for the one that also looks at the layers."""
     started = time.monotonic()
-    diagnostic_step = None
     with self._clock("compile"):
-      lowered = self._program.lower_step()
-      train_step, program = lowered.compile(), program_hash(lowered)
-      seconds = time.monotonic() - started
+      lowered = [self._program.lower_step()]
       if self._config.diagnostics.every_steps:
-        diagnostic_step = self._program.lower_step(diagnose=True).compile()
+        lowered.append(self._program.lower_step(diagnose=True))
+      program = program_hash(lowered[0])
+      compiled = signals.run_interruptibly(lambda: [one.compile() for one in lowered])
+      wait_for_all("the first step")  # where one of several processes was asked to stop, all do so here
+    seconds = time.monotonic() - started
+    assert compiled is not None  # it is None where a stop was noted, which the meeting has raised
     self._progress.say(f"program    training step, hash {program}, compiled in {seconds:.1f} s")
     for member in self._live:
       member.write_environment(program)
-    return train_step, diagnostic_step
+    return compiled[0], compiled[1] if len(compiled) > 1 else None
 
   def _dispatch(self, compiled: jax.stages.Compiled, batch: Any) -> None:
     """Starts one update, and reads what the update before it gave, so that the device never waits for the host."""
@@ -360,7 +371,7 @@ def _is_due(step: int, every: int) -> bool:
 
 def _stopped_by(step: int, stop: StopRequest) -> str | None:
   """What asks the run to stop after this step; the same on all processes. Read once: a signal may come at any time."""
-  return "SIGTERM" if all_stop_at(step) else stop.requested_by
+  return all_stop_at(step) if jax.process_count() > 1 else stop.requested_by
 
 
 def _without_last(state: TrainState, later: int, shardings: TrainState) -> TrainState:

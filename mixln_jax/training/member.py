@@ -19,7 +19,7 @@ from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.processes import is_first
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import Checkpoints
-from mixln_jax.runs.facts import environment, parameter_table, read_config
+from mixln_jax.runs.facts import environment, environment_changes, parameter_table, read_config, read_environment
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import Metrics, TensorBoardMirror, WandbMirror, read_metrics
 from mixln_jax.runs.outcome import Outcome, best_of, write_outcome
@@ -91,6 +91,7 @@ class Member:
       params: its own parameters there.
       diagnosis_every: steps between diagnoses; 0 = none.
     """
+    self._resumed_unchanged = point.step > 0 and not point.changes  # a config that changed makes another program
     if is_first():
       (self.folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
     if point.step == 0:
@@ -123,8 +124,19 @@ class Member:
         raise InputError(f"{folder.address}: the tokenizer can't be written ({error.strerror})") from error
 
   def write_environment(self, program: str) -> None:
-    """Writes environment.json; `program`: the hash of the training step that it runs."""
-    self.folder.write_json(folder_lib.ENVIRONMENT, environment() | {"train_step": program})
+    """Writes environment.json, and warns where a resumed run computes in another way than it did.
+
+    Args:
+      program: the hash of the training step that it runs.
+    """
+    now = environment() | {"train_step": program}
+    changes = environment_changes(read_environment(self.folder), now) if self._resumed_unchanged else []
+    if changes:
+      warn(
+        f"{self.name} resumes with another program or machine, so its numbers may not be the bits of an uninterrupted "
+        f"run: {'; '.join(changes)}"
+      )
+    self.folder.write_json(folder_lib.ENVIRONMENT, now)
 
   def _open_metrics(self, start_step: int) -> Metrics:
     metrics = Metrics(self.folder / folder_lib.METRICS, start_step)
