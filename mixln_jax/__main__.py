@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
       os._exit(1)  # JAX would wait at its end for the process that is gone, and then abort
     return 1
   except signals.Stopped as stopped:
-    print(f"stopped    by {stopped}, with nothing to save; run the same command again", flush=True)
+    print(f"stopped    by {stopped}; run the same command to resume", flush=True)
     return signals.STOPPED_STATUS
   except KeyboardInterrupt:
     print("stopped at once, without a checkpoint", file=sys.stderr)

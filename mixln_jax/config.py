@@ -97,7 +97,7 @@ class ModelConfig(Section):
   mlp_pad_to: Annotated[
     int, Field(1, "store the MLP with zero columns up to a multiple of this; exact, never counted", minimum=1)
   ]
-  num_layers: Annotated[int, Field(12, "number of layers", minimum=1)]
+  num_layers: Annotated[int, Field(12, "number of layers", minimum=1, maximum=10_000)]
   num_heads: Annotated[int, Field(8, "query heads", minimum=1)]
   num_kv_heads: Annotated[int, Field(0, "key and value heads; 0 = num_heads", minimum=0)]
   head_dim: Annotated[int, Field(0, "width of a head (even); 0 = embed_dim / num_heads", minimum=0)]
@@ -235,9 +235,16 @@ class DataConfig(Section):
   verify: Annotated[
     bool, Field(False, "check the records' checksums when they are opened, not only their sizes", on_resume=FREE)
   ]
-  num_threads: Annotated[int, Field(2, "threads that read records", minimum=1, on_resume=FREE)]
+  num_threads: Annotated[int, Field(2, "threads that read records", minimum=1, maximum=256, on_resume=FREE)]
   num_workers: Annotated[
-    int, Field(0, "processes that read records (and tokenize, on the fly); 0 = only threads", minimum=0, on_resume=FREE)
+    int,
+    Field(
+      0,
+      "processes that read records (and tokenize, on the fly); 0 = only threads",
+      minimum=0,
+      maximum=128,
+      on_resume=FREE,
+    ),
   ]
 
 

@@ -47,6 +47,7 @@ class _State:
     requested_by: the first signal's name.
     insistent: SIGTERMs and Ctrl-Cs so far.
     noting: how many contexts want requests to be noted only.
+    acts: what these contexts do when a request comes.
     many: whether this process stops together with others, so that nothing is raised where a signal happens to arrive.
     prepared: whether the work that saves something has begun; from then on meetings of processes raise nothing.
     previous: the handlers from before, by signal; empty while signals are not watched.
@@ -57,6 +58,7 @@ class _State:
     self.requested_by: str | None = None
     self.insistent = 0
     self.noting = 0
+    self.acts: list[Callable[[], object]] = []
     self.many = False
     self.prepared = False
     self.previous: dict[int, Any] = {}
@@ -97,7 +99,11 @@ def _handle(number: int, _: FrameType | None) -> None:
   if insists and _state.insistent > 1:
     raise KeyboardInterrupt
   note(signal.Signals(number).name)
-  if first and _state.raises:
+  if not first:
+    return
+  for act in _state.acts:
+    act()
+  if _state.raises:
     raise KeyboardInterrupt if number == signal.SIGINT else Stopped(signal.Signals(number).name)
 
 
@@ -140,15 +146,21 @@ def only_note() -> None:
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[None]:
-  """While the context is open, requests to stop are only noted; who works inside asks `requested_by()`."""
+def noting(act: Callable[[], object] = lambda: None) -> Iterator[None]:
+  """While the context is open, requests to stop are only noted; who works inside asks `requested_by()`.
+
+  Args:
+    act: is called in the main thread when a request comes.
+  """
   with watching():
     _state.noting += 1
+    _state.acts.append(act)
     _state.prepared = True
     try:
       yield
     finally:
       _state.noting -= 1
+      _state.acts.pop()
 
 
 def _stop_watching() -> None:

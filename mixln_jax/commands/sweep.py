@@ -66,12 +66,7 @@ def main(argv: list[str]) -> int:
   mine = runs if values.index is None else [runs[values.index]]
   if values.together:
     return _train_together(study, runs)
-  try:
-    with sequence.Signals() as signals:
-      failed = _train(mine, runs, signals)
-  except sequence.Stopped as stopped:
-    print(f"stopped    by {stopped}; run the same command to resume")
-    return STOPPED_STATUS
+  failed = _train(mine, runs)
   _show(mine)
   print(f"weights    initial, {sequence.weights_line(runs)}")
   if failed:
@@ -95,7 +90,7 @@ def _train_together(study: Study, runs: list[Run]) -> int:
   return STOPPED_STATUS if any(outcome.status == STOPPED for outcome in outcomes) else 0
 
 
-def _train(mine: list[Run], runs: list[Run], signals: sequence.Signals) -> list[str]:
+def _train(mine: list[Run], runs: list[Run]) -> list[str]:
   """Trains what is open; returns the names of the runs that failed."""
   tried: set[str] = set()
   failed = []
@@ -110,7 +105,7 @@ def _train(mine: list[Run], runs: list[Run], signals: sequence.Signals) -> list[
           bar.set_postfix_str(words[2][:60], refresh=False)
           bar.update(int(words[1].split("/")[0]) - bar.n)
 
-      status = sequence.train_run(run, seen, signals)
+      status = sequence.train_run(run, seen)
     print(f"           {sequence.state_of(run).describe()}", flush=True)
     if status not in (0, STOPPED_STATUS) and sequence.state_of(run).state == sequence.OPEN:
       failed.append(run.name)

@@ -14,8 +14,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from mixln_jax import signals
 from mixln_jax.config import Config
 from mixln_jax.data import addressed, instructions
 from mixln_jax.data import corpus as corpus_lib
@@ -411,13 +410,7 @@ _counter: Any = None  # in a worker process: number of documents that all worker
 def _start_worker(counter: Any, parent: int) -> None:
   global _counter
   _counter = counter
-
-  def watch() -> None:  # a worker whose parent was killed would wait for work forever
-    while os.getppid() == parent:
-      time.sleep(1)
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
+  signals.start_worker(parent)  # one whose parent was killed would wait for work forever
 
 
 def _work(job: Job) -> Result:

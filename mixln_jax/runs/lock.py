@@ -32,6 +32,14 @@ def holder_of(content: bytes | str) -> dict[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
+def read_holder(path: Path) -> dict[str, Any]:
+  """Who a lock file says holds it; empty where there is no such file, or it does not say."""
+  try:
+    return holder_of(path.read_bytes())
+  except OSError:
+    return {}
+
+
 def describe_holder(holder: Mapping[str, Any]) -> str:
   """One phrase for a person."""
   return ", ".join(f"{name} {value}" for name, value in holder.items() if name != "beat")
@@ -94,7 +102,7 @@ def lock(path: Path, workdir: str) -> Iterator[None]:
       file = stack.enter_context(path.open("a+"))
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise held_error(workdir, holder_of(path.read_text())) from error
+      raise held_error(workdir, read_holder(path)) from error
     except OSError as error:
       raise InputError(
         f"workdir={workdir}: can't be locked ({error.strerror}); choose a folder that you can write to"
