@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from mixln_jax import commands, signals, streams
-from mixln_jax.errors import InputError, OtherProcessError, one_line
+from mixln_jax.errors import InputError, MachineError, OtherProcessError, advice, exhausted, one_line
 
 
 def usage() -> str:
@@ -48,6 +48,15 @@ def main(argv: list[str]) -> int:
   except KeyboardInterrupt:
     print("stopped at once, without a checkpoint", file=sys.stderr)
     return signals.AT_ONCE_STATUS
+  except MachineError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  except Exception as error:
+    reason = exhausted(error)
+    if reason is None:
+      raise
+    print(f"error: {reason}; {advice(reason)}", file=sys.stderr)
+    return 1
 
 
 def front_door() -> None:

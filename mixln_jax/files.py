@@ -4,6 +4,8 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,30 @@ def partial_of(path: Path) -> Path:
 def is_partial(name: str) -> bool:
   """Whether a file name is that of something unfinished, of this process or of one that died."""
   return name.startswith(".") and name.endswith(".partial")
+
+
+def remove_partials_of_the_dead(folder: Path) -> None:
+  """Removes what processes of this machine that are gone left unfinished in a folder (`partial_of`)."""
+  own = re.compile(rf"\..+\.{re.escape(platform.node())}-(\d{{1,9}})\.partial")
+  for path in list(folder.iterdir()):
+    match = own.fullmatch(path.name)
+    # What bears this process's own number was left by an earlier one that had it, or by work that failed.
+    if match is None or (int(match.group(1)) != os.getpid() and _is_alive(int(match.group(1)))):
+      continue
+    if path.is_dir() and not path.is_symlink():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except OSError:  # somebody else's
+    return True
+  return True
 
 
 def json_number(value: float) -> float | str:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from mixln_jax import config as config_lib
 from mixln_jax import signals
 from mixln_jax.config import Config
-from mixln_jax.errors import one_line
+from mixln_jax.errors import MachineError, advice, exhausted, one_line
 from mixln_jax.model.flops import train_flops_per_token
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import Setup, attention_of, make_loader, set_up
@@ -104,6 +104,7 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
 
   Raises:
     InputError: as `load_or_start`; nothing was changed.
+    MachineError: the disk is full, or too few files can be open.
     Stopped: a signal came before the first step.
   """
   points, state = load_or_start(program, members)
@@ -124,12 +125,29 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
     raise
   except Exception as error:
     message = f"{type(error).__name__}: {one_line(error)}; run the same command to resume from the last checkpoint"
+    reason = exhausted(error)
+    if reason is not None:
+      message = f"{reason} after step {loop.step}; {_last_checkpoints(members)}; {advice(reason)}"
     with contextlib.suppress(OSError):  # of a disk that is full
       for member in members:
         if member.live:
           member.end(FAILED, loop.step, message, clock)
+    if reason is not None:
+      raise MachineError(message) from error
     raise
   return _outcomes(members)
+
+
+def _last_checkpoints(members: Sequence[Member]) -> str:
+  """The newest checkpoint of each run that trained, in words."""
+  words = []
+  for member in members:
+    if member.live:
+      member.checkpoints.reload()  # one that was in the making may be missing
+      newest = member.checkpoints.latest_step()
+      found = "there is no checkpoint" if newest is None else f"the last checkpoint is that of step {newest}"
+      words.append(f"{member.name}: {found}" if len(members) > 1 else found)
+  return ", ".join(words)
 
 
 def _outcomes(members: Sequence[Member]) -> list[Outcome]:
