@@ -45,7 +45,7 @@ def exhausted(error: BaseException | None) -> str | None:
       return f"{os.strerror(error.errno)}{where}"
     found = EXHAUSTED_WORDS.search(str(error))
     if found:
-      return f"{found.group()} ({one_line(error, 200)})"
+      return f"{found.group()} ({one_line(error, 120)})"
     error = error.__cause__ or error.__context__
   return None
 

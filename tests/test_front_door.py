@@ -95,7 +95,7 @@ def test_train_evaluate_generate_from_the_command_line(recipe, tmp_path, capsys)
   assert [text["prompt"] for text in texts] == ["the", "naïve"]
   assert all(text["stopped"] or text["tokens"] == 9 for text in texts)
   assert "num_tokens=40: with the 7 tokens" in refused([*many[:3], "--num_tokens=40"], capsys)
-  assert "--stop='ab': is 2 tokens" in refused([*many[:3], "--stop=ab"], capsys)
+  assert "--stop='': an empty text" in refused([*many[:3], "--stop="], capsys)
   prompts.write_text("{}\n")
   assert "is not a JSON object with a text" in refused(many, capsys)
 
