@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
 
 def front_door() -> None:
   """Runs the command of this process's arguments, and ends the process with its status."""
+  streams.use_utf8()
   streams.never_fail()
   signals.watch_to_the_end()
   signals.end_with_named_parent()

@@ -7,6 +7,7 @@ some characters have no bytes: they are printed as escapes.
 import contextlib
 import errno
 import io
+import locale
 import os
 import sys
 from typing import Any, TextIO
@@ -32,6 +33,20 @@ class _Lossy(io.FileIO):
         self.lost = self.lost or error
       return size
     return size if written is None else written  # None: a pipe that is full and does not block
+
+
+def use_utf8() -> None:
+  """Starts the program again in Python's UTF-8 mode where the locale has another encoding; the front door's first step.
+
+  Else files of a run would be in that encoding, and a recipe, a task or a prompt would be read in it, by us and by
+  libraries. What is printed stays in the terminal's encoding.
+  """
+  if sys.flags.utf8_mode or locale.getencoding().lower().replace("-", "") == "utf8" or not sys.executable:
+    return
+  terminal = getattr(sys.stdout, "encoding", None) or "ascii"
+  os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+  os.environ.setdefault("PYTHONIOENCODING", f"{terminal}:backslashreplace")
+  os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def never_fail() -> None:

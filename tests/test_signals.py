@@ -176,3 +176,14 @@ def test_characters_that_a_locale_lacks_are_escaped():
   environment = os.environ | ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
   result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
   assert result.stdout == "×".encode("latin-1") + b"\\u221a\n"
+
+
+def test_files_are_utf_8_in_every_locale(tmp_path):
+  """In another locale a recipe could not be read, and a report ended half-way at the first `×`."""
+  (tmp_path / "recipe.py").write_text("raise ValueError('√α')\n", encoding="utf-8")
+  command = [sys.executable, "-m", "mixln_jax", "train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path}"]
+  locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+  result = subprocess.run(command, env=os.environ | ENVIRONMENT | locale, capture_output=True, check=False)
+  assert result.returncode == 2
+  assert b"\\u221a\\u03b1" in result.stderr  # escaped, since this terminal has ASCII
+  assert b"Traceback" not in result.stderr

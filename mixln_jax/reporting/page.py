@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from mixln_jax.errors import InputError
-from mixln_jax.files import is_partial, partial_of, remove_partials_of_the_dead, write_whole
+from mixln_jax.files import is_partial, local_path, partial_of, remove_partials_of_the_dead, write_whole
 from mixln_jax.reporting import charts, figures
 from mixln_jax.reporting.analysis import Analysis, analyze
 from mixln_jax.reporting.fairness import Finding
@@ -81,7 +81,7 @@ def write_report(material: Material, output: str | Path, baseline: str = "pre") 
     OSError: the disk is full; the report of before is as it was.
   """
   analysis = analyze(material, baseline)
-  folder = Path(output).expanduser().absolute()
+  folder = local_path(output).absolute()
   aside = partial_of(folder / "report")
   _make_folders(folder, aside)
   try:
