@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mixln_jax import config as config_lib
@@ -10,6 +9,7 @@ from mixln_jax.command_line import CommandLine
 from mixln_jax.config import NEWEST, Config
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
 from mixln_jax.interop import export, hf
 from mixln_jax.interop.check import check_export
 from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
@@ -77,7 +77,7 @@ def _write(workdir: str, output: str, step: int | None, layout: str, shard_gb: f
     print(f"read       {run.folder.address}, step {run.step}")
   size = f"{count_params(config.model) / 1e6:.2f} M parameters in {files} file{'s' * (files > 1)}"
   names = "".join(f", {name}" for name in others)
-  print(f"wrote      {Path(output).expanduser()}: {description['model_type']}, {size}{names}")
+  print(f"wrote      {local_path(output)}: {description['model_type']}, {size}{names}")
   for number, hint in enumerate(export.loading_hint(description, others)):
     print(f"{'' if number else 'load it':<11}{hint}")
 

@@ -12,6 +12,7 @@ import numpy as np
 from mixln_jax.data.records import Corpus, Manifest, Record, Split, open_corpus
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
 
 
 class Mixture:
@@ -107,6 +108,6 @@ def open_mixture(mixture: str, *, verify: bool) -> Mixture:
       raise malformed from error
     if not folder or not 0 < number < float("inf"):
       raise malformed
-    folders.append(Path(folder).expanduser())
+    folders.append(local_path(folder))
     weights.append(number)
   return Mixture([open_corpus(folder, verify=verify) for folder in folders], weights)

@@ -43,6 +43,7 @@ class Job(NamedTuple):
   text_field: str
   validation_fraction: float
   tokenizer: str  # its kind; its content is in the folder
+  end_token: str | None  # what ends a document, where that content does not say it
 
   @property
   def result(self) -> Path:
@@ -81,7 +82,7 @@ def write_part(job: Job, count: Callable[[int], object] = lambda _: None) -> Res
     InputError: a file of the corpus is damaged, the tokenizer does not fit, or a shard can't be written.
   """
   path = job.folder / records_lib.TOKENIZER
-  tokenizer = tokenizer_lib.load_tokenizer(job.tokenizer, path.read_bytes(), str(path))
+  tokenizer = tokenizer_lib.load_tokenizer(job.tokenizer, path.read_bytes(), str(path), job.end_token)
   writers = {split: _SplitWriter(job, split, tokenizer) for split in SPLITS}
   skipped: Counter[str] = Counter()
   where: list[str] = []

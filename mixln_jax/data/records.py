@@ -34,7 +34,7 @@ from mixln_jax.data.tokenizer import (
   read_tokenizer,
 )
 from mixln_jax.errors import InputError, one_line
-from mixln_jax.files import partial_of
+from mixln_jax.files import local_path, partial_of
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.bin"
@@ -258,6 +258,7 @@ class Manifest:
   bytes_per_token: tuple[int, ...]  # [vocab_size]
   splits: dict[str, Split]
   cut_prompts: int | None = None  # examples whose prompt lost its beginning; None if there are no prompts
+  end_token: str | None = None  # what ends a document, where the tokenizer's file does not say it
 
   @property
   def fingerprint(self) -> str:
@@ -370,7 +371,7 @@ def _stored_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
   path = folder / TOKENIZER
   if not path.is_file():
     raise _changed(path, "is missing")
-  tokenizer = load_tokenizer(manifest.tokenizer, path.read_bytes(), str(path))
+  tokenizer = load_tokenizer(manifest.tokenizer, path.read_bytes(), str(path), manifest.end_token)
   if content_hash(tokenizer) != manifest.tokenizer_sha256 or tokenizer.vocab_size != manifest.vocab_size:
     raise _changed(path, "is not the tokenizer that made the records")
   return tokenizer
@@ -385,7 +386,7 @@ def named_tokenizer(name: str) -> Tokenizer:
   if name == BYTES:
     return ByteTokenizer()
   if name.startswith(RECORDS):
-    folder = Path(name.removeprefix(RECORDS)).expanduser()
+    folder = local_path(name.removeprefix(RECORDS))
     return _stored_tokenizer(folder, _read_manifest(folder))
   return read_tokenizer(name)
 

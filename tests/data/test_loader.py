@@ -233,8 +233,8 @@ def test_what_on_the_fly_can_not_do_is_refused(on_the_fly):
     ({"source": "sotu"}, "not addressed by number"),
     ({"validation_source": ""}, "validation_source is needed"),
     ({"tokenizer": "sentencepiece"}, "trained by `prepare`"),
-    ({"validation_source": config.data.source}, "is the training data"),
-    ({"text_field": "body"}, "has text"),
+    ({"validation_source": config.data.source}, "which is training data"),
+    ({"text_field": "body"}, "set config.data.text_field to one of its texts: 'text'"),
   ):
     other = config.copy_and_resolve_references()
     other.data.update(changes)
