@@ -13,6 +13,9 @@ from typing import Any
 
 from mixln_jax.errors import InputError, one_line
 
+UNFINISHED, WHOLE = ".unfinished.partial", ".whole.partial"  # in a folder that is there: what is made, what is moved
+LAST = "last-"  # in front of the name of the file that is moved last
+
 
 def local_path(path: str | Path) -> Path:
   """A path that somebody wrote, with `~` and `~USER` replaced by the home folder that they mean.
@@ -116,6 +119,65 @@ def _is_alive(process: int) -> bool:
   except OSError:  # somebody else's
     return True
   return True
+
+
+# Folders that appear whole.
+
+
+def work_folder(folder: Path) -> Path:
+  """Where a folder is made until it is whole: beside its place; inside it where it is there, and empty.
+
+  A folder that is there may be a mount or a link to one, which nothing can be renamed to. `settle` moves what was made
+  into its place; what an earlier `settle` did not finish is finished here.
+
+  Raises:
+    InputError: the path is a link that leads nowhere.
+    OSError: the folder can't be written.
+  """
+  if folder.is_symlink() and not folder.exists():
+    raise InputError(f"path {str(folder)!r}: is a link that leads nowhere; make the folder that it names, or remove it")
+  if not folder.is_dir():
+    return folder.with_name(f".{folder.name}.partial")
+  whole = folder / WHOLE
+  if whole.is_dir():
+    _move_entries(whole, folder)
+  return folder / UNFINISHED
+
+
+def occupants(folder: Path) -> list[str]:
+  """What lies in a folder, without what is unfinished; empty where there is no folder.
+
+  Raises:
+    OSError: it is no folder, or can't be read.
+  """
+  if not folder.exists():
+    return []
+  return sorted(entry.name for entry in folder.iterdir() if not is_partial(entry.name))
+
+
+def settle(work: Path, folder: Path, last: str) -> None:
+  """Moves what was made in `work_folder(folder)` into its place.
+
+  Args:
+    work: the work folder, whole by now.
+    folder: where it belongs.
+    last: the file that makes the folder what it is: where entries are moved one by one, it comes last.
+
+  Raises:
+    OSError: it can't be moved; the work is all there.
+  """
+  if work.parent != folder:
+    work.rename(folder)
+    return
+  whole = work.rename(folder / WHOLE)
+  (whole / last).replace(whole / f"{LAST}{last}")
+  _move_entries(whole, folder)
+
+
+def _move_entries(whole: Path, folder: Path) -> None:
+  for entry in sorted(whole.iterdir(), key=lambda entry: entry.name.startswith(LAST)):
+    entry.replace(folder / entry.name.removeprefix(LAST))
+  whole.rmdir()
 
 
 def json_number(value: float) -> float | str:
