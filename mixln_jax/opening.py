@@ -28,7 +28,7 @@ from mixln_jax.data.opening import open_data
 from mixln_jax.data.tokenizer import CONFIG as TOKENIZER_CONFIG
 from mixln_jax.data.tokenizer import FILES, Tokenizer, content_hash, read_written_tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.files import json_object
+from mixln_jax.files import TEXT
 from mixln_jax.model import Transformer
 from mixln_jax.model.attention_kernels import choose_attention
 from mixln_jax.model.parameters import abstract_sharded_params
@@ -223,11 +223,13 @@ class OpenRun:
 
 
 def data_facts(folder: RunFolder) -> dict[str, Any]:
-  """What a run says of its data; nothing for one that was never trained here."""
-  try:
-    return json_object(folder.read(folder_lib.DATA), folder_lib.DATA)
-  except InputError:
-    return {}
+  """What a run says of its data; nothing for one that was never trained here.
+
+  Raises:
+    InputError: the file is damaged.
+  """
+  text = TEXT.optional()
+  return folder.facts(folder_lib.DATA, {"folder": text, "fingerprint": text, "tokenizer_sha256": text}) or {}
 
 
 def _written_tokenizer(folder: RunFolder) -> Tokenizer | None:

@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
+from mixln_jax.text import shown, whole_number
 
 SUBLAYERS = ("attention", "mlp")
 NORMS = ("norm_in", "norm_mid", "norm_out")  # in order of application, which is the order of their gains
@@ -350,7 +351,7 @@ def parse(placement: str, num_layers: int) -> Table:
 
 
 def _error(placement: str, problem: str) -> InputError:
-  return InputError(f"config.model.placement={placement!r}: {problem}")
+  return InputError(f"config.model.placement={shown(placement)}: {problem}")
 
 
 def _suggestion(word: str, choices: list[str]) -> str:
@@ -366,8 +367,9 @@ def _parse_segment(text: str, placement: str) -> _Segment:
       hint = _suggestion(modifier, list(MODIFIERS))
       raise _error(placement, f"unknown modifier {modifier!r}; {hint}choices: {', '.join(MODIFIERS)}")
   body, star, count_text = body.partition("*")
-  if star and not (count_text.isdecimal() and int(count_text) > 0):
-    raise _error(placement, f"the count of {text!r} must be a whole number above 0, as in 'post*3'")
+  count = whole_number(count_text, 10**15) if star else None
+  if star and not count:
+    raise _error(placement, f"the count of {one_line(text, 40)!r} must be a whole number above 0, as in 'post*3'")
   name, colon, argument_text = body.partition(":")
   if name != MIX and name not in ROWS:
     hint = _suggestion(name, [*ROWS, MIX])
@@ -378,7 +380,6 @@ def _parse_segment(text: str, placement: str) -> _Segment:
   value = None if argument is None else argument.default
   if colon and argument is not None:
     value = _parse_argument(argument_text, argument, text, placement)
-  count = int(count_text) if star else None
   return _Segment(text, name, value, f"{colon}{argument_text}", count, tuple(modifiers))
 
 

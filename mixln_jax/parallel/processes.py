@@ -21,6 +21,7 @@ import jax
 from mixln_jax import signals
 from mixln_jax.config import ParallelConfig
 from mixln_jax.errors import InputError, OtherProcessError, one_line
+from mixln_jax.text import whole_number
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 POLL_SECONDS, STOP_POLL_SECONDS = 0.1, 0.5
@@ -114,8 +115,7 @@ def _check_address(address: str, *, serves: bool) -> None:
     InputError: it is not HOST:PORT, or this process can't listen there.
   """
   host, _, port = address.rpartition(":")
-  is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16
-  if not is_port or not host or host != "".join(host.split()):
+  if not whole_number(port, 2**16 - 1) or not host or host != "".join(host.split()):
     raise InputError(f"JAX_COORDINATOR_ADDRESS={address}: write HOST:PORT with a port from 1 to 65535, of process 0")
   if not serves:
     return
@@ -154,9 +154,10 @@ def _named(*, complete: bool) -> _Named:
 def _whole(name: str, text: str | None, maximum: int) -> int | None:
   if text is None:
     return None
-  if not (text.isascii() and text.isdecimal()) or len(text) > len(str(maximum)) or int(text) > maximum:
+  value = whole_number(text, maximum)
+  if value is None:
     raise InputError(f"{name}={one_line(text, 40)} must be a whole number, at most {maximum:,}")
-  return int(text)
+  return value
 
 
 def _cluster() -> str | None:

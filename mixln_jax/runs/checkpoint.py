@@ -19,6 +19,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import OBJECT, TEXT, Kinds, check_kinds
 from mixln_jax.parallel.bits import bit_sums
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ T = TypeVar("T")
 METRIC = "validation_loss"
 SUMS, SEAL = "bit_sums", "sha256"  # facts that say whether the rest is what was written
 
+
+_FACTS: Kinds = {"config": OBJECT.optional(), "fingerprint": TEXT.optional(), SUMS: OBJECT}
 
 # What tensorstore says of a bucket, a disk or a network that fails now and may not the next time: no damage.
 TRANSIENT = re.compile(
@@ -121,8 +124,12 @@ class Checkpoints:
       Exception: of orbax, as it is, where the storage could not be reached or did not let us in.
     """
     facts = self._restore(step, facts=ocp.args.JsonRestore())["facts"]
-    if not isinstance(facts, dict) or facts.get(SEAL) != _seal(facts):
-      raise self._unreadable(step, "its facts are not those that were written")
+    try:
+      if not isinstance(facts, dict) or facts.get(SEAL) != _seal(facts):
+        raise self._unreadable(step, "its facts are not those that were written")
+      check_kinds(facts, "facts", _FACTS)
+    except (TypeError, RecursionError) as error:
+      raise self._unreadable(step, one_line(error)) from error
     return facts
 
   def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jax
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
-from mixln_jax.files import json_object
+from mixln_jax.files import TEXT, json_object
 from mixln_jax.parallel.rules import mesh_axes
 from mixln_jax.parallel.settings import tuning
 from mixln_jax.runs.folder import CONFIG, ENVIRONMENT, RunFolder
@@ -54,7 +54,7 @@ def read_config(folder: RunFolder) -> Config:
 def read_environment(folder: RunFolder) -> dict[str, Any]:
   """The environment.json of a run; empty where it has none, or one that can't be read."""
   try:
-    return json_object(folder.read(ENVIRONMENT), ENVIRONMENT)
+    return folder.facts(ENVIRONMENT, {"version": TEXT.optional(), "git": TEXT.optional()}) or {}
   except InputError:
     return {}
 

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 from mixln_jax import config as config_lib
 from mixln_jax import signals
 from mixln_jax.errors import InputError
-from mixln_jax.files import is_partial, json_object, local_path, write_whole
+from mixln_jax.files import (
+  OBJECT,
+  OBJECTS,
+  TEXT,
+  check_folder_name,
+  check_kinds,
+  is_partial,
+  local_path,
+  read_json,
+  write_whole,
+)
 from mixln_jax.runs.folder import LOCK
 from mixln_jax.runs.lock import Liveness, describe_holder, is_held, is_held_elsewhere, read_holder
 from mixln_jax.runs.outcome import ENDED_ITSELF, FINISHED, Outcome, read_outcome
@@ -51,7 +61,7 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
   folder = local_path(workdir).absolute()
   runs = study.runs(folder)
   if (folder / STUDY).exists():
-    _check_same(study, json_object((folder / STUDY).read_text(errors="replace"), str(folder / STUDY)), folder)
+    _check_same(study, read_study(folder / STUDY), folder)
   elif folder.exists() and (not folder.is_dir() or any(not is_partial(path.name) for path in folder.iterdir())):
     raise InputError(f"workdir={folder}: not empty and holds no study; choose another folder, nothing was written")
   check_comparable(runs)
@@ -59,6 +69,15 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / STUDY, study.to_json(runs))
   return runs
+
+
+def read_study(path: Path) -> dict[str, Any]:
+  """What a study.json says of its base and its runs; raises InputError where it is damaged."""
+  value = read_json(path, {"base": OBJECT, "runs": OBJECTS})
+  for number, run in enumerate(value["runs"], start=1):
+    check_kinds(run, f"{path}: run {number}", {"name": TEXT, "values": OBJECT})
+    check_folder_name(run["name"], f"{path}: run {number}")
+  return value
 
 
 def _check_same(study: Study, old: dict[str, Any], folder: Path) -> None:
