@@ -287,7 +287,7 @@ class TrainConfig(Section):
     bool,
     Field(
       False,
-      "end the run after two consecutive evaluations at the unigram entropy (after the warm-up); else only record it",
+      "end the run after two consecutive evaluations back or stuck at the unigram entropy; else only record it",
       on_resume=FREE,
     ),
   ]

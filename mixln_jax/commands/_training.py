@@ -16,6 +16,7 @@ from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.outcome import DIVERGED, FINISHED, NON_FINITE, STOPPED, Outcome
 from mixln_jax.signals import STOPPED_STATUS
 from mixln_jax.training import finetune, loop
+from mixln_jax.training.divergence import MEANING, NOT_YET, is_below
 
 STATUSES = {FINISHED: 0, DIVERGED: 0, STOPPED: STOPPED_STATUS, NON_FINITE: 1}
 
@@ -78,8 +79,14 @@ def train_here(config: Config, overrides: Mapping[str, Any], folder: RunFolder) 
 
 def _show(outcome: Outcome) -> None:
   """Prints how a run ended."""
+  validation = outcome.validation or {}
+  loss, entropy = (float(validation.get(name, "nan")) for name in ("loss", "unigram_entropy"))
   if outcome.diverged:
-    print("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
+    print("diverged   the validation loss is back, or stuck, at the unigram entropy of its data: a model without input")
+  elif "unigram_entropy" in validation and not is_below(
+    float(validation["loss"]), float(validation["unigram_entropy"])
+  ):
+    print(f"not yet    {MEANING[NOT_YET]}")
   if outcome.skipped_updates:
     print(f"skipped    {outcome.skipped_updates} updates, whose loss or gradient was not finite")
   stream = sys.stderr if outcome.status == NON_FINITE else sys.stdout

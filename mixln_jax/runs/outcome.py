@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
     last_checkpoint: step of its newest checkpoint.
     validation: the last evaluation's line of metrics.jsonl.
     best_validation: the line of lowest loss.
-    diverged: whether the last evaluation after the warm-up was at the unigram entropy of its data.
+    diverged: whether it was back, or stuck, at the unigram entropy of its data (last evaluation after the warm-up).
     skipped_updates: of the whole run, because their loss or gradient was not finite.
     seconds: of this process: total, compile, input, evaluation, checkpoint, steps, and the goodput.
     message: one line for a person.

@@ -36,6 +36,7 @@ from mixln_jax.training import finetune
 from mixln_jax.training.begin import load_or_start, quarantine
 from mixln_jax.training.checkpoints import decay_start
 from mixln_jax.training.diagnosis import is_diagnostic
+from mixln_jax.training.divergence import MEANING, STUCK
 from mixln_jax.training.dump import write_dump
 from mixln_jax.training.evaluation import Evaluator
 from mixln_jax.training.member import Member, old_config_of
@@ -326,11 +327,11 @@ class _Loop:
     return losses
 
   def _freeze_diverged(self, member: Member, loss: float, entropy: float) -> None:
-    """Ends a run that sits at the unigram entropy of its data; its checkpoint is saved."""
+    """Ends a run that has diverged; its checkpoint is saved."""
     own = self._program.own(self._state, member.index)
     with self._clock("checkpoint"):
       member.save(self.step, own, loss)
-    message = f"the validation loss stays at the unigram entropy {entropy:.4f} of its data"
+    message = f"{MEANING[member.divergence.state or STUCK]} (entropy {entropy:.4f})"
     self._freeze(member, DIVERGED, self.step, message, int(own.skipped))
 
   def _freeze_non_finite(self, member: Member, step: int, what: str) -> None:
