@@ -10,7 +10,8 @@ import sys
 from typing import Any
 
 from mixln_jax import commands, signals, streams
-from mixln_jax.errors import InputError, MachineError, OtherProcessError, advice, exhausted, one_line
+from mixln_jax.errors import InputError, MachineError, OtherProcessError, advice, bad_path, exhausted, one_line
+from mixln_jax.text import printable
 
 
 def usage() -> str:
@@ -35,10 +36,10 @@ def main(argv: list[str]) -> int:
       importlib.import_module("mixln_jax.parallel.settings").state_settings()
     return command.main(argv[1:])
   except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(printable(f"error: {error}"), file=sys.stderr)
     return 2
   except OtherProcessError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(printable(f"error: {error}"), file=sys.stderr, flush=True)
     if error.gone:
       os._exit(1)  # JAX would wait at its end for the process that is gone, and then abort
     return 1
@@ -49,13 +50,17 @@ def main(argv: list[str]) -> int:
     print("stopped at once, without a checkpoint", file=sys.stderr)
     return signals.AT_ONCE_STATUS
   except MachineError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(printable(f"error: {error}"), file=sys.stderr)
     return 1
   except Exception as error:
+    path = bad_path(error)
+    if path is not None:
+      print(printable(f"error: {path}"), file=sys.stderr)
+      return 2
     reason = exhausted(error)
     if reason is None:
       raise
-    print(f"error: {reason}; {advice(reason)}", file=sys.stderr)
+    print(printable(f"error: {reason}; {advice(reason)}"), file=sys.stderr)
     return 1
 
 

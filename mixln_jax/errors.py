@@ -50,6 +50,16 @@ def exhausted(error: BaseException | None) -> str | None:
   return None
 
 
+BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+
+
+def bad_path(error: BaseException) -> str | None:
+  """What is wrong with a path that somebody gave, where an error says so in the system's words; else None."""
+  if isinstance(error, OSError) and error.errno in BAD_PATH and error.filename:
+    return f"{one_line(str(error.filename), 100)}: {os.strerror(error.errno)}; give another path"
+  return None
+
+
 def advice(reason: str) -> str:
   """What to do about `exhausted`."""
   if os.strerror(errno.EMFILE) in reason or os.strerror(errno.ENFILE) in reason:

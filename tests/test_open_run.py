@@ -138,3 +138,23 @@ def test_a_checkpoint_that_is_removed_file_by_file_is_not_called_damaged(workdir
   monkeypatch.setattr(checkpoint_lib, "REMOVAL_SECONDS", 0.2)
   with mixln_jax.open_run(tmp_path / "run") as run, pytest.raises(DamagedError, match="the checkpoint is damaged"):
     _ = run.params
+
+
+@pytest.mark.parametrize("place", ["copied", "renamed", "linked"])
+def test_a_run_generates_without_writing_to_its_folder(workdir, tmp_path, monkeypatch, place):
+  """An archive is read-only, a shared disk belongs to somebody else: reading a run must leave its folder alone."""
+  run = tmp_path / f"{place} run"
+  shutil.copytree(workdir, tmp_path / "copy")
+  if place == "linked":
+    run.symlink_to(tmp_path / "copy")
+  elif place == "renamed":
+    (tmp_path / "copy").rename(run)
+  else:
+    shutil.copytree(tmp_path / "copy", run)
+  before = {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
+  monkeypatch.chdir("/")
+  assert main(["generate", f"--workdir={run}", "--prompt=the", "--num_tokens=3", "--temperature=0"]) == 0
+  with mixln_jax.open_run(run, step=4) as opened:
+    assert opened.tokenizer.encode("the")
+    assert opened.logits([[1, 2, 3]]).shape == (1, 3, 259)
+  assert {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]} == before

@@ -20,6 +20,7 @@ from mixln_jax.sweeps import sequence
 from mixln_jax.sweeps.joint import joint_set, train_together
 from mixln_jax.sweeps.record import Held, hold_against, write_curves
 from mixln_jax.sweeps.study import Run, Study, load_study, make_study, parse_axes
+from mixln_jax.text import printable
 
 
 def main(argv: list[str]) -> int:
@@ -109,7 +110,7 @@ def _train(mine: list[Run], runs: list[Run]) -> list[str]:
     print(f"           {sequence.state_of(run).describe()}", flush=True)
     if status not in (0, STOPPED_STATUS) and sequence.state_of(run).state == sequence.OPEN:
       failed.append(run.name)
-      print(f"           exit status {status}: {_last_line(run)}", flush=True)
+      print(f"           exit status {status}: {printable(_last_line(run))}", flush=True)
     sequence.weights_line(runs)
   return failed
 

@@ -53,7 +53,7 @@ def join(parallel: ParallelConfig) -> None:
     parallel: config.parallel.
 
   Raises:
-    InputError: the variables contradict one another, or the cluster does not say who is in it.
+    InputError: the variables contradict one another, the cluster does not say who is in it, or there is no device.
     Stopped: a signal came while it waited.
   """
   global _stop_together
@@ -64,6 +64,8 @@ def join(parallel: ParallelConfig) -> None:
     signals.stop_with_others()
     _stop_together = _StopTogether(service.client, service.num_processes, service.process_id)
     atexit.register(_stop_together.close)  # before JAX's own end, which takes the service away
+  if _stop_together is None:  # several processes would wait here for one another's devices
+    _devices()  # whoever asks next would get JAX's own traceback
 
 
 def _initialize(parallel: ParallelConfig) -> None:
@@ -192,10 +194,7 @@ def check_devices(parallel: ParallelConfig) -> None:
   Raises:
     InputError: the platform or the number of devices (of all processes together) is another, or there is no device.
   """
-  try:
-    devices = jax.devices()
-  except RuntimeError as error:
-    raise InputError(f"JAX finds no device: {one_line(error)}") from error
+  devices = _devices()
   found = (
     f"JAX found {len(devices)} × {devices[0].device_kind} ({devices[0].platform}) in {jax.process_count()} processes"
   )
@@ -209,6 +208,19 @@ def check_devices(parallel: ParallelConfig) -> None:
     raise InputError(
       f"config.parallel.expect_devices={parallel.expect_devices}: {found}; start the run on all hosts, or set it to 0"
     )
+
+
+def _devices() -> list[Any]:
+  """All devices of the run; raises InputError where JAX finds none."""
+  try:
+    return jax.devices()
+  except (RuntimeError, AssertionError) as error:  # of one platform JAX asserts, where it finds nothing
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    set_to = f" with JAX_PLATFORMS={platforms}" if platforms else ""
+    raise InputError(
+      f"JAX finds no device{set_to} ({one_line(error) or 'that platform has none here'}); install "
+      "requirements-gpu.txt or requirements-tpu.txt, look at the driver, or unset JAX_PLATFORMS"
+    ) from error
 
 
 def is_first() -> bool:

@@ -32,6 +32,7 @@ from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.facts import code_hash
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.outcome import DIVERGED, FAILED, FINISHED, NON_FINITE, STOPPED, Outcome
+from mixln_jax.text import printable
 from mixln_jax.training import finetune
 from mixln_jax.training.begin import load_or_start, quarantine
 from mixln_jax.training.checkpoints import decay_start
@@ -420,13 +421,13 @@ def _announce(members: Sequence[Member], points: Sequence[ResumePoint]) -> None:
   print(f"model      {count_params(model) / 1e6:.2f} M parameters, {model.num_layers} layers × {model.embed_dim}")
   train = manifest.splits["train"]
   size = f"{train.counted:,} training tokens" if train.counted else f"{train.documents:,} documents on the fly"
-  print(f"data       {setup.corpus.folder}, {size}, fingerprint {manifest.fingerprint[:12]}")
+  print(printable(f"data       {setup.corpus.folder}, {size}, fingerprint {manifest.fingerprint[:12]}"))
   print(f"devices    {len(devices)} × {devices[0].device_kind}, mesh: {describe_mesh(setup.mesh.shape)}")
   print(f"attention  {attention_of(setup.config, setup.mesh)}")
   for member, point in zip(members, points, strict=True):
     where = member.folder.address if len(members) == 1 else f"{member.name}: {member.setup.table.layer_list}"
     resumed = f", resumed from step {point.step}" if point.step else ""
     ended = "" if member.outcome is None else f", ended before at step {member.outcome.step}"
-    print(f"run        {where}{ended or resumed}")
+    print(printable(f"run        {where}{ended or resumed}"))
     for change in point.changes:
-      print(f"changed    {change}")
+      print(printable(f"changed    {change}"))

@@ -23,6 +23,7 @@ from mixln_jax.runs.facts import environment, environment_changes, parameter_tab
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import Metrics, TensorBoardMirror, WandbMirror, read_metrics
 from mixln_jax.runs.outcome import Outcome, best_of, write_outcome
+from mixln_jax.text import printable
 from mixln_jax.training.checkpoints import facts_of, open_checkpoints, restore_state, split
 from mixln_jax.training.diagnosis import Diagnosis
 from mixln_jax.training.divergence import Divergence, validation_entropy
@@ -211,4 +212,4 @@ def old_config_of(folder: RunFolder, config: Config) -> Config:
 def warn(text: str) -> None:
   """A warning on the first process's stderr."""
   if is_first():
-    print(f"warning: {text}", file=sys.stderr)
+    print(printable(f"warning: {text}"), file=sys.stderr)
