@@ -37,7 +37,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
+from mixln_jax.text import shown, whole_number
 
 SUBLAYERS = ("attention", "mlp")
 NORMS = ("norm_in", "norm_mid", "norm_out")  # in order of application, which is the order of their gains
@@ -651,9 +652,10 @@ def _prores(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
     factor = FIXED_FACTORS[name](position)
     return Rows(*(replace(row, c_out=row.c_out * factor) for row in rows))
   steps_text, at, frozen_text = (texts[1] if len(texts) == 2 else str(DEFAULT_RAMP_STEPS)).partition("@")
-  if not _is_count(steps_text) or (at and not _is_count(frozen_text, least=0)):
+  steps, num_layers = whole_number(steps_text, MOST_STEPS), position.num_layers
+  frozen = whole_number(frozen_text, MOST_STEPS) if at else None
+  if not steps or (at and frozen is None):
     raise ValueError(f"{wanted}; both numbers are whole, the first above 0")
-  steps, num_layers = int(steps_text), position.num_layers
   if steps < num_layers:
     raise ValueError(
       f"has {steps} steps for {num_layers} layers, one layer's ramp would be empty; give at least one each"
@@ -661,8 +663,8 @@ def _prores(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
   ends = [float(end) for end in np.linspace(steps // num_layers, steps, num_layers)]
   ramp = RAMPS[name](ends, position.layer)
   ramped = [replace(row, ramp=ramp) for row in rows]
-  if at:
-    ramped = [_frozen(row, int(frozen_text)) for row in ramped]
+  if frozen is not None:
+    ramped = [_frozen(row, frozen) for row in ramped]
   return Rows(*ramped)
 
 
@@ -671,11 +673,7 @@ def _frozen(row: Row, step: int) -> Row:
   return replace(row, c_out=row.c_out * float(ramp_factor(*row.ramp, step)), ramp=NO_RAMP)
 
 
-LONGEST_COUNT = 9  # digits
-
-
-def _is_count(text: str, least: int = 1) -> bool:
-  return text.isascii() and text.isdecimal() and len(text) <= LONGEST_COUNT and int(text) >= least
+MOST_STEPS = 10**9
 
 
 def at_step(placement: str, num_layers: int, step: int) -> str:
@@ -758,7 +756,7 @@ def parse(placement: str, num_layers: int) -> Table:
 
 
 def _error(placement: str, problem: str) -> InputError:
-  return InputError(f"config.model.placement={placement!r}: {problem}")
+  return InputError(f"config.model.placement={shown(placement)}: {problem}")
 
 
 def _suggestion(word: str, choices: list[str]) -> str:
@@ -779,14 +777,15 @@ def _parse_segment(text: str, placement: str) -> _Segment:
         placement, f"modifier {name!r} takes no argument, but {':'.join(texts)!r} was given; write '+{name}'"
       )
   body, star, count_text = body.partition("*")
-  if star and not _is_count(count_text):
-    raise _error(placement, f"the count of {text!r} must be a whole number above 0, as in 'post*3'")
+  count = whole_number(count_text, 10**15) if star else None
+  if star and not count:
+    raise _error(placement, f"the count of {one_line(text, 40)!r} must be a whole number above 0, as in 'post*3'")
   names = tuple(_parse_name(name, text, placement) for name in body.split("/"))
   if len(names) > 2:
     raise _error(placement, f"{text!r} has {len(names)} rows for attention and MLP; write one or two, as in 'post/pre'")
   if len(names) == 2 and any(name.name == MIX for name in names):
     raise _error(placement, f"{text!r}: mix is a whole placement; write it out by segments, as in 'post/pre*3,pre*9'")
-  return _Segment(text, names, int(count_text) if star else None, tuple(modifiers))
+  return _Segment(text, names, count, tuple(modifiers))
 
 
 def _parse_name(body: str, segment: str, placement: str) -> _Name:

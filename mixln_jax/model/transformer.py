@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import FrozenConfigDict
 
 from mixln_jax import config as config_lib
@@ -65,7 +66,7 @@ class Shared(NamedTuple):
   segment_ids_BT: jax.Array | None
   weights_BT: jax.Array | None  # which positions count; read by `observe` alone
   first_values_BSGK: jax.Array | None = None  # of the first layer, where others mix them with their own
-  alone: jax.Array | None = None  # `Columns.alone`
+  alone: jax.Array | np.ndarray | None = None  # `Columns.alone`
 
 
 class Varying(NamedTuple):
@@ -282,7 +283,7 @@ def separate(streams: Streams | Sources, config: Any) -> list[jax.Array]:
   return streams.values(config.norm, config.norm_epsilon)
 
 
-def the_stream(streams: list[jax.Array], of_model: StreamsOfModel, alone: jax.Array | None) -> jax.Array:
+def the_stream(streams: list[jax.Array], of_model: StreamsOfModel, alone: Any) -> jax.Array:
   """What a diagnostic takes for "the residual stream" where there are several: their sum, or the first."""
   if not of_model.sums:
     return streams[0]
