@@ -127,10 +127,12 @@ class Columns(flax.struct.PyTreeNode):
   def slots(self) -> Slots:
     """Where attention residuals add their outputs; of `only_sources`."""
     constant = dict(self.constant)
-    write = [self.varying.get(f"{name}.write", constant.get(f"{name}.write")) for name in SUBLAYERS]
-    attention_L, mlp_L = (jnp.argmax(jnp.atleast_2d(jnp.asarray(of_sublayer)), axis=-1) for of_sublayer in write)
+    slots = []
+    for sublayer in SUBLAYERS:
+      write = jnp.asarray(self.varying.get(f"{sublayer}.write", constant.get(f"{sublayer}.write")))
+      slots.append(jnp.broadcast_to(jnp.argmax(write, axis=-1), (self.num_layers,)))
     # With a source for each sublayer, none is begun before its own layer.
-    return Slots(attention_L, mlp_L, begun=self.streams.num < 2 * self.num_layers + 1)
+    return Slots(*slots, begun=self.streams.num < 2 * self.num_layers + 1)
 
   def at_step(self, step: int | jax.Array) -> "Columns":
     """The columns of one table after `step` finished updates: the same where no factor depends on it."""

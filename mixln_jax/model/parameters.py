@@ -263,6 +263,7 @@ def _learned(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Par
 
 # Several residual streams. Names and shapes elsewhere are those of the methods' own code.
 
+STREAM_AXES = ("stream_from", "stream_to")
 HYPER = {"attention": "attn_hc.", "mlp": "mlp_hc."}
 
 
@@ -334,7 +335,7 @@ def _static(_model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
     alpha_L.append(np.concatenate([np.array(row.read)[:, None], np.array(row.mix)], axis=1))
   write_L = np.array([row.with_streams(num, kept=True).write for row in rows])
   return [
-    Param("hc_alpha", (num, num + 1), ("norm", "norm"), value=np.stack(alpha_L), elsewhere="static_alpha"),
+    Param("hc_alpha", (num, num + 1), STREAM_AXES, value=np.stack(alpha_L), elsewhere="static_alpha"),
     Param("hc_beta", (num,), ("norm",), value=write_L, elsewhere="static_beta"),
   ]
 
@@ -376,7 +377,7 @@ def _manifold(*names: str) -> Any:
         # The sigmoid, and the balanced exponential, of ± the size are close to 1 and 0.
         no_bias = target is None or row.static_size == 0.0
         bias_L.append(np.zeros(shape) if no_bias else row.static_size * (2.0 * np.array(target) - 1.0))
-      size, axes = math.prod(shape), ("norm",) * len(shape)
+      size, axes = math.prod(shape), STREAM_AXES[: len(shape)]
       params += [
         Param(f"hc_phi_{name}", (num * model.embed_dim, size), ("embed", "norm"), std_L, elsewhere=f"phi_{name}"),
         Param(f"hc_b_{name}", shape, axes, value=np.stack(bias_L), elsewhere=f"b_{name}"),
