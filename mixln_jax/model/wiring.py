@@ -5,6 +5,7 @@ from the streams there. `WIRINGS` has a function for each word of the table's `w
 one for each read-out of `placement.STREAM_SETS`. All is fp32.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -119,12 +120,17 @@ def _static(seen: Seen) -> Wiring:
   return Wiring([alpha[source, 0] for source in range(n)], mix, [beta[source] for source in range(n)])
 
 
-def _dynamic(seen: Seen) -> Wiring:
-  """The dynamic ones (eq. 10 to 13): row i of A and entry i of B change with stream i, and with it alone."""
+def _dynamic(normed: Callable[[jax.Array, Seen], jax.Array], seen: Seen) -> Wiring:
+  """The dynamic ones (eq. 10 to 13): row i of A and entry i of B change with stream i, and with it alone.
+
+  Args:
+    normed: the norm of a stream [B, T, D] in fp32 that its coefficients are computed from.
+    seen: what a wiring may look at.
+  """
   n, static = seen.n, _static(seen)
   read, mix, write = [], [], []
   for index, stream_BTD in enumerate(seen.streams):
-    normed_BTD = _normed(stream_BTD, seen)
+    normed_BTD = normed(stream_BTD.astype(jnp.float32), seen)
     to_alpha, to_beta = seen.weights["hc_dynamic_alpha"], seen.weights["hc_dynamic_beta"]
     alpha_BTA = seen.weights["hc_dynamic_alpha_scale"] * jnp.tanh(_product("btd,da->bta", normed_BTD, to_alpha))
     beta_BT = seen.weights["hc_dynamic_beta_scale"] * jnp.tanh(_product("btd,d->bt", normed_BTD, to_beta))
@@ -134,20 +140,25 @@ def _dynamic(seen: Seen) -> Wiring:
   return Wiring(read, mix, write)
 
 
-def _normed(stream_BTD: jax.Array, seen: Seen) -> jax.Array:
-  """The norm of a stream that its coefficients are computed from: RMSNorm, LayerNorm, or one without a gain."""
-  x_BTD = stream_BTD.astype(jnp.float32)
-  if "hc_norm" not in seen.weights:
-    return x_BTD * jax.lax.rsqrt(mean_square(x_BTD) + seen.epsilon)
-  if "hc_norm_bias" not in seen.weights:
-    return rms_norm(x_BTD, seen.weights["hc_norm"], epsilon=seen.epsilon)
-  x_BTD = x_BTD - jnp.mean(x_BTD, axis=-1, keepdims=True)
-  return rms_norm(x_BTD, seen.weights["hc_norm"], epsilon=seen.epsilon) + seen.weights["hc_norm_bias"]
+# Layers of `dhc` and `dhc_layernorm` share a tree, so that the weights there don't say which norm a layer has.
+
+
+def _with_rms_norm(x_BTD: jax.Array, seen: Seen) -> jax.Array:
+  return rms_norm(x_BTD, seen.weights["hc_norm"], epsilon=seen.epsilon)
+
+
+def _with_layer_norm(x_BTD: jax.Array, seen: Seen) -> jax.Array:
+  centered_BTD = x_BTD - jnp.mean(x_BTD, axis=-1, keepdims=True)
+  return _with_rms_norm(centered_BTD, seen) + seen.weights["hc_norm_bias"]
+
+
+def _without_gain(x_BTD: jax.Array, seen: Seen) -> jax.Array:
+  return x_BTD * jax.lax.rsqrt(mean_square(x_BTD) + seen.epsilon)
 
 
 def _dynamic_identity(seen: Seen) -> Wiring:
   """The same without its mixing, as two published commits of DepthBench (arXiv 2609.32534) compute it."""
-  return _dynamic(seen)._replace(mix=_identity(seen.n))
+  return _dynamic(_without_gain, seen)._replace(mix=_identity(seen.n))
 
 
 def _product(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -259,8 +270,8 @@ def source_weights(
 WIRINGS: Mapping[str, Callable[[Seen], Wiring]] = {
   "x0": _x0,
   "hc": _static,
-  "dhc": _dynamic,
-  "dhc_layernorm": _dynamic,
+  "dhc": functools.partial(_dynamic, _with_rms_norm),
+  "dhc_layernorm": functools.partial(_dynamic, _with_layer_norm),
   "dhc_identity": _dynamic_identity,
   "ihc": _ihc,
   "mhc": _mhc,
