@@ -19,7 +19,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from mixln_jax.errors import InputError, one_line
-from mixln_jax.files import OBJECT, TEXT, Kinds, check_kinds
+from mixln_jax.files import NUMBER, OBJECT, TEXT, Kinds, check_kinds, decoded, json_object
 from mixln_jax.parallel.bits import bit_sums
 
 T = TypeVar("T")
@@ -28,6 +28,7 @@ METRIC = "validation_loss"
 SUMS, SEAL = "bit_sums", "sha256"  # facts that say whether the rest is what was written
 
 
+_DESCRIPTIONS = ("metrics/metrics", "_CHECKPOINT_METADATA")  # files of a checkpoint that orbax reads to list it
 _FACTS: Kinds = {"config": OBJECT.optional(), "fingerprint": TEXT.optional(), SUMS: OBJECT}
 
 # What tensorstore says of a bucket, a disk or a network that fails now and may not the next time: no damage.
@@ -78,7 +79,10 @@ class Checkpoints:
         read_only=read_only,
       )
       self._read_only = read_only
-      self._manager = self._looking(lambda: ocp.CheckpointManager(folder, options=options))
+      try:
+        self._manager = self._looking(lambda: ocp.CheckpointManager(folder, options=options))
+      except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise _damaged_description(epath.Path(folder), error) from error
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -88,7 +92,10 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The one of lowest validation loss; None where none was evaluated."""
-    return self._manager.best_step()
+    try:
+      return self._manager.best_step()
+    except (TypeError, LookupError) as error:
+      raise _damaged_description(epath.Path(self._manager.directory), error) from error
 
   def _looking(self, look: Callable[[], T]) -> T:
     """The result of a look at the folder; a reader's is repeated where a checkpoint was removed during it."""
@@ -190,6 +197,19 @@ class Checkpoints:
     """Waits and closes; raises what went wrong in the background."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _damaged_description(folder: epath.Path, error: Exception) -> InputError:
+  """The error for checkpoints that orbax can't even list, since what one of them says of itself is damaged."""
+  for step in sorted(folder.iterdir()):
+    for name in _DESCRIPTIONS:
+      file = step / name
+      try:
+        value = json_object(decoded(file.read_bytes(), str(file)), str(file)) if file.exists() else {}
+        check_kinds(value, str(file), {METRIC: NUMBER.optional()})
+      except InputError as damage:
+        return InputError(f"{damage}, or move the folder {step} away")
+  return InputError(f"{folder}: the checkpoints can't be listed ({one_line(error)}); move away what is damaged")
 
 
 @contextlib.contextmanager

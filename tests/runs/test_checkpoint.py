@@ -168,3 +168,21 @@ def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
     read_metrics(path)
   Metrics(path, 0).close()
   assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("metrics/metrics", b"[" * 100_000),
+    ("metrics/metrics", b"\xff\xfe"),
+    ("_CHECKPOINT_METADATA", b"[" * 100_000),
+  ],
+)
+def test_what_a_checkpoint_says_of_itself_may_be_damaged(checkpoints, tmp_path, name, content):
+  """orbax reads these files of every checkpoint to list them: a traceback, and no way to open the run."""
+  one = checkpoints()
+  one.save(1, trees(1), {"config": {}}, 3.0)
+  one.close()
+  (tmp_path / "checkpoints" / "1" / name).write_bytes(content)
+  with pytest.raises(InputError, match=rf"1/{name}: damaged, not .* move the folder .*/1 away"):
+    checkpoints()
