@@ -322,3 +322,10 @@ def test_a_warm_up_that_just_fits_is_accepted():
   config.update_from_flattened_dict({"model.placement": "pre+prores:linear:100", "train.num_steps": 100})
   config.optimizer.warmup_steps = 10
   config_lib.validate(config)
+
+
+def test_a_count_of_thousands_of_digits_is_one_line():
+  """int() raises a ValueError for more than 4,300 digits."""
+  with pytest.raises(InputError, match="whole number above 0") as error:
+    parse("post*" + 5000 * "9", 12)
+  assert len(str(error.value)) < 400
