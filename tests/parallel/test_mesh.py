@@ -25,6 +25,8 @@ PLACEMENTS = (
   "post*1+qk_norm_full,sandwich*1+gpas",
   pytest.param("pre", marks=pytest.mark.slow),
   pytest.param("mix:0.25", marks=pytest.mark.slow),
+  pytest.param("mhc:2*1,dhc:2*1", marks=pytest.mark.slow),
+  pytest.param("attnres", marks=pytest.mark.slow),
 )
 
 
