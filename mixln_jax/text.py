@@ -4,6 +4,7 @@ import math
 import sys
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 # Marks that turn the direction of the text around them, so that it reads as another (CVE-2021-42574).
 TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -54,3 +55,23 @@ def _escaped(sign: str) -> str:
 def for_stdout(text: str) -> str:
   """A text as a command prints it: `printable` on a terminal, as it is in a file or a pipe."""
   return printable(text) if sys.stdout.isatty() else text
+
+
+def whole_number(text: str, maximum: int = 2**31 - 1) -> int | None:
+  """The number that a text writes in ASCII digits; None where it is none, or is over `maximum`.
+
+  (Python's int() would also read other scripts' digits, and raise for more than 4,300 of them.)
+  """
+  if not (text.isascii() and text.isdecimal()) or len(text) > len(str(maximum)):
+    return None
+  value = int(text)
+  return value if value <= maximum else None
+
+
+def shown(value: Any, limit: int = 200) -> str:
+  """A value of a file as an error shows it: on one line, without control characters, and not all of a large one."""
+  try:
+    text = repr(value)
+  except (RecursionError, ValueError):  # nested without end; a number of too many digits
+    return f"a {type(value).__name__} that is too large to show"
+  return printable(text if len(text) <= limit else f"{text[:limit]}…")

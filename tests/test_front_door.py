@@ -182,6 +182,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(argument, words, recipe, tmp_p
     (["evaluate", "--workdir=/no/such/run"], "no run there"),
     (["generate", "--workdir=/no/such/run", "--num_tokens=0"], "num_tokens"),
     (["prepare", "--config=configs/tiny.py", "--config.data.source=/no/corpus"], "config.data.source='/no/corpus'"),
+    (["evaluate", f"--workdir=/{'x' * 300}"], "File name too long"),
+    (["report", f"--workdir=/{'x' * 300}", "--output=x"], "File name too long; give another path"),
+    (["train", f"--config={'x' * 300}.py", "--workdir=x"], "File name too long"),
+    (["generate", "--workdir=~nobody-of-that-name/x"], "~nobody-of-that-name"),
   ],
 )
 def test_bad_commands(argv, words, capsys, monkeypatch):
@@ -320,3 +324,13 @@ def test_admin_starts_from_a_profile_and_the_run_says_the_hash_of_its_weights(re
 def test_nothing_reads_a_pickle():
   for path in (ROOT / "mixln_jax").rglob("*.py"):
     assert "pickle" not in path.read_text(), path
+
+
+def test_what_a_person_typed_does_not_speak_to_the_terminal(recipe, tmp_path, capsys):
+  """An escape sequence in a folder's name or a field could rewrite the lines above, or hide an error."""
+  line = refused(
+    ["train", f"--config={recipe}", f"--workdir={tmp_path / 'x'}", "--config.data.directory=\x1b[2J"], capsys
+  )
+  assert line.isprintable()
+  line = refused(["evaluate", f"--workdir={tmp_path}/\x1b]0;title\x07"], capsys)
+  assert line.isprintable()

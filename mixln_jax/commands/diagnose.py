@@ -19,7 +19,7 @@ from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.text import for_stdout
+from mixln_jax.text import for_stdout, whole_number
 from mixln_jax.training.begin import initial_weights
 from mixln_jax.training.step import state_shardings
 
@@ -138,9 +138,13 @@ def _sizes(blocks: str | None, num_layers: int) -> list[int]:
   if blocks is None:
     return [size for size in BLOCKS if size <= num_layers]
   words = [word.strip() for word in blocks.split(",")]
-  if not all(word.isdecimal() and 1 <= int(word) <= num_layers for word in words):
-    raise InputError(f"--blocks={blocks}: must be whole numbers from 1 to the run's {num_layers} layers, as in 1,2,4")
-  return sorted(set(map(int, words)))
+  sizes: set[int] = set()
+  for word in words:
+    size = whole_number(word, num_layers)
+    if not size:
+      raise InputError(f"--blocks={blocks}: must be whole numbers from 1 to the run's {num_layers} layers, as in 1,2,4")
+    sizes.add(size)
+  return sorted(sizes)
 
 
 def _bar(batches: Iterable[Any], stage: str) -> Iterable[Any]:

@@ -6,6 +6,7 @@ import jax
 
 from mixln_jax.command_line import CommandLine
 from mixln_jax.errors import InputError
+from mixln_jax.text import printable
 
 
 def main(argv: list[str]) -> int:
@@ -26,11 +27,11 @@ def main(argv: list[str]) -> int:
     raise InputError(f"--baseline={values.baseline}: no run has this placement; choices: {', '.join(placements)}")
   report = write_report(material, values.output, values.baseline)
   for problem in [*material.problems, *(text for run in material.runs for text in run.problems)]:
-    print(f"warning: {problem}", file=sys.stderr)
+    print(printable(f"warning: {problem}"), file=sys.stderr)
   for finding in report.findings:
     level = "NOT COMPARABLE" if finding.level == "unfair" else finding.level
-    print(f"{level:<14} {finding.text}")
-  print(f"result     {report.headline}")
+    print(printable(f"{level:<14} {finding.text}"))
+  print(printable(f"result     {report.headline}"))
   print(f"figures    {len(report.figures)} files, {len(report.tables)} tables")
-  print(f"report     {report.page}")
+  print(printable(f"report     {report.page}"))
   return 0

@@ -14,8 +14,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from mixln_jax import signals
 from mixln_jax.config import Config
 from mixln_jax.data import addressed, finding, instructions
 from mixln_jax.data import corpus as corpus_lib
@@ -47,7 +46,7 @@ from mixln_jax.data.parts import (
 from mixln_jax.data.records import SPLITS, Corpus, Manifest, Split, has_records
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.files import local_path, write_whole
+from mixln_jax.files import local_path, occupants, settle, work_folder, write_whole
 
 VALIDATION_SOURCE = "config.data.validation_source"
 PLAN, LOCK, SOURCE_STATE = "plan.json", ".lock", ".source_state"
@@ -56,7 +55,8 @@ PLAN, LOCK, SOURCE_STATE = "plan.json", ".lock", ".source_state"
 def prepare(config: Config, *, progress: bool = True, workers: int | None = None) -> Corpus:
   """Writes the records of config.data, or reuses those that are there, and opens them.
 
-  The folder appears whole or not at all: it is written under another name beside its place, and renamed.
+  The folder appears whole or not at all: it is written under another name beside its place, and renamed; inside it
+  where it is there, empty (`files.work_folder`).
 
   Args:
     config: the run's config.
@@ -67,15 +67,11 @@ def prepare(config: Config, *, progress: bool = True, workers: int | None = None
     InputError: the corpus or the tokenizer can't be used, or the folder holds other records.
   """
   folder = data_directory(config)
+  partial = _work_folder(folder)
   parts = _parts_of(config)
   state = _source_state(parts, config.data.text_field)
   if has_records(folder):
     return _reuse(folder, config, parts, state)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise InputError(
-      f"config.data.directory={str(folder)!r} is not empty and holds no records; choose another, nothing was written"
-    )
-  partial = folder.with_name(f".{folder.name}.partial")
   given = _given_tokenizer(config)
   with _locked(partial, folder):
     if has_records(folder):  # another process wrote them between the first look and the lock
@@ -89,6 +85,19 @@ def prepare(config: Config, *, progress: bool = True, workers: int | None = None
     _check_no_copies(jobs, results)
     _finish(partial, folder, _manifest(config, tokenizer, results), state)
   return records_lib.open_corpus(folder)
+
+
+def _work_folder(folder: Path) -> Path:
+  """Where the records are made; raises InputError where the folder is in use, or can't be written."""
+  where = f"config.data.directory={str(folder)!r}"
+  try:
+    partial = work_folder(folder)
+    occupied = not has_records(folder) and occupants(folder)
+  except OSError as error:
+    raise InputError(f"{where}: can't be used ({error.strerror}); choose another, nothing was written") from error
+  if occupied:
+    raise InputError(f"{where} is not empty and holds no records; choose another, nothing was written")
+  return partial
 
 
 def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
@@ -424,13 +433,7 @@ _counter: Any = None  # in a worker process: number of documents that all worker
 def _start_worker(counter: Any, parent: int) -> None:
   global _counter
   _counter = counter
-
-  def watch() -> None:  # a worker whose parent was killed would wait for work forever
-    while os.getppid() == parent:
-      time.sleep(1)
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
+  signals.start_worker(parent)  # one whose parent was killed would wait for work forever
 
 
 def _work(job: Job) -> Result:
@@ -525,9 +528,7 @@ def _finish(partial: Path, folder: Path, manifest: Manifest, state: str) -> None
       entry.unlink()
   (partial / SOURCE_STATE).write_text(state)
   (partial / records_lib.MANIFEST).write_text(manifest.to_json())
-  if folder.exists():
-    folder.rmdir()  # it is empty
-  partial.rename(folder)
+  settle(partial, folder, last=records_lib.MANIFEST)
   shutil.rmtree(folder / RESULTS)
   for name in (PLAN, LOCK):
     (folder / name).unlink()

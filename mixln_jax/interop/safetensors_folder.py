@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from mixln_jax.errors import InputError
-from mixln_jax.files import json_object, local_path, partial_of, read_regular
+from mixln_jax.files import json_object, local_path, occupants, read_regular, settle, work_folder
 
 LARGEST_JSON = 1 << 28  # bytes; an index of 100,000 tensors takes 10 MB
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -119,19 +119,21 @@ def write_folder(
     InputError: the folder is not empty, or can't be written; nothing is left there.
   """
   folder = local_path(path)
-  partial = partial_of(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  try:
+    partial = work_folder(folder)
+    occupied = occupants(folder)
+  except OSError as error:
+    raise InputError(f"path={folder}: can't be written ({error.strerror}); nothing was left there") from error
+  if occupied:
     raise InputError(f"path={folder}: not empty; give a new folder")
-  try:  # beside its place, so that the folder is there whole or not at all
+  try:  # so that the folder is there whole or not at all
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     num_files = _write_shards(partial, tensors, shard_bytes)
     (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     for name, content in (others or {}).items():
       (partial / name).write_bytes(content)
-    if folder.exists():
-      folder.rmdir()
-    partial.rename(folder)
+    settle(partial, folder, last=CONFIG)
   except (OSError, safetensors.SafetensorError) as error:
     shutil.rmtree(partial, ignore_errors=True)
     raise InputError(f"path={folder}: can't be written ({error}); nothing was left there") from error

@@ -9,8 +9,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,11 +19,17 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import NUMBER, OBJECT, TEXT, Kinds, check_kinds, decoded, json_object
 from mixln_jax.parallel.bits import bit_sums
+
+T = TypeVar("T")
 
 METRIC = "validation_loss"
 SUMS, SEAL = "bit_sums", "sha256"  # facts that say whether the rest is what was written
 
+
+_DESCRIPTIONS = ("metrics/metrics", "_CHECKPOINT_METADATA")  # files of a checkpoint that orbax reads to list it
+_FACTS: Kinds = {"config": OBJECT.optional(), "fingerprint": TEXT.optional(), SUMS: OBJECT}
 
 # What tensorstore says of a bucket, a disk or a network that fails now and may not the next time: no damage.
 TRANSIENT = re.compile(
@@ -31,8 +38,16 @@ TRANSIENT = re.compile(
 )
 
 
+# A reader has no lock: the process that trains may remove what it reads, file by file.
+REMOVAL_SECONDS, POLL_SECONDS = 3.0, 0.05
+
+
 class DamagedError(InputError):
   """A checkpoint is not what was written."""
+
+
+class RemovedError(InputError):
+  """A checkpoint was removed while it was read: the run trains, and has newer ones."""
 
 
 class Checkpoints:
@@ -63,7 +78,11 @@ class Checkpoints:
         save_decision_policy=managers.FixedIntervalPolicy(1),
         read_only=read_only,
       )
-      self._manager = ocp.CheckpointManager(folder, options=options)
+      self._read_only = read_only
+      try:
+        self._manager = self._looking(lambda: ocp.CheckpointManager(folder, options=options))
+      except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise _damaged_description(epath.Path(folder), error) from error
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -73,7 +92,20 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The one of lowest validation loss; None where none was evaluated."""
-    return self._manager.best_step()
+    try:
+      return self._manager.best_step()
+    except (TypeError, LookupError) as error:
+      raise _damaged_description(epath.Path(self._manager.directory), error) from error
+
+  def _looking(self, look: Callable[[], T]) -> T:
+    """The result of a look at the folder; a reader's is repeated where a checkpoint was removed during it."""
+    deadline = time.monotonic() + REMOVAL_SECONDS
+    while True:
+      try:
+        return look()
+      except (FileNotFoundError, NotADirectoryError):
+        if not self._read_only or time.monotonic() > deadline:
+          raise
 
   def save(
     self, step: int, trees: Mapping[str, Any], facts: Mapping[str, Any], validation_loss: float | None = None
@@ -95,11 +127,16 @@ class Checkpoints:
 
     Raises:
       DamagedError: they can't be read, or are not those that were written.
+      RemovedError: the process that trains has removed the checkpoint.
       Exception: of orbax, as it is, where the storage could not be reached or did not let us in.
     """
     facts = self._restore(step, facts=ocp.args.JsonRestore())["facts"]
-    if not isinstance(facts, dict) or facts.get(SEAL) != _seal(facts):
-      raise self._damaged(step, "its facts are not those that were written")
+    try:
+      if not isinstance(facts, dict) or facts.get(SEAL) != _seal(facts):
+        raise self._unreadable(step, "its facts are not those that were written")
+      check_kinds(facts, "facts", _FACTS)
+    except (TypeError, RecursionError) as error:
+      raise self._unreadable(step, one_line(error)) from error
     return facts
 
   def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,6 +144,7 @@ class Checkpoints:
 
     Raises:
       DamagedError: they can't be read, are of other shapes, or a tensor is not what was written, bit for bit.
+      RemovedError: the process that trains has removed the checkpoint.
       Exception: of orbax, as it is, where the storage could not be reached or did not let us in.
     """
     expected = self.facts(step)[SUMS]
@@ -115,7 +153,7 @@ class Checkpoints:
     for tree_name, tree in trees.items():
       for name, total in _sums(tree).items():
         if expected.get(tree_name, {}).get(name) != total:
-          raise self._damaged(step, f"{tree_name}/{name} is not what was written")
+          raise self._unreadable(step, f"{tree_name}/{name} is not what was written")
     return trees
 
   def _restore(self, step: int, **items: Any) -> Any:
@@ -125,10 +163,17 @@ class Checkpoints:
       if _is_transient(error):
         raise
       reason = one_line(error)
-      raise self._damaged(step, reason) from error
+      raise self._unreadable(step, reason) from error
 
-  def _damaged(self, step: int, reason: str) -> DamagedError:
-    return DamagedError(f"{self._manager.directory}/{step}: the checkpoint is damaged ({reason})")
+  def _unreadable(self, step: int, reason: str) -> DamagedError | RemovedError:
+    """The error for a checkpoint that can't be read: damaged, unless it is gone or going."""
+    folder = epath.Path(self._manager.directory) / str(step)
+    deadline = time.monotonic() + (REMOVAL_SECONDS if self._read_only else 0.0)
+    while folder.exists():
+      if time.monotonic() >= deadline:
+        return DamagedError(f"{folder}: the checkpoint is damaged ({reason})")
+      time.sleep(POLL_SECONDS)
+    return RemovedError(f"{folder}: the checkpoint was removed while it was read; name a step that the run keeps")
 
   def move(self, steps: Iterable[int], target: epath.PathLike) -> None:
     """Moves checkpoints into the folder `target`, which exists."""
@@ -138,7 +183,7 @@ class Checkpoints:
 
   def reload(self) -> None:
     """Looks at the folder again, after another process changed it."""
-    self._manager.reload()
+    self._looking(self._manager.reload)
 
   def check(self) -> None:
     """Raises what went wrong in the background since the last save."""
@@ -152,6 +197,19 @@ class Checkpoints:
     """Waits and closes; raises what went wrong in the background."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _damaged_description(folder: epath.Path, error: Exception) -> InputError:
+  """The error for checkpoints that orbax can't even list, since what one of them says of itself is damaged."""
+  for step in sorted(folder.iterdir()):
+    for name in _DESCRIPTIONS:
+      file = step / name
+      try:
+        value = json_object(decoded(file.read_bytes(), str(file)), str(file)) if file.exists() else {}
+        check_kinds(value, str(file), {METRIC: NUMBER.optional()})
+      except InputError as damage:
+        return InputError(f"{damage}, or move the folder {step} away")
+  return InputError(f"{folder}: the checkpoints can't be listed ({one_line(error)}); move away what is damaged")
 
 
 @contextlib.contextmanager

@@ -310,3 +310,14 @@ def test_a_tokenizer_is_trained_and_used(make_config, c4, tmp_path, name, capsys
   assert manifest.vocab_size == 400
   whole = sum(len(text.encode()) for text in c4[1][:6000])
   assert manifest.splits["train"].tokens < 0.7 * whole
+
+
+def test_records_are_made_inside_a_linked_empty_folder(make_config, tmp_path):
+  """What a container's volume or a link to a large disk is: the folder that is there stays, and holds them."""
+  (tmp_path / "disk").mkdir()
+  (tmp_path / "records").symlink_to(tmp_path / "disk")
+  config = make_config(**{"data.directory": str(tmp_path / "records")})
+  corpus = prepare(config, progress=False, workers=1)
+  assert (tmp_path / "disk" / "manifest.json").is_file()
+  assert not list((tmp_path / "disk").glob(".*.partial"))
+  assert prepare(config, progress=False).manifest == corpus.manifest
