@@ -114,7 +114,7 @@ class File:
   def lines(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | None]]:
     """(byte at which it starts, line without its end), for the lines that start in [begin, end).
 
-    A line over LONGEST_DOCUMENT bytes comes as None; it is never held in memory.
+    A line over LONGEST_DOCUMENT bytes comes as None; it is never held in memory. Blank lines may be left out.
 
     Raises:
       InputError: MOST_BLANK bytes hold nothing but blank lines, or LONGEST_LINE no end of a line.
@@ -129,12 +129,16 @@ class File:
     for chunk in self.chunks(at):
       blank = 0 if chunk.strip() else blank + len(chunk) + COST_OF_CHUNK
       if blank > MOST_BLANK or size > LONGEST_LINE:
-        what = "nothing but blank lines" if blank > MOST_BLANK else "no end of a line"
+        what = "nothing but blank lines" if blank > MOST_BLANK else f"no end of a line in {size >> 20:,} MiB"
         raise InputError(
-          f"config.data.source: {self} has {what} for {max(blank, size) >> 20:,} MiB before byte "
-          f"{at + size:,}: that is no text; remove it, or mend it"
+          f"config.data.source: {self} has {what} before byte {at + size:,}: that is no text; remove it, or mend it"
         )
-      *whole, rest = chunk.split(b"\n")
+      passed = 0  # bytes of blank lines, which nobody needs one by one
+      if blank and b"\n" in chunk:
+        first, last = chunk.index(b"\n"), chunk.rindex(b"\n")
+        whole, rest, passed = [chunk[:first]], chunk[last + 1 :], last - first
+      else:
+        *whole, rest = chunk.split(b"\n")
       for piece in whole:
         length = size + len(piece) + 1
         if not skipping:
@@ -142,6 +146,7 @@ class File:
             return
           yield at, _whole_line([*pending, piece], length)
         at, skipping, pending, size = at + length, False, [], 0
+      at += passed
       size += len(rest)
       if skipping or size > LONGEST_DOCUMENT:
         pending = []

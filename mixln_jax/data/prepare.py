@@ -47,6 +47,7 @@ from mixln_jax.data.records import SPLITS, Corpus, Manifest, Split, has_records
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.files import local_path, occupants, settle, work_folder, write_whole
+from mixln_jax.text import printable
 
 VALIDATION_SOURCE = "config.data.validation_source"
 PLAN, LOCK, SOURCE_STATE = "plan.json", ".lock", ".source_state"
@@ -161,7 +162,7 @@ def _parts_of_source(config: Config, field: str, split: str | None) -> list[Spli
   left_out: Counter[str] = Counter()
   parts = [SplitPart(part, split) for part in parts_of(source, field, left_out)]
   if left_out:
-    print(f"left out    of {field}: {finding.describe(left_out)}")
+    print(printable(f"left out    of {field}: {finding.describe(left_out)}"))  # a suffix may hold anything
   return parts
 
 

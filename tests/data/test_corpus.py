@@ -62,8 +62,14 @@ def test_a_file_cut_anywhere_gives_each_line_once(tmp_path, monkeypatch, part_by
   monkeypatch.setattr(corpus_lib, "PART_BYTES", part_bytes)
   monkeypatch.setattr(files, "CHUNK_BYTES", chunk_bytes)
   path = tmp_path / "a.jsonl"
-  path.write_bytes(lines(TEXTS[:20]) + b"\n" + lines(["a\u2028b"])[:-1])  # U+2028 ends no line, nor need a file
+  blank = b"\n" * 40 + b"  \n" * 9
+  path.write_bytes(lines(TEXTS[:20]) + blank + lines(["a\u2028b"])[:-1])  # U+2028 ends no line, nor need a file
   assert texts(str(path)) == [*TEXTS[:20], "a\u2028b"]
+  places = [
+    at for part in parts_of(str(path)) for at, line in files.File(part.paths[0]).lines(part.begin, part.end) if line
+  ]
+  assert places == sorted(set(places))
+  assert all(path.read_bytes()[at : at + 1] in b"{ " for at in places)
   assert len(parts_of(str(path))) == -(-path.stat().st_size // part_bytes)
 
 
@@ -293,7 +299,7 @@ def test_blank_lines_without_end_are_no_text(tmp_path, monkeypatch, suffix):
   pack = PACK.get(suffix, bytes)
   path = tmp_path / f"a.jsonl{suffix}"
   path.write_bytes(pack(lines(["tea"])) + pack(b"\n" * (3 << 20)))
-  with pytest.raises(InputError, match=r"has nothing but blank lines for .* MiB before byte"):
+  with pytest.raises(InputError, match="has nothing but blank lines before byte"):
     everything(str(path))
   if suffix:
     path.write_bytes(pack(b"\n") * 1000)
@@ -311,7 +317,7 @@ def test_a_file_without_lines_is_no_text(tmp_path, monkeypatch):
   path = tmp_path / "a.jsonl"
   with path.open("wb") as file:
     file.truncate(1 << 40)
-  with pytest.raises(InputError, match=r"no end of a line for .* MiB"):
+  with pytest.raises(InputError, match="no end of a line in 5 MiB before byte"):
     [*corpus_lib.json_values(str(path), 0, None)]
 
 
