@@ -29,7 +29,7 @@ def local_path(path: str | Path) -> Path:
   try:
     return Path(path).expanduser()
   except RuntimeError as error:
-    raise InputError(f"path {str(path)!r}: {one_line(error)}; write the folder out") from error
+    raise InputError(f"path {str(path)!r}: no such user has a home folder here; write the folder out") from error
 
 
 def check_regular(path: str | Path) -> None:
@@ -252,12 +252,14 @@ def decoded(content: bytes, where: str) -> str:
     raise InputError(f"{where}: damaged, not UTF-8 (byte {error.start}); restore or remove it") from error
 
 
-def json_value(text: str, where: str) -> Any:
+def json_value(text: str | bytes, where: str) -> Any:
   """The value that a JSON text is.
 
   Raises:
-    InputError: it is not JSON, or nested too deep; `where` names the file.
+    InputError: it is not UTF-8, not JSON, or nested too deep; `where` names the file.
   """
+  if isinstance(text, bytes):
+    text = decoded(text, where)
   try:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:
@@ -279,7 +281,7 @@ def _members_of(values: Sequence[Any]) -> list[Any]:
   return members
 
 
-def json_object(text: str, where: str, kinds: Kinds | None = None) -> dict[str, Any]:
+def json_object(text: str | bytes, where: str, kinds: Kinds | None = None) -> dict[str, Any]:
   """The object that a JSON text is.
 
   Args:
@@ -310,7 +312,7 @@ def read_json(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
     raise
   except OSError as error:
     raise InputError(f"{path}: can't be read ({error.strerror}); restore or remove it") from error
-  return json_object(decoded(content, str(path)), str(path), kinds)
+  return json_object(content, str(path), kinds)
 
 
 def read_json_lines(path: Path, kinds: Kinds | None = None) -> list[dict[str, Any]]:
@@ -334,7 +336,7 @@ def read_json_lines(path: Path, kinds: Kinds | None = None) -> list[dict[str, An
   for number, line in enumerate(lines, start=1):
     where = f"{path}: line {number}"
     try:
-      value = json_value(decoded(line, where), where)
+      value = json_value(line, where)
     except InputError:
       if number == len(lines):  # torn, or nothing after the last newline
         break

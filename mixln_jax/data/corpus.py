@@ -30,6 +30,12 @@ EMBEDDED_PARAGRAPHS = "sotu:paragraphs"
 SOURCE = "config.data.source"  # the field that a message names, where it was not another one
 
 
+KNOWN = (
+  f".txt, .jsonl, .json or .ndjson files (each as it is, or with {', '.join(files.COMPRESSIONS)} behind it) or "
+  ".parquet files"
+)
+
+
 def _packed_or_not(*suffixes: str) -> tuple[str, ...]:
   """Suffixes, and what they become when the file is compressed."""
   return tuple(f"{suffix}{packed}" for suffix in suffixes for packed in ("", *files.COMPRESSIONS))
@@ -38,6 +44,7 @@ def _packed_or_not(*suffixes: str) -> tuple[str, ...]:
 TEXT, PARQUET, JSON_LINES = _packed_or_not(".txt"), (".parquet",), _packed_or_not(".jsonl", ".json", ".ndjson")
 SUFFIXES = (*TEXT, *PARQUET, *JSON_LINES)
 TEXT_TYPES = ("STRING", "NONE", "JSON", "ENUM")  # what Parquet calls text, or bytes that may be text
+ROW_COST = 64  # bytes that a row counts as, whatever it holds: a few bytes may stand for a billion rows without a text
 BATCH_ROWS = 64  # rows of Parquet at a time: 1,024 are 10 % faster, and may unpack to 64 GB
 PART_BYTES = 64 << 20  # about what one part reads; a compressed file is one part whatever its size
 PART_EXAMPLES = 20_000  # the same for a data set that is addressed by number
@@ -110,7 +117,7 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
     others = ", or '' to hold out a fraction of config.data.source" if field != SOURCE else ""
     raise InputError(
       f"{field}={source!r}: no corpus there; give {EMBEDDED!r}, {EMBEDDED_PARAGRAPHS!r}, tfds:NAME:SPLIT, "
-      f"hf:NAME:SPLIT, or a path, folder or glob of {', '.join(SUFFIXES)} files{others}"
+      f"hf:NAME:SPLIT, or a path, folder or glob of {KNOWN}{others}"
     )
   return parts
 
@@ -143,13 +150,13 @@ def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Par
       if texts and sum(text.size for text in texts) + size > PART_BYTES:
         parts.append(_text_part(texts))
         texts = []
-      texts.append(_TextFile(name, path, size))
+      texts.append(_TextFile(_unpacked_name(name), path, size))
     elif has_suffix(path, PARQUET):
       parts += _parquet_parts(path)
     elif has_suffix(path, JSON_LINES):
       parts += _json_lines_parts(path, size)
     else:
-      raise InputError(f"{field}: {path} is of no known kind; known: {', '.join(SUFFIXES)}")
+      raise InputError(f"{field}: {path} is of no known kind; known: {KNOWN}")
   if texts:
     parts.append(_text_part(texts))
   return parts
@@ -172,6 +179,12 @@ class _TextFile(NamedTuple):
   name: str  # within the corpus
   path: str
   size: int
+
+
+def _unpacked_name(name: str) -> str:
+  """The name of a text, packed or not: of a.txt and a.txt.gz, both are held out, or none."""
+  packed = next((packed for packed in files.COMPRESSIONS if has_suffix(name, (packed,))), "")
+  return name[: len(name) - len(packed)]
 
 
 def _text_part(texts: list[_TextFile]) -> Part:
@@ -350,7 +363,7 @@ def _parquet_rows(part: Part, text_field: str) -> Iterator[Document | Bad]:
     for batch in file.iter_batches(BATCH_ROWS, row_groups=range(part.begin, part.end), columns=[text_field]):
       for value in _column(batch, text_field):
         text = value.as_py()
-        unpacked += len(text or "")
+        unpacked += ROW_COST + len(text or "")
         if unpacked > limit:
           raise InputError(
             f"{SOURCE}: {path} unpacks to more than {limit:,} bytes, {files.BOMB_RATIO} times its size: no text does; "

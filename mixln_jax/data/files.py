@@ -11,7 +11,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mixln_jax.errors import InputError
-from mixln_jax.files import check_regular
+from mixln_jax.files import check_regular, local_path
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK_BYTES = 1 << 20
@@ -192,8 +192,10 @@ def filesystem(path: str) -> tuple[Any, str]:
   """fsspec's file system of a path or address, and the path in it.
 
   Raises:
-    InputError: the protocol is unknown, or its library is not installed.
+    InputError: the protocol is unknown, or its library is not installed, or a home folder is nobody's.
   """
+  if path.startswith("~"):
+    path = str(local_path(path))
   try:
     return url_to_fs(path)
   except ImportError as error:

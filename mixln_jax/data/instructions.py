@@ -91,8 +91,8 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
   if other or not paths:
     problem = f"{other[0]} is not a file of instructions" if other else "there are no instructions"
     raise InputError(
-      f"{field}={source!r}: {problem}; with config.data.mode={KIND} give a path, folder or glob of "
-      f"{', '.join(JSON_LINES)} files"
+      f"{field}={source!r}: {problem}; with config.data.mode={KIND} give a path, folder or glob of .jsonl, .json or "
+      ".ndjson files"
     )
   return parts
 

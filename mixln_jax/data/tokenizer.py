@@ -68,7 +68,8 @@ class ByteTokenizer:
   end_token: str | None = None
 
   def encode(self, text: str) -> list[int]:
-    return [3 + byte for byte in text.encode("utf-8")]
+    with _named(BYTES):
+      return [3 + byte for byte in text.encode("utf-8")]
 
   def decode(self, ids: Sequence[int]) -> str:
     return bytes(i - 3 for i in ids if 3 <= i < self.vocab_size).decode("utf-8", errors="replace")
@@ -412,7 +413,7 @@ def _with_stated_end(content: bytes, origin: str, stated: bytes | None, where: s
 
 def _eos_token(content: bytes, where: str) -> str | None:
   """The eos_token of a tokenizer_config.json: a text, or an object with the text as `content`; None if it has none."""
-  token = json_object(content.decode(errors="replace"), where).get("eos_token")
+  token = json_object(content, where).get("eos_token")
   if isinstance(token, dict):
     token = token.get("content")
   return token if isinstance(token, str) else None

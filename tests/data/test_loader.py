@@ -150,6 +150,21 @@ def two(make_config, tmp_path_factory):
   return folders
 
 
+@pytest.mark.parametrize("weights", [("inf", "1"), ("1", "1e-300"), ("1", "1e-5"), ("nan", "1"), ("0", "1")])
+def test_weights_that_can_not_be_drawn_by_are_named(two, weights):
+  """Would catch a traceback, and a corpus that is never drawn from, for weights out of all proportion."""
+  with pytest.raises(InputError, match=r"^config\.data\.mixture: "):
+    open_mixture(f"{two[0]}:{weights[0]},{two[1]}:{weights[1]}", verify=False)
+
+
+def test_weights_are_what_they_are_to_one_another(two):
+  """Would catch a sum that is no float."""
+  even = open_mixture(f"{two[0]}:1,{two[1]}:1", verify=False).manifest.fingerprint
+  for weight in ("1e308", "1e-300"):
+    mixture = open_mixture(f"{two[0]}:{weight},{two[1]}:{weight}", verify=False)
+    assert mixture.manifest.fingerprint == even
+
+
 def test_a_mixture_draws_by_weight_and_is_addressed_by_step_too(two):
   mixture = open_mixture(f"{two[0]}:3,{two[1]}:1", verify=True)
   expected = batches(mixture, 40)
