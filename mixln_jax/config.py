@@ -25,6 +25,7 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
 RECORD_MODES = ("pack", "pad", "instructions")
 NEWEST, BEST = "newest", "best"
 
@@ -130,6 +131,15 @@ class ModelConfig(Section):
   ]
   unroll: Annotated[
     int, Field(1, "layers a step of the scan over layers; 0 = a plain Python loop", minimum=0, on_resume=FREE)
+  ]
+  norm: Annotated[
+    str,
+    Field(
+      "rmsnorm",
+      "kind of every norm but those of heads: rmsnorm, layernorm (gain and bias), or a point-wise function in its "
+      "place: dyt (as for LLaMA, with a scale of the embedding), dyt_bias (its general form), derf",
+      choices=NORMS,
+    ),
   ]
   norm_epsilon: Annotated[float, Field(1e-6, "added to the mean square inside every RMSNorm's root", minimum=0.0)]
   rope_base: Annotated[float, Field(10_000.0, "base of the rotary position embedding", minimum=1.0)]
@@ -585,7 +595,12 @@ def _contradiction(condition: bool, message: str) -> None:
 
 
 def _validate_model(model: ModelConfig) -> None:
-  table(model)  # for its checks
+  rows = table(model).all_rows
+  _contradiction(
+    model.norm not in ("rmsnorm", "layernorm") and any(row.vector_c_res for row in rows),
+    f"config.model.norm={model.norm} with placement {model.placement!r}: admin's scales are set from variances that a "
+    "norm brings to 1 (arXiv 2004.08249), which a point-wise function does not; use rmsnorm or layernorm",
+  )
   _contradiction(
     model.head_dim == 0 and model.embed_dim % model.num_heads != 0,
     f"config.model.num_heads={model.num_heads} does not divide config.model.embed_dim={model.embed_dim}; "
@@ -614,6 +629,13 @@ def _validate_training(config: Config) -> None:
     train.batch_size % train.micro_batches != 0,
     f"config.train.micro_batches={train.micro_batches} does not divide "
     f"config.train.batch_size={train.batch_size}; choose a divisor",
+  )
+  ramp_end = table(config.model).ramp_end
+  _contradiction(
+    ramp_end > train.num_steps,
+    f"config.model.placement={config.model.placement!r}: its warm-up of the residual ends after {ramp_end:g} updates, "
+    f"but config.train.num_steps={train.num_steps}; write a shorter one, as in "
+    f"'+prores:linear:{train.num_steps // 4}', or train longer",
   )
   warmup = warmup_steps(config)
   _contradiction(

@@ -124,7 +124,8 @@ class OpenRun:
 
   Attributes:
     folder: the run's folder.
-    config: its config, with a mesh over the devices of this machine.
+    config: its config, with a mesh over the devices of this machine, and its placement as it is at that step (of one
+      with `+prores`, `pre+prores:linear:1000@40`).
     mesh: that mesh.
   """
 
@@ -132,10 +133,13 @@ class OpenRun:
     """`wanted`: newest, best, or a step; raises InputError where the run has no such checkpoint."""
     self.folder, self.config, self.mesh = folder, config, mesh
     self._checkpoints, self._wanted = checkpoints, wanted
+    self._placement = config.model.placement
     self._chosen = self._choose()
 
   def _choose(self) -> int:
-    return choose_step(self._checkpoints, self._wanted, f"workdir={self.folder.address}")
+    chosen = choose_step(self._checkpoints, self._wanted, f"workdir={self.folder.address}")
+    self.config.model.placement = placement.at_step(self._placement, self.config.model.num_layers, chosen)
+    return chosen
 
   @functools.cached_property
   def _loaded(self) -> tuple[int, Any]:

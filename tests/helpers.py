@@ -27,7 +27,7 @@ def small_model(**fields):
 
 
 def random_params(model, seed=0, columns=None):
-  """Parameters at which nothing is small: what is learned far from its initial value, matrices of deviation 0.16.
+  """Parameters at which nothing is small: what is learned far from its initial value, matrices of std 0.16.
 
   The MLP's stored columns beyond its width are 0, as the model keeps them.
   """
@@ -39,6 +39,12 @@ def random_params(model, seed=0, columns=None):
       return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
     if "norm" in name or "_c_" in name:
       return jnp.asarray(rng.uniform(0.6, 1.4, leaf.shape), leaf.dtype)
+    if name.endswith(("hc_alpha']", "hc_beta']")):  # positive: streams that cancel would leave a norm their rounding
+      return jnp.asarray(rng.uniform(0.3, 1.2, leaf.shape), leaf.dtype)
+    if "hc_" in name and "scale" in name:
+      return jnp.asarray(rng.uniform(0.1, 0.4, leaf.shape), leaf.dtype)
+    if "lambda" in name or "hc_b" in name or "hc_head_base" in name:
+      return jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype)
     shape = list(leaf.shape)
     for part, axis in (("gate", 2), ("up", 2), ("down", 1)):
       if part in name:

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 def _on_validation(run: OpenRun) -> list[str]:
   setup, config = run.setup, run.config
   check_batch(setup, "--batch_size", config.evaluate.batch_size)
-  evaluation = Evaluator(SingleProgram(config, setup.mesh), setup)(run.params)[0]
+  evaluation = Evaluator(SingleProgram(config, setup.mesh), setup)(run.params, run.step)[0]
   rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
   entropy = unigram_entropy(rows)
   distance = evaluation.loss - entropy

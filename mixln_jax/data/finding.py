@@ -135,9 +135,7 @@ def _of_local_folder(folder: str, suffixes: tuple[str, ...]) -> Found:
 
 
 def _of_local_glob(pattern: str) -> Found:
-  parts = pattern.split("/")
-  start = next(index for index, part in enumerate(parts) if any(sign in part for sign in MAGIC))
-  folder, rest = "/".join(parts[:start]) or "/", parts[start:]
+  folder, rest = _cut_glob(pattern)
   if not Path(folder).is_dir():
     return Found([], Counter())
   left_out: Counter[str] = Counter()
@@ -161,6 +159,13 @@ def _of_local_glob(pattern: str) -> Found:
     else:
       entries.append(entry)
   return Found([(_last(entry.name), entry.path) for entry in _readable(entries, left_out)], left_out)
+
+
+def _cut_glob(pattern: str) -> tuple[str, list[str]]:
+  """The folder that a glob begins with, and the parts from the first one on that holds a sign."""
+  parts = pattern.split("/")
+  start = next(index for index, part in enumerate(parts) if any(sign in part for sign in MAGIC))
+  return "/".join(parts[:start]) or "/", parts[start:]
 
 
 def _readable(entries: list[_Entry], left_out: Counter[str]) -> Iterator[_Entry]:
@@ -243,12 +248,13 @@ def _of_remote_folder(fs: Any, folder: str, suffixes: tuple[str, ...]) -> Found:
 def _of_remote_glob(fs: Any, pattern: str) -> Found:
   left_out: Counter[str] = Counter()
   files = []
-  names_hidden = _is_hidden(_last(pattern))
+  folder, rest = _cut_glob(pattern)
+  names_hidden = any(part.startswith(".") for part in rest)
   for full in fs.glob(pattern):
     if fs.isdir(full):
       if "**" not in pattern:
         left_out[FOLDER] += 1
-    elif _is_hidden(_last(full)) and not names_hidden:
+    elif _is_hidden(full.removeprefix(folder)) and not names_hidden:
       left_out[HIDDEN] += 1
     else:
       files.append((_last(full), full))

@@ -34,13 +34,14 @@ class Tensor(NamedTuple):
   layer: int | None  # index along our leading axis
   shape: tuple[int, ...]  # ours, without the layer's axis and without columns that only pad the MLP
   input_axes: int  # of a matrix; 0 for what is stored in our order, flattened
+  shape_elsewhere: tuple[int, ...] | None = None  # where it is stored in our order, and not flattened
 
   @property
   def their_shape(self) -> tuple[int, ...]:
     if self.input_axes:
       return math.prod(self.shape[self.input_axes :]), math.prod(self.shape[: self.input_axes])
-    if self.path == "embedding" or not self.shape:
-      return self.shape
+    if self.shape_elsewhere is not None or not self.shape:
+      return self.shape_elsewhere or self.shape
     return (math.prod(self.shape),)
 
   @property
@@ -89,13 +90,16 @@ def tensors_of(model: ModelConfig) -> Iterator[Tensor]:
   layers = config_lib.table(model).layers
   for path, param in parameters(model).items():
     if not param.in_layers:
-      yield Tensor(_their_name(param), path, None, param.logical_shape, param.input_axes)
+      yield Tensor(_their_name(param), path, None, param.logical_shape, param.input_axes, param.shape_elsewhere)
       continue
     for index, layer in enumerate(layers):
       if param.used_L is not None and not param.used_L[index]:
         continue
-      name = f"{norm_names(layer)[param.name]}.weight" if param.elsewhere == "" else _their_name(param)
-      yield Tensor(f"model.layers.{index}.{name}", path, index, param.logical_shape[1:], param.input_axes)
+      name = _their_name(param)
+      if param.norm:
+        name = f"{norm_names(layer)[param.norm]}.{name}"
+      shape = param.logical_shape[1:]
+      yield Tensor(f"model.layers.{index}.{name}", path, index, shape, param.input_axes, param.shape_elsewhere)
 
 
 def _their_name(param: Param) -> str:

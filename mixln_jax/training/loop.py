@@ -313,7 +313,7 @@ class _Loop:
     """Evaluates all members; returns the losses of those that continue, by their number."""
     losses: dict[int, float] = {}
     compat = self._config.evaluate.official_compat
-    for member, evaluation in zip(self._members, self._evaluator(self._state.params), strict=True):
+    for member, evaluation in zip(self._members, self._evaluator(self._state.params, self.step), strict=True):
       if not member.live:
         continue
       loss, entropy = evaluation.loss, member.evaluated(self.step, evaluation)

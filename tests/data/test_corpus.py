@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections import Counter
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -266,6 +267,23 @@ def test_globs_follow_links_and_skip_hidden_names(tmp_path):
   assert found(".*.txt") == ([".b.txt"], {})
   assert found("*") == (["a.txt"], {finding.HIDDEN: 1, finding.FOLDER: 1})
   assert found("x/y/[d].txt") == (["d.txt"], {})
+
+
+def test_a_bucket_is_searched_as_a_folder_is():
+  """Would catch an editor's copies that are read from a bucket and not from a disk."""
+  bucket = fsspec.filesystem("memory")
+  for name in ("a.txt", ".ipynb_checkpoints/a.txt", "sub/b.TXT", "notes.md", "._c.parquet"):
+    with bucket.open(f"/searched/{name}", "wb") as file:
+      file.write(name.encode())
+  for source, expected, hidden in (
+    ("memory://searched", ["a.txt", "sub/b.TXT"], 2),
+    ("memory://searched/**/*.txt", ["a.txt"], 1),
+    ("memory://searched/.ipynb_checkpoints/*.txt", ["a.txt"], 0),
+  ):
+    left_out = Counter()
+    parts = parts_of(source, left_out=left_out)
+    assert [document.name for part in parts for document in read(part)] == expected
+    assert left_out[finding.HIDDEN] == hidden
 
 
 @pytest.mark.parametrize("suffix", ["", *PACK])

@@ -1,5 +1,7 @@
 """Generation with a cache equals recomputing without one; rows end at their stop tokens; sampling is what it says."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from helpers import random_params, small_model, tokenizer_with_dummy_prefix
 from ml_collections import FrozenConfigDict
 
-from mixln_jax.data.tokenizer import ByteTokenizer, train_hugging_face
+from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_hugging_face
 from mixln_jax.errors import InputError
 from mixln_jax.inference import batching
 from mixln_jax.inference.generate import (
@@ -191,7 +193,33 @@ PREFIXED = tokenizer_with_dummy_prefix(WORDS, 320)
 BYTE_LEVEL = train_hugging_face([WORDS], 286)
 
 
-@pytest.mark.parametrize("tokenizer", [PREFIXED, BYTE_LEVEL, ByteTokenizer()], ids=["prefixed", "byte-level", "bytes"])
+def as_llama_2():
+  """A tokenizer.json as LLaMA 2's: it prepends a blank, and strips one when it decodes."""
+  from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+  made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+  made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+  made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+  steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+  made.decoder = decoders.Sequence(steps)
+  words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+  trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=words, show_progress=False)
+  made.train_from_iterator([WORDS], trainer)
+  described = json.loads(made.to_str())
+  for token in described["added_tokens"]:
+    token["special"] = token["id"] < 3
+  described["added_tokens"] = described["added_tokens"][:3]
+  return HuggingFaceTokenizer(json.dumps(described).encode(), "as LLaMA 2's")
+
+
+TOKENIZERS = pytest.mark.parametrize(
+  "tokenizer",
+  [PREFIXED, as_llama_2(), BYTE_LEVEL, ByteTokenizer()],
+  ids=["sentencepiece", "llama 2", "byte-level", "bytes"],
+)
+
+
+@TOKENIZERS
 def test_the_text_that_ids_add_keeps_its_blank(tokenizer):
   """Would catch "the people of thisand": a tokenizer with a dummy prefix drops the blank of the first id it decodes."""
   for before, added in (("the people of this", " and that"), ("", "the people"), ("the peo", "ple"), ("a", " é!")):
@@ -213,7 +241,7 @@ class Parrot:
     return [self.ids[: min(length, num_tokens)] for _ in prompts]
 
 
-@pytest.mark.parametrize("tokenizer", [PREFIXED, BYTE_LEVEL, ByteTokenizer()], ids=["prefixed", "byte-level", "bytes"])
+@TOKENIZERS
 @pytest.mark.parametrize("stop", [".", ",", " and", "ry, a", "people of t", "this"])
 def test_a_row_ends_before_its_first_stop_text(tokenizer, stop, monkeypatch):
   """Would catch a stop text that must be one token, one that ends a row without being there, and one left in the text.
