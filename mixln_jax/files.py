@@ -253,12 +253,13 @@ def decoded(content: bytes, where: str) -> str:
 
 
 def json_value(text: str | bytes, where: str) -> Any:
-  """The value that a JSON text is, or bytes in UTF-8 are.
+  """The value that a JSON text is.
 
   Raises:
-    InputError: it is not JSON, or nested too deep; `where` names the file.
+    InputError: it is not UTF-8, not JSON, or nested too deep; `where` names the file.
   """
-  text = decoded(text, where) if isinstance(text, bytes) else text
+  if isinstance(text, bytes):
+    text = decoded(text, where)
   try:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:
@@ -311,7 +312,7 @@ def read_json(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
     raise
   except OSError as error:
     raise InputError(f"{path}: can't be read ({error.strerror}); restore or remove it") from error
-  return json_object(decoded(content, str(path)), str(path), kinds)
+  return json_object(content, str(path), kinds)
 
 
 def read_json_lines(path: Path, kinds: Kinds | None = None) -> list[dict[str, Any]]:
@@ -335,7 +336,7 @@ def read_json_lines(path: Path, kinds: Kinds | None = None) -> list[dict[str, An
   for number, line in enumerate(lines, start=1):
     where = f"{path}: line {number}"
     try:
-      value = json_value(decoded(line, where), where)
+      value = json_value(line, where)
     except InputError:
       if number == len(lines):  # torn, or nothing after the last newline
         break

@@ -41,7 +41,7 @@ TUNING = (  # the same numbers up to rounding; what their defaults are differs b
   "jax_use_direct_linearize",
   "jax_use_shardy_partitioner",
 )
-VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # that the compilers read
+VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # that the compilers read, besides XLA_FLAGS
 
 
 def _others() -> dict[str, Any]:

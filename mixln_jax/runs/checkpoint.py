@@ -19,7 +19,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from mixln_jax.errors import InputError, one_line
-from mixln_jax.files import NUMBER, OBJECT, TEXT, Kinds, check_kinds, decoded, json_object
+from mixln_jax.files import NUMBER, OBJECT, TEXT, Kinds, check_kinds, json_object
 from mixln_jax.parallel.bits import bit_sums
 
 T = TypeVar("T")
@@ -205,7 +205,7 @@ def _damaged_description(folder: epath.Path, error: Exception) -> InputError:
     for name in _DESCRIPTIONS:
       file = step / name
       try:
-        value = json_object(decoded(file.read_bytes(), str(file)), str(file)) if file.exists() else {}
+        value = json_object(file.read_bytes(), str(file)) if file.exists() else {}
         check_kinds(value, str(file), {METRIC: NUMBER.optional()})
       except InputError as damage:
         return InputError(f"{damage}, or move the folder {step} away")

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mixln_jax.files import TEXT, json_object
 from mixln_jax.parallel.rules import mesh_axes
 from mixln_jax.parallel.settings import tuning
 from mixln_jax.runs.folder import CONFIG, ENVIRONMENT, RunFolder
-from mixln_jax.text import aligned
+from mixln_jax.text import aligned, shown
 from mixln_jax.version import VERSION
 
 PACKAGES = (
@@ -86,18 +86,25 @@ def environment() -> dict[str, Any]:
   }
 
 
-COMPUTES = ("train_step", "devices", "xla_flags", "tuning")  # facts of an environment that decide a run's bits
+COMPUTES = ("train_step", "devices", "xla_flags")  # facts of an environment that decide a run's bits
 
 
 def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """What of two environments decides a run's bits and differs, in words; a fact that `old` lacks is left out."""
-  changes = [f"{name} {old[name]!r} -> {new[name]!r}" for name in COMPUTES if name in old and old[name] != new[name]]
-  before, now = old.get("packages"), new["packages"]
-  if isinstance(before, Mapping):
-    for name in ("jax", "jaxlib"):
-      if before.get(name) != now[name]:
-        changes.append(f"{name} {before.get(name)} -> {now[name]}")
+  stated = [name for name in COMPUTES if name in old]
+  changes = _changes_of(old, new, stated)
+  changes += _changes_of(old.get("packages"), new.get("packages", {}), ("jax", "jaxlib"))
+  tuned, tunes_now = old.get("tuning"), new.get("tuning", {})
+  known = tuned if isinstance(tuned, Mapping) else {}
+  changes += _changes_of(tuned, tunes_now, tuple(dict.fromkeys((*known, *tunes_now))))
   return changes
+
+
+def _changes_of(old: Any, new: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+  """What differs of a group of facts; nothing where `old`, of a file, is no such group."""
+  if not isinstance(old, Mapping):
+    return []
+  return [f"{name} {shown(old.get(name))} -> {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
 
 
 def code_hash() -> str:

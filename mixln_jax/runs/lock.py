@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mixln_jax.errors import InputError, one_line
-from mixln_jax.files import TEXT, decoded, json_object
+from mixln_jax.files import TEXT, json_object
 from mixln_jax.text import printable
 
 STALE_SECONDS, TOUCH_SECONDS = 120.0, 15.0  # a holder that was silent for so long is presumed dead; how often it speaks
@@ -28,8 +28,7 @@ def identity() -> dict[str, Any]:
 def holder_of(content: bytes | str) -> dict[str, Any]:
   """Who a lock says holds it; empty where it does not."""
   try:
-    text = decoded(content, "the lock") if isinstance(content, bytes) else content
-    return json_object(text, "the lock", {"host": TEXT.optional()})
+    return json_object(content, "the lock", {"host": TEXT.optional()})
   except InputError:
     return {}
 

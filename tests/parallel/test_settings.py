@@ -42,5 +42,10 @@ def test_what_changed_between_two_starts_is_named():
   """A fact that an older version did not write is no change; another jaxlib or another program is one."""
   old = {"train_step": "a", "xla_flags": "", "packages": {"jax": "1", "jaxlib": "1", "numpy": "1"}}
   now = {"train_step": "b", "xla_flags": "", "tuning": {}, "devices": [], "packages": {"jax": "1", "jaxlib": "2"}}
-  assert environment_changes(old, now) == ["train_step 'a' -> 'b'", "jaxlib 1 -> 2"]
+  assert environment_changes(old, now) == ["train_step 'a' -> 'b'", "jaxlib '1' -> '2'"]
   assert environment_changes({"packages": None}, now) == []
+  tuned = now | {"tuning": {"jax_scan3": True, "NVIDIA_TF32_OVERRIDE": "0"}}
+  assert environment_changes(now | {"tuning": {"jax_scan3": False}}, tuned) == [
+    "jax_scan3 False -> True",
+    "NVIDIA_TF32_OVERRIDE None -> '0'",
+  ]
