@@ -9,7 +9,7 @@ import os
 import sys
 
 from mixln_jax import commands
-from mixln_jax.errors import InputError, OtherProcessError
+from mixln_jax.errors import InputError, TryAgainError
 
 
 def usage() -> str:
@@ -33,10 +33,11 @@ def main(argv: list[str]) -> int:
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  except OtherProcessError as error:
+  except TryAgainError as error:
+    sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
-    if error.gone:
-      os._exit(1)  # JAX would wait at its end for the process that is gone, and then abort
+    if error.at_once:
+      os._exit(1)  # JAX would wait for a process that is gone, and orbax and tensorstore for a bucket that is away
     return 1
   except KeyboardInterrupt:
     print("stopped at once, without a checkpoint", file=sys.stderr)

@@ -60,7 +60,7 @@ class CommandLine:
       InputError: a flag or config field is unknown, missing, or has a wrong value.
       SystemExit: for --help, after printing it.
     """
-    logging.set_verbosity(logging.ERROR)  # orbax warns of options that are meant; what fails is raised
+    logging.set_verbosity(logging.FATAL)  # orbax warns of options that are meant, and shows what it also raises
     if any(argument in ("--help", "-h", "-help") for argument in argv):
       print(self._help())
       sys.exit(0)

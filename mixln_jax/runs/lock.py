@@ -34,7 +34,7 @@ def holder_of(content: bytes | str) -> dict[str, Any]:
 
 def describe_holder(holder: Mapping[str, Any]) -> str:
   """One phrase for a person."""
-  return ", ".join(f"{name} {value}" for name, value in holder.items() if name != "beat")
+  return ", ".join(f"{name} {value}" for name, value in holder.items() if name not in ("beat", "nonce"))
 
 
 def held_error(workdir: str, holder: Mapping[str, Any]) -> InputError:

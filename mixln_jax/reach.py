@@ -1,0 +1,95 @@
+"""Whether an error says that a store could not be reached: by its type, its code, and what it was raised from.
+
+Libraries report the same outage in many ways: Google's client, gcsfs and aiohttp by exceptions with a code, tensorstore
+by a text that begins with the name of a status, orbax by any of them inside another.
+"""
+
+import errno
+import http.client
+import re
+import ssl
+from collections.abc import Iterator
+
+from mixln_jax.errors import one_line
+
+# Statuses of HTTP that say nothing about what is stored: no rights, too late, too many, the server's own trouble.
+CODES = frozenset({401, 403, 407, 408, 425, 429, *range(500, 600)})
+# What these libraries raise without a code is about the connection, the credentials or the answer.
+NETWORK_LIBRARIES = frozenset({"aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3"})
+ERRNOS = frozenset(
+  {
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.ETIMEDOUT,
+  }
+)
+# tensorstore's errors are ValueErrors and the like, told apart by their text alone.
+TENSORSTORE = re.compile(
+  r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED)\b|"
+  r"CURL error|Connection (reset|refused|timed out)|Could not resolve host"
+)
+TENSORSTORE_CODE = re.compile(r"HTTP response code: (\d{3})")
+
+
+def why_unreachable(error: BaseException) -> str | None:
+  """What an error, or one that it was raised from, says of a store that was not reached or did not let us in.
+
+  Returns:
+    One line; None where the error says something else, for instance that what was read is damaged.
+  """
+  for one in chain(error):
+    if (reason := _reason(one)) is not None:
+      return reason
+  return None
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+  """An error and all that it was raised from."""
+  waiting, seen = [error], set()
+  while waiting:
+    one = waiting.pop()
+    if id(one) in seen:
+      continue
+    seen.add(id(one))
+    yield one
+    waiting += [other for other in (one.__context__, one.__cause__) if other is not None]
+    waiting += getattr(one, "exceptions", ())  # of a group
+
+
+def code_of(error: BaseException) -> int | None:
+  """The status of HTTP that an error carries."""
+  response = getattr(error, "response", None)
+  for value in (*(getattr(error, name, None) for name in ("code", "status", "status_code")), _status_of(response)):
+    if str(value).isdecimal():
+      return int(str(value))
+  return None
+
+
+def _status_of(response: object) -> object:
+  return getattr(response, "status_code", getattr(response, "status", None))
+
+
+def _reason(error: BaseException) -> str | None:
+  text = f"{type(error).__name__}: {one_line(error, 160)}" if str(error).strip() else type(error).__name__
+  code = code_of(error)
+  if code is not None:
+    return f"{code} {text}" if code in CODES else None
+  if isinstance(error, (ConnectionError, TimeoutError, PermissionError, http.client.HTTPException, ssl.SSLError)):
+    return text
+  if isinstance(error, OSError) and error.errno in ERRNOS:
+    return text
+  if isinstance(error, OSError) and str(error).startswith("Forbidden"):  # gcsfs, of a status 403
+    return f"403 {text}"
+  if isinstance(error, (FileNotFoundError, FileExistsError)):
+    return None
+  if type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES:
+    return text
+  if match := TENSORSTORE_CODE.search(str(error)):
+    return text if int(match.group(1)) in CODES else None
+  return text if TENSORSTORE.search(str(error)) else None
