@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mixln_jax import placement
 from mixln_jax.errors import InputError
+from mixln_jax.places import check_bucket_folder, check_scheme, is_url, local_path
 from mixln_jax.version import VERSION
 
 DTYPES = ("float32", "bfloat16")
@@ -562,8 +563,25 @@ def validate(config: Config) -> None:
   for name in FIELDS:
     if name not in flat:
       raise InputError(f"config.{name} is missing; start the config from mixln_jax.config.base()")
+  _validate_places(config)
   _validate_model(config.model)
   _validate_training(config)
+
+
+def _validate_places(config: Config) -> None:
+  """Where files lie: what must be on this machine, and what may be in a bucket."""
+  data, start_from = config.data, config.train.start_from
+  check_scheme(data.source, "config.data.source")
+  check_scheme(data.validation_source, "config.data.validation_source")
+  hint = "records are read from a disk: prepare them there, or copy them (`gcloud storage rsync --recursive`)"
+  local_path(data.directory, "config.data.directory", hint)
+  for entry in data.mixture.split(","):
+    local_path(entry.strip(), "config.data.mixture", hint)
+  local_path(data.tokenizer, "config.data.tokenizer", "copy the tokenizer to this machine")
+  if is_url(start_from):
+    check_bucket_folder(start_from, "config.train.start_from")
+  else:
+    check_scheme(start_from, "config.train.start_from")
 
 
 def _contradiction(condition: bool, message: str) -> None:

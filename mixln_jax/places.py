@@ -10,7 +10,9 @@ from pathlib import Path
 from mixln_jax.errors import InputError
 
 BUCKETS = ("gs",)  # what runs, reports and exports are written to
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(.*)", re.DOTALL)
+# Schemes of URLs. `tfds:` and `hf:` begin names of data sets, and of folders.
+_REMOTE = ("abfs", "az", "file", "ftp", "gcs", "gs", "hdfs", "http", "https", "s3")
+_SCHEME = re.compile(rf"({'|'.join(_REMOTE)}):(.*)", re.DOTALL | re.IGNORECASE)
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f*?\[\]#]")  # wildcards of the libraries that list, and the generation
 
 
@@ -29,11 +31,10 @@ def check_scheme(place: str | Path, parameter: str) -> None:
   if match is None or is_url(place):
     return
   scheme, rest = match.groups()
-  if rest.startswith("/") or scheme in BUCKETS:
-    raise InputError(
-      f"{parameter}={place}: not a URL and hardly a folder; write {scheme}://{rest.lstrip('/')}, or ./{place} for a "
-      "folder of that name"
-    )
+  raise InputError(
+    f"{parameter}={place}: not a URL and hardly a folder; write {scheme}://{rest.lstrip('/')}, or ./{place} for a "
+    "folder of that name"
+  )
 
 
 def check_bucket_folder(place: str, parameter: str) -> tuple[str, str]:

@@ -91,12 +91,14 @@ def _check_devices() -> list[str]:
 
 
 def _check_workdir(workdir: str) -> list[str]:
-  if "://" not in workdir:
-    return _check_folder(Path(workdir).expanduser())
   from mixln_jax.errors import InputError
+  from mixln_jax.places import check_scheme, is_url
   from mixln_jax.runs.remote import Remote
 
   try:
+    check_scheme(workdir, "workdir")
+    if not is_url(workdir):
+      return _check_folder(Path(workdir).expanduser())
     remote = Remote(workdir)
     remote.write(".doctor", b"write access")
     remote.remove(".doctor")

@@ -8,6 +8,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from mixln_jax.errors import InputError
+from mixln_jax.places import check_scheme
 
 CHUNK_BYTES = 1 << 20
 LONGEST_DOCUMENT = 64 << 20  # bytes; a longer line or file is not a document
@@ -150,6 +151,7 @@ class _Unpacker:
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
+  check_scheme(path, "config.data.source")
   try:
     return url_to_fs(path)
   except ImportError as error:

@@ -48,6 +48,7 @@ from mixln_jax.data.records import SPLITS, Corpus, Manifest, Split, has_records
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.files import write_whole
+from mixln_jax.places import local_path
 
 PLAN, LOCK, SOURCE_STATE = "plan.json", ".lock", ".source_state"
 
@@ -100,7 +101,7 @@ def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
   Raises:
     InputError: the path has another suffix, exists, or can't be written, or the corpus is too small.
   """
-  target = Path(path).expanduser()
+  target = local_path(path, "tokenizer path")
   makers = {".model": tokenizer_lib.train_sentencepiece, ".json": tokenizer_lib.train_hugging_face}
   if target.suffix not in makers:
     raise InputError(f"tokenizer path={path!r}: must end in .model (SentencePiece) or .json (tokenizers)")

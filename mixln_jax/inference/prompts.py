@@ -1,9 +1,9 @@
 """Files of prompts."""
 
 import json
-from pathlib import Path
 
 from mixln_jax.errors import InputError
+from mixln_jax.places import local_path
 
 
 def read_prompts(path: str) -> list[str]:
@@ -12,7 +12,7 @@ def read_prompts(path: str) -> list[str]:
   Raises:
     InputError: the file can't be read, holds no prompt, or has a line without one.
   """
-  file = Path(path).expanduser()
+  file = local_path(path, "prompts", "copy the file to this machine")
   if file.suffix not in (".txt", ".jsonl"):
     raise InputError(f"prompts={path}: must end in .txt (a prompt a line) or .jsonl (objects with `prompt`)")
   try:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mixln_jax.errors import InputError, one_line
 from mixln_jax.inference.harness import HarnessModel, TaskManager, evaluate
+from mixln_jax.places import local_path
 from mixln_jax.text import aligned
 
 # The paper's table 2 (arXiv 2412.13795). It names no metric and no shots; what it prints for OpenBookQA (11.6 to 18.8,
@@ -141,7 +142,7 @@ def _is_path(word: str) -> bool:
 
 def _local(word: str) -> tuple[TaskManager, list[str]]:
   """A task file, or all tasks of a folder."""
-  path = Path(word).expanduser()
+  path = local_path(word, "tasks", "copy the task files to this machine")
   if path.is_dir():
     manager = TaskManager(include_path=str(path), include_defaults=False)
     if not manager.all_subtasks:

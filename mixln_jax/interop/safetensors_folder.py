@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from mixln_jax.errors import InputError
 from mixln_jax.files import partial_of
+from mixln_jax.places import local_path
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
@@ -25,7 +26,7 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
     Raises:
       InputError: there is no such folder, it holds no safetensors, or a file of its index is missing or damaged.
     """
-    self.path = Path(path).expanduser()
+    self.path = local_path(path, "path")
     if (self.path / INDEX).is_file():
       files: Any = self._json(INDEX).get("weight_map")
       if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -101,7 +102,7 @@ def write_folder(
   Raises:
     InputError: the folder is not empty, or can't be written; nothing is left there.
   """
-  folder = Path(path).expanduser()
+  folder = local_path(path, "path")
   partial = partial_of(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f"path={folder}: not empty; give a new folder")

@@ -13,6 +13,7 @@ import functools
 import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -100,10 +101,21 @@ def client() -> Any:
 def _client(address: str, process: int) -> Any:
   from google.cloud import storage
 
-  del address, process  # they only tell the clients apart
+  del process  # it only tells the clients apart
   # For its tracing, the client looks the bucket itself up after each 404, which takes rights that a run does not need.
   os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-  return storage.Client(project=None)  # objects need none
+  credentials = _emulators_credentials() if address else None  # of the machine
+  return storage.Client(project=None, credentials=credentials)  # objects need no project
+
+
+def _emulators_credentials() -> Any:
+  from google.auth.credentials import AnonymousCredentials
+
+  class Credentials(AnonymousCredentials):
+    def refresh(self, request: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+      """None are needed; without this a status 401 would become an error that does not say so."""
+
+  return Credentials()
 
 
 def retry(seconds: float | None = None) -> Any:
@@ -176,7 +188,7 @@ class Storage(AbstractFileSystem):
     with not_found(path):
       return blob.download_as_bytes(raw_download=True, **options())[slice(start, end)]
 
-  def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+  def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:  # noqa: ARG002
     bucket, key = _split(path)
     guarded_folder = _guarded_at(f"{bucket}/{key}")
     if guarded_folder is not None:
@@ -206,7 +218,7 @@ class Storage(AbstractFileSystem):
     with not_found(path):
       _blob(path).delete(**options())
 
-  def rm(self, path: str, recursive: bool = False, **_: Any) -> None:
+  def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:  # noqa: ARG002
     """Removes an object, or with `recursive` all below a folder, its commit file first: it is no checkpoint then."""
     if not recursive:
       self.rm_file(path)
@@ -218,7 +230,7 @@ class Storage(AbstractFileSystem):
       raise FileNotFoundError(path)
     _remove(bucket, names)
 
-  def mv(self, path1: str, path2: str, **_: Any) -> None:
+  def mv(self, path1: str, path2: str, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:  # noqa: ARG002
     """Moves an object or a folder, its commit file last: a half is no checkpoint, neither here nor there."""
     (bucket, source), (target_bucket, target) = _split(path1), _split(path2)
     _check_removal(f"{bucket}/{source}")
@@ -337,3 +349,14 @@ def register() -> None:
   except ImportError as error:
     raise InputError("gs://: needs the package gcsfs; run `pip install gcsfs`") from error
   fsspec.register_implementation("gcs", Storage, clobber=True)
+  sys.unraisablehook = _without_late_results
+
+
+_unraisablehook = sys.unraisablehook
+
+
+def _without_late_results(unraisable: Any) -> None:
+  """Of a save that failed, tensorstore still gives results to orbax's event loops, which are closed: a page each."""
+  error = unraisable.exc_value
+  if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+    _unraisablehook(unraisable)

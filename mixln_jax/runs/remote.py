@@ -7,6 +7,7 @@ changed at each checkpoint and at the end; checkpoints are written to the bucket
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -141,10 +142,11 @@ class Remote:
       )
 
   def get(self, name: str, local: Path) -> int:
-    """Brings an object; returns its generation."""
-    content, generation = self.read_version(name)
-    local.write_bytes(content)
-    return generation
+    """Brings an object; returns its generation. Raises FileNotFoundError where there is no such object."""
+    with self._named("read", FileNotFoundError), gcs.not_found(name):
+      blob = self._blob(name)
+      blob.download_to_filename(str(local), raw_download=True, **gcs.options())
+    return int(blob.generation)
 
   def put(self, local: Path, name: str, generation: int | None = None) -> int:
     """Writes a file to an object, as `write`."""
@@ -153,10 +155,10 @@ class Remote:
       blob.upload_from_filename(str(local), if_generation_match=generation, **gcs.options())
     return int(blob.generation)
 
-  def remove(self, name: str, generation: int | None = None) -> None:
+  def remove(self, name: str, generation: int | None = None, seconds: float | None = None) -> None:
     """Raises ChangedError where another version is there; an object that is not there is removed already."""
     with self._named("write", ChangedError), contextlib.suppress(FileNotFoundError), gcs.not_found(name), _unchanged():
-      self._blob(name).delete(if_generation_match=generation, **gcs.options())
+      self._blob(name).delete(if_generation_match=generation, **gcs.options(seconds))
 
   @contextlib.contextmanager
   def _named(self, act: str, *expected: type[Exception]) -> Iterator[None]:
@@ -320,3 +322,32 @@ def writable_place(place: str, parameter: str) -> Iterator[Path]:
       remote.put(path, path.relative_to(local).as_posix())
       if path.stat().st_size > 1 << 28:
         print(f"upload     {number} of {len(paths)} files, {path.name}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def readable_place(place: str, parameter: str, skip: str = r"$^") -> Iterator[Path]:
+  """Where the files of `place` can be read: there; of a folder in a bucket, a copy that goes with the context.
+
+  Args:
+    place: what was given.
+    parameter: what it was given as.
+    skip: a pattern; files whose path in the folder begins so are not copied.
+
+  Raises:
+    InputError: it is no place to read from, or nothing is there.
+    UnreachableError: the bucket can't be reached.
+  """
+  check_scheme(place, parameter)
+  if not is_url(place):
+    yield Path(place).expanduser()
+    return
+  remote = Remote(place, parameter)
+  names = [name for name in remote.all_files() if not re.match(skip, name)]
+  if not names:
+    raise InputError(f"{parameter}={place}: nothing is there; give a folder that holds something")
+  with tempfile.TemporaryDirectory(prefix="mixln_jax_input_") as temporary:
+    local = Path(temporary) / remote.url.rsplit("/", 1)[-1]
+    for name in names:
+      (local / name).parent.mkdir(parents=True, exist_ok=True)
+      remote.get(name, local / name)
+    yield local

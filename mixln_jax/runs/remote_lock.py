@@ -67,7 +67,7 @@ class Lock:
       thread.join(timeout=lock_lib.TOUCH_SECONDS)  # it may wait for a bucket that is away
       if self.lost is None and not thread.is_alive():
         with contextlib.suppress(Exception):  # another's, or it times out by itself
-          self._remote.remove(self._name, self._generation)
+          self._remote.remove(self._name, self._generation, lock_lib.TOUCH_SECONDS)
 
   def check_clock(self) -> None:
     """Asks nobody: raises LostLockError where the lock is known to be lost, or this process was silent for too long."""

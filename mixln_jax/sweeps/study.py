@@ -13,6 +13,7 @@ from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.files import json_object
 from mixln_jax.model.parameters import parameters
+from mixln_jax.places import local_path
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
 
@@ -62,6 +63,7 @@ class Study(NamedTuple):
     Raises:
       InputError: a config is invalid, or two runs would share a name.
     """
+    folder = local_path(workdir, "workdir", "a study lies on a disk that its runs share")
     flat, fields = config_lib.flatten(self.base), sorted(self.axes, key=_order)
     runs: dict[str, Run] = {}
     for values in self._points():
@@ -69,7 +71,7 @@ class Study(NamedTuple):
       name = run_name(values)
       config = config_lib.from_flat(flat | values | dict.fromkeys(("mesh.run", "mesh.dcn_run"), 1))
       config_lib.validate(config)
-      run = Run(name, values, config, RunFolder(Path(workdir) / RUNS / name))
+      run = Run(name, values, config, RunFolder(folder / RUNS / name))
       if name in runs and runs[name].values != values:
         raise InputError(
           f"the runs {runs[name].values} and {values} would share the folder {name!r}; spell one otherwise"

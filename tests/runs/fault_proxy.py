@@ -76,8 +76,7 @@ class FaultProxy:
     class Handler(_Handler):
       owner = proxy
 
-    self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    self._server.daemon_threads = True
+    self._server = _Server(("127.0.0.1", port), Handler)
     self.port = self._server.server_address[1]
     self.url = f"http://127.0.0.1:{self.port}"
     threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -172,6 +171,14 @@ class FaultProxy:
       connection.request(method, path, body, headers)
       answer = connection.getresponse()
       return answer.status, answer.getheaders(), answer.read()
+
+
+class _Server(ThreadingHTTPServer):
+  daemon_threads = True
+  request_queue_size = 128
+
+  def handle_error(self, request: object, client_address: object) -> None:
+    """Clients that are killed break their connections off: nothing to say."""
 
 
 class _Handler(BaseHTTPRequestHandler):

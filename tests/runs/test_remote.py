@@ -322,7 +322,8 @@ def command(tmp_path_factory, make_config, bucket):
 
   def run(*arguments, env=None, stale_seconds=lock_lib.STALE_SECONDS, **options):
     machine = tmp_path_factory.mktemp("machine")
-    front_door = f"lock.STALE_SECONDS = {stale_seconds}; sys.exit(__main__.main(sys.argv[1:]))"
+    times = f"lock.STALE_SECONDS, lock.TOUCH_SECONDS = {stale_seconds}, {stale_seconds / 8}"
+    front_door = f"{times}; sys.exit(__main__.main(sys.argv[1:]))"
     script = f"import sys; from mixln_jax import __main__; from mixln_jax.runs import lock; {front_door}"
     return subprocess.Popen(
       [sys.executable, "-c", script, *arguments],
@@ -367,7 +368,7 @@ def test_killed_and_gone_on_with_elsewhere_is_the_run_that_was_never_touched(buc
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   process.communicate()
-  output = finish(command("train", recipe, "--workdir=gs://bucket/killed", stale_seconds=3.0))
+  output = finish(command("train", recipe, "--workdir=gs://bucket/killed", stale_seconds=6.0))
   assert "resumed from step" in output or "were done already" in output
   expected = curve(tmp_path / "local" / "metrics.jsonl")
   assert remote_curve(bucket, "killed") == expected
