@@ -34,7 +34,7 @@ TENSORSTORE = re.compile(
   r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED)\b|"
   r"CURL error|Connection (reset|refused|timed out)|Could not resolve host"
 )
-TENSORSTORE_CODE = re.compile(r"HTTP response code: (\d{3})")
+TENSORSTORE_CODE = re.compile(r"http_response_code='(\d{3})'|HTTP response code: (\d{3})")
 
 
 def why_unreachable(error: BaseException) -> str | None:
@@ -91,5 +91,13 @@ def _reason(error: BaseException) -> str | None:
   if type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES:
     return text
   if match := TENSORSTORE_CODE.search(str(error)):
-    return text if int(match.group(1)) in CODES else None
-  return text if TENSORSTORE.search(str(error)) else None
+    code = int(match.group(1) or match.group(2))
+    return f"{code} {_of_tensorstore(str(error))}" if code in CODES else None
+  return _of_tensorstore(str(error)) if TENSORSTORE.search(str(error)) else None
+
+
+def _of_tensorstore(text: str) -> str:
+  """What tensorstore says of an object, without the drivers around it and the pages of specification behind it."""
+  words = one_line(text.split(" [")[0], 2000)
+  status, innermost = words.partition(":")[0], max(0, words.rfind("Error "))
+  return one_line(words if innermost == 0 else f"{status}: {words[innermost:]}", 200)

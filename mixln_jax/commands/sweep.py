@@ -40,8 +40,6 @@ def main(argv: list[str]) -> int:
   values = line.parse(argv)
   base = line.config_value()
   recipe = line.config_path()
-  if "://" in values.workdir:
-    raise InputError(f"--workdir={values.workdir}: a study lies in a folder; several machines can share one over NFS")
   study = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
   runs = study.runs(values.workdir)
   if values.index is not None and values.index >= len(runs):

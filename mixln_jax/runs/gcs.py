@@ -22,6 +22,7 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from mixln_jax.errors import InputError
+from mixln_jax.reach import code_of, why_unreachable
 
 COMMIT = "commit_success.txt"  # orbax: what makes a checkpoint in a bucket a checkpoint
 PATIENCE_SECONDS = 90.0  # how long a request is tried again while the bucket is away or busy
@@ -118,16 +119,19 @@ def _emulators_credentials() -> Any:
   return Credentials()
 
 
-def retry(seconds: float | None = None) -> Any:
-  """Google's rule of which errors may pass, for so many seconds (PATIENCE_SECONDS)."""
-  from google.cloud.storage.retry import DEFAULT_RETRY
-
-  return DEFAULT_RETRY.with_delay(initial=0.5, maximum=8.0).with_timeout(seconds or PATIENCE_SECONDS)
-
-
 def options(seconds: float | None = None) -> dict[str, Any]:
-  """How each request is made."""
-  return {"retry": retry(seconds), "timeout": TIMEOUT_SECONDS}
+  """How each request is made: again while the bucket is away or busy, for so many seconds (PATIENCE_SECONDS)."""
+  from google.api_core.retry import Retry
+
+  retry = Retry(_may_pass, initial=0.5, maximum=8.0, multiplier=2.0, timeout=seconds or PATIENCE_SECONDS)
+  return {"retry": retry, "timeout": TIMEOUT_SECONDS}
+
+
+def _may_pass(error: Exception) -> bool:
+  """Whether a request is made again after an error; raises where this process may no longer write anyway."""
+  for one in tuple(_guarded):
+    one.guard.check_clock()
+  return why_unreachable(error) is not None and code_of(error) not in (401, 403, 407)
 
 
 class Storage(AbstractFileSystem):

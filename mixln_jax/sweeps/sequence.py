@@ -15,7 +15,7 @@ from mixln_jax.places import local_path
 from mixln_jax.runs.folder import LOCK
 from mixln_jax.runs.lock import Liveness, is_held, is_held_elsewhere
 from mixln_jax.runs.outcome import ENDED_ITSELF, FINISHED, Outcome, read_outcome
-from mixln_jax.sweeps.study import STUDY, Run, Study, check_comparable, check_initial_weights
+from mixln_jax.sweeps.study import STUDY, STUDY_PLACE, Run, Study, check_comparable, check_initial_weights
 
 LOG = "log.txt"
 OPEN, BUSY, DONE = "open", "busy", "done"
@@ -46,7 +46,7 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
   Raises:
     InputError: the folder holds something else, or runs that would not be comparable.
   """
-  folder = local_path(workdir, "workdir", "a study lies on a disk that its runs share").absolute()
+  folder = local_path(workdir, "workdir", STUDY_PLACE).absolute()
   runs = study.runs(folder)
   if (folder / STUDY).exists():
     _check_same(study, json_object((folder / STUDY).read_text(errors="replace"), str(folder / STUDY)), folder)

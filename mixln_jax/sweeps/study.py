@@ -17,6 +17,8 @@ from mixln_jax.places import local_path
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
 
+STUDY_PLACE = "a study lies in a folder, which several machines can share over a network file system"
+
 STUDY, RUNS = "study.json", "runs"
 NAMED_BY_VALUE = {"model.placement": ""}  # fields whose value alone names them
 
@@ -63,7 +65,7 @@ class Study(NamedTuple):
     Raises:
       InputError: a config is invalid, or two runs would share a name.
     """
-    folder = local_path(workdir, "workdir", "a study lies on a disk that its runs share")
+    folder = local_path(workdir, "workdir", STUDY_PLACE)
     flat, fields = config_lib.flatten(self.base), sorted(self.axes, key=_order)
     runs: dict[str, Run] = {}
     for values in self._points():

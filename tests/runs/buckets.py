@@ -17,7 +17,10 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from mixln_jax.runs.metrics import read_metrics
 from runs.fault_proxy import FaultProxy
+
+ROOT = Path(__file__).parents[2]
 
 
 def server_binary():
@@ -127,3 +130,23 @@ def environment(variables):
         del os.environ[name]
       else:
         os.environ[name] = value
+
+
+def finish(process, status=0):
+  """What a process that was started printed; it must end with the status."""
+  output = process.communicate(timeout=280)[0]
+  assert process.returncode == status, output[-3000:]
+  return output
+
+
+def without_times(lines):
+  return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def curve(path):
+  """The metrics of a run on a disk, without what differs between two equal runs."""
+  return without_times(read_metrics(path))
+
+
+def remote_curve(store, run):
+  return without_times(json.loads(line) for line in store.read(f"{run}/metrics.jsonl").splitlines())

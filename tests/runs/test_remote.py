@@ -10,39 +10,23 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from google.api_core import exceptions
 
-from mixln_jax import config as config_lib
 from mixln_jax.commands import doctor
 from mixln_jax.errors import InputError, LostLockError, UnreachableError
 from mixln_jax.runs import gcs, remote_lock
 from mixln_jax.runs import lock as lock_lib
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.runs.remote import Remote
 from mixln_jax.runs.remote_lock import Lock
 from runs import buckets
-
-ROOT = Path(__file__).parents[2]
+from runs.buckets import curve, finish, remote_curve
 
 needs_bucket = pytest.mark.skipif(
   buckets.server_binary() is None, reason="fake-gcs-server is not installed for this machine"
 )
-
-
-@pytest.fixture(scope="module")
-def bucket():
-  with buckets.serve() as store, buckets.environment(store.variables):
-    yield store
-
-
-@pytest.fixture
-def quick(monkeypatch):
-  for name, seconds in (("STALE_SECONDS", 1.5), ("TOUCH_SECONDS", 0.2), ("POLL_SECONDS", 0.05)):
-    monkeypatch.setattr(lock_lib, name, seconds)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +281,9 @@ def test_copies_of_killed_processes_are_removed(bucket, tmp_path, monkeypatch):
     "import os; from mixln_jax.runs.folder import RunFolder; folder = RunFolder('gs://bucket/left'); folder.path; "
     "os._exit(1)"
   )
-  subprocess.run([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}, cwd=ROOT, check=False)
+  subprocess.run(
+    [sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}, cwd=buckets.ROOT, check=False
+  )
   (abandoned,) = tmp_path.iterdir()
   other = RunFolder("gs://bucket/other")
   assert other.path.exists()
@@ -307,53 +293,6 @@ def test_copies_of_killed_processes_are_removed(bucket, tmp_path, monkeypatch):
   assert mine.exists()
   other.leave()
   assert not mine.exists()
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory, make_config, bucket):
-  """The front door in a process of its own, on a machine (home, temporary folder) that knows nothing."""
-  config = make_config(**{"logging.tensorboard": True, "checkpoint.keep_last": 2, "data.num_threads": 1})
-  place = tmp_path_factory.mktemp("recipe")
-  (place / "config.json").write_text(config_lib.to_json(config))
-  (place / "recipe.py").write_text(
-    f"from pathlib import Path\nfrom mixln_jax import config\ndef get_config():\n"
-    f"  return config.from_json(Path({str(place / 'config.json')!r}).read_text())\n"
-  )
-
-  def run(*arguments, env=None, stale_seconds=lock_lib.STALE_SECONDS, **options):
-    machine = tmp_path_factory.mktemp("machine")
-    times = f"lock.STALE_SECONDS, lock.TOUCH_SECONDS = {stale_seconds}, {stale_seconds / 8}"
-    front_door = f"{times}; sys.exit(__main__.main(sys.argv[1:]))"
-    script = f"import sys; from mixln_jax import __main__; from mixln_jax.runs import lock; {front_door}"
-    return subprocess.Popen(
-      [sys.executable, "-c", script, *arguments],
-      env=os.environ | bucket.variables | {"PYTHONPATH": str(ROOT), "TMPDIR": str(machine), **(env or {})},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      **options,
-    )
-
-  run.recipe = place / "recipe.py"
-  return run
-
-
-def finish(process, status=0):
-  output = process.communicate(timeout=280)[0]
-  assert process.returncode == status, output[-3000:]
-  return output
-
-
-def without_times(lines):
-  return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
-
-
-def curve(path):
-  return without_times(read_metrics(path))
-
-
-def remote_curve(bucket, run):
-  return without_times(json.loads(line) for line in bucket.read(f"{run}/metrics.jsonl").splitlines())
 
 
 @pytest.mark.slow
