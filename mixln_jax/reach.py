@@ -7,6 +7,7 @@ by a text that begins with the name of a status, orbax by any of them inside ano
 import errno
 import http.client
 import re
+import socket
 import ssl
 from collections.abc import Iterator
 
@@ -28,6 +29,14 @@ ERRNOS = frozenset(
     errno.ENETUNREACH,
     errno.ETIMEDOUT,
   }
+)
+CONNECTION_ERRORS = (
+  ConnectionError,
+  TimeoutError,
+  PermissionError,
+  http.client.HTTPException,
+  socket.gaierror,
+  ssl.SSLError,
 )
 # tensorstore's errors are ValueErrors and the like, told apart by their text alone.
 TENSORSTORE = re.compile(
@@ -64,15 +73,12 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 def code_of(error: BaseException) -> int | None:
   """The status of HTTP that an error carries."""
-  response = getattr(error, "response", None)
-  for value in (*(getattr(error, name, None) for name in ("code", "status", "status_code")), _status_of(response)):
-    if str(value).isdecimal():
-      return int(str(value))
+  for holder in (error, getattr(error, "response", None)):
+    for name in ("status", "status_code", "code"):  # in this order: aiohttp warns of its `code`
+      value = str(getattr(holder, name, None))
+      if value.isdecimal():
+        return int(value)
   return None
-
-
-def _status_of(response: object) -> object:
-  return getattr(response, "status_code", getattr(response, "status", None))
 
 
 def _reason(error: BaseException) -> str | None:
@@ -80,7 +86,7 @@ def _reason(error: BaseException) -> str | None:
   code = code_of(error)
   if code is not None:
     return f"{code} {text}" if code in CODES else None
-  if isinstance(error, (ConnectionError, TimeoutError, PermissionError, http.client.HTTPException, ssl.SSLError)):
+  if isinstance(error, CONNECTION_ERRORS):
     return text
   if isinstance(error, OSError) and error.errno in ERRNOS:
     return text

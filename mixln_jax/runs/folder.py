@@ -246,6 +246,13 @@ class RunFolder:
       reason = error.strerror or one_line(error, 200)
       raise InputError(f"workdir={self.address}: no run there ({name}: {reason}); give the folder of a run") from error
 
+  def fetched(self, name: str) -> Path:
+    """Where a file of the run can be read, as it is now: of a run in a bucket, a copy. There may be none."""
+    if self.remote is not None and self._lock is None:
+      with contextlib.suppress(FileNotFoundError):
+        self.remote.get(name, self.path / name)
+    return self.path / name
+
   def write(self, name: str, text: str) -> None:
     """Writes a file of facts, whole or not at all; of several processes the first one does."""
     if not is_first():

@@ -69,7 +69,9 @@ class Store:
       raise FileNotFoundError(name) from error
 
   def exists(self, name):
-    return name in self.names(name)
+    """Whether there is an object of that name, or where it ends in a slash one below it."""
+    names = self.names(name)
+    return bool(names) if name.endswith("/") else name in names
 
   def write(self, name, content):
     quoted = urllib.parse.quote(name, safe="")

@@ -1,6 +1,7 @@
 """A run in a bucket that fails: at each moment, with each fault, it ends with a named error and resumes to the same
 bits, or nobody notices."""
 
+import contextlib
 import json
 import re
 import signal
@@ -191,6 +192,12 @@ def expected(command, tmp_path_factory):
   return curve(folder / "metrics.jsonl")
 
 
+def wait_for(condition, seconds=120):
+  deadline = time.monotonic() + seconds
+  while not condition() and time.monotonic() < deadline:
+    time.sleep(0.005)
+
+
 def train(command, run):
   return command("train", f"--config={command.recipe}", f"--workdir=gs://bucket/{run}", stale_seconds=6.0)
 
@@ -198,18 +205,19 @@ def train(command, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "500", "429", "drop", "delay", "lost"])
 def test_a_fault_that_passes_is_not_noticed(bucket, command, expected, fault):
-  """At each moment the first two requests meet it."""
+  """At each moment of a run that is resumed, the first two requests meet it."""
   run = f"passes-{fault}"
-  with (
-    bucket.proxy.fault(fault, MOMENTS["start"], times=2, seconds=2.0),
-    bucket.proxy.fault(fault, MOMENTS["save"], times=2, seconds=2.0),
-    bucket.proxy.fault(fault, MOMENTS["commit"], times=2, seconds=2.0),
-    bucket.proxy.fault(fault, MOMENTS["copy"], times=2, seconds=2.0),
-    bucket.proxy.fault(fault, MOMENTS["end"], times=2, seconds=2.0),
-  ):
+  killed = train(command, run)
+  wait_for(lambda: bucket.exists(f"{run}/checkpoints/2/{gcs.COMMIT}"))
+  killed.kill()
+  killed.communicate()
+  with contextlib.ExitStack() as stack:
+    for matches in reversed(MOMENTS.values()):  # the first rule that matches is used, and start matches all
+      stack.enter_context(bucket.proxy.fault(fault, matches, times=2, seconds=2.0))
     output = finish(train(command, run))
   assert remote_curve(bucket, run) == expected
   assert "Traceback" not in output
+  assert not bucket.names(f"{run}/damaged")
 
 
 @pytest.mark.slow
@@ -259,9 +267,7 @@ def test_a_process_that_slept_while_another_finished_the_run_changes_nothing(buc
   run = f"slept-{stopped_at}"
   with bucket.proxy.fault("delay", MOMENTS["save"], seconds=0.3):
     sleeper = train(command, run)
-    deadline = time.monotonic() + 120
-    while not bucket.exists(f"{run}/checkpoints/{stopped_at}/") and time.monotonic() < deadline:
-      time.sleep(0.005)
+    wait_for(lambda: bucket.exists(f"{run}/checkpoints/{stopped_at}/"))
     sleeper.send_signal(signal.SIGSTOP)
   finish(train(command, run))
   before = {name: bucket.read(name) for name in bucket.names(f"{run}/")}
