@@ -83,18 +83,16 @@ def _is_queued(cluster):
 
 def _train_uninterrupted(recipe, workdir, tasks):
   command = [sys.executable, "-m", "mixln_jax", "train", f"--config={recipe}", f"--workdir={workdir}"]
-  variables = {}
+  by_task = [{} for _ in range(tasks)]
   if tasks > 1:
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
-      variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(tasks)}
+      address = f"127.0.0.1:{free.getsockname()[1]}"
+    for task, variables in enumerate(by_task):
+      variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(tasks), "JAX_PROCESS_ID": str(task)}
+  expect = f"--config.parallel.expect_devices={tasks}"
   processes = [
-    subprocess.Popen(
-      [*command, f"--config.parallel.expect_devices={tasks}"],
-      cwd=ROOT,
-      env=environment(**variables, JAX_PROCESS_ID=str(task)),
-      stdout=subprocess.DEVNULL,
-    )
-    for task in range(tasks)
+    subprocess.Popen([*command, expect], cwd=ROOT, env=environment(**variables), stdout=subprocess.DEVNULL)
+    for variables in by_task
   ]
   assert [process.wait(400) for process in processes] == [0] * tasks

@@ -118,8 +118,8 @@ class FaultProxy:
     counts["all"] = len(requests)
     return counts
 
-  def _begin(self, method: str, path: str) -> Request:
-    request = _parsed(method, path)
+  def _begin(self, request: Request) -> None:
+    """Counts a request, and decides which fault it meets."""
     with self._mutex:
       self.requests.append(request)
       for rule in self._rules:
@@ -129,7 +129,6 @@ class FaultProxy:
           break
     if request.fault == "delay":
       time.sleep(rule.seconds)
-    return request
 
   def _forward(
     self, request: Request, path: str, headers: dict[str, str], body: bytes
@@ -194,9 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
 
   def _handle(self) -> None:
     body = self._body()
-    request = self.owner._begin(self.command, self.path)
+    request = _parsed(self.command, self.path)
     if request.kind == "upload" and not request.name and "upload_id" not in request.query:
       request.name = _name_in(body)
+    self.owner._begin(request)
     if request.fault in STATUSES:
       request.status = int(request.fault)
       self._answer(request.status, [("Content-Type", "application/json")], _error(request.status, "fault"))
