@@ -73,15 +73,20 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _reached(self, what: str) -> Iterator[None]:
-    """Says each minute what is waited for.
+    """Says each minute what is waited for; raises as `_named`."""
+    with self._named(), waiting.said(f"{what} ({self._folder})"):
+      yield
+
+  @contextlib.contextmanager
+  def _named(self) -> Iterator[None]:
+    """What orbax and tensorstore raise as what it is.
 
     Raises:
       UnreachableError: the checkpoints lie in a bucket that can't be reached.
       TryAgainError: a thread of orbax met it, for instance that the lock was lost.
     """
     try:
-      with waiting.said(f"{what} ({self._folder})"):
-        yield
+      yield
     except Exception as error:
       self._check_held()
       for one in chain(error):
@@ -183,7 +188,7 @@ class Checkpoints:
   def check(self) -> None:
     """Raises what went wrong in the background since the last save, and where the run is no longer this process's."""
     self._check_held()
-    with self._reached("the checkpoints"):
+    with self._named():
       self._manager.check_for_errors()
 
   def wait(self) -> None:

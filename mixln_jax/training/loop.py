@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
-from mixln_jax.errors import TryAgainError, one_line
+from mixln_jax.errors import LostLockError, UnreachableError, one_line
 from mixln_jax.model.flops import train_flops_per_token
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import Setup, attention_of, make_loader, set_up
@@ -114,8 +114,8 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
   loop = _Loop(program, members, points, state, clock)
   try:
     loop.run()
-  except TryAgainError:
-    raise  # it did not fail: the run is another process's now, or the bucket that its outcome would be in is away
+  except (LostLockError, UnreachableError):
+    raise  # the run is another process's now, or the bucket that its outcome would lie in is away
   except Exception as error:
     message = f"{type(error).__name__}: {one_line(error)}; run the same command to resume from the last checkpoint"
     with contextlib.suppress(OSError):  # of a disk that is full

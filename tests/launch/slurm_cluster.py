@@ -76,6 +76,7 @@ def serve(folder, cpus=2):
     _wait_until_idle(folder, variables)
     yield variables
   finally:
+    _cancel_all(variables)  # of a test that failed: jobs would outlive the daemons
     for daemon in reversed(daemons):
       daemon.terminate()
     for daemon in daemons:
@@ -94,3 +95,15 @@ def _wait_until_idle(folder, variables):
     time.sleep(0.5)
   logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
   raise RuntimeError(f"the cluster did not start: {shown.stdout}{shown.stderr}\n{logs[-3000:]}")
+
+
+def _cancel_all(variables):
+  environment = os.environ | variables
+  subprocess.run(["scancel", f"--user={getpass.getuser()}", "--signal=KILL"], env=environment, check=False)
+  subprocess.run(["scancel", f"--user={getpass.getuser()}"], env=environment, check=False)
+  deadline = time.monotonic() + 30
+  while time.monotonic() < deadline:
+    queued = subprocess.run(["squeue", "--noheader"], env=environment, capture_output=True, check=False)
+    if not queued.stdout.strip():
+      return
+    time.sleep(0.5)

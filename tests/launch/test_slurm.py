@@ -16,7 +16,7 @@ from runs.random_faults import make_recipe
 from launch import slurm_cluster
 
 ROOT = Path(__file__).parents[2]
-STEPS, SECONDS_A_STEP = 240, 0.4  # 96 s: past the signal, which comes 60 s after the start of a job of four minutes
+STEPS, SECONDS_A_STEP = 330, 0.4  # 132 s: past the signal, which comes 120 s after the start of a job of five minutes
 
 pytestmark = [
   pytest.mark.slow,
@@ -62,7 +62,7 @@ def environment(**more):
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_a_job_that_meets_its_time_limit_is_requeued_and_ends_as_one_that_does_not(cluster, clone, tmp_path, tasks):
   workdir = tmp_path / "requeued"
-  submit = ["bash", "launch/slurm.sh", "--nodes=1", f"--gpus={tasks}", "--time=4", f"--name=tasks{tasks}"]
+  submit = ["bash", "launch/slurm.sh", "--nodes=1", f"--gpus={tasks}", "--time=5", f"--name=tasks{tasks}"]
   recipe = [f"--config={clone / 'recipe.py'}", f"--workdir={workdir}", "--config.parallel.expect_platform=cpu"]
   subprocess.run([*submit, *recipe], cwd=clone, env=environment(**cluster), check=True, capture_output=True, text=True)
   deadline = time.monotonic() + 900
