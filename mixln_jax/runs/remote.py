@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mixln_jax import waiting
 from mixln_jax.errors import InputError, TryAgainError, UnreachableError, one_line
 from mixln_jax.files import is_partial
 from mixln_jax.places import check_bucket_folder, check_scheme, is_url
@@ -173,7 +174,8 @@ class Remote:
       UnreachableError: the bucket is not reached, or no longer lets us in.
     """
     try:
-      yield
+      with waiting.said(f"an answer of {self.url}"):
+        yield
     except (*expected, InputError, TryAgainError):
       self._allowed.add(act)
       raise
