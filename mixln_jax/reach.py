@@ -52,10 +52,11 @@ def why_unreachable(error: BaseException) -> str | None:
   Returns:
     One line; None where the error says something else, for instance that what was read is damaged.
   """
-  for one in chain(error):
-    if (reason := _reason(one)) is not None:
-      return reason
-  return None
+  reasons = [reason for reason in map(_reason, chain(error)) if reason is not None]
+  with_code = [reason for reason in reasons if reason[:3].isdecimal()]
+  if with_code:
+    return with_code[0]
+  return reasons[-1] if reasons else None  # the innermost: those around it say that they tried again
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
