@@ -37,7 +37,7 @@ from mixln_jax.model import transformer
 from mixln_jax.model.columns import Columns, traced_rows
 from mixln_jax.model.norm import rms_norm
 from mixln_jax.model.parameters import abstract_sharded_params, gain_name
-from mixln_jax.model.residual import Stream
+from mixln_jax.model.residual import Stream, Streams
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.parallel.rules import logical_rules
 from mixln_jax.training.program import abstract_batch
@@ -64,8 +64,8 @@ class Written(transformer.Layer):
 
   @nn.compact
   def __call__(
-    self, carry: tuple[Stream, Any], varying: transformer.Varying, shared: transformer.Shared
-  ) -> tuple[tuple[Stream, Any], Any]:
+    self, carry: tuple[Any, Any], varying: transformer.Varying, shared: transformer.Shared
+  ) -> tuple[tuple[Any, Any], Any]:
     before, cache = carry
     rows = traced_rows(self.constant, varying.columns)
     weights = {}
@@ -78,11 +78,11 @@ class Written(transformer.Layer):
     def mlp(h_BTD: jax.Array) -> jax.Array:
       return transformer.swiglu(h_BTD, weights, self.config.dtype)
 
-    x_BTD = before.sum_BTD
+    x_BTD = before.first.sum_BTD
     for name, branch, row in (("attention", attend, rows.attention), ("mlp", mlp, rows.mlp)):
       x_BTD = self.apply_one(x_BTD, branch, weights[gain_name(name, 0)], row.norm_out)
       x_BTD = nn.with_logical_constraint(x_BTD, transformer.STREAM)
-    return (Stream(x_BTD), cache), {"stream_BTD": x_BTD}
+    return (Streams(Stream(x_BTD)), cache), {"stream_BTD": x_BTD}
 
 
 class Pre(Written):
@@ -150,9 +150,9 @@ class Model(transformer.Transformer):
       return nn.remat(GateSaved, policy=jax.checkpoint_policies.save_only_these_names("sum"), prevent_cse=False)
     return nn.remat(self.layer, policy=transformer.REMAT_POLICIES[self.config.remat], prevent_cse=False)
 
-  def first_stream(self, x_BTD: jax.Array, columns: Columns) -> Stream:
+  def first_streams(self, x_BTD: jax.Array, columns: Columns) -> Streams:
     del columns  # these layers apply their own norms
-    return Stream(x_BTD)
+    return Streams(Stream(x_BTD))
 
 
 class TwoScans(Model):

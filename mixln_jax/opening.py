@@ -10,6 +10,7 @@
 import contextlib
 import functools
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,20 +25,24 @@ from mixln_jax import placement
 from mixln_jax.config import BEST, NEWEST, Config
 from mixln_jax.data.loader import Data, Loader
 from mixln_jax.data.opening import open_data
+from mixln_jax.data.tokenizer import CONFIG as TOKENIZER_CONFIG
 from mixln_jax.data.tokenizer import FILES, Tokenizer, content_hash, read_written_tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.files import json_object
+from mixln_jax.files import TEXT
 from mixln_jax.model import Transformer
 from mixln_jax.model.attention_kernels import choose_attention
 from mixln_jax.model.parameters import abstract_sharded_params
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.mesh import make_mesh, rows_share
 from mixln_jax.parallel.rules import batch_sharding, check_divides, on_mesh
+from mixln_jax.parallel.settings import check_settings
 from mixln_jax.runs import folder as folder_lib
-from mixln_jax.runs.checkpoint import Checkpoints
+from mixln_jax.runs.checkpoint import Checkpoints, RemovedError
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import read_metrics
+
+READING_SECONDS = 60.0  # how long a reader follows a run that removes checkpoints as they are read
 
 
 class Setup(NamedTuple):
@@ -63,6 +68,7 @@ def set_up(config: Config, data_fallback: Path | None = None) -> Setup:
     InputError: config, data and devices contradict one another.
   """
   config_lib.validate(config)
+  check_settings()
   processes.check_devices(config.parallel)
   mesh = make_mesh(config.mesh)
   abstract_sharded_params(config.model, mesh)  # for its checks
@@ -118,24 +124,56 @@ class OpenRun:
 
   Attributes:
     folder: the run's folder.
-    config: its config, with a mesh over the devices of this machine.
+    config: its config, with a mesh over the devices of this machine, and its placement as it is at that step (of one
+      with `+prores`, `pre+prores:linear:1000@40`).
     mesh: that mesh.
-    step: the checkpoint that is open, in updates done.
   """
 
-  def __init__(self, folder: RunFolder, config: Config, mesh: Mesh, checkpoints: Checkpoints, step: int):
-    self.folder, self.config, self.mesh, self.step = folder, config, mesh, step
-    self._checkpoints = checkpoints
+  def __init__(self, folder: RunFolder, config: Config, mesh: Mesh, checkpoints: Checkpoints, wanted: int | str):
+    """`wanted`: newest, best, or a step; raises InputError where the run has no such checkpoint."""
+    self.folder, self.config, self.mesh = folder, config, mesh
+    self._checkpoints, self._wanted = checkpoints, wanted
+    self._placement = config.model.placement
+    self._chosen = self._choose()
+
+  def _choose(self) -> int:
+    chosen = choose_step(self._checkpoints, self._wanted, f"workdir={self.folder.address}")
+    self.config.model.placement = placement.at_step(self._placement, self.config.model.num_layers, chosen)
+    return chosen
 
   @functools.cached_property
+  def _loaded(self) -> tuple[int, Any]:
+    """The step of the checkpoint that is open, and its parameters.
+
+    A run that trains removes its older checkpoints: where the newest (or best) one is gone before it was read, the one
+    that is newest by then is taken.
+    """
+    abstract = abstract_sharded_params(self.config.model, self.mesh)
+    deadline = time.monotonic() + READING_SECONDS
+    while True:
+      try:
+        return self._chosen, self._checkpoints.restore(self._chosen, {"params": abstract})["params"]
+      except RemovedError:
+        named = self._wanted not in (NEWEST, BEST)
+        if named or jax.process_count() > 1 or time.monotonic() > deadline:
+          raise
+      self._checkpoints.reload()
+      self._chosen = self._choose()
+
+  @property
+  def step(self) -> int:
+    """The checkpoint that is open, in updates done; its parameters are loaded by then."""
+    return self._loaded[0]
+
+  @property
   def params(self) -> Any:
     """The parameters, sharded over the mesh and verified bit for bit.
 
     Raises:
       DamagedError: they are not what was written.
+      RemovedError: the run, which trains, has removed the checkpoint.
     """
-    abstract = abstract_sharded_params(self.config.model, self.mesh)
-    return self._checkpoints.restore(self.step, {"params": abstract})["params"]
+    return self._loaded[1]
 
   @property
   def model(self) -> Transformer:
@@ -189,11 +227,13 @@ class OpenRun:
 
 
 def data_facts(folder: RunFolder) -> dict[str, Any]:
-  """What a run says of its data; nothing for one that was never trained here."""
-  try:
-    return json_object(folder.read(folder_lib.DATA), folder_lib.DATA)
-  except InputError:
-    return {}
+  """What a run says of its data; nothing for one that was never trained here.
+
+  Raises:
+    InputError: the file is damaged.
+  """
+  text = TEXT.optional()
+  return folder.facts(folder_lib.DATA, {"folder": text, "fingerprint": text, "tokenizer_sha256": text}) or {}
 
 
 def _written_tokenizer(folder: RunFolder) -> Tokenizer | None:
@@ -201,7 +241,7 @@ def _written_tokenizer(folder: RunFolder) -> Tokenizer | None:
   if folder.remote is None:
     return read_written_tokenizer(folder / folder_lib.TOKENIZER)
   with tempfile.TemporaryDirectory() as local:
-    for file in FILES.values():
+    for file in (*FILES.values(), TOKENIZER_CONFIG):
       name = f"{folder_lib.TOKENIZER}/{file}"
       if folder.remote.exists(name):
         folder.remote.get(name, Path(local) / file)
@@ -251,9 +291,9 @@ def open_run(
     here = spread_over_all_devices(config)
     mesh = make_mesh(here.mesh)
     with contextlib.closing(Checkpoints(folder.place(folder_lib.CHECKPOINTS), read_only=True)) as checkpoints:
-      chosen = choose_step(checkpoints, step, f"workdir={folder.address}")
+      run = OpenRun(folder, here, mesh, checkpoints, step)
       with on_mesh(mesh):
-        yield OpenRun(folder, here, mesh, checkpoints, chosen)
+        yield run
     processes.wait_for_all(f"the end of the work on {folder.address}")
 
 

@@ -1,18 +1,24 @@
-"""What a norm placement is: names, grammar, and the table that the model reads (Python and NumPy only).
+"""What a placement is: names, grammar, and the table that the model reads (Python and NumPy only).
 
 A placement is data. A string such as `mix:0.25` becomes a table with a row for each layer and sublayer, and each row
-holds the columns of the one sublayer rule (`model/residual.py`):
+holds the columns of the one sublayer rule (`model/residual.py`) over the residual streams H_0 … H_{n-1}:
 
-    r = N_in(x) if residual_from_normed else x
-    s = c_res * g(r) + c_out * N_mid(f(c_in * N_in(x)))
-    y = N_out(s) where there is an N_out, else g(s)
+    x   = Σ_i read_i M_i(H_i)
+    b   = c_out N_mid(f(c_in N_in(x)))
+    s   = c_res g(Σ_i mix_i0 R_i) + write_0 b            R_0 = N_in(x) if residual_from_normed else M_0(H_0); R_i = H_i
+    H_0 ← N_out(s) where there is an N_out, else g(s)
+    H_j ← Σ_i mix_ij R_i + write_j b                     for the further streams
+
+Most rows have one stream (n = 1, read = mix = write = 1). `wiring` names what read, mix and write are made of: the
+table's own numbers (`fixed`), or weights that are learned from them (`model/wiring.py`).
 
 Grammar:
 
     placement := segment ("," segment)*            the segments' counts add up to the number of layers
-    segment   := name [":" argument] ["*" count] ("+" modifier)*
-    name      := a key of ROWS, or `mix`; one name without a count stands for all layers
-    modifier  := a key of MODIFIERS; it binds to its own segment
+    segment   := row ["/" row] ["*" count] ("+" modifier)*      `post/pre`: Post-LN attention and a Pre-LN MLP
+    row       := name (":" argument)*
+    name      := a key of ROWS, or `mix`; one segment without a count stands for all layers
+    modifier  := a key of MODIFIERS (":" argument)*; it binds to its own segment
 
 To add a placement whose columns fit the rule, add one line to ROWS, one line of mathematics to the tests' reference
 (`tests/model/reference.py`) and one to the README's table; a test that enumerates ROWS names the one that is missing.
@@ -31,7 +37,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
+from mixln_jax.text import shown, whole_number
 
 SUBLAYERS = ("attention", "mlp")
 NORMS = ("norm_in", "norm_mid", "norm_out")  # in order of application, which is the order of their gains
@@ -52,6 +59,81 @@ def _learned(factor: str, shape: str) -> Any:
 def _initial(default: Any) -> Any:
   """A column that decides initial weights and nothing else."""
   return dataclasses.field(default=default, metadata={"initial": True})
+
+
+def _of_model(default: Any) -> Any:
+  """A column that all rows of a model share, which the layers don't read (`Table.streams`)."""
+  return dataclasses.field(default=default, metadata={"of_model": True})
+
+
+class StreamSet(NamedTuple):
+  """What the residual streams beyond the first are for. A model has one such purpose at most.
+
+  Attributes:
+    meaning: in words, for messages.
+    read_out: how the head reads the streams: a key of `model/wiring.py`'s READ_OUTS.
+    carried: whether the further streams go from layer to layer; else they live within one.
+    sums: whether "the residual stream" of a diagnostic is the sum of all streams; else it is the first.
+  """
+
+  meaning: str
+  read_out: str
+  carried: bool = True
+  sums: bool = True
+
+
+STREAM_SETS: Mapping[str, StreamSet] = {
+  "hyper": StreamSet("copies of the stream, whose sum the head reads", "sum"),
+  "hyper_normed": StreamSet("copies of the stream, which the head reads after a norm each", "sum_of_normed"),
+  "ihc_v4": StreamSet("copies of the stream, which the head reads by learned weights", "weighted_sum"),
+  "mhc_v4": StreamSet("copies of the stream, which the head reads by learned weights", "weighted_sum"),
+  "siamese": StreamSet("a stream without a norm beside the one with norms", "siamese"),
+  "dual": StreamSet("the sum of all branches beside the Post-LN stream", "dual"),
+  "sources": StreamSet("the outputs of earlier sublayers", "attention"),
+  "x0": StreamSet("the embedding", "first", sums=False),
+  "span": StreamSet("the layer's input", "first", carried=False, sums=False),
+}
+
+
+class Streams(NamedTuple):
+  """The residual streams of a model.
+
+  Attributes:
+    kind: a key of STREAM_SETS; "" where there is one stream.
+    num: how many there are.
+    start: what each further one starts as, times the embedding.
+    read_out_weight: of the first stream, where the read-out takes one (`dual`).
+  """
+
+  kind: str = ""
+  num: int = 1
+  start: float = 1.0
+  read_out_weight: float = 1.0
+
+  @property
+  def read_out(self) -> str:
+    return STREAM_SETS[self.kind].read_out if self.kind else "first"
+
+  @property
+  def num_carried(self) -> int:
+    """Streams that go from layer to layer."""
+    return self.num if self.kind and STREAM_SETS[self.kind].carried else 1
+
+  @property
+  def sums(self) -> bool:
+    return bool(self.kind) and STREAM_SETS[self.kind].sums
+
+
+class Ramp(NamedTuple):
+  """floor + (1 − floor) clip((t − start) / (end − start), 0, 1)^power after t finished updates; 1 where end is 0."""
+
+  start: float
+  end: float
+  floor: float
+  power: float
+
+
+NO_RAMP = Ramp(0.0, 0.0, 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +159,23 @@ class Row:
   qk_norm: bool = False  # attention: RMSNorm of each head's query and key, before RoPE
   qk_norm_full: bool = False  # attention: RMSNorm over all heads' queries, and keys, together
   v_norm: bool = False  # attention: RMSNorm of each head's value
+  read: tuple[float, ...] = (1.0,)  # by stream
+  mix: tuple[tuple[float, ...], ...] = ((1.0,),)  # [from][to]
+  write: tuple[float, ...] = (1.0,)  # by stream
+  wiring: str = "fixed"  # what read, mix and write are made of: a key of `model/wiring.py`'s WIRINGS
+  norm_streams: bool = False  # M_0 and M_1 are norms with gains of their own; else nothing
+  value_residual: bool = False  # attention: v ← (1 − λ) v + λ v_0, v_0 the first layer's, λ learned
+  value_residual_two: bool = False  # attention: v ← λ_1 v_0 + λ_2 v, both learned
+  ramp: Ramp = NO_RAMP  # c_out is times this function of the finished updates
+  streams: str = _of_model("")  # a key of STREAM_SETS
+  stream_start: float = _of_model(1.0)
+  read_out_weight: float = _of_model(1.0)
   xavier: bool = _initial(False)  # std sqrt(2 / (fan_in + fan_out)) instead of config.model.init_deviation
   branch_gain: float = _initial(1.0)  # factor on the std of value and output, or of all three matrices of the MLP
   output_deviation: float = _initial(1.0)  # factor on the std of the sublayer's last matrix
   initial_c_out: float = _initial(1.0)  # first value of a learned c_out
+  dynamic_std: float = _initial(0.0)  # std of what computes read, mix and write from the streams
+  static_size: float = _initial(0.0)  # mHC: first size of the logits behind read and mix
 
   @property
   def num_gains(self) -> int:
@@ -91,6 +186,25 @@ class Row:
     if not getattr(self, norm):
       return None
     return sum(getattr(self, earlier) for earlier in NORMS[: NORMS.index(norm)])
+
+  @property
+  def num_streams(self) -> int:
+    return len(self.read)
+
+  @property
+  def has_ramp(self) -> bool:
+    return self.ramp.end > 0.0
+
+  def with_streams(self, num: int, *, kept: bool) -> "Row":
+    """The row in a model of `num` streams: those that it does not know are neither read nor written, and `kept`."""
+    missing = num - self.num_streams
+    if missing <= 0:
+      return self
+    none = (0.0,) * missing
+    mix = [(*to, *none) for to in self.mix]
+    for index in range(self.num_streams, num):
+      mix.append(tuple(float(kept and to == index) for to in range(num)))
+    return replace(self, read=(*self.read, *none), mix=tuple(mix), write=(*self.write, *none))
 
   def without_initial(self) -> "Row":
     """The row without what only decides initial weights: equal rows compute the same."""
@@ -135,6 +249,23 @@ class Table:
     """How many gains the sublayer has in the parameter tree: the most that any of its layers uses."""
     return max(row.num_gains for row in self.rows(sublayer))
 
+  @property
+  def all_rows(self) -> list[Row]:
+    return [row for sublayer in SUBLAYERS for row in self.rows(sublayer)]
+
+  @property
+  def streams(self) -> Streams:
+    """The residual streams. Rows of one stream go with any; all others must agree (`parse` checks it)."""
+    for row in self.all_rows:
+      if row.streams:
+        return _streams_of(row)
+    return Streams()
+
+  @property
+  def ramp_end(self) -> float:
+    """Finished updates after which no factor of the table changes any more; 0 where none does."""
+    return max(row.ramp.end for row in self.all_rows)
+
   def to_json(self) -> list[dict[str, Any]]:
     return [dataclasses.asdict(layer) for layer in self.layers]
 
@@ -165,7 +296,17 @@ def _row_from_json(columns: Mapping[str, Any], written_by: str) -> Row:
       f"placement table: column {unknown[0]}={columns[unknown[0]]!r} is not one of this version's "
       f"({', '.join(sorted(known))}); the table was written by {written_by}; use that version"
     )
-  return Row(**columns)
+  row = Row(**{name: _from_list(value) for name, value in columns.items()})
+  return replace(row, ramp=Ramp(*row.ramp))
+
+
+def _from_list(value: Any) -> Any:
+  """A column as it was before it became JSON, which has no tuples."""
+  return tuple(_from_list(entry) for entry in value) if isinstance(value, list) else value
+
+
+def _streams_of(row: Row) -> Streams:
+  return Streams(row.streams, row.num_streams, row.stream_start, row.read_out_weight)
 
 
 class Position(NamedTuple):
@@ -184,12 +325,16 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-  """The number after a placement's colon, `lns:0.25`."""
+  """A number after a placement's colon, `lns:0.25`."""
 
   meaning: str
   minimum: float
   maximum: float
   default: float | None = None  # None: depends on the depth, and the rows' function knows
+  whole: bool = False
+
+
+Arguments = tuple[Any, ...]  # a value (float, int, or None) for each argument that a placement takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,52 +342,58 @@ class Placement:
   """What a name of ROWS stands for.
 
   Attributes:
-    rows: the rows of a layer, from its position and the argument's value.
-    argument: the argument that it takes; None where it takes none.
+    rows: the rows of a layer, from its position and the arguments' values.
+    arguments: what it takes after colons.
   """
 
-  rows: Callable[[Position, float | None], Rows]
-  argument: Argument | None = None
+  rows: Callable[[Position, Arguments], Rows]
+  arguments: tuple[Argument, ...] = ()
 
 
 def _both(row: Row) -> Placement:
   """The same row for attention and MLP of every layer."""
-  return Placement(lambda _position, _argument: Rows(row, row))
+  return Placement(lambda _position, _arguments: Rows(row, row))
 
 
-def _lns(position: Position, exponent: float | None) -> Rows:
+def _lns(position: Position, arguments: Arguments) -> Rows:
   """LayerNorm scaling (arXiv 2502.05795): N_in's output over the root of the layer's number, counted from 1."""
-  number = position.layer + 1
+  number, exponent = position.layer + 1, arguments[0]
   # `sqrt` and `**` round in different ways, and checkpoints hold what `sqrt` gave.
-  divisor = math.sqrt(number) if exponent == 0.5 else number ** (exponent or 0.0)
+  divisor = math.sqrt(number) if exponent == 0.5 else number**exponent
   row = Row(norm_in=True, c_in=1.0 / divisor)
   return Rows(row, row)
 
 
-def _deepnorm(position: Position, _: float | None) -> Rows:
+def _deepnorm(position: Position, arguments: Arguments) -> Rows:
   """DeepNet for L decoder layers (arXiv 2203.00555, figure 2): α = (2L)^¼, β = (8L)^-¼."""
-  num_layers = position.num_layers
-  row = Row(norm_out=True, c_res=(2 * num_layers) ** 0.25, xavier=True, branch_gain=(8 * num_layers) ** -0.25)
+  alpha, beta = arguments
+  if alpha is None:
+    alpha = (2 * position.num_layers) ** 0.25
+  if beta is None:
+    beta = (8 * position.num_layers) ** -0.25
+  row = Row(norm_out=True, c_res=alpha, xavier=True, branch_gain=beta)
   return Rows(row, row)
 
 
-def _deepnorm_as_published(position: Position, _: float | None) -> Rows:
+def _deepnorm_as_published(position: Position, _: Arguments) -> Rows:
   """What the official Mix-LN code calls DeepNorm: α is right for 32 layers only, and β's exponent lacks its sign."""
   beta = (8 * position.num_layers) ** 0.25
   row = Row(norm_out=True, c_res=2.8284271247461903, xavier=True, branch_gain=beta)
   return Rows(row, row)
 
 
-def _keel(position: Position, alpha: float | None) -> Rows:
+def _keel(position: Position, arguments: Arguments) -> Rows:
   """Keel (arXiv 2601.19895): N_out(α x + f(N_in(x))), α = 2L; the first attention is Pre-LN, the first MLP has no α."""
+  alpha = arguments[0]
   row = Row(norm_in=True, norm_out=True, c_res=2.0 * position.num_layers if alpha is None else alpha)
   if position.layer == 0:
     return Rows(Row(norm_in=True), replace(row, c_res=1.0))
   return Rows(row, row)
 
 
-def _layerscale(position: Position, first: float | None) -> Rows:
+def _layerscale(position: Position, arguments: Arguments) -> Rows:
   """LayerScale with the first values of its source by depth (CaiT, arXiv 2103.17239, §2): 0.1, 1e-5, 1e-6."""
+  first = arguments[0]
   if first is None and position.num_layers <= 18:
     first = 0.1
   elif first is None and position.num_layers <= 24:
@@ -253,16 +404,109 @@ def _layerscale(position: Position, first: float | None) -> Rows:
   return Rows(row, row)
 
 
+def _skipinit(_: Position, arguments: Arguments) -> Rows:
+  row = Row(norm_in=True, scalar_c_out=True, initial_c_out=arguments[0])
+  return Rows(row, row)
+
+
 def _hybrid(*, first_is_pre: bool) -> Placement:
   """HybridNorm (arXiv 2503.04598): QKV-norm in attention, and an MLP whose residual is normalised too."""
   attention = Row(qk_norm=True, v_norm=True)
   mlp = Row(norm_in=True, residual_from_normed=True)
   usual, pre = Rows(attention, mlp), Rows(replace(attention, norm_in=True), Row(norm_in=True))
 
-  def rows(position: Position, _: float | None) -> Rows:
+  def rows(position: Position, _: Arguments) -> Rows:
     return pre if first_is_pre and position.layer == 0 else usual
 
   return Placement(rows)
+
+
+# Several streams.
+
+
+def one_hot(index: int, num: int) -> tuple[float, ...]:
+  return tuple(float(i == index) for i in range(num))
+
+
+def identity(num: int) -> tuple[tuple[float, ...], ...]:
+  return tuple(one_hot(index, num) for index in range(num))
+
+
+MOST_STREAMS = 64
+
+
+def _hyper(wiring: str, streams: str = "hyper", *, least: int = 1, **columns: Any) -> Placement:
+  """A Pre-LN sublayer wired to N copies of the stream. At first sublayer k reads stream k mod N and writes to all."""
+
+  def rows(position: Position, arguments: Arguments) -> Rows:
+    num = arguments[0]
+    sublayers = []
+    for which in range(2):
+      read = one_hot((2 * position.layer + which) % num, num)
+      row = Row(norm_in=True, read=read, mix=identity(num), write=(1.0,) * num, wiring=wiring, streams=streams)
+      sublayers.append(replace(row, **columns))
+    return Rows(*sublayers)
+
+  return Placement(rows, (Argument("number of streams", least, MOST_STREAMS, default=4, whole=True),))
+
+
+def _hyper_connections(wiring: str, streams: str = "hyper") -> Placement:
+  """Hyper-connections (arXiv 2409.19606), which start with the sublayers' last matrices divided by √N (§2.4)."""
+  plain = _hyper(wiring, streams)
+
+  def rows(position: Position, arguments: Arguments) -> Rows:
+    attention, mlp = plain.rows(position, arguments)
+    deviation = 1.0 / math.sqrt(arguments[0])
+    return Rows(replace(attention, output_deviation=deviation), replace(mlp, output_deviation=deviation))
+
+  return Placement(rows, plain.arguments)
+
+
+def _attention_residuals(position: Position, arguments: Arguments) -> Rows:
+  """Attention residuals (arXiv 2603.15031): a sublayer reads a softmax over the sources that are there, and adds to its
+  own. Source 0 is the embedding, source 1 + k // block holds the outputs of its block of sublayers k."""
+  block = arguments[0]
+  num = 1 + -(-2 * position.num_layers // block)
+  sublayers = []
+  for which in range(2):
+    number = 2 * position.layer + which
+    there = 1 + -(-number // block)
+    read = tuple(float(source < there) for source in range(num))
+    row = Row(norm_in=True, read=read, mix=identity(num), write=one_hot(1 + number // block, num))
+    sublayers.append(replace(row, wiring="attention", streams="sources", stream_start=0.0))
+  return Rows(*sublayers)
+
+
+def _siamese(position: Position, _: Arguments) -> Rows:
+  """SiameseNorm (arXiv 2602.08064): X ← N_X(X); o = f(N_in(X + N_Y(Y))); X ← X + o / √(2 (l + 1)), Y ← Y + o."""
+  write = (1.0 / math.sqrt(2 * (position.layer + 1)), 1.0)
+  row = Row(norm_in=True, norm_streams=True, read=(1.0, 1.0), mix=identity(2), write=write, streams="siamese")
+  return Rows(row, row)
+
+
+def _residual(_: Position, arguments: Arguments) -> Rows:
+  """ResiDual (arXiv 2304.14802): x ← N(x + f(x)) and d ← d + s f(x); the head reads α x + N(d)."""
+  scale, weight = arguments
+  row = Row(norm_out=True, read=(1.0, 0.0), mix=identity(2), write=(1.0, scale), streams="dual")
+  row = replace(row, stream_start=scale, read_out_weight=weight)
+  return Rows(row, row)
+
+
+KEEPS_INPUT = ((1.0, 1.0), (0.0, 0.0))  # stream 0 goes on, and stream 1 becomes what it was
+
+
+def _span(*, both: bool) -> Placement:
+  """The MLP's sum takes the layer's input: beside the stream (B2T, arXiv 2206.00330), or instead (SpanNorm)."""
+  attention = Row(norm_out=True, read=(1.0, 0.0), mix=KEEPS_INPUT, write=(1.0, 0.0), streams="span")
+  mlp = replace(attention, mix=((1.0 if both else 0.0, 0.0), (1.0, 0.0)))
+  return Placement(lambda _position, _arguments: Rows(attention, mlp))
+
+
+def _parallel() -> Placement:
+  """Attention and MLP read the same input (GPT-J; PaLM, arXiv 2204.02311, §2)."""
+  attention = Row(norm_in=True, read=(1.0, 0.0), mix=KEEPS_INPUT, write=(1.0, 0.0), streams="span")
+  mlp = replace(attention, read=(0.0, 1.0), mix=((1.0, 0.0), (0.0, 0.0)))
+  return Placement(lambda _position, _arguments: Rows(attention, mlp))
 
 
 # Sources: the README's table.
@@ -272,41 +516,195 @@ ROWS: Mapping[str, Placement] = {
   "sandwich": _both(Row(norm_in=True, norm_mid=True)),
   "peri": _both(Row(norm_in=True, norm_mid=True)),
   "reordered": _both(Row(norm_mid=True)),
-  "lns": Placement(_lns, Argument("exponent of the layer's number", 0.0, 4.0, default=0.5)),
-  "deepnorm": Placement(_deepnorm),
+  "lns": Placement(_lns, (Argument("exponent of the layer's number", 0.0, 4.0, default=0.5),)),
+  "deepnorm": Placement(
+    _deepnorm, (Argument("weight α of the residual", 0.0, 1e6), Argument("factor β on initial weights", 0.0, 1e6))
+  ),
   "deepnorm_as_published": Placement(_deepnorm_as_published),
-  "keel": Placement(_keel, Argument("weight α of the residual", 0.0, 1e6)),
+  "keel": Placement(_keel, (Argument("weight α of the residual", 0.0, 1e6),)),
   "admin": _both(Row(norm_out=True, vector_c_res=True)),
-  "layerscale": Placement(_layerscale, Argument("first value of the learned scales", 0.0, 10.0)),
-  "skipinit": _both(Row(norm_in=True, scalar_c_out=True, initial_c_out=0.0)),
+  "layerscale": Placement(_layerscale, (Argument("first value of the learned scales", 0.0, 10.0),)),
+  "skipinit": Placement(_skipinit, (Argument("first value of the learned scales", 0.0, 10.0, default=0.0),)),
   "hybrid": _hybrid(first_is_pre=False),
   "hybrid_first": _hybrid(first_is_pre=True),
+  "parallel": _parallel(),
+  "b2t": _span(both=True),
+  "spannorm": _span(both=False),
+  "residual": Placement(
+    _residual,
+    (
+      Argument("factor s of the second stream", 1e-6, 1e6, default=1.0),
+      Argument("weight α of the first stream in the read-out", 0.0, 1e6, default=1.0),
+    ),
+  ),
+  "siamese": Placement(_siamese),
+  "hc": _hyper_connections("hc"),
+  "dhc": _hyper_connections("dhc"),
+  "dhc_layernorm": _hyper_connections("dhc_layernorm"),
+  "dhc_identity": _hyper_connections("dhc_identity", "hyper_normed"),
+  "ihc": _hyper("ihc", dynamic_std=0.02),
+  "mhc": _hyper("mhc", static_size=8.0),
+  "mhc_zero_bias": _hyper("mhc", dynamic_std=0.02),
+  "ihc_v4": _hyper("ihc_v4", "ihc_v4", least=2, dynamic_std=0.02),
+  "mhc_v4": _hyper("mhc_v4", "mhc_v4", dynamic_std=0.02),
+  "attnres": Placement(
+    _attention_residuals, (Argument("number of sublayers in a block", 1, 10_000, default=1, whole=True),)
+  ),
 }
 
 
-def _scaled_init(rows: Rows, num_layers: int) -> Rows:
-  factor = 1.0 / math.sqrt(2 * num_layers)
+# Modifiers.
+
+
+@dataclasses.dataclass(frozen=True)
+class Modifier:
+  """What a name of MODIFIERS stands for.
+
+  Attributes:
+    rows: a layer's rows with it, from those without, the layer's position, and the texts after its colons.
+    arguments: the texts that it takes, in words; none where it takes none.
+  """
+
+  rows: Callable[[Rows, Position, tuple[str, ...]], Rows]
+  arguments: str = ""
+
+
+def _on(sublayers: tuple[str, ...] = SUBLAYERS, **columns: Any) -> Modifier:
+  """Sets columns of attention's row, of the MLP's, or of both."""
+
+  def rows(rows: Rows, _position: Position, _texts: tuple[str, ...]) -> Rows:
+    return rows._replace(**{name: replace(getattr(rows, name), **columns) for name in sublayers})
+
+  return Modifier(rows)
+
+
+def _scaled_init(rows: Rows, position: Position, _: tuple[str, ...]) -> Rows:
+  factor = 1.0 / math.sqrt(2 * position.num_layers)
   return Rows(replace(rows.attention, output_deviation=factor), replace(rows.mlp, output_deviation=factor))
 
 
-def _gpas(rows: Rows, _: int) -> Rows:
-  return Rows(replace(rows.attention, gpas=True), replace(rows.mlp, gpas=True))
+def _x0(rows: Rows, _position: Position, _texts: tuple[str, ...]) -> Rows:
+  """Before each layer x ← λ_1 x + λ_2 embedding, both learned, first 1 and 0 (modded-nanogpt, November 2024)."""
+  attention = replace(rows.attention.with_streams(2, kept=True), wiring="x0", streams="x0")
+  return Rows(attention, rows.mlp)
 
 
-def _qk_norm(rows: Rows, _: int) -> Rows:
-  return Rows(replace(rows.attention, qk_norm=True), rows.mlp)
+def _value_residual(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
+  """The first layer's values in all others: one learned λ, or two (arXiv 2410.17897)."""
+  if texts == ("2",):
+    return Rows(replace(rows.attention, value_residual_two=position.layer > 0), rows.mlp)
+  if texts not in ((), ("1",)):
+    raise ValueError("takes the number of learned weights, 1 or 2")
+  return Rows(replace(rows.attention, value_residual=True), rows.mlp)
 
 
-def _qk_norm_full(rows: Rows, _: int) -> Rows:
-  return Rows(replace(rows.attention, qk_norm_full=True), rows.mlp)
+# ProRes (arXiv 2603.05369): schedule -> a layer's ramp, from the numbers at which the ramps of all layers end (T_1 …
+# T_L) and the layer's index. The floors by depth are 1/L, 1/√L and 1/√l.
+RAMPS: Mapping[str, Callable[[list[float], int], Ramp]] = {
+  "linear": lambda ends, layer: Ramp(0.0, ends[layer], 0.0, 1.0),
+  "linear_equal": lambda ends, _: Ramp(0.0, ends[-1], 0.0, 1.0),
+  "linear_reverse": lambda ends, layer: Ramp(0.0, ends[-1 - layer], 0.0, 1.0),
+  "sqrt": lambda ends, layer: Ramp(0.0, ends[layer], 0.0, 0.5),
+  "square": lambda ends, layer: Ramp(0.0, ends[layer], 0.0, 2.0),
+  "stagewise_0": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 0.0, 1.0),
+  "stagewise_L": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 1 / len(ends), 1.0),
+  "stagewise_sqrt_L": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 1 / math.sqrt(len(ends)), 1.0),
+  "stagewise_sqrt_l": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 1 / math.sqrt(layer + 1), 1.0),
+}
+# Those that never end.
+FIXED_FACTORS: Mapping[str, Callable[[Position], float]] = {
+  "fix_L": lambda position: 1 / position.num_layers,
+  "fix_sqrt_L": lambda position: 1 / math.sqrt(position.num_layers),
+  "fix_sqrt_l": lambda position: 1 / math.sqrt(position.layer + 1),
+}
+DEFAULT_RAMP_STEPS = 1000
 
 
-# name -> (a layer's rows, number of layers of the whole model -> its rows)
-MODIFIERS: Mapping[str, Callable[[Rows, int], Rows]] = {
-  "scaled_init": _scaled_init,
-  "gpas": _gpas,
-  "qk_norm": _qk_norm,
-  "qk_norm_full": _qk_norm_full,
+def _stage_start(ends: list[float], layer: int) -> float:
+  return 0.0 if layer == 0 else ends[layer - 1]
+
+
+def ramp_factor(start: Any, end: Any, floor: Any, power: Any, step: Any, xp: Any = np) -> Any:
+  """What c_out is times after `step` finished updates: a number, or an array where an argument is one.
+
+  Args:
+    start, end, floor, power: of a Ramp, numbers or arrays of one shape.
+    step: finished optimizer updates.
+    xp: NumPy, or jax.numpy for traced values.
+  """
+  # Where there is no ramp any positive length will do.
+  length = xp.where(end > 0, end - start, 1.0)
+  progress = xp.clip((step - start) / length, 0.0, 1.0)
+  return xp.where(end > 0, floor + (1.0 - floor) * progress**power, 1.0)
+
+
+def _prores(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
+  """Progressive residual warm-up (ProRes, arXiv 2603.05369): both branches times a ramp that ends later in deeper
+  layers, T_l = linspace(T // L, T, L). `@STEP` freezes it as it is after that many updates."""
+  names = [*RAMPS, *FIXED_FACTORS]
+  wanted = f"takes SCHEDULE[:STEPS[@STEP]] with a schedule of {', '.join(names)}, as in 'pre+prores:linear:1000'"
+  name = texts[0] if texts else "linear"
+  if name not in names or len(texts) > 2:
+    raise ValueError(wanted)
+  if name in FIXED_FACTORS:
+    if len(texts) == 2:
+      raise ValueError(f"has no number of steps with {name!r}, which never ends; write '+prores:{name}'")
+    factor = FIXED_FACTORS[name](position)
+    return Rows(*(replace(row, c_out=row.c_out * factor) for row in rows))
+  steps_text, at, frozen_text = (texts[1] if len(texts) == 2 else str(DEFAULT_RAMP_STEPS)).partition("@")
+  steps, num_layers = whole_number(steps_text, MOST_STEPS), position.num_layers
+  frozen = whole_number(frozen_text, MOST_STEPS) if at else None
+  if not steps or (at and frozen is None):
+    raise ValueError(f"{wanted}; both numbers are whole, the first above 0")
+  if steps < num_layers:
+    raise ValueError(
+      f"has {steps} steps for {num_layers} layers, one layer's ramp would be empty; give at least one each"
+    )
+  ends = [float(end) for end in np.linspace(steps // num_layers, steps, num_layers)]
+  ramp = RAMPS[name](ends, position.layer)
+  ramped = [replace(row, ramp=ramp) for row in rows]
+  if frozen is not None:
+    ramped = [_frozen(row, frozen) for row in ramped]
+  return Rows(*ramped)
+
+
+def _frozen(row: Row, step: int) -> Row:
+  """The row as it is after `step` finished updates, its ramp a number."""
+  return replace(row, c_out=row.c_out * float(ramp_factor(*row.ramp, step)), ramp=NO_RAMP)
+
+
+MOST_STEPS = 10**9
+
+
+def at_step(placement: str, num_layers: int, step: int) -> str:
+  """The placement as it is after `step` finished updates: `pre+prores` -> `pre+prores:linear:1000@40`.
+
+  What a model computes depends on nothing else than its parameters and this string, so evaluation, generation, export
+  and diagnosis of a checkpoint take the placement of its step. One without a ramp stays as it is.
+  """
+  if parse(placement, num_layers).ramp_end == 0.0:
+    return placement
+  segments = []
+  for segment in placement.split(","):
+    words = []
+    for word in segment.split("+"):
+      name, *texts = word.split(":")
+      if name == "prores" and "@" not in word and texts[:1] not in [[fixed] for fixed in FIXED_FACTORS]:
+        texts = [*texts, *["linear", str(DEFAULT_RAMP_STEPS)][len(texts) :]]
+        word = ":".join((name, *texts)) + f"@{step}"
+      words.append(word)
+    segments.append("+".join(words))
+  return ",".join(segments)
+
+
+MODIFIERS: Mapping[str, Modifier] = {
+  "scaled_init": Modifier(_scaled_init),
+  "gpas": _on(gpas=True),
+  "qk_norm": _on(("attention",), qk_norm=True),
+  "qk_norm_full": _on(("attention",), qk_norm_full=True),
+  "x0": Modifier(_x0),
+  "value_residual": Modifier(_value_residual, "the number of learned weights, 1 or 2"),
+  "prores": Modifier(_prores, "the schedule and its steps"),
 }
 
 MIX = "mix"
@@ -314,18 +712,24 @@ ALPHA = Argument("fraction of Post-LN layers", 0.0, 1.0, default=0.25)
 CHOICES = (*ROWS, f"{MIX}:ALPHA")
 
 
+class _Name(NamedTuple):
+  """A name of a segment with its arguments, as it is spelled and as what it stands for."""
+
+  text: str
+  name: str
+  values: Arguments
+
+
 @dataclasses.dataclass(frozen=True)
 class _Segment:
   text: str
-  name: str
-  argument: float | None  # what stands there, else the default of one that has a default
-  spelled_argument: str  # `:0.25`, or nothing
+  names: tuple[_Name, ...]  # one for both sublayers, or attention's and the MLP's
   count: int | None
-  modifiers: tuple[str, ...]
+  modifiers: tuple[str, ...]  # with their arguments
 
   @property
   def is_mix(self) -> bool:
-    return self.name == MIX
+    return self.names[0].name == MIX
 
 
 def num_post_layers(alpha: float, num_layers: int) -> int:
@@ -339,18 +743,20 @@ def parse(placement: str, num_layers: int) -> Table:
   """The table of a placement string for a model of `num_layers` layers. (`config.table` is the way to a model's own.)
 
   Raises:
-    InputError: the string names an unknown placement or modifier, is malformed, or its counts do not add up.
+    InputError: the string names an unknown placement or modifier, is malformed, its counts do not add up, or its rows
+      want the streams for different things.
   """
   segments = [_parse_segment(text, placement) for text in placement.split(",")]
   if len(segments) == 1 and segments[0].count is None:
     layers = _expand_single(segments[0], num_layers, placement)
   else:
     layers = _expand_segments(segments, num_layers, placement)
+  _check_streams(layers, placement)
   return Table(tuple(layers))
 
 
 def _error(placement: str, problem: str) -> InputError:
-  return InputError(f"config.model.placement={placement!r}: {problem}")
+  return InputError(f"config.model.placement={shown(placement)}: {problem}")
 
 
 def _suggestion(word: str, choices: list[str]) -> str:
@@ -362,60 +768,129 @@ def _parse_segment(text: str, placement: str) -> _Segment:
   text = text.strip()
   body, *modifiers = text.split("+")
   for modifier in modifiers:
-    if modifier not in MODIFIERS:
-      hint = _suggestion(modifier, list(MODIFIERS))
-      raise _error(placement, f"unknown modifier {modifier!r}; {hint}choices: {', '.join(MODIFIERS)}")
+    name, *texts = modifier.split(":")
+    if name not in MODIFIERS:
+      hint = _suggestion(name, list(MODIFIERS))
+      raise _error(placement, f"unknown modifier {name!r}; {hint}choices: {', '.join(MODIFIERS)}")
+    if texts and not MODIFIERS[name].arguments:
+      raise _error(
+        placement, f"modifier {name!r} takes no argument, but {':'.join(texts)!r} was given; write '+{name}'"
+      )
   body, star, count_text = body.partition("*")
-  if star and not (count_text.isdecimal() and int(count_text) > 0):
-    raise _error(placement, f"the count of {text!r} must be a whole number above 0, as in 'post*3'")
-  name, colon, argument_text = body.partition(":")
+  count = whole_number(count_text, 10**15) if star else None
+  if star and not count:
+    raise _error(placement, f"the count of {one_line(text, 40)!r} must be a whole number above 0, as in 'post*3'")
+  names = tuple(_parse_name(name, text, placement) for name in body.split("/"))
+  if len(names) > 2:
+    raise _error(placement, f"{text!r} has {len(names)} rows for attention and MLP; write one or two, as in 'post/pre'")
+  if len(names) == 2 and any(name.name == MIX for name in names):
+    raise _error(placement, f"{text!r}: mix is a whole placement; write it out by segments, as in 'post/pre*3,pre*9'")
+  return _Segment(text, names, count, tuple(modifiers))
+
+
+def _parse_name(body: str, segment: str, placement: str) -> _Name:
+  name, *texts = body.split(":")
   if name != MIX and name not in ROWS:
     hint = _suggestion(name, [*ROWS, MIX])
     raise _error(placement, f"unknown placement {name!r}; {hint}choices: {', '.join(CHOICES)}")
-  argument = ALPHA if name == MIX else ROWS[name].argument
-  if colon and argument is None:
-    raise _error(placement, f"{name!r} takes no argument, but {argument_text!r} was given; write just {name!r}")
-  value = None if argument is None else argument.default
-  if colon and argument is not None:
-    value = _parse_argument(argument_text, argument, text, placement)
-  count = int(count_text) if star else None
-  return _Segment(text, name, value, f"{colon}{argument_text}", count, tuple(modifiers))
+  arguments = (ALPHA,) if name == MIX else ROWS[name].arguments
+  if texts and not arguments:
+    raise _error(placement, f"{name!r} takes no argument, but {':'.join(texts)!r} was given; write just {name!r}")
+  if len(texts) > len(arguments):
+    meanings = ", ".join(argument.meaning for argument in arguments)
+    raise _error(placement, f"{body!r} has {len(texts)} arguments, but {name!r} takes {len(arguments)}: {meanings}")
+  values = [argument.default for argument in arguments]
+  for index, text in enumerate(texts):
+    values[index] = _parse_argument(text, arguments[index], segment, name, placement)
+  return _Name(body, name, tuple(values))
 
 
-def _parse_argument(text: str, argument: Argument, segment: str, placement: str) -> float:
+def _parse_argument(text: str, argument: Argument, segment: str, name: str, placement: str) -> float:
   try:
     value = float(text)
   except ValueError:
     value = math.nan
-  if not argument.minimum <= value <= argument.maximum:
+  if not argument.minimum <= value <= argument.maximum or (argument.whole and value != int(value)):
     example = 1.0 if argument.default is None else argument.default
+    kind = "whole number" if argument.whole else "number"
     raise _error(
       placement,
-      f"the {argument.meaning} in {segment!r} must be a number from {argument.minimum:g} to {argument.maximum:g}, "
-      f"as in '{segment.split(':')[0]}:{example:g}'",
+      f"the {argument.meaning} in {segment!r} must be a {kind} from {argument.minimum:g} to {argument.maximum:g}, "
+      f"as in '{name}:{example:g}'",
     )
-  return value
+  return int(value) if argument.whole else value
 
 
-def _layer(segment: _Segment, name: str, position: Position, placement: str) -> Layer:
-  """One layer of a segment; `name` is the segment's, or what `mix` stands for there."""
-  rows = ROWS[name].rows(position, None if segment.is_mix else segment.argument)
-  for modifier in segment.modifiers:
-    rows = MODIFIERS[modifier](rows, position.num_layers)
+def _layer(segment: _Segment, names: tuple[_Name, ...], position: Position, placement: str) -> Layer:
+  """One layer of a segment; `names` are the segment's, or what `mix` stands for there."""
+  rows_of_names = [ROWS[name.name].rows(position, name.values) for name in names]
+  rows = Rows(rows_of_names[0].attention, rows_of_names[-1].mlp)
+  for text in segment.modifiers:
+    name, *texts = text.split(":")
+    _check_modifier(name, rows, segment, placement)
+    try:
+      rows = MODIFIERS[name].rows(rows, position, tuple(texts))
+    except ValueError as error:
+      raise _error(placement, f"modifier {name!r} of {segment.text!r} {error}") from error
   if rows.attention.qk_norm and rows.attention.qk_norm_full:
     raise _error(
       placement, f"{segment.text!r} would normalise queries and keys per head and over all heads; choose one of the two"
     )
-  spelled = name if segment.is_mix else name + segment.spelled_argument
+  spelled = "/".join(name.text for name in names)
   return Layer("+".join((spelled, *segment.modifiers)), rows.attention, rows.mlp)
 
 
+def _check_modifier(name: str, rows: Rows, segment: _Segment, placement: str) -> None:
+  several = [row.streams for row in rows if row.streams]
+  if name == "x0" and several:
+    raise _error(
+      placement,
+      f"{segment.text!r}: +x0 keeps the embedding in a second stream, but this row's are "
+      f"{STREAM_SETS[several[0]].meaning}; leave +x0 out",
+    )
+  if name == "prores" and any(row.vector_c_res for row in rows):
+    raise _error(
+      placement,
+      f"{segment.text!r}: admin's scales are set from its branches before the first update, when +prores has them "
+      "switched off; leave one of the two out",
+    )
+  if name == "gpas" and several:
+    raise _error(
+      placement, f"{segment.text!r}: +gpas is defined for one residual stream, and this row has several; leave it out"
+    )
+
+
+def _check_streams(layers: list[Layer], placement: str) -> None:
+  """Rows that have several streams must have them for one purpose: what one writes is what the other reads."""
+  first: tuple[str, Streams] | None = None
+  for layer in layers:
+    for row in (layer.attention, layer.mlp):
+      if not row.streams:
+        continue
+      streams = _streams_of(row)
+      if first is None:
+        first = (layer.name, streams)
+      elif streams != first[1]:
+        raise _error(
+          placement,
+          f"{first[0]!r} and {layer.name!r} can't be layers of one model: the {first[1].num} streams of the one are "
+          f"{STREAM_SETS[first[1].kind].meaning}, the {streams.num} of the other {STREAM_SETS[streams.kind].meaning}"
+          f"{_starts_differ(first[1], streams)}; choose one of the two (rows of one stream go with both)",
+        )
+
+
+def _starts_differ(one: Streams, other: Streams) -> str:
+  if one[:2] != other[:2]:
+    return ""
+  return f" (they start, or are read out, in different ways: {one[2:]} and {other[2:]})"
+
+
 def _expand_single(segment: _Segment, num_layers: int, placement: str) -> list[Layer]:
-  names = [segment.name] * num_layers
+  names_of_layers = [segment.names] * num_layers
   if segment.is_mix:
-    num_post = num_post_layers(segment.argument or 0.0, num_layers)
-    names = ["post"] * num_post + ["pre"] * (num_layers - num_post)
-  return [_layer(segment, name, Position(index, num_layers), placement) for index, name in enumerate(names)]
+    num_post = num_post_layers(segment.names[0].values[0], num_layers)
+    names_of_layers = [(_Name("post", "post", ()),)] * num_post + [(_Name("pre", "pre", ()),)] * (num_layers - num_post)
+  return [_layer(segment, names, Position(index, num_layers), placement) for index, names in enumerate(names_of_layers)]
 
 
 def _expand_segments(segments: list[_Segment], num_layers: int, placement: str) -> list[Layer]:
@@ -432,5 +907,5 @@ def _expand_segments(segments: list[_Segment], num_layers: int, placement: str) 
     )
   expanded = [segment for segment, count in zip(segments, counts, strict=True) for _ in range(count)]
   return [
-    _layer(segment, segment.name, Position(index, num_layers), placement) for index, segment in enumerate(expanded)
+    _layer(segment, segment.names, Position(index, num_layers), placement) for index, segment in enumerate(expanded)
   ]

@@ -59,8 +59,8 @@ def check_bucket_folder(place: str, parameter: str) -> tuple[str, str]:
   return bucket, folder
 
 
-def local_path(place: str | Path, parameter: str, hint: str = "give a local folder") -> Path:
-  """A place that must lie on this machine's file systems, `~` expanded.
+def check_local(place: str | Path, parameter: str, hint: str = "give a local folder") -> None:
+  """Rejects what does not lie on this machine's file systems.
 
   Raises:
     InputError: it is a URL, or one that lost a slash; `parameter` is what it was given as, `hint` what to do.
@@ -68,4 +68,3 @@ def local_path(place: str | Path, parameter: str, hint: str = "give a local fold
   check_scheme(place, parameter)
   if is_url(place):
     raise InputError(f"{parameter}={place}: must be on this machine, not at a URL; {hint}")
-  return Path(place).expanduser()

@@ -1,13 +1,16 @@
 """What several tests need: small configs and random parameters."""
 
+import io
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sentencepiece
 
 import mixln_jax
 from mixln_jax import config as config_lib
+from mixln_jax.data.tokenizer import SentencePieceTokenizer
 from mixln_jax.model.parameters import abstract_params
 
 # Options of a compilation whose bits are compared with those of another program (see conftest.py). None are needed, or
@@ -24,7 +27,7 @@ def small_model(**fields):
 
 
 def random_params(model, seed=0, columns=None):
-  """Parameters at which nothing is small: what is learned far from its initial value, matrices of deviation 0.16.
+  """Parameters at which nothing is small: what is learned far from its initial value, matrices of std 0.16.
 
   The MLP's stored columns beyond its width are 0, as the model keeps them.
   """
@@ -36,6 +39,12 @@ def random_params(model, seed=0, columns=None):
       return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
     if "norm" in name or "_c_" in name:
       return jnp.asarray(rng.uniform(0.6, 1.4, leaf.shape), leaf.dtype)
+    if name.endswith(("hc_alpha']", "hc_beta']")):  # positive: streams that cancel would leave a norm their rounding
+      return jnp.asarray(rng.uniform(0.3, 1.2, leaf.shape), leaf.dtype)
+    if "hc_" in name and "scale" in name:
+      return jnp.asarray(rng.uniform(0.1, 0.4, leaf.shape), leaf.dtype)
+    if "lambda" in name or "hc_b" in name or "hc_head_base" in name:
+      return jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype)
     shape = list(leaf.shape)
     for part, axis in (("gate", 2), ("up", 2), ("down", 1)):
       if part in name:
@@ -54,3 +63,22 @@ def saved_params(workdir, step="newest"):
   """The parameters of a run's checkpoint."""
   with mixln_jax.open_run(getattr(workdir, "address", workdir), step or "newest") as run:
     return run.params
+
+
+def tokenizer_with_dummy_prefix(text, vocab_size):
+  """A SentencePiece model as T5's and LLaMA 2's: a blank is put before every text, and dropped when it is decoded."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(text.split("\n")),
+    model_writer=model,
+    vocab_size=vocab_size,
+    model_type="bpe",
+    byte_fallback=True,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+    num_threads=1,
+  )
+  return SentencePieceTokenizer(model.getvalue(), "with a dummy prefix")

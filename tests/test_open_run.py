@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import mixln_jax
 from mixln_jax.__main__ import main
 from mixln_jax.errors import InputError
 from mixln_jax.model import next_token_loss
+from mixln_jax.runs import checkpoint as checkpoint_lib
+from mixln_jax.runs.checkpoint import DamagedError, RemovedError
 from mixln_jax.training import loop
 
 
@@ -104,3 +107,54 @@ def test_another_tokenizer_or_other_records_are_refused(make_config, tmp_path, c
   data.write_text(json.dumps(facts | {"fingerprint": "0" * 64}))
   assert main(["evaluate", f"--workdir={tmp_path / 'run'}"]) == 2
   assert "was trained on data 000000000000" in capsys.readouterr().err
+
+
+def test_a_run_that_trains_on_is_read_at_what_it_has_by_then(workdir, tmp_path):
+  """The checkpoint that was chosen is removed before it is read: no damage, and the newer one is there."""
+  shutil.copytree(workdir, tmp_path / "run")
+  checkpoints = tmp_path / "run" / "checkpoints"
+  with mixln_jax.open_run(tmp_path / "run") as run:
+    (checkpoints / "6").rename(checkpoints / "8")
+    assert run.params["head"].shape == (16, 259)
+    assert run.step == 8
+  with mixln_jax.open_run(tmp_path / "run", step=4) as run:
+    shutil.rmtree(checkpoints / "4")
+    with pytest.raises(RemovedError, match="was removed while it was read"):
+      _ = run.params
+
+
+def test_a_checkpoint_that_is_removed_file_by_file_is_not_called_damaged(workdir, tmp_path, monkeypatch):
+  """A reader that comes while files are being removed finds some of them; damage is what stays."""
+  shutil.copytree(workdir, tmp_path / "run")
+  checkpoint = tmp_path / "run" / "checkpoints" / "6"
+  shutil.rmtree(checkpoint / "params")
+  removal = threading.Timer(0.5, shutil.rmtree, [checkpoint])
+  with mixln_jax.open_run(tmp_path / "run") as run:
+    removal.start()
+    assert run.params["head"].shape == (16, 259)
+    assert run.step == 4
+  removal.join()
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "4" / "params")
+  monkeypatch.setattr(checkpoint_lib, "REMOVAL_SECONDS", 0.2)
+  with mixln_jax.open_run(tmp_path / "run") as run, pytest.raises(DamagedError, match="the checkpoint is damaged"):
+    _ = run.params
+
+
+@pytest.mark.parametrize("place", ["copied", "renamed", "linked"])
+def test_a_run_generates_without_writing_to_its_folder(workdir, tmp_path, monkeypatch, place):
+  """An archive is read-only, a shared disk belongs to somebody else: reading a run must leave its folder alone."""
+  run = tmp_path / f"{place} run"
+  shutil.copytree(workdir, tmp_path / "copy")
+  if place == "linked":
+    run.symlink_to(tmp_path / "copy")
+  elif place == "renamed":
+    (tmp_path / "copy").rename(run)
+  else:
+    shutil.copytree(tmp_path / "copy", run)
+  before = {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
+  monkeypatch.chdir("/")
+  assert main(["generate", f"--workdir={run}", "--prompt=the", "--num_tokens=3", "--temperature=0"]) == 0
+  with mixln_jax.open_run(run, step=4) as opened:
+    assert opened.tokenizer.encode("the")
+    assert opened.logits([[1, 2, 3]]).shape == (1, 3, 259)
+  assert {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]} == before

@@ -17,6 +17,8 @@ COMMANDS = (
   "convert",
   "doctor",
 )
+# What they print stands in their folders too: a log that can't be written is no failure of theirs.
+WRITE_ALL_TO_FOLDERS = ("train", "finetune", "sweep")
 
 
 def help_line(command: str) -> str:

@@ -1,5 +1,6 @@
 """The command that trains, `train` and `finetune` alike: it joins the other processes, trains, says how it ended."""
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +15,10 @@ from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.outcome import DIVERGED, FINISHED, NON_FINITE, STOPPED, Outcome
+from mixln_jax.signals import STOPPED_STATUS
+from mixln_jax.text import printable
 from mixln_jax.training import finetune, loop
-from mixln_jax.training.stopping import STOPPED_STATUS
+from mixln_jax.training.divergence import MEANING, NOT_YET, is_below
 
 STATUSES = {FINISHED: 0, DIVERGED: 0, STOPPED: STOPPED_STATUS, NON_FINITE: 1}
 
@@ -72,18 +75,22 @@ def train_here(config: Config, overrides: Mapping[str, Any], folder: RunFolder) 
     if processes.is_first():
       print(f"sample     {text!r}")
   if processes.is_first():
-    print(f"files      {folder.address}")
+    print(printable(f"files      {folder.address}"))
   return STATUSES[outcome.status]
 
 
 def _show(outcome: Outcome) -> None:
   """Prints how a run ended."""
+  validation = outcome.validation or {}
+  loss, entropy = (float(validation.get(name, "nan")) for name in ("loss", "unigram_entropy"))
   if outcome.diverged:
-    print("diverged   the last validation loss is at the unigram entropy of its data: that of a model without input")
+    print("diverged   the validation loss is back, or stuck, at the unigram entropy of its data: a model without input")
+  elif math.isfinite(entropy) and not is_below(loss, entropy):
+    print(f"not yet    {MEANING[NOT_YET]}")
   if outcome.skipped_updates:
     print(f"skipped    {outcome.skipped_updates} updates, whose loss or gradient was not finite")
   stream = sys.stderr if outcome.status == NON_FINITE else sys.stdout
-  print(f"{outcome.status:<10} {outcome.message}", file=stream)
+  print(printable(f"{outcome.status:<10} {outcome.message}"), file=stream)
   if outcome.validation:
     loss, perplexity = (float(outcome.validation[name]) for name in ("loss", "perplexity"))
     print(f"validation loss {loss:.4f}, perplexity {perplexity:.3f} (step {outcome.validation['step']})")

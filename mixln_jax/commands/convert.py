@@ -13,6 +13,7 @@ from mixln_jax.errors import InputError
 from mixln_jax.interop import export, hf
 from mixln_jax.interop.check import check_export
 from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
+from mixln_jax.interop.tokenizer_beside import check_tokenizer
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import OpenRun, open_run
 from mixln_jax.places import is_url
@@ -102,6 +103,8 @@ def _read(
 ) -> None:
   tensors = SafetensorsFolder(source)
   fields = hf.model_fields(tensors.config(), placement_string)
+  if overrides.get("model.tied_embeddings") is False and hf.HEAD in tensors:
+    fields["tied_embeddings"] = False  # a head that is there may differ from the embedding, whatever config.json says
   for name, value in overrides.items():
     if name.startswith("model.") and fields.get(name.removeprefix("model."), value) != value:
       hint = "; say it with --placement" if name == "model.placement" else "; leave it out"
@@ -110,6 +113,9 @@ def _read(
   if not config.model.placement:
     raise InputError("--placement is required: the checkpoint's config.json does not say where its norms stand")
   config_lib.validate(config)
+  warning = check_tokenizer(tensors.path, config)
+  if warning is not None:
+    print(f"warning: the tokenizer is {warning}", file=sys.stderr)
   folder = begin_from(config, hf.import_weights(tensors, config.model), workdir)
   print(f"placement  {config_lib.table(config.model).layer_list}")
   print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {tensors.path}")

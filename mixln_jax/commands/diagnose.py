@@ -19,6 +19,7 @@ from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.text import for_stdout, whole_number
 from mixln_jax.training.begin import initial_weights
 from mixln_jax.training.step import state_shardings
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
   with open_run(values.workdir, step, changes=changes) as run:
     result, target, drawn = _diagnose(run, values)
   if processes.is_first():
-    print(json.dumps(result) if values.json else table(result, run.setup.table.layer_list))
+    print(json.dumps(result) if values.json else for_stdout(table(result, run.setup.table.layer_list)))
     if not values.json:
       print(f"wrote      {target.address}: {FILE} and {len(drawn)} figures")
   return 0
@@ -137,9 +138,13 @@ def _sizes(blocks: str | None, num_layers: int) -> list[int]:
   if blocks is None:
     return [size for size in BLOCKS if size <= num_layers]
   words = [word.strip() for word in blocks.split(",")]
-  if not all(word.isdecimal() and 1 <= int(word) <= num_layers for word in words):
-    raise InputError(f"--blocks={blocks}: must be whole numbers from 1 to the run's {num_layers} layers, as in 1,2,4")
-  return sorted(set(map(int, words)))
+  sizes: set[int] = set()
+  for word in words:
+    size = whole_number(word, num_layers)
+    if not size:
+      raise InputError(f"--blocks={blocks}: must be whole numbers from 1 to the run's {num_layers} layers, as in 1,2,4")
+    sizes.add(size)
+  return sorted(sizes)
 
 
 def _bar(batches: Iterable[Any], stage: str) -> Iterable[Any]:

@@ -11,6 +11,8 @@ from mixln_jax.opening import OpenRun, check_batch, make_loader, open_run
 from mixln_jax.parallel import processes
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.text import for_stdout
+from mixln_jax.training.divergence import MEANING, NOT_YET, Divergence
 from mixln_jax.training.evaluation import Evaluator
 from mixln_jax.training.program import SingleProgram
 
@@ -39,23 +41,27 @@ def main(argv: list[str]) -> int:
   with open_run(values.workdir, step, changes=changes) as run:
     lines = _on_validation(run) if values.tasks is None else _on_tasks(run, values)
   if processes.is_first():
-    print("\n".join(lines))
+    print(for_stdout("\n".join(lines)))
   return 0
 
 
 def _on_validation(run: OpenRun) -> list[str]:
   setup, config = run.setup, run.config
   check_batch(setup, "--batch_size", config.evaluate.batch_size)
-  evaluation = Evaluator(SingleProgram(config, setup.mesh), setup)(run.params)[0]
+  evaluation = Evaluator(SingleProgram(config, setup.mesh), setup)(run.params, run.step)[0]
   rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
   entropy = unigram_entropy(rows)
   distance = evaluation.loss - entropy
   side = "above" if distance > 0 else "below"
   metrics = evaluation.metrics(official_compat=True)
+  divergence = Divergence(config, run.metrics(), run.step - 1)
+  divergence.evaluated(run.step, evaluation.loss, entropy)
+  word = "diverged" if divergence.diverged else "learning"
   return [
     f"validation step {run.step}  {evaluation.describe(official_compat=True)}",
+    f"{word:<10} {MEANING[divergence.state or NOT_YET]}",
     f"unigram entropy of the same labels {entropy:.4f}; the model is {abs(distance):.4f} nats {side} it",
-    json.dumps({"step": run.step, "unigram_entropy": entropy, **metrics}),
+    json.dumps({"step": run.step, "unigram_entropy": entropy, "diverged": divergence.diverged, **metrics}),
   ]
 
 

@@ -11,6 +11,7 @@ from mixln_jax.command_line import CommandLine
 from mixln_jax.errors import InputError
 from mixln_jax.places import is_url
 from mixln_jax.runs.remote import readable_place, writable_place
+from mixln_jax.text import printable
 
 WEIGHTS = r"checkpoints/\d+/(params|rest)/"  # what a report does not read
 
@@ -40,12 +41,12 @@ def _report(workdirs: list[Path], output: Path, values: Any, baseline_given: boo
     raise InputError(f"--baseline={values.baseline}: no run has this placement; choices: {', '.join(placements)}")
   report = write_report(material, output, values.baseline)
   for problem in [*material.problems, *(text for run in material.runs for text in run.problems)]:
-    print(f"warning: {problem}", file=sys.stderr)
+    print(printable(f"warning: {problem}"), file=sys.stderr)
   for finding in report.findings:
     level = "NOT COMPARABLE" if finding.level == "unfair" else finding.level
-    print(f"{level:<14} {finding.text}")
-  print(f"result     {report.headline}")
+    print(printable(f"{level:<14} {finding.text}"))
+  print(printable(f"result     {report.headline}"))
   print(f"figures    {len(report.figures)} files, {len(report.tables)} tables")
   page = f"{values.output.rstrip('/')}/{report.page.name}" if is_url(values.output) else report.page
-  print(f"report     {page}")
+  print(printable(f"report     {page}"))
   return 0

@@ -15,11 +15,12 @@ from mixln_jax.errors import InputError
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.outcome import STOPPED
+from mixln_jax.signals import STOPPED_STATUS
 from mixln_jax.sweeps import sequence
 from mixln_jax.sweeps.joint import joint_set, train_together
 from mixln_jax.sweeps.record import Held, hold_against, write_curves
 from mixln_jax.sweeps.study import Run, Study, load_study, make_study, parse_axes
-from mixln_jax.training.stopping import STOPPED_STATUS
+from mixln_jax.text import printable
 
 
 def main(argv: list[str]) -> int:
@@ -64,12 +65,7 @@ def main(argv: list[str]) -> int:
   mine = runs if values.index is None else [runs[values.index]]
   if values.together:
     return _train_together(study, runs)
-  try:
-    with sequence.Signals() as signals:
-      failed = _train(mine, runs, signals)
-  except sequence.Stopped as stopped:
-    print(f"stopped    by {stopped}; run the same command to resume")
-    return STOPPED_STATUS
+  failed = _train(mine, runs)
   _show(runs, mine)
   print(f"weights    initial, {sequence.weights_line(runs)}")
   if failed:
@@ -93,7 +89,7 @@ def _train_together(study: Study, runs: list[Run]) -> int:
   return STOPPED_STATUS if any(outcome.status == STOPPED for outcome in outcomes) else 0
 
 
-def _train(mine: list[Run], runs: list[Run], signals: sequence.Signals) -> list[str]:
+def _train(mine: list[Run], runs: list[Run]) -> list[str]:
   """Trains what is open; returns the names of the runs that failed."""
   tried: set[str] = set()
   failed = []
@@ -108,11 +104,11 @@ def _train(mine: list[Run], runs: list[Run], signals: sequence.Signals) -> list[
           bar.set_postfix_str(words[2][:60], refresh=False)
           bar.update(int(words[1].split("/")[0]) - bar.n)
 
-      status = sequence.train_run(run, seen, signals)
+      status = sequence.train_run(run, seen)
     print(f"           {sequence.state_of(run).describe()}", flush=True)
     if status not in (0, STOPPED_STATUS) and sequence.state_of(run).state == sequence.OPEN:
       failed.append(run.name)
-      print(f"           exit status {status}: {_last_line(run)}", flush=True)
+      print(f"           exit status {status}: {printable(_last_line(run))}", flush=True)
     sequence.weights_line(runs)
   return failed
 

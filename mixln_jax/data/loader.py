@@ -16,8 +16,10 @@ import numpy as np
 from absl import flags
 from scipy.special import entr
 
+from mixln_jax import signals
 from mixln_jax.data.records import Manifest, Record, unreadable
 from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.errors import one_line
 
 Batch = dict[str, np.ndarray]
 
@@ -123,7 +125,7 @@ class Loader:
         flags.FLAGS.mark_as_parsed()
       dataset = dataset.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2),
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
       )
     iterator = iter(dataset)
     try:
@@ -161,6 +163,10 @@ class Loader:
       except StopIteration:
         return
       except RuntimeError as error:  # what ArrayRecord raises for a damaged file
+        if "Worker process" in str(error):  # grain's words
+          raise ChildProcessError(
+            f"a process that reads ahead (config.data.num_workers) died, perhaps out of memory: {one_line(error, 100)}"
+          ) from error
         raise unreadable(self._data.folder, error) from error
       yield row
 
@@ -177,9 +183,10 @@ class Loader:
     return batch
 
 
-def _start_worker(*_: int) -> None:
-  """Keeps a reading process off the accelerator, which belongs to the run."""
+def _start_worker(parent: int, *_: int) -> None:
+  """Keeps a reading process off the accelerator, which belongs to the run, and ends it with the run's process."""
   os.environ["JAX_PLATFORMS"] = "cpu"
+  signals.start_worker(parent)
 
 
 def unigram_entropy(batches: Iterable[Batch]) -> float:

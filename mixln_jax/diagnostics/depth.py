@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixln_jax import config as config_lib
 from mixln_jax.config import ModelConfig
 from mixln_jax.model import Transformer, next_token_loss
-from mixln_jax.model.norm import rms_norm
+from mixln_jax.placement import Streams
 
 
 class DepthSums(flax.struct.PyTreeNode):
@@ -96,6 +97,11 @@ def effective_rank(triangle_EE: np.ndarray) -> float | None:
 
 def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str, jax.Array]], DepthSums]:
   """`step(params, sums, batch) -> sums`: adds a batch to the sums. Call it under jit."""
+  table = config_lib.table(model)
+  of_model = table.streams
+  # Of attention residuals the head reads, at a depth, what the next attention would.
+  there = [row.read for row in table.rows("attention")] if of_model.kind == "sources" else []
+  there_PN = np.array([*there, *[(1.0,) * of_model.num] * (len(table.layers) + 1 - len(there))])
 
   def look(transformer: Transformer, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:
     labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
@@ -106,8 +112,9 @@ def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str
     angles = angular_distances(streams_PBTD)
     last_BT = last_counted(weights_BT)
 
-    def lens(x_BTD: jax.Array) -> jax.Array:
-      hidden_BTD = rms_norm(x_BTD, transformer.final_norm, epsilon=model.norm_epsilon).astype(model.dtype)
+    def lens(depth: tuple[list[jax.Array], jax.Array]) -> jax.Array:
+      streams, there_N = depth
+      hidden_BTD = transformer.read_out(streams, of_model, there_N)
       return next_token_loss(hidden_BTD, transformer.head_weights(), labels_BT, weights_BT)[0]
 
     def extend(triangle_and_stream: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -119,7 +126,7 @@ def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str
       rows=sums.rows + jnp.sum(last_BT),
       angle_all_PP=sums.angle_all_PP + jnp.einsum("btlm,bt->lm", angles, weights_BT),
       angle_last_PP=sums.angle_last_PP + jnp.einsum("btlm,bt->lm", angles, last_BT),
-      lens_P=sums.lens_P + jax.lax.map(lens, streams_PBTD),
+      lens_P=sums.lens_P + jax.lax.map(lens, (all_streams(taps, of_model), there_PN)),
       triangle_PEE=jax.lax.map(extend, (sums.triangle_PEE, streams_PBTD)),
     )
 
@@ -127,6 +134,18 @@ def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str
     return nn.apply(lambda transformer: look(transformer, sums, batch), Transformer(model))({"params": params})
 
   return step
+
+
+def all_streams(taps: Mapping[str, jax.Array], of_model: Streams) -> list[jax.Array]:
+  """Each residual stream at each depth, [P, B, T, D]: before the first layer, and after each."""
+  embedded_BTD = taps["embedded_BTD"]
+  if of_model.num_carried == 1:
+    return [jnp.concatenate([embedded_BTD[None], taps["stream_LBTD"]])]
+  streams = [jnp.concatenate([embedded_BTD[None], taps["stream_0_LBTD"]])]
+  for index in range(1, of_model.num):
+    first_BTD = (of_model.start * embedded_BTD).astype(embedded_BTD.dtype)
+    streams.append(jnp.concatenate([first_BTD[None], taps[f"stream_{index}_LBTD"]]))
+  return streams
 
 
 def by_block(mean_PP: np.ndarray) -> list[list[float | None]]:

@@ -7,14 +7,13 @@ import difflib
 import importlib.metadata
 import random
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import local_path
 from mixln_jax.inference.harness import HarnessModel, TaskManager, evaluate
-from mixln_jax.places import local_path
 from mixln_jax.text import aligned
 
 # The paper's table 2 (arXiv 2412.13795). It names no metric and no shots; what it prints for OpenBookQA (11.6 to 18.8,
@@ -137,12 +136,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _is_path(word: str) -> bool:
-  return word.endswith((".yaml", ".yml")) or "/" in word or Path(word).expanduser().is_dir()
+  return word.endswith((".yaml", ".yml")) or "/" in word or local_path(word).is_dir()
 
 
 def _local(word: str) -> tuple[TaskManager, list[str]]:
   """A task file, or all tasks of a folder."""
-  path = local_path(word, "tasks", "copy the task files to this machine")
+  path = local_path(word)
   if path.is_dir():
     manager = TaskManager(include_path=str(path), include_defaults=False)
     if not manager.all_subtasks:

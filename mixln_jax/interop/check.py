@@ -19,6 +19,7 @@ from mixln_jax.config import ModelConfig
 from mixln_jax.errors import InputError
 from mixln_jax.interop import forward
 from mixln_jax.model import Transformer
+from mixln_jax.placement import STREAM_SETS
 
 # Every field of config.model that the export knows: where it goes, or why it need not go anywhere. A field that is
 # added to config.model must be added here, once the layouts carry what it means.
@@ -79,6 +80,7 @@ def check_export(
       compute something else than the model.
   """
   check_fields(model)
+  check_streams(model)
   check_columns(description)
   check_numbers(params, model, tensors, description)
 
@@ -95,6 +97,17 @@ def check_fields(model: ModelConfig) -> None:
     raise InputError(
       f"export: config.{name}={model[short]!r} is unknown to the export, and the layouts know nothing of it; export a "
       f"model with its default {field.default!r}, or teach mixln_jax/interop what it means (KNOWN_FIELDS in check.py)"
+    )
+
+
+def check_streams(model: ModelConfig) -> None:
+  """Rejects a model of several residual streams."""
+  streams = config_lib.table(model).streams
+  if streams.kind:
+    raise InputError(
+      f"export: config.model.placement={model.placement!r} has {streams.num} residual streams "
+      f"({STREAM_SETS[streams.kind].meaning}), which the layouts and modeling_mixln.py can't say; "
+      "`mixln_jax.interop.hf.export_weights` gives its tensors by the names of the method's own code"
     )
 
 

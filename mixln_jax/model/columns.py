@@ -10,14 +10,22 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mixln_jax.placement import NORMS, SUBLAYERS, Row, Table
+from mixln_jax.errors import InputError
+from mixln_jax.model.append_only import Slots
+from mixln_jax.placement import NO_RAMP, NORMS, SUBLAYERS, Row, Streams, Table, ramp_factor
 
 Flag = bool | jax.Array  # a Python constant, or this layer's value as a traced scalar
 Number = float | jax.Array
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row) if "initial" not in field.metadata)
+COLUMNS = tuple(
+  field.name
+  for field in dataclasses.fields(Row)
+  if not {"initial", "of_model"} & set(field.metadata) and field.name != "wiring"
+)
+WIRED = "wired_"  # `wired_hc`: whether a sublayer's wiring is hc
 GAIN_INDICES = tuple(f"gain_{norm}" for norm in NORMS)
 
 
@@ -26,11 +34,13 @@ class TracedRow(Row):
   """A row of the table inside a traced layer: each field is a Python constant, or a traced scalar.
 
   `gain_norm_in` and its siblings say which of the sublayer's gains a norm uses (from 0, in order of application).
+  `wired` says of each wiring of the model, but `fixed`, whether it is this sublayer's.
   """
 
   gain_norm_in: int | jax.Array = 0
   gain_norm_mid: int | jax.Array = 0
   gain_norm_out: int | jax.Array = 0
+  wired: Mapping[str, Flag] = dataclasses.field(default_factory=dict)
 
 
 class TracedRows(NamedTuple):
@@ -47,11 +57,19 @@ class Columns(flax.struct.PyTreeNode):
     varying: `SUBLAYER.COLUMN` -> array [L], or [R, L] for R tables.
     constant: the other columns as Python constants; static under jit, so they are compiled in.
     num_gains: gains that the parameter tree has for attention and for the MLP, the most that any layer uses.
+    num_layers: L.
+    streams: the residual streams, which all the tables share.
+    alone: whether a table has but one of the streams of its neighbours, a scalar, or [R]; None: none has.
+    has_ramp: whether a factor still depends on the step (`at_step` makes a number of it).
   """
 
   varying: dict[str, jax.Array | np.ndarray]
   constant: tuple[tuple[str, Any], ...] = flax.struct.field(pytree_node=False)
   num_gains: tuple[int, int] = flax.struct.field(pytree_node=False)
+  num_layers: int = flax.struct.field(pytree_node=False)
+  streams: Streams = flax.struct.field(pytree_node=False, default=Streams())
+  has_ramp: bool = flax.struct.field(pytree_node=False, default=False)
+  alone: jax.Array | np.ndarray | None = None
 
   @classmethod
   def of(cls, table: Table) -> "Columns":
@@ -60,47 +78,94 @@ class Columns(flax.struct.PyTreeNode):
 
   @classmethod
   def of_many(cls, tables: Sequence[Table]) -> "Columns":
-    """The columns of R tables of one depth, arrays [R, L]; `jax.vmap` over it runs the R placements side by side."""
+    """The columns of R tables of one depth, arrays [R, L]; `jax.vmap` over it runs the R placements side by side.
+
+    Raises:
+      InputError: the tables have different residual streams.
+    """
+    streams = _shared_streams(tables)
     varying: dict[str, jax.Array | np.ndarray] = {}
     constant: dict[str, Any] = {}
     for sublayer in SUBLAYERS:
-      rows_RL = [table.rows(sublayer) for table in tables]
-      for name in (*COLUMNS, *GAIN_INDICES):
+      rows_RL = [_in_streams(table.rows(sublayer), streams) for table in tables]
+      wirings = {row.wiring for rows_L in rows_RL for row in rows_L} - {"fixed"}
+      for name in (*COLUMNS, *GAIN_INDICES, *(WIRED + wiring for wiring in sorted(wirings))):
         values_RL = [[_value(row, name) for row in rows_L] for rows_L in rows_RL]
         used = {value for values_L in values_RL for value in values_L} - {None}
         if len(used) > 1:
           # 0 where the value does not matter, as the gain of a norm that is not applied.
-          dense_RL = np.array(values_RL, dtype=object)
-          dense_RL[dense_RL == None] = 0  # noqa: E711 (elementwise)
-          varying[f"{sublayer}.{name}"] = np.array(dense_RL.tolist())
+          dense_RL = [[0 if value is None else value for value in values_L] for values_L in values_RL]
+          varying[f"{sublayer}.{name}"] = np.array(dense_RL)
         else:
           constant[f"{sublayer}.{name}"] = used.pop() if used else 0
     most = [max(table.num_gains(sublayer) for table in tables) for sublayer in SUBLAYERS]
-    return cls(varying=varying, constant=tuple(sorted(constant.items())), num_gains=(most[0], most[1]))
+    return cls(
+      varying=varying,
+      constant=tuple(sorted(constant.items())),
+      num_gains=(most[0], most[1]),
+      num_layers=len(tables[0].layers),
+      streams=streams,
+      has_ramp=any(table.ramp_end > 0.0 for table in tables),
+      alone=_which_are_alone(tables),
+    )
 
   def of_run(self, index: int) -> "Columns":
     """Those of one of the R tables; the split stays, and so does the tree of parameters."""
-    return self.replace(varying={name: column_RL[index] for name, column_RL in self.varying.items()})
+    varying = {name: column_RL[index] for name, column_RL in self.varying.items()}
+    return self.replace(varying=varying, alone=None if self.alone is None else self.alone[index])
 
   def of_layer(self, index: int) -> dict[str, Any]:
     """The varying columns of one layer; Python constants where the table itself is not traced."""
     values: dict[str, Any] = {}
     for name, column_L in self.varying.items():
       value = column_L[index]
-      values[name] = value.item() if isinstance(column_L, np.ndarray) else value
+      values[name] = _as_constant(value) if isinstance(column_L, np.ndarray) else value
     return values
+
+  @property
+  def only_sources(self) -> bool:
+    """Whether all sublayers are attention residuals, whose streams are one buffer that is only added to."""
+    constant = dict(self.constant)
+    return all(constant.get(f"{sublayer}.{WIRED}attention") is True for sublayer in SUBLAYERS)
+
+  def slots(self) -> Slots:
+    """Where attention residuals add their outputs; of `only_sources`."""
+    constant = dict(self.constant)
+    slots = []
+    for sublayer in SUBLAYERS:
+      write = jnp.asarray(self.varying.get(f"{sublayer}.write", constant.get(f"{sublayer}.write")))
+      slots.append(jnp.broadcast_to(jnp.argmax(write, axis=-1), (self.num_layers,)))
+    # With a source for each sublayer, none is begun before its own layer.
+    return Slots(*slots, begun=self.streams.num < 2 * self.num_layers + 1)
+
+  def at_step(self, step: int | jax.Array) -> "Columns":
+    """The columns of one table after `step` finished updates: the same where no factor depends on it."""
+    if not self.has_ramp:
+      return self
+    constant, varying = dict(self.constant), dict(self.varying)
+    for sublayer in SUBLAYERS:
+      ramp = jnp.asarray(varying.pop(f"{sublayer}.ramp", constant.get(f"{sublayer}.ramp")))
+      constant[f"{sublayer}.ramp"] = NO_RAMP
+      c_out = varying.pop(f"{sublayer}.c_out", constant.pop(f"{sublayer}.c_out", None))
+      factor = ramp_factor(*jnp.moveaxis(ramp, -1, 0), step, jnp)
+      varying[f"{sublayer}.c_out"] = jnp.broadcast_to(c_out * factor, (self.num_layers,)).astype(jnp.float32)
+    return self.replace(varying=varying, constant=tuple(sorted(constant.items())), has_ramp=False)
 
   def uses(self, sublayer: str, column: str) -> bool:
     """Whether any layer has a flag: then the tree has the parameters that go with it."""
-    return dict(self.constant).get(f"{sublayer}.{column}") is not False
+    name = f"{sublayer}.{column}"
+    return name in self.varying or bool(dict(self.constant).get(name, False))
 
 
 def traced_rows(constant: Sequence[tuple[str, Any]], varying: Mapping[str, Any]) -> TracedRows:
   """The rows of one layer from the constant columns and this layer's varying ones."""
-  fields: dict[str, dict[str, Any]] = {sublayer: {} for sublayer in SUBLAYERS}
+  fields: dict[str, dict[str, Any]] = {sublayer: {"wired": {}} for sublayer in SUBLAYERS}
   for name, value in [*constant, *varying.items()]:
     sublayer, column = name.split(".")
-    fields[sublayer][column] = value
+    if column.startswith(WIRED):
+      fields[sublayer]["wired"][column.removeprefix(WIRED)] = value
+    else:
+      fields[sublayer][column] = value
   return TracedRows(TracedRow(**fields["attention"]), TracedRow(**fields["mlp"]))
 
 
@@ -108,4 +173,36 @@ def _value(row: Row, name: str) -> Any:
   """None where the column does not matter: the gain of a norm that is not applied."""
   if name in GAIN_INDICES:
     return row.gain_index(name.removeprefix("gain_"))
+  if name.startswith(WIRED):
+    return row.wiring == name.removeprefix(WIRED)
   return getattr(row, name)
+
+
+def _as_constant(value: Any) -> Any:
+  """An entry of a NumPy array as the Python constant that it was: a number, or nested tuples of them."""
+  if np.ndim(value) == 0:
+    return value.item()
+  return tuple(_as_constant(entry) for entry in value)
+
+
+def _shared_streams(tables: Sequence[Table]) -> Streams:
+  several = [table.streams for table in tables if table.streams.kind]
+  for streams in several:
+    if streams != several[0]:
+      raise InputError(
+        f"placements with different residual streams can't share one program: {several[0]} and {streams}; train them "
+        "apart"
+      )
+  return several[0] if several else Streams()
+
+
+def _which_are_alone(tables: Sequence[Table]) -> np.ndarray | None:
+  """Which tables have one stream where others have several, [R]: the head reads that one alone."""
+  alone_R = np.array([not table.streams.kind for table in tables])
+  return alone_R if alone_R.any() and not alone_R.all() else None
+
+
+def _in_streams(rows: Sequence[Row], streams: Streams) -> list[Row]:
+  """The rows in a model of several streams, which those that do not know them leave as they are."""
+  kept = streams.num_carried > 1
+  return [row.with_streams(streams.num, kept=kept) for row in rows]

@@ -19,10 +19,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import ModelConfig
-from mixln_jax.model.columns import Columns
+from mixln_jax.model.columns import WIRED, Columns
+from mixln_jax.model.norm import EXTRA_PARAMETERS
 from mixln_jax.parallel import rules
 from mixln_jax.parallel.mesh import attach
-from mixln_jax.placement import LEARNED, SUBLAYERS, Table
+from mixln_jax.placement import LEARNED, SUBLAYERS, Row, Table
 from mixln_jax.text import aligned
 
 LAYERS = "layers/"
@@ -43,9 +44,13 @@ class Param:
     part: what it belongs to in the diagnostics, as a prefix of a statistic's name: `attention/` and `mlp/` (weights and
       biases), `attention/gain_` and `mlp/gain_` (gains of norms, those of heads among them), `embedding/`, `head/`,
       `final_norm/`; None for what else a placement learns.
-    elsewhere: its name in LLaMA's layout, without the layer's `model.layers.0.`; "" where it depends on the placement
-      (gains of norms); None where it has none.
-    input_axes: of a matrix in a layer, how many of its leading dimensions are summed over; 0 for all else.
+    elsewhere: its name in LLaMA's layout, without the layer's `model.layers.0.`; of a sublayer's norm, whose name there
+      depends on the placement, only what follows that name; None where it has none.
+    norm: of a parameter of a sublayer's norm, the norm: the name of its gain.
+    input_axes: of a matrix whose stored order theirs turns around, how many of its leading dimensions are summed over;
+      0 for all else.
+    shape_elsewhere: of a tensor of one layer (or of the model) that is stored there as here, its shape there; None:
+      flattened.
     logical_shape: the shape without columns that only pad the MLP.
   """
 
@@ -57,7 +62,9 @@ class Param:
   used_L: np.ndarray | None = None
   part: str | None = None
   elsewhere: str | None = None
+  norm: str = ""
   input_axes: int = 0
+  shape_elsewhere: tuple[int, ...] | None = None
   logical_shape: tuple[int, ...] = ()
 
   def __post_init__(self) -> None:
@@ -111,16 +118,20 @@ def parameters(model: ModelConfig, columns: Columns | None = None) -> dict[str, 
       embedding_std,
       part="embedding/",
       elsewhere="model.embed_tokens.weight",
+      shape_elsewhere=(vocab, width),
     ),
-    Param("final_norm", (width,), ("norm",), part="final_norm/", elsewhere="model.norm.weight"),
+    *_norm(model, "final_norm", "model.norm.", "final_norm/"),
   ]
+  if model.norm == "dyt":
+    declared.append(Param("embedding_scale", (1,), ("norm",), value=math.sqrt(width), elsewhere="model.embed_scale"))
+  declared += _of_read_out(model, columns)
   if not model.tied_embeddings:
     head = Param(
       "head", (width, vocab), ("embed", "vocab"), std, part="head/", elsewhere="lm_head.weight", input_axes=1
     )
     declared.append(head)
   stacked = [*_matrices(model, table), *_biases(model), *_gains(model, table, columns)]
-  stacked += [*_head_norms(model, table, columns), *_learned(model, table, columns)]
+  stacked += [*_head_norms(model, table, columns), *_learned(model, table, columns), *_wired(model, table, columns)]
   for param in stacked:
     declared.append(_stack(param, model.num_layers))
   return {param.path: param for param in declared}
@@ -179,19 +190,33 @@ def _biases(model: ModelConfig) -> Iterable[Param]:
     yield Param(f"{name}_bias", (heads, head), (axis, "head_dim"), value=0.0, part="attention/", elsewhere=elsewhere)
 
 
+# First alpha of the point-wise norms, by the part of the model that they stand in: DyT's, as its code for a LLaMA of 7B
+# has them (arXiv 2503.10622, §7 and appendix), and 0.5 for the kinds that have a bias.
+DYT_ALPHA = {"attention/": 0.8, "mlp/": 0.2, "final_norm/": 0.2}
+ALPHA = 0.5
+
+
+def _norm(model: ModelConfig, name: str, elsewhere: str, part: str, **more: Any) -> list[Param]:
+  """The parameters of one norm of config.model.norm's kind; `name` is that of its gain."""
+  params = [Param(name, (model.embed_dim,), ("norm",), part=part, elsewhere=f"{elsewhere}weight", **more)]
+  for extra, is_vector in EXTRA_PARAMETERS[model.norm].items():
+    first = 0.0
+    if extra == "alpha":
+      first = DYT_ALPHA[part.removesuffix(GAIN)] if model.norm == "dyt" else ALPHA
+    shape = (model.embed_dim,) if is_vector else (1,)
+    params.append(
+      Param(f"{name}_{extra}", shape, ("norm",), value=first, part=part, elsewhere=f"{elsewhere}{extra}", **more)
+    )
+  return params
+
+
 def _gains(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Param]:
-  """Gains of a sublayer's norms, in order of application: `attention_norm`, `attention_norm_2`, …"""
+  """The sublayers' norms, in order of application: `attention_norm`, `attention_norm_2`, …"""
   for sublayer, num_gains in zip(SUBLAYERS, columns.num_gains, strict=True):
     num_gains_L = np.array([row.num_gains for row in table.rows(sublayer)])
     for number in range(1, num_gains + 1):
-      yield Param(
-        gain_name(sublayer, number - 1),
-        (model.embed_dim,),
-        ("norm",),
-        used_L=num_gains_L >= number,
-        part=f"{sublayer}/{GAIN}",
-        elsewhere="",
-      )
+      name = gain_name(sublayer, number - 1)
+      yield from _norm(model, name, "", f"{sublayer}/{GAIN}", norm=name, used_L=num_gains_L >= number)
 
 
 def gain_name(sublayer: str, index: int) -> str:
@@ -234,6 +259,187 @@ def _learned(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Par
         value = np.where(used_L, table.column(sublayer, "initial_c_out"), 1.0)
       elsewhere = f"{places[sublayer]}.{name}"
       yield Param(f"{sublayer}_{name}", shape, axes, value=value, used_L=used_L, elsewhere=elsewhere)
+
+
+# Several residual streams. Names and shapes elsewhere are those of the methods' own code.
+
+STREAM_AXES = ("stream_from", "stream_to")
+HYPER = {"attention": "attn_hc.", "mlp": "mlp_hc."}
+
+
+def _wired(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Param]:
+  """What the wirings of a layer's two sublayers learn, and the norms and mixtures that go with several streams."""
+  if columns.uses("attention", f"{WIRED}x0"):
+    used_L = np.array([row.wiring == "x0" for row in table.rows("attention")])
+    yield Param(
+      "x0_lambdas", (2,), ("norm",), value=_for_each(used_L, [1.0, 0.0]), used_L=used_L, elsewhere="x0_lambdas"
+    )
+  for column, shape in (("value_residual", ()), ("value_residual_two", (2,))):
+    if columns.uses("attention", column):
+      name = "value_lambda" if column == "value_residual" else "value_lambdas"
+      used_L, axes = table.column("attention", column), ("norm",) * len(shape)
+      elsewhere = f"self_attn.{name}"
+      yield Param(name, shape, axes, value=0.5, used_L=used_L, elsewhere=elsewhere, shape_elsewhere=shape)
+  for sublayer in SUBLAYERS:
+    short = "attn" if sublayer == "attention" else "mlp"
+    if columns.uses(sublayer, "norm_streams"):
+      used_L = table.column(sublayer, "norm_streams")
+      for index, letter in enumerate("xy"):
+        name, part = f"{sublayer}_stream_norm_{index}", f"{sublayer}/{GAIN}"
+        yield from _norm(model, name, f"{short}_{letter}_norm.", part, used_L=used_L)
+    if columns.uses(sublayer, f"{WIRED}attention"):
+      # The first sublayer has only the embedding to read.
+      used_L = np.array([row.wiring == "attention" and sum(row.read) > 1 for row in table.rows(sublayer)])
+      yield from _sources(model, f"{sublayer}_source", f"{short}_res", used_L)
+    yield from _of_wirings(model, sublayer, table.rows(sublayer), columns)
+
+
+def _of_wirings(model: ModelConfig, sublayer: str, rows: list[Row], columns: Columns) -> Iterable[Param]:
+  """What a sublayer's hyper-connections learn. Static and dynamic ones share tensors, and so do iHC and mHC."""
+  declared: dict[str, Param] = {}
+  users: dict[str, set[str]] = {}
+  for wiring, declare in _WIRINGS.items():
+    if columns.uses(sublayer, f"{WIRED}{wiring}"):
+      for param in declare(model, rows, columns.streams.num):
+        declared[param.path] = param
+        users.setdefault(param.path, set()).add(wiring)
+  for name, param in declared.items():
+    yield dataclasses.replace(
+      param,
+      path=f"{sublayer}_{name}",
+      used_L=np.array([row.wiring in users[name] for row in rows]),
+      elsewhere=f"{HYPER[sublayer]}{param.elsewhere}",
+      shape_elsewhere=param.shape,
+    )
+
+
+def _for_each(used_L: np.ndarray, value: Any) -> np.ndarray:
+  """A first value for each layer, [L, …]; what a layer does not use is 1."""
+  value = np.asarray(value, float)
+  return np.where(used_L.reshape((-1,) + (1,) * value.ndim), value, 1.0)
+
+
+def _sources(model: ModelConfig, name: str, elsewhere: str, used_L: np.ndarray | None) -> list[Param]:
+  """The query and the gain of a softmax over sources (arXiv 2603.15031, §3: every query starts at 0)."""
+  width = model.embed_dim
+  query = Param(f"{name}_query", (width,), ("norm",), value=0.0, used_L=used_L, elsewhere=f"{elsewhere}_proj.weight")
+  gain = Param(f"{name}_norm", (width,), ("norm",), used_L=used_L, elsewhere=f"{elsewhere}_norm.weight")
+  return [dataclasses.replace(query, shape_elsewhere=(1, width)), gain]
+
+
+def _static(_model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
+  """Hyper-connections (arXiv 2409.19606, eq. 2 to 5): A [N, N + 1], its first column read and the others mix; B [N]."""
+  alpha_L = []
+  for row in rows:
+    row = row.with_streams(num, kept=True)
+    alpha_L.append(np.concatenate([np.array(row.read)[:, None], np.array(row.mix)], axis=1))
+  write_L = np.array([row.with_streams(num, kept=True).write for row in rows])
+  return [
+    Param("hc_alpha", (num, num + 1), STREAM_AXES, value=np.stack(alpha_L), elsewhere="static_alpha"),
+    Param("hc_beta", (num,), ("norm",), value=write_L, elsewhere="static_beta"),
+  ]
+
+
+def _dynamic(norm: str, scale_shape: tuple[int, ...]) -> Any:
+  """The dynamic ones (eq. 10 to 13). `norm`: what normalises a stream before them, or nothing for one without gain."""
+
+  def declare(model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
+    width, scale_axes = model.embed_dim, ("norm",) * len(scale_shape)
+    params = [
+      *_static(model, rows, num),
+      Param("hc_dynamic_alpha", (width, num + 1), ("embed", "norm"), 0.0, elsewhere="dynamic_alpha_fn"),
+      Param("hc_dynamic_beta", (width,), ("embed",), 0.0, elsewhere="dynamic_beta_fn"),
+      Param("hc_dynamic_alpha_scale", scale_shape, scale_axes, value=0.01, elsewhere="dynamic_alpha_scale"),
+      Param("hc_dynamic_beta_scale", scale_shape, scale_axes, value=0.01, elsewhere="dynamic_beta_scale"),
+    ]
+    if norm:
+      params.append(Param("hc_norm", (width,), ("norm",), elsewhere="norm.weight"))
+    if norm == "layernorm":
+      params.append(Param("hc_norm_bias", (width,), ("norm",), value=0.0, elsewhere="norm.bias"))
+    return params
+
+  return declare
+
+
+def _manifold(*names: str) -> Any:
+  """iHC and mHC (arXiv 2512.24880, eq. 7 and 8): φ, b and α for each of pre (read), post (write) and res (mix)."""
+
+  def declare(model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
+    std_L = np.array([row.dynamic_std for row in rows])
+    params = []
+    for name in names:
+      shape = (num, num) if name == "res" else (num,)
+      target_L = {"pre": [row.read for row in rows], "res": [row.mix for row in rows], "post": [None for _ in rows]}[
+        name
+      ]
+      bias_L = []
+      for row, target in zip(rows, target_L, strict=True):
+        # The sigmoid, and the balanced exponential, of ± the size are close to 1 and 0.
+        no_bias = target is None or row.static_size == 0.0
+        bias_L.append(np.zeros(shape) if no_bias else row.static_size * (2.0 * np.array(target) - 1.0))
+      size, axes = math.prod(shape), STREAM_AXES[: len(shape)]
+      params += [
+        Param(f"hc_phi_{name}", (num * model.embed_dim, size), ("embed", "norm"), std_L, elsewhere=f"phi_{name}"),
+        Param(f"hc_b_{name}", shape, axes, value=np.stack(bias_L), elsewhere=f"b_{name}"),
+        Param(f"hc_scale_{name}", (), (), value=0.01, elsewhere=f"alpha_{name}"),
+      ]
+    return params
+
+  return declare
+
+
+def _v4(parts: int, scale: float) -> Any:
+  """The same as DeepSeek-V4 stores it: one matrix and one base for all parts, and a scale for each."""
+
+  def declare(model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
+    size = 2 * num if parts == 2 else 2 * num + num * num
+    base = np.zeros(size)
+    if parts == 2:
+      base[:num] = -math.log(num - 1)
+    std_L = np.array([row.dynamic_std for row in rows])
+    base_L = np.stack([base] * len(rows))
+    return [
+      Param("hc_fn", (size, num * model.embed_dim), ("norm", "embed"), std_L, elsewhere="fn"),
+      Param("hc_base", (size,), ("norm",), value=base_L, elsewhere="base"),
+      Param("hc_scale", (parts,), ("norm",), value=scale, elsewhere="scale"),
+    ]
+
+  return declare
+
+
+# wiring -> (config.model, the sublayer's rows, number of streams) -> what it learns, named without the sublayer.
+_WIRINGS = {
+  "hc": _static,
+  "dhc": _dynamic("rmsnorm", (1,)),
+  "dhc_layernorm": _dynamic("layernorm", (1,)),
+  "dhc_identity": _dynamic("", ()),
+  "ihc": _manifold("pre", "post"),
+  "mhc": _manifold("pre", "post", "res"),
+  "ihc_v4": _v4(2, 0.01),
+  "mhc_v4": _v4(3, 1.0),
+}
+
+
+def _of_read_out(model: ModelConfig, columns: Columns) -> list[Param]:
+  """What the head's read of several streams learns."""
+  streams, width = columns.streams, model.embed_dim
+  if streams.read_out == "siamese":
+    params = []
+    for index, letter in enumerate("xy"):
+      params += _norm(model, f"stream_norm_{index}", f"model.{letter}_norm.", "final_norm/")
+    return params
+  if streams.read_out == "attention":
+    return _sources(model, "source", "model.res", None)
+  if streams.read_out == "weighted_sum":
+    base, scale = (-math.log(streams.num - 1), 0.01) if streams.kind == "ihc_v4" else (0.0, 1.0)
+    shape = (streams.num, streams.num * width)
+    fn = Param("hc_head_fn", shape, ("norm", "embed"), 0.02, elsewhere="model.hc_head.hc_fn", shape_elsewhere=shape)
+    return [
+      fn,
+      Param("hc_head_base", (streams.num,), ("norm",), value=base, elsewhere="model.hc_head.hc_base"),
+      Param("hc_head_scale", (1,), ("norm",), value=scale, elsewhere="model.hc_head.hc_scale"),
+    ]
+  return []
 
 
 # What is read from the table.

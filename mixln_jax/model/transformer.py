@@ -3,31 +3,34 @@
 Dimensions, worn as suffixes:
   B batch            D width of the residual stream      H query heads         L layers
   T query position   F width of the MLP, as stored       G key-value heads     V vocabulary
-  S key position     K width of a head
+  S key position     K width of a head                   N residual streams
 
 The parameters are declared in `model/parameters.py`, the rule by which a sublayer meets the stream in
 `model/residual.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import FrozenConfigDict
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import ModelConfig
+from mixln_jax.model import append_only
 from mixln_jax.model import attention as attention_lib
 from mixln_jax.model.attention_kernels import choose_attention, self_attention
 from mixln_jax.model.columns import Columns, TracedRow, traced_rows
-from mixln_jax.model.norm import rms_norm
+from mixln_jax.model.norm import norm, norm_params, rms_norm
 from mixln_jax.model.parameters import gain_name, parameters
 from mixln_jax.model.product import multiply
-from mixln_jax.model.residual import Stream, sublayer
+from mixln_jax.model.residual import Sources, Stream, Streams, Sublayer
+from mixln_jax.model.wiring import READ_OUTS, ReadOut, weighted_sum
 from mixln_jax.parallel.rules import constrain
-from mixln_jax.placement import LEARNED
+from mixln_jax.placement import Streams as StreamsOfModel
 
 Cache = dict[str, jax.Array]
 Weights = dict[str, jax.Array]  # one layer's parameters by name
@@ -62,6 +65,8 @@ class Shared(NamedTuple):
   rope: tuple[jax.Array, jax.Array]
   segment_ids_BT: jax.Array | None
   weights_BT: jax.Array | None  # which positions count; read by `observe` alone
+  first_values_BSGK: jax.Array | None = None  # of the first layer, where others mix them with their own
+  alone: jax.Array | np.ndarray | None = None  # `Columns.alone`
 
 
 class Varying(NamedTuple):
@@ -86,22 +91,24 @@ class Layer(nn.Module):
     config: config.model.
     declared: the parameters of one layer.
     constant: the placement columns that are the same for all layers (`Columns.constant`).
+    streams: the model's residual streams.
     observe: as `Transformer` has it.
   """
 
   config: Any  # FrozenConfigDict
   declared: tuple[Declared, ...]
   constant: tuple[tuple[str, Any], ...]
+  streams: StreamsOfModel = StreamsOfModel()
   observe: Observe | None = None
 
   @nn.compact
   def __call__(
-    self, carry: tuple[Stream, Cache | None], varying: Varying, shared: Shared
-  ) -> tuple[tuple[Stream, Cache | None], Any]:
+    self, carry: tuple[Streams | Sources, Cache | None], varying: Varying, shared: Shared
+  ) -> tuple[tuple[Streams | Sources, Cache | None], Any]:
     """Applies the layer.
 
     Args:
-      carry: the stream before the layer, and the key-value cache of all layers or None.
+      carry: the streams before the layer, and the key-value cache of all layers or None.
       varying: this layer's own.
       shared: what all layers read.
 
@@ -111,7 +118,6 @@ class Layer(nn.Module):
     before, cache = carry
     rows = traced_rows(self.constant, varying.columns)
     weights = {name: declare(self, self.config, name, shape, axes) for name, shape, axes in self.declared}
-    epsilon = self.config.norm_epsilon
 
     def attend(h_BTD: jax.Array) -> tuple[jax.Array, Attended]:
       return self.attend(h_BTD, weights, rows.attention, cache, varying.layer, shared)
@@ -119,41 +125,78 @@ class Layer(nn.Module):
     def mlp(h_BTD: jax.Array) -> tuple[jax.Array, None]:
       return swiglu(h_BTD, weights, self.config.dtype), None
 
-    input_BTD = before.value(epsilon)
-    middle, attended, attention_taps = self.sublayer("attention", attend, input_BTD, weights, rows.attention)
-    after, _, mlp_taps = self.sublayer("mlp", mlp, middle.value(epsilon), weights, rows.mlp)
+    inputs = self.values(before)
+    middle, attended, attention_taps = self.sublayer("attention", attend, inputs, weights, rows.attention)
+    after, _, mlp_taps = self.sublayer("mlp", mlp, self.values(middle), weights, rows.mlp)
 
-    if before.gain_D is not None:
-      after = after.carried()
+    if isinstance(after, Streams):
+      after = after.replace(further=after.further[: self.streams.num_carried - 1])
+      if isinstance(before, Streams) and before.first.owed is not None:
+        after = after.replace(first=after.first.carried(self.config.norm))
     if varying.keep is not None:
       after = jax.tree.map(lambda new, old: jnp.where(varying.keep != 0, new, old), after, before)
-    taps = attention_taps | mlp_taps | {"stream_BTD": after.value(epsilon)}
+    outputs = separate(after, self.config)
+    taps = attention_taps | mlp_taps | {"stream_BTD": the_stream(outputs, self.streams, shared.alone)}
+    if len(outputs) > 1:
+      taps |= {f"stream_{index}_BTD": output_BTD for index, output_BTD in enumerate(outputs)}
     if self.observe is not None:
       # Of a constant: a statistic that is differentiated would be one more thing that the backward pass keeps.
+      input_BTD = the_stream(separate(before, self.config), self.streams, shared.alone)
       seen = jax.lax.stop_gradient(taps | attended.statistics | {"input_BTD": input_BTD})
       taps = self.observe(seen, shared.weights_BT)
     return (after, attended.cache), taps
+
+  def values(self, streams: Streams | Sources) -> list[jax.Array] | Sources:
+    """All n streams at one point of the layer, also those that do not go from layer to layer."""
+    if isinstance(streams, Sources):
+      return streams
+    values = separate(streams, self.config)
+    return values + [jnp.zeros_like(values[0])] * (self.streams.num - len(values))
 
   def sublayer(
     self,
     name: str,
     branch: Callable[[jax.Array], tuple[jax.Array, Any]],
-    x_BTD: jax.Array,
+    streams: list[jax.Array] | Sources,
     weights: Weights,
     row: TracedRow,
-  ) -> tuple[Stream, Any, dict[str, jax.Array]]:
-    """The sublayer rule with this layer's row and parameters: the stream after it, what the branch said, its taps."""
+  ) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """The sublayer rule with this layer's row and parameters: the streams after it, what the branch said, its taps."""
+    kind, prefix = self.config.norm, f"{name}_"
     gain_names = [gain_name(name, 0), gain_name(name, 1), gain_name(name, 2)]
-    gains = [weights[gain] for gain in gain_names if gain in weights]
-    learned = {column: weights[f"{name}_{column}"] for column in LEARNED if f"{name}_{column}" in weights}
-    if "gpas" in weights:  # the sublayers of a layer share it
-      learned["gpas"] = weights["gpas"]
+    of_streams = [f"{name}_stream_norm_0", f"{name}_stream_norm_1"]
+    learned = {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
+    for of_layer in ("gpas", "x0_lambdas"):
+      if of_layer in weights:
+        learned[of_layer] = weights[of_layer]
+    rule = Sublayer(
+      norms=[norm_params(weights, gain, kind) for gain in gain_names if gain in weights],
+      stream_norms=[norm_params(weights, gain, kind) for gain in of_streams if gain in weights],
+      learned=learned,
+      row=row,
+      kind=kind,
+      epsilon=self.config.norm_epsilon,
+      dtype=self.config.dtype,
+    )
     with jax.named_scope(name):
-      after, said, terms = sublayer(
-        x_BTD, branch, gains, learned, row, epsilon=self.config.norm_epsilon, dtype=self.config.dtype
-      )
+      if isinstance(streams, Sources):
+        after, said, terms = rule.append(branch, streams)
+      else:
+        after, said, terms = rule.apply(branch, streams)
     taps = {f"{name}_{term}": value for term, value in terms.items()}
-    return after.replace(sum_BTD=constrain(after.sum_BTD, *STREAM)), said, taps
+    return jax.tree.map(_constrain_stream, after), said, taps
+
+  def first_values(self, before: Streams | Sources, weights: Weights, varying: Varying, shared: Shared) -> jax.Array:
+    """The values [B, S, G, K] that the layer's attention would read: those that later layers mix with their own."""
+    rows = traced_rows(self.constant, varying.columns)
+    found = []
+
+    def values_alone(h_BTD: jax.Array) -> tuple[jax.Array, None]:
+      found.append(self.project_values(h_BTD, weights, rows.attention, shared))
+      return h_BTD, None
+
+    self.sublayer("attention", values_alone, self.values(before), weights, rows.attention)
+    return found[0]
 
   def attend(
     self,
@@ -167,16 +210,6 @@ class Layer(nn.Module):
     """Attention: over the row's own positions, or over a cache, which it then updates."""
     c = self.config
 
-    def project(name: str, axis: str) -> jax.Array:
-      out_BTHK = multiply("btd,dhk->bthk", x_BTD, weights[name].astype(c.dtype))
-      out_BTHK = constrain(out_BTHK, "batch", "length", axis, "head_dim")
-      return out_BTHK + weights[f"{name}_bias"].astype(c.dtype) if c.qkv_bias else out_BTHK
-
-    def norm_each_head(name: str, x_BTHK: jax.Array, on: Any) -> jax.Array:
-      if on is False:
-        return x_BTHK
-      return rms_norm(x_BTHK, weights[f"{name}_norm"], epsilon=c.norm_epsilon, on=on).astype(x_BTHK.dtype)
-
     def norm_all_heads(name: str, x_BTHK: jax.Array, on: Any) -> jax.Array:
       if on is False:
         return x_BTHK
@@ -185,12 +218,12 @@ class Layer(nn.Module):
       return normed_BTE.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
 
     def project_and_rotate(name: str, axis: str) -> jax.Array:
-      x_BTHK = norm_all_heads(name, project(name, axis), row.qk_norm_full)
-      return attention_lib.rotate(norm_each_head(name, x_BTHK, row.qk_norm), shared.rope)
+      x_BTHK = norm_all_heads(name, self.project(name, axis, x_BTD, weights), row.qk_norm_full)
+      return attention_lib.rotate(self.norm_each_head(name, x_BTHK, weights, row.qk_norm), shared.rope)
 
     q_BTHK = project_and_rotate("query", "heads")
     k_BSGK = project_and_rotate("key", "kv_heads")
-    v_BSGK = norm_each_head("value", project("value", "kv_heads"), row.v_norm)
+    v_BSGK = self.project_values(x_BTD, weights, row, shared)
     q_BTHK, k_BSGK, v_BSGK = constrain(q_BTHK, *QUERIES), constrain(k_BSGK, *KEYS), constrain(v_BSGK, *KEYS)
     if cache is not None:
       cache, k_BSGK, v_BSGK = attention_lib.update_cache(cache, layer, k_BSGK, v_BSGK, shared.positions_BT)
@@ -206,6 +239,56 @@ class Layer(nn.Module):
         statistics[f"attention_{name}"] = value
     out_BTD = multiply("bthk,hkd->btd", constrain(out_BTHK, *QUERIES), weights["output"].astype(c.dtype))
     return constrain(out_BTD, *STREAM), Attended(cache, statistics)
+
+  def project(self, name: str, axis: str, x_BTD: jax.Array, weights: Weights) -> jax.Array:
+    """Queries, keys or values of x."""
+    c = self.config
+    out_BTHK = multiply("btd,dhk->bthk", x_BTD, weights[name].astype(c.dtype))
+    out_BTHK = constrain(out_BTHK, "batch", "length", axis, "head_dim")
+    return out_BTHK + weights[f"{name}_bias"].astype(c.dtype) if c.qkv_bias else out_BTHK
+
+  def norm_each_head(self, name: str, x_BTHK: jax.Array, weights: Weights, on: Any) -> jax.Array:
+    if on is False:
+      return x_BTHK
+    return rms_norm(x_BTHK, weights[f"{name}_norm"], epsilon=self.config.norm_epsilon, on=on).astype(x_BTHK.dtype)
+
+  def project_values(self, x_BTD: jax.Array, weights: Weights, row: TracedRow, shared: Shared) -> jax.Array:
+    """The values of x, mixed with those of the first layer where the row says so (arXiv 2410.17897)."""
+    v_BSGK = self.norm_each_head("value", self.project("value", "kv_heads", x_BTD, weights), weights, row.v_norm)
+    if shared.first_values_BSGK is None:
+      return v_BSGK
+    own, first = v_BSGK.astype(jnp.float32), shared.first_values_BSGK.astype(jnp.float32)
+    mixed = own
+    if row.value_residual is not False:
+      share = weights["value_lambda"].astype(jnp.float32)
+      mixed = jnp.where(row.value_residual, (1.0 - share) * own + share * first, mixed)
+    if row.value_residual_two is not False:
+      of_first, of_own = weights["value_lambdas"].astype(jnp.float32)
+      mixed = jnp.where(row.value_residual_two, of_first * first + of_own * own, mixed)
+    return mixed.astype(v_BSGK.dtype)
+
+
+def _constrain_stream(leaf: Any) -> Any:
+  """Lays out a stream, or a buffer of them; what a stream owes has no layout."""
+  dimensions = getattr(leaf, "ndim", 0)
+  if dimensions < len(STREAM):
+    return leaf
+  return constrain(leaf, *[None] * (dimensions - len(STREAM)), *STREAM)
+
+
+def separate(streams: Streams | Sources, config: Any) -> list[jax.Array]:
+  """The streams that go from layer to layer, each [B, T, D]."""
+  if isinstance(streams, Sources):
+    return list(streams.buffer_SBTD)
+  return streams.values(config.norm, config.norm_epsilon)
+
+
+def the_stream(streams: list[jax.Array], of_model: StreamsOfModel, alone: Any) -> jax.Array:
+  """What a diagnostic takes for "the residual stream" where there are several: their sum, or the first."""
+  if not of_model.sums:
+    return streams[0]
+  sum_BTD = weighted_sum([1.0] * len(streams), streams).astype(streams[0].dtype)
+  return sum_BTD if alone is None else jnp.where(alone, streams[0], sum_BTD)
 
 
 def swiglu(x_BTD: jax.Array, weights: Weights, dtype: Any) -> jax.Array:
@@ -294,7 +377,8 @@ class Transformer(nn.Module):
 
     Returns:
       The final hidden states [B, T, D] in config.model.dtype, after the final norm; and the taps: `embedded_BTD`, the
-      residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm); for attention
+      residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm), of several the
+      sum or the first (`placement.StreamSet.sums`), and `stream_0_LBTD`, … each of several; for attention
       and MLP the two terms of the sublayer rule's sum, `attention_residual_LBTD`, `attention_branch_LBTD`,
       `mlp_residual_LBTD`, `mlp_branch_LBTD`; `cache`, where one was given. What nobody reads is not computed. With
       `observe`, `embedded_BTD`, and of the layers what that returns, stacked [L, …].
@@ -305,31 +389,89 @@ class Transformer(nn.Module):
     if positions_BT is None:
       positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     columns = Columns.of(config_lib.table(c)) if columns is None else columns
+    if columns.has_ramp:
+      raise ValueError(
+        f"placement {c.placement!r} depends on the step: give columns=Columns.of(table).at_step(step), or a "
+        "config.model whose placement is `placement.at_step(…)`"
+      )
     shared = Shared(
       rope=attention_lib.rope_table(positions_BT, attention_lib.rope_frequencies(c)),
       mask_BTS=attention_lib.attention_mask(positions_BT, segment_ids_BT, cache),
       segment_ids_BT=segment_ids_BT,
       positions_BT=positions_BT,
       weights_BT=weights_BT,
+      alone=columns.alone,
     )
     # The table's width is gathered first: looked up in pieces of it, the whole batch would be gathered on each device.
     table_VD = constrain(self.embedding, "vocab", "activation_embed")
-    x_BTD = constrain(jnp.take(table_VD, tokens_BT, axis=0).astype(config_lib.residual_dtype(c)), *STREAM)
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+    if c.norm == "dyt":
+      x_BTD = x_BTD * self.embedding_scale
+    x_BTD = constrain(x_BTD.astype(config_lib.residual_dtype(c)), *STREAM)
     taps: dict[str, Any] = {"embedded_BTD": x_BTD}
-    stream = self.first_stream(x_BTD, columns)
-    run_stack = self.loop if c.unroll == 0 and not self.is_initializing() else self.scan
-    (stream, new_cache), layer_taps = run_stack((stream, cache), columns, keep_L, shared)
-    x_BTD = stream.value(c.norm_epsilon)
+    streams = self.first_streams(x_BTD, columns)
+    if columns.uses("attention", "value_residual") or columns.uses("attention", "value_residual_two"):
+      shared = shared._replace(first_values_BSGK=self.first_values(streams, columns, shared))
+    run_stack = self.scan
+    if not self.is_initializing():
+      run_stack = self.loop if c.unroll == 0 else run_stack
+      run_stack = self.append_only if isinstance(streams, Sources) and cache is None and c.unroll else run_stack
+    (streams, new_cache), layer_taps = run_stack((streams, cache), columns, keep_L, shared)
     taps |= {name.replace("_BTD", "_LBTD"): tap for name, tap in layer_taps.items()}
     if cache is not None:
       taps["cache"] = new_cache
-    hidden_BTD = rms_norm(x_BTD, self.final_norm, epsilon=c.norm_epsilon).astype(c.dtype)
+    hidden_BTD = self.read_out(separate(streams, c), columns.streams)
+    if columns.alone is not None:
+      hidden_BTD = jnp.where(columns.alone, self.read_out(separate(streams, c), StreamsOfModel()), hidden_BTD)
     return constrain(hidden_BTD, *STREAM), taps
 
-  def first_stream(self, x_BTD: jax.Array, columns: Columns) -> Stream:
-    """The embedded tokens, which owe no norm, in the form that the scan carries."""
-    stream = Stream(x_BTD)
-    return stream.carried() if columns.uses("mlp", "norm_out") else stream
+  def first_streams(self, x_BTD: jax.Array, columns: Columns) -> Streams | Sources:
+    """The streams before the first layer, made of the embedded tokens, in the form that the scan carries."""
+    if columns.only_sources:
+      later = jnp.zeros((columns.streams.num - 1, *x_BTD.shape), x_BTD.dtype)
+      return Sources(constrain(jnp.concatenate([x_BTD[None], later]), None, *STREAM))
+    first, start = Stream(x_BTD), columns.streams.start
+    if columns.uses("mlp", "norm_out"):
+      first = first.carried(self.config.norm)
+    further = (start * x_BTD).astype(x_BTD.dtype) if start != 1.0 else x_BTD
+    return Streams(first, (further,) * (columns.streams.num_carried - 1))
+
+  def read_out(
+    self, streams: list[jax.Array], of_model: StreamsOfModel, there_N: Sequence[float] | jax.Array = ()
+  ) -> jax.Array:
+    """What the head reads, after the final norm: [B, T, D] in config.model.dtype.
+
+    Args:
+      streams: each [B, T, D].
+      of_model: what they are.
+      there_N: of attention residuals, 0 for a source that is not there yet; by default all are.
+    """
+    c = self.config
+    weights = {}
+    for param in parameters(c).values():
+      if not param.in_layers:
+        weights[param.name] = getattr(self, param.name)
+
+    def normed(name: str, x_BTD: jax.Array) -> jax.Array:
+      return norm(c.norm, x_BTD, norm_params(weights, name, c.norm), epsilon=c.norm_epsilon)
+
+    by = ReadOut(
+      weights,
+      final_norm=lambda x_BTD: normed("final_norm", x_BTD),
+      stream_norm=lambda index, x_BTD: normed(f"stream_norm_{index}", x_BTD),
+      epsilon=c.norm_epsilon,
+      weight=of_model.read_out_weight,
+      there=there_N if len(there_N) else (1.0,) * len(streams),
+    )
+    return READ_OUTS[of_model.read_out](streams, by).astype(c.dtype)
+
+  def first_values(self, streams: Streams | Sources, columns: Columns, shared: Shared) -> jax.Array | None:
+    """The first layer's values, once for all layers that mix them with their own."""
+    if self.is_initializing():
+      return None
+    params = jax.tree.map(lambda stacked: stacked[0], nn.unbox(self.variables["params"]["layers"]))
+    layer = self.make_layer(Layer, columns, parent=None)
+    return layer.first_values(streams, params, Varying(columns.of_layer(0), 0, None), shared)
 
   def layer_class(self) -> Any:
     """The layer's module, with remat as config.model says."""
@@ -344,7 +486,7 @@ class Transformer(nn.Module):
     for param in parameters(self.config, columns).values():
       if param.in_layers:
         declared.append(Declared(param.name, param.shape[1:], param.axes[1:]))
-    return layer_class(self.config, tuple(declared), columns.constant, self.observe, **attributes)
+    return layer_class(self.config, tuple(declared), columns.constant, columns.streams, self.observe, **attributes)
 
   def scan(self, carry: Any, columns: Columns, keep_L: jax.Array | None, shared: Shared) -> tuple[Any, Any]:
     """One scan over the stacked layers, `config.model.unroll` of them a step."""
@@ -361,6 +503,30 @@ class Transformer(nn.Module):
     )
     varying = Varying(columns.varying, jnp.arange(self.config.num_layers), keep_L)
     return self.make_layer(scanned, columns, name="layers")(carry, varying, shared)
+
+  def append_only(self, carry: Any, columns: Columns, keep_L: jax.Array | None, shared: Shared) -> tuple[Any, Any]:
+    """The same layers over sources that are only added to (`model/append_only.py`)."""
+    stacked = nn.unbox(self.variables["params"]["layers"])
+    layer = self.make_layer(Layer, columns, parent=None)
+
+    def step(buffer: jax.Array, params: Any, varying: Varying, read: Any) -> tuple[jax.Array, Any]:
+      values, rest = read
+      shared = rest._replace(first_values_BSGK=values)
+      (after, _), taps = layer.apply({"params": params}, (Sources(buffer), None), varying, shared)
+      return after.buffer_SBTD, taps
+
+    varying = Varying(columns.varying, jnp.arange(self.config.num_layers), keep_L)
+    buffer, taps = append_only.scan_layers(
+      step,
+      columns.slots(),
+      self.config.unroll,
+      carry[0].buffer_SBTD,
+      stacked,
+      varying,
+      shared.first_values_BSGK,
+      shared._replace(first_values_BSGK=None),
+    )
+    return (Sources(buffer), None), taps
 
   def loop(self, carry: Any, columns: Columns, keep_L: jax.Array | None, shared: Shared) -> tuple[Any, Any]:
     """The same layers as a plain Python loop over the same stacked parameters."""

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import jax
 
+from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
+
 
 def use_compile_cache() -> Path | None:
   """Caches compiled programs in the user's cache folder, with mode 0700.
@@ -18,7 +21,12 @@ def use_compile_cache() -> Path | None:
   """
   if jax.config.values["jax_compilation_cache_dir"]:
     return None
-  folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mixln_jax" / "compiled"
+  try:
+    home = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  except InputError:  # of a container's user
+    print("warning: compiled programs are not cached: there is no home folder; set HOME", file=sys.stderr)
+    return None
+  folder = home / "mixln_jax" / "compiled"
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():

@@ -21,6 +21,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "head_dim": None,
   "mlp": "tensor",
   "norm": None,
+  "stream_from": None,
+  "stream_to": None,
   "batch": ("data", "fsdp"),
   "length": "sequence",
   "key_length": None,  # of keys and values: each device sees all of them

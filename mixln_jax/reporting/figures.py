@@ -1,5 +1,6 @@
 """Figures for papers: matplotlib, in vector form, as wide as a column or a page of two columns."""
 
+import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from mixln_jax.files import write_whole
 from mixln_jax.reporting.evidence import all_figures
 from mixln_jax.reporting.groups import Group
 from mixln_jax.reporting.loading import ReportedRun
@@ -55,7 +57,10 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
     canvas.draw_without_rendering()
     canvas.set_layout_engine("none")  # laid out once, not once a format
     for path in paths:
-      canvas.savefig(path, metadata=NO_DATE[path.suffix[1:]])
+      form = path.suffix[1:]
+      content = io.BytesIO()
+      canvas.savefig(content, format=form, metadata=NO_DATE[form])
+      write_whole(path, content.getvalue())
   return paths
 
 

@@ -15,13 +15,13 @@ import pandas as pd
 from mixln_jax import placement as placement_lib
 from mixln_jax.config import FIELDS
 from mixln_jax.errors import InputError
-from mixln_jax.files import read_json_lines
-from mixln_jax.places import local_path
+from mixln_jax.files import local_path, read_json, read_json_lines
 from mixln_jax.reporting.model_diagnosis import ModelDiagnosis, newest_diagnosis
-from mixln_jax.reporting.reading import DAMAGE, as_mapping, read_json, reason
+from mixln_jax.reporting.reading import DAMAGE, as_mapping, reason
 from mixln_jax.reporting.study_plan import RUNS_FOLDER, STUDY_FILE, StudyPlan, read_study_plan
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.metrics import STEP_LINE, read_metrics
 from mixln_jax.version import VERSION
 
 NEEDED_FIELDS = ("model.placement", "model.num_layers", "train.num_steps", "seed")
@@ -148,7 +148,7 @@ def load(workdirs: Sequence[str]) -> Material:
   Raises:
     InputError: a folder holds neither, the study is damaged, or no run can be read.
   """
-  absolute = [local_path(workdir, "workdir").absolute() for workdir in workdirs]
+  absolute = [local_path(workdir).absolute() for workdir in workdirs]
   paths = list(dict.fromkeys(absolute))
   studies = [path for path in paths if (path / STUDY_FILE).is_file()]
   if studies and len(paths) > 1:
@@ -215,7 +215,7 @@ def read_run(name: str, path: Path) -> ReportedRun:
       f"{path / folder_lib.CONFIG}: written by {_written_by(environment)}; this version ({VERSION}) does not know "
       f"{', '.join(unknown)}, and can't tell whether the run is comparable with runs that lack it"
     )
-  metrics = files.read(folder_lib.METRICS, _read_metrics, [])
+  metrics = files.read(folder_lib.METRICS, read_metrics, [])
   diagnosis = files.read("", newest_diagnosis, None)
   fingerprint = files.facts(folder_lib.DATA).get("fingerprint")
   if not fingerprint and diagnosis:
@@ -272,12 +272,8 @@ def _written_by(environment: Mapping[str, Any]) -> str:
   return "another version"
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-  return read_json_lines(path, needs=("step", "split", "loss"))
-
-
 def _read_steps(path: Path) -> list[dict[str, Any]]:
-  return read_json_lines(path, needs=("step",))
+  return read_json_lines(path, STEP_LINE)
 
 
 def _split(lines: Sequence[Mapping[str, Any]], split: str) -> pd.DataFrame:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from mixln_jax.config import FIELDS
 from mixln_jax.errors import InputError
-from mixln_jax.reporting.reading import number_array, read_json, reason
+from mixln_jax.files import read_json
+from mixln_jax.reporting.reading import DAMAGE, number_array, reason
 from mixln_jax.runs import folder as folder_lib
 
 DIAGNOSE_FILE = "diagnose.json"
@@ -71,12 +73,14 @@ def read_diagnosis(path: Path) -> ModelDiagnosis:
   value = read_json(path)
   try:
     return _diagnosis_of(value)
-  except (KeyError, TypeError, AttributeError, ValueError) as error:
+  except DAMAGE as error:
     raise InputError(f"{path}: damaged ({reason(error)}); run `python -m mixln_jax diagnose` again") from error
 
 
 def _diagnosis_of(value: Mapping[str, Any]) -> ModelDiagnosis:
   num_layers = int(value["num_layers"])
+  if not FIELDS["model.num_layers"].admits(num_layers):
+    raise ValueError(f"num_layers is {num_layers:.3g}")
   removal = value.get("removal") or {}
   tokens, removal_loss = value.get("tokens"), removal.get("loss")
 

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import datetime
 import itertools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from typing import Any
 import jinja2
 
 from mixln_jax.errors import InputError
-from mixln_jax.files import write_whole
-from mixln_jax.places import local_path
+from mixln_jax.files import is_partial, local_path, partial_of, remove_partials_of_the_dead, write_whole
 from mixln_jax.reporting import charts, figures
 from mixln_jax.reporting.analysis import Analysis, analyze
 from mixln_jax.reporting.fairness import Finding
@@ -73,40 +73,69 @@ class Report:
 def write_report(material: Material, output: str | Path, baseline: str = "pre") -> Report:
   """Writes report.html, figures/ and tables/ into the folder `output`; replaces what an earlier report wrote there.
 
+  All is written aside first, within that folder (which may be a mount, or a link to one): where that fails or is cut
+  off, the report of before is as it was, and the folder can be written to again.
+
   Raises:
     InputError: the folder holds something else, or can't be written.
+    OSError: the disk is full; the report of before is as it was.
   """
   analysis = analyze(material, baseline)
-  folder = local_path(output, "output").absolute()
-  _make_folder(folder)
-  figure_paths = []
-  contents = {}
-  for figure in analysis.figures:
-    figure_paths += figures.draw(figure, folder / FIGURES_FOLDER)
-    contents[figure.name] = figure.rows()
-  for table in analysis.tables:
-    contents[table.name] = table.records()
-  table_paths = [write_csv(folder / TABLES_FOLDER / f"{name}.csv", rows) for name, rows in contents.items()]
-  page = folder / PAGE_FILE
-  write_whole(page, _render(analysis, folder))
-  return Report(page, figure_paths, table_paths, analysis.findings, analysis.headline)
-
-
-def _make_folder(folder: Path) -> None:
-  """Makes the folder of a report, or removes the figures and tables of the report that it holds."""
+  folder = local_path(output).absolute()
+  aside = partial_of(folder / "report")
+  _make_folders(folder, aside)
   try:
-    entries = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-    if entries and PAGE_FILE not in entries:
+    figure_names = []
+    contents = {}
+    for figure in analysis.figures:
+      figure_names += [path.name for path in figures.draw(figure, aside / FIGURES_FOLDER)]
+      contents[figure.name] = figure.rows()
+    for table in analysis.tables:
+      contents[table.name] = table.records()
+    table_names = [write_csv(aside / TABLES_FOLDER / f"{name}.csv", rows).name for name, rows in contents.items()]
+    write_whole(aside / PAGE_FILE, _render(analysis, aside))
+    _publish(aside, folder)
+  finally:
+    shutil.rmtree(aside, ignore_errors=True)
+  return Report(
+    folder / PAGE_FILE,
+    [folder / FIGURES_FOLDER / name for name in figure_names],
+    [folder / TABLES_FOLDER / name for name in table_names],
+    analysis.findings,
+    analysis.headline,
+  )
+
+
+def _make_folders(folder: Path, aside: Path) -> None:
+  """Makes the folder of a report, unless it holds something else, and in it the one that is written to first."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials_of_the_dead(folder)
+    entries = sorted(entry.name for entry in folder.iterdir() if not is_partial(entry.name))
+    # An earlier version made these two first, and left them alone where it was cut off.
+    others = [name for name in entries if name not in (FIGURES_FOLDER, TABLES_FOLDER)]
+    if others and PAGE_FILE not in entries:
       raise InputError(
-        f"output={folder}: holds something else than a report ({entries[0]!r}); choose an empty or new folder"
+        f"output={folder}: holds something else than a report ({others[0]!r}); choose an empty or new folder"
       )
-    for name, formats in ((FIGURES_FOLDER, figures.FORMATS), (TABLES_FOLDER, ("csv",))):
-      (folder / name).mkdir(parents=True, exist_ok=True)
-      for ending in formats:
-        for path in (folder / name).glob(f"*.{ending}"):
-          path.unlink()
+    for name in (FIGURES_FOLDER, TABLES_FOLDER):
+      (aside / name).mkdir(parents=True)
   except OSError as error:
     raise InputError(f"output={folder}: can't be written ({error.strerror}); choose another folder") from error
+
+
+def _publish(aside: Path, folder: Path) -> None:
+  """Moves a whole report to its place. The page comes first: it is what makes the folder that of a report."""
+  (aside / PAGE_FILE).replace(folder / PAGE_FILE)
+  for name, formats in ((FIGURES_FOLDER, figures.FORMATS), (TABLES_FOLDER, ("csv",))):
+    (folder / name).mkdir(exist_ok=True)
+    written = {path.name for path in (aside / name).iterdir()}
+    for ending in formats:
+      for old in (folder / name).glob(f"*.{ending}"):
+        if old.name not in written:
+          old.unlink()
+    for new in written:
+      (aside / name / new).replace(folder / name / new)
 
 
 def _render(analysis: Analysis, folder: Path) -> str:

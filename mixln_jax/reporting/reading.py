@@ -1,8 +1,6 @@
-"""JSON files of run folders, which may hold anything, and errors that name the file."""
+"""What files of run folders hold, which may be anything, and errors that name the file."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,22 +8,7 @@ import numpy as np
 from mixln_jax.errors import InputError, one_line
 
 # What reading a file can raise when it is damaged, or holds something else than it should.
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """The object that a file of JSON holds.
-
-  Raises:
-    InputError: the file can't be read, or holds something else.
-  """
-  try:
-    value = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise InputError(f"{path}: can't be read ({reason(error)}); restore or remove it") from error
-  if not isinstance(value, dict):
-    raise InputError(f"{path}: holds no JSON object; restore or remove it")
-  return value
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def reason(error: Exception) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mixln_jax.errors import InputError
-from mixln_jax.reporting.reading import read_json, reason
+from mixln_jax.files import OBJECT, OBJECTS, TEXT, check_folder_name, check_kinds, read_json
+from mixln_jax.reporting.reading import DAMAGE, reason
 
 # The names that `sweeps/study.py` writes; rooms of one floor don't import one another.
 STUDY_FILE, RUNS_FOLDER = "study.json", "runs"
@@ -39,12 +40,12 @@ def read_study_plan(path: Path) -> StudyPlan:
   Raises:
     InputError: it can't be read, or is damaged.
   """
-  value = read_json(path)
+  value = read_json(path, {"base": OBJECT, "axes": OBJECT, "runs": OBJECTS})
+  for number, run in enumerate(value["runs"], start=1):
+    check_kinds(run, f"{path}: run {number}", {"name": TEXT, "values": OBJECT})
+    check_folder_name(run["name"], f"{path}: run {number}")
   try:
-    planned = {str(run["name"]): dict(run["values"]) for run in value["runs"]}
-    for name in planned:
-      if Path(name).name != name:  # a path could lead out of the study
-        raise ValueError(f"the run name {name!r} is not the name of a folder")
+    planned = {run["name"]: dict(run["values"]) for run in value["runs"]}
     return StudyPlan(
       name=str(value.get("name") or path.parent.name),
       question=str(value.get("question", "")),
@@ -53,5 +54,5 @@ def read_study_plan(path: Path) -> StudyPlan:
       planned=planned,
       claims=[dict(claim) for claim in value.get("claims") or ()],
     )
-  except (KeyError, TypeError, AttributeError, ValueError) as error:
+  except DAMAGE as error:
     raise InputError(f"{path}: damaged ({reason(error)}); restore it, or make the study again") from error

@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixln_jax.files import write_whole
 from mixln_jax.reporting import comparison, groups
 from mixln_jax.reporting.comparison import BestRate, Difference, Spread, Standing
 from mixln_jax.reporting.loading import ReportedRun
@@ -42,10 +44,11 @@ class TextTable:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
   """Writes rows by name; returns the path."""
   names = list(dict.fromkeys(name for row in rows for name in row))
-  with path.open("w", newline="") as file:
-    writer = csv.DictWriter(file, names, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
+  content = io.StringIO(newline="")
+  writer = csv.DictWriter(content, names, restval="")
+  writer.writeheader()
+  writer.writerows(rows)
+  write_whole(path, content.getvalue())
   return path
 
 

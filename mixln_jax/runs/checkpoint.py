@@ -8,8 +8,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,17 +19,31 @@ from orbax.checkpoint import checkpoint_managers
 
 from mixln_jax import waiting
 from mixln_jax.errors import InputError, TryAgainError, one_line
+from mixln_jax.files import NUMBER, OBJECT, TEXT, Kinds, check_kinds, decoded, json_object
 from mixln_jax.parallel.bits import bit_sums
 from mixln_jax.places import is_url
 from mixln_jax.reach import chain, why_unreachable
 from mixln_jax.runs.remote import as_unreachable
 
+T = TypeVar("T")
+
 METRIC = "validation_loss"
 SUMS, SEAL = "bit_sums", "sha256"  # facts that say whether the rest is what was written
 
 
+_DESCRIPTIONS = ("metrics/metrics", "_CHECKPOINT_METADATA")  # files of a checkpoint that orbax reads to list it
+_FACTS: Kinds = {"config": OBJECT.optional(), "fingerprint": TEXT.optional(), SUMS: OBJECT}
+
+# A reader has no lock: the process that trains may remove what it reads, file by file.
+REMOVAL_SECONDS, POLL_SECONDS = 3.0, 0.05
+
+
 class DamagedError(InputError):
   """A checkpoint is not what was written."""
+
+
+class RemovedError(InputError):
+  """A checkpoint was removed while it was read: the run trains, and has newer ones."""
 
 
 class Checkpoints:
@@ -68,8 +83,14 @@ class Checkpoints:
         save_decision_policy=managers.FixedIntervalPolicy(1),
         read_only=read_only,
       )
-      with self._reached("the checkpoints to be listed"):
-        self._manager = ocp.CheckpointManager(folder, options=options)
+      self._read_only = read_only
+      try:
+        with self._reached("the checkpoints to be listed"):
+          self._manager = self._looking(lambda: ocp.CheckpointManager(folder, options=options))
+      except (ValueError, TypeError, LookupError, RecursionError) as error:
+        if isinstance(error, InputError) or why_unreachable(error) is not None:
+          raise
+        raise _damaged_description(epath.Path(folder), error) from error
 
   @contextlib.contextmanager
   def _reached(self, what: str) -> Iterator[None]:
@@ -104,7 +125,20 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The one of lowest validation loss; None where none was evaluated."""
-    return self._manager.best_step()
+    try:
+      return self._manager.best_step()
+    except (TypeError, LookupError) as error:
+      raise _damaged_description(epath.Path(self._manager.directory), error) from error
+
+  def _looking(self, look: Callable[[], T]) -> T:
+    """The result of a look at the folder; a reader's is repeated where a checkpoint was removed during it."""
+    deadline = time.monotonic() + REMOVAL_SECONDS
+    while True:
+      try:
+        return look()
+      except (FileNotFoundError, NotADirectoryError):
+        if not self._read_only or time.monotonic() > deadline:
+          raise
 
   def save(
     self, step: int, trees: Mapping[str, Any], facts: Mapping[str, Any], validation_loss: float | None = None
@@ -133,12 +167,17 @@ class Checkpoints:
 
     Raises:
       DamagedError: they can't be read, or are not those that were written.
+      RemovedError: the process that trains has removed the checkpoint.
       UnreachableError: the bucket can't be reached.
       Exception: of orbax, as it is, where a disk could not be reached or did not let us in.
     """
     facts = self._restore(step, facts=ocp.args.JsonRestore())["facts"]
-    if not isinstance(facts, dict) or facts.get(SEAL) != _seal(facts):
-      raise self._damaged(step, "its facts are not those that were written")
+    try:
+      if not isinstance(facts, dict) or facts.get(SEAL) != _seal(facts):
+        raise self._unreadable(step, "its facts are not those that were written")
+      check_kinds(facts, "facts", _FACTS)
+    except (TypeError, RecursionError) as error:
+      raise self._unreadable(step, one_line(error)) from error
     return facts
 
   def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +185,7 @@ class Checkpoints:
 
     Raises:
       DamagedError: they can't be read, are of other shapes, or a tensor is not what was written, bit for bit.
+      RemovedError: the process that trains has removed the checkpoint.
       UnreachableError: the bucket can't be reached.
       Exception: of orbax, as it is, where a disk could not be reached or did not let us in.
     """
@@ -155,7 +195,7 @@ class Checkpoints:
     for tree_name, tree in trees.items():
       for name, total in _sums(tree).items():
         if expected.get(tree_name, {}).get(name) != total:
-          raise self._damaged(step, f"{tree_name}/{name} is not what was written")
+          raise self._unreadable(step, f"{tree_name}/{name} is not what was written")
     return trees
 
   def _restore(self, step: int, **items: Any) -> Any:
@@ -168,10 +208,17 @@ class Checkpoints:
       if why_unreachable(error) is not None:
         raise
       reason = one_line(error)
-      raise self._damaged(step, reason) from error
+      raise self._unreadable(step, reason) from error
 
-  def _damaged(self, step: int, reason: str) -> DamagedError:
-    return DamagedError(f"{self._manager.directory}/{step}: the checkpoint is damaged ({reason})")
+  def _unreadable(self, step: int, reason: str) -> DamagedError | RemovedError:
+    """The error for a checkpoint that can't be read: damaged, unless it is gone or going."""
+    folder = epath.Path(self._manager.directory) / str(step)
+    deadline = time.monotonic() + (REMOVAL_SECONDS if self._read_only else 0.0)
+    while folder.exists():
+      if time.monotonic() >= deadline:
+        return DamagedError(f"{folder}: the checkpoint is damaged ({reason})")
+      time.sleep(POLL_SECONDS)
+    return RemovedError(f"{folder}: the checkpoint was removed while it was read; name a step that the run keeps")
 
   def move(self, steps: Iterable[int], target: epath.PathLike) -> None:
     """Moves checkpoints into the folder `target`, which exists."""
@@ -183,7 +230,7 @@ class Checkpoints:
   def reload(self) -> None:
     """Looks at the folder again, after another process changed it."""
     with self._reached("the checkpoints to be listed"):
-      self._manager.reload()
+      self._looking(self._manager.reload)
 
   def check(self) -> None:
     """Raises what went wrong in the background since the last save, and where the run is no longer this process's."""
@@ -201,6 +248,19 @@ class Checkpoints:
     self.wait()
     with self._reached("the checkpoints to be closed"):
       self._manager.close()
+
+
+def _damaged_description(folder: epath.Path, error: Exception) -> InputError:
+  """The error for checkpoints that orbax can't even list, since what one of them says of itself is damaged."""
+  for step in sorted(folder.iterdir()):
+    for name in _DESCRIPTIONS:
+      file = step / name
+      try:
+        value = json_object(decoded(file.read_bytes(), str(file)), str(file)) if file.exists() else {}
+        check_kinds(value, str(file), {METRIC: NUMBER.optional()})
+      except InputError as damage:
+        return InputError(f"{damage}, or move the folder {step} away")
+  return InputError(f"{folder}: the checkpoints can't be listed ({one_line(error)}); move away what is damaged")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import jax
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
-from mixln_jax.files import json_object
+from mixln_jax.files import TEXT, json_object
 from mixln_jax.parallel.rules import mesh_axes
+from mixln_jax.parallel.settings import tuning
 from mixln_jax.runs.folder import CONFIG, ENVIRONMENT, RunFolder
 from mixln_jax.text import aligned
 from mixln_jax.version import VERSION
@@ -49,11 +51,18 @@ def read_config(folder: RunFolder) -> Config:
     raise InputError(f"{where}: {error}") from error
 
 
+def read_environment(folder: RunFolder) -> dict[str, Any]:
+  """The environment.json of a run; empty where it has none, or one that can't be read."""
+  try:
+    return folder.facts(ENVIRONMENT, {"version": TEXT.optional(), "git": TEXT.optional()}) or {}
+  except InputError:
+    return {}
+
+
 def written_by(folder: RunFolder) -> str:
   """The version of this package that last trained a run, as its environment.json says, in words."""
-  try:
-    environment = json_object(folder.read(ENVIRONMENT), ENVIRONMENT)
-  except InputError:
+  environment = read_environment(folder)
+  if not environment:
     return "another version"
   version, revision = environment.get("version", "an earlier version"), environment.get("git")
   return f"{version} (revision {revision})" if revision else version
@@ -70,10 +79,25 @@ def environment() -> dict[str, Any]:
     "processes": jax.process_count(),
     "cpus": os.cpu_count(),
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    "tuning": tuning(),
     "git": _git_revision(),
     "code": code_hash(),
     "command": sys.argv,
   }
+
+
+COMPUTES = ("train_step", "devices", "xla_flags", "tuning")  # facts of an environment that decide a run's bits
+
+
+def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """What of two environments decides a run's bits and differs, in words; a fact that `old` lacks is left out."""
+  changes = [f"{name} {old[name]!r} -> {new[name]!r}" for name in COMPUTES if name in old and old[name] != new[name]]
+  before, now = old.get("packages"), new["packages"]
+  if isinstance(before, Mapping):
+    for name in ("jax", "jaxlib"):
+      if before.get(name) != now[name]:
+        changes.append(f"{name} {before.get(name)} -> {now[name]}")
+  return changes
 
 
 def code_hash() -> str:

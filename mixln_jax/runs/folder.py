@@ -34,7 +34,16 @@ import jax
 from etils import epath
 
 from mixln_jax.errors import InputError, LostLockError, UnreachableError, one_line
-from mixln_jax.files import is_partial, write_whole
+from mixln_jax.files import (
+  LARGEST_FACTS,
+  Kinds,
+  decoded,
+  is_partial,
+  json_object,
+  local_path,
+  read_regular,
+  write_whole,
+)
 from mixln_jax.parallel.processes import is_first, wait_for_all
 from mixln_jax.places import check_scheme, is_url
 from mixln_jax.runs.lock import identity, lock
@@ -63,7 +72,7 @@ class RunFolder:
     self.remote = Remote(str(path)) if is_url(path) else None
     self._spool: Spool | None = None
     self._lock: Lock | None = None
-    self._local = Path(path).expanduser().absolute()
+    self._local = Path(path) if self.remote else local_path(path).absolute()
     self.address = self.remote.url if self.remote else str(self._local)
 
   @property
@@ -239,9 +248,8 @@ class RunFolder:
       InputError: the folder holds no run, or the file can't be read.
     """
     try:
-      return (
-        self.remote.read(name).decode(errors="replace") if self.remote else (self / name).read_text(errors="replace")
-      )
+      content = self.remote.read(name) if self.remote else read_regular(self / name, LARGEST_FACTS)
+      return decoded(content, f"{self.address}/{name}")
     except OSError as error:
       reason = error.strerror or one_line(error, 200)
       raise InputError(f"workdir={self.address}: no run there ({name}: {reason}); give the folder of a run") from error
@@ -252,6 +260,24 @@ class RunFolder:
       with contextlib.suppress(FileNotFoundError):
         self.remote.get(name, self.path / name)
     return self.path / name
+
+  def facts(self, name: str, kinds: Kinds | None = None) -> dict[str, Any] | None:
+    """The object that a file of facts holds; None where there is no such file.
+
+    Args:
+      name: of the file.
+      kinds: what its members must be.
+
+    Raises:
+      InputError: it can't be read, or holds something else.
+    """
+    try:
+      text = self.read(name)
+    except InputError as error:
+      if isinstance(error.__cause__, FileNotFoundError):
+        return None
+      raise
+    return json_object(text, f"{self.address}/{name}", kinds)
 
   def write(self, name: str, text: str) -> None:
     """Writes a file of facts, whole or not at all; of several processes the first one does."""

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import TEXT, decoded, json_object
+from mixln_jax.text import printable
 
 STALE_SECONDS, TOUCH_SECONDS = 120.0, 15.0  # a holder that was silent for so long is presumed dead; how often it speaks
 POLL_SECONDS = 2.0
@@ -26,15 +28,24 @@ def identity() -> dict[str, Any]:
 def holder_of(content: bytes | str) -> dict[str, Any]:
   """Who a lock says holds it; empty where it does not."""
   try:
-    value = json.loads(content)
-  except ValueError:
+    text = decoded(content, "the lock") if isinstance(content, bytes) else content
+    return json_object(text, "the lock", {"host": TEXT.optional()})
+  except InputError:
     return {}
-  return value if isinstance(value, dict) else {}
+
+
+def read_holder(path: Path) -> dict[str, Any]:
+  """Who a lock file says holds it; empty where there is no such file, or it does not say."""
+  try:
+    return holder_of(path.read_bytes())
+  except OSError:
+    return {}
 
 
 def describe_holder(holder: Mapping[str, Any]) -> str:
   """One phrase for a person."""
-  return ", ".join(f"{name} {value}" for name, value in holder.items() if name not in ("beat", "nonce"))
+  words = ", ".join(f"{name} {value}" for name, value in holder.items() if name not in ("beat", "nonce"))
+  return one_line(printable(words))
 
 
 def held_error(workdir: str, holder: Mapping[str, Any]) -> InputError:
@@ -91,10 +102,10 @@ def lock(path: Path, workdir: str) -> Iterator[None]:
   """
   with contextlib.ExitStack() as stack:
     try:
-      file = stack.enter_context(path.open("a+"))
+      file = stack.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise held_error(workdir, holder_of(path.read_text())) from error
+      raise held_error(workdir, read_holder(path)) from error
     except OSError as error:
       raise InputError(
         f"workdir={workdir}: can't be locked ({error.strerror}); choose a folder that you can write to"
@@ -131,7 +142,7 @@ def is_held_elsewhere(path: Path) -> bool:
     BlockingIOError: a process on this machine holds it, which lives for certain.
     OSError: there is no such file.
   """
-  with path.open() as file:
+  with path.open("rb") as file:
     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return _is_elsewhere(holder_of(file.read()))
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixln_jax.files import json_number, read_json_lines, write_whole
+from mixln_jax.errors import InputError
+from mixln_jax.files import COUNT, NUMBER, TEXT, Kinds, json_number, read_json_lines, write_whole
 from mixln_jax.parallel.processes import is_first
 
-NEEDS = ("step", "split")  # of a line of metrics.jsonl
+METRICS_LINE: Kinds = {"step": COUNT, "split": TEXT, "loss": NUMBER}  # and numbers, each under its name
+STEP_LINE: Kinds = {"step": COUNT}  # of the other files of lines
 
 
 class Mirror(Protocol):
@@ -87,18 +89,18 @@ def _has_wandb_key() -> bool:
 class JsonLines:
   """A file of JSON objects, one a line, each with its `step`. Of several processes the first one writes."""
 
-  def __init__(self, path: Path, start_step: int, needs: tuple[str, ...] = ("step",)):
+  def __init__(self, path: Path, start_step: int, kinds: Kinds = STEP_LINE):
     """Opens it and cuts it back to `start_step`, the step that was restored (0 = empty).
 
     Raises:
-      InputError: a line other than the last one is not JSON, or lacks a key of `needs`.
+      InputError: a line other than the last one is not JSON, or a member is not of its kind.
     """
     self._file = None
     if not is_first():
       return
-    lines = read_json_lines(path, needs) if start_step else []
+    lines = read_json_lines(path, kinds) if start_step else []
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
-    self._file = path.open("a")
+    self._file = path.open("a", encoding="utf-8")
 
   @property
   def writes(self) -> bool:
@@ -121,7 +123,7 @@ class Metrics:
   def __init__(self, path: Path, start_step: int):
     """Opens metrics.jsonl as `JsonLines` does."""
     self._mirrors: list[Mirror] = []
-    self._lines = JsonLines(path, start_step, NEEDS)
+    self._lines = JsonLines(path, start_step, METRICS_LINE)
 
   def add_mirror(self, make: Any, *args: Any) -> None:
     """Adds `make(*args)`; a mirror that can't be made is reported and left out."""
@@ -163,6 +165,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
   """All whole lines of a metrics.jsonl; none where there is none.
 
   Raises:
-    InputError: a line is not an object with a step and a split.
+    InputError: a line is not an object with a step, a split, and numbers.
   """
-  return read_json_lines(path, NEEDS)
+  lines = read_json_lines(path, METRICS_LINE)
+  for line in lines:
+    for name, value in line.items():
+      if name != "split" and not NUMBER.fits(value):
+        raise InputError(f"{path}: {name} of step {line['step']} is not a number; mend or remove the file")
+  return lines

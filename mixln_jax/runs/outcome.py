@@ -4,12 +4,25 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mixln_jax.errors import InputError
-from mixln_jax.files import json_object
+from mixln_jax.files import COUNT, FLAG, NUMBER, NUMBERS, OBJECT, TEXT, Kinds, check_kinds, read_json
 from mixln_jax.runs.folder import OUTCOME, RunFolder
 
 FINISHED, STOPPED, NON_FINITE, DIVERGED, FAILED = "finished", "stopped", "non_finite", "diverged", "failed"
 ENDED_ITSELF = (NON_FINITE, DIVERGED)  # it would end in the same way again
+
+
+_KINDS: Kinds = {
+  "status": TEXT,
+  "step": COUNT,
+  "last_checkpoint": COUNT.optional(),
+  "validation": OBJECT.optional(),
+  "best_validation": OBJECT.optional(),
+  "diverged": FLAG.optional(),
+  "skipped_updates": COUNT.optional(),
+  "seconds": NUMBERS.optional(),
+  "message": TEXT.optional(),
+}
+_VALIDATION: Kinds = {"step": COUNT, "loss": NUMBER, "perplexity": NUMBER.optional()}
 
 
 class Outcome(NamedTuple):
@@ -21,7 +34,7 @@ class Outcome(NamedTuple):
     last_checkpoint: step of its newest checkpoint.
     validation: the last evaluation's line of metrics.jsonl.
     best_validation: the line of lowest loss.
-    diverged: whether the last evaluation after the warm-up was at the unigram entropy of its data.
+    diverged: whether it was back, or stuck, at the unigram entropy of its data (last evaluation after the warm-up).
     skipped_updates: of the whole run, because their loss or gradient was not finite.
     seconds: of this process: total, compile, input, evaluation, checkpoint, steps, and the goodput.
     message: one line for a person.
@@ -51,13 +64,13 @@ def read_outcome(folder: RunFolder) -> Outcome | None:
   Raises:
     InputError: outcome.json is not what a run writes.
   """
-  path = folder / OUTCOME
-  if not path.exists():
+  try:
+    content = read_json(folder / OUTCOME, _KINDS)
+  except FileNotFoundError:
     return None
-  content = json_object(path.read_text(errors="replace"), str(path))
-  missing = [name for name in ("status", "step") if name not in content]
-  if missing:
-    raise InputError(f"{path}: damaged, it has no {missing[0]}; remove the file, and train the run again")
+  for name in ("validation", "best_validation"):
+    if content.get(name) is not None:
+      check_kinds(content[name], f"{folder / OUTCOME}: {name}", _VALIDATION)
   return Outcome(**{name: content[name] for name in Outcome._fields if name in content})
 
 

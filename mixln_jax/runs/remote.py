@@ -18,7 +18,7 @@ from typing import Any
 
 from mixln_jax import waiting
 from mixln_jax.errors import InputError, TryAgainError, UnreachableError, one_line
-from mixln_jax.files import is_partial
+from mixln_jax.files import is_partial, local_path
 from mixln_jax.places import check_bucket_folder, check_scheme, is_url
 from mixln_jax.reach import code_of, why_unreachable
 from mixln_jax.runs import gcs
@@ -303,7 +303,7 @@ def writable_place(place: str, parameter: str) -> Iterator[Path]:
   """
   check_scheme(place, parameter)
   if not is_url(place):
-    yield Path(place).expanduser()
+    yield local_path(place, parameter)
     return
   remote = Remote(place, parameter)
   probe = f".{SPOOL_PREFIX}probe"
@@ -341,7 +341,7 @@ def readable_place(place: str, parameter: str, skip: str = r"$^") -> Iterator[Pa
   """
   check_scheme(place, parameter)
   if not is_url(place):
-    yield Path(place).expanduser()
+    yield local_path(place, parameter)
     return
   remote = Remote(place, parameter)
   names = [name for name in remote.all_files() if not re.match(skip, name)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mixln_jax import config as config_lib
 from mixln_jax.data.opening import open_data
-from mixln_jax.files import json_object, write_whole
+from mixln_jax.files import TEXTS, read_json, write_whole
 from mixln_jax.opening import Setup
 from mixln_jax.parallel.processes import agree, is_first, wait_for_all
 from mixln_jax.runs.outcome import ENDED_ITSELF, FINISHED, Outcome, read_outcome
@@ -33,7 +33,7 @@ def joint_set(runs: Sequence[Run]) -> list[Run]:
   not: it is never trained again.
   """
   path = _study_folder(runs) / TOGETHER
-  names = json_object(path.read_text(), str(path)).get("runs", []) if path.exists() else []
+  names = read_json(path, {"runs": TEXTS})["runs"] if path.exists() else []
   begun = []
   for run in runs:
     outcome = read_outcome(run.folder) if run.name in names else None

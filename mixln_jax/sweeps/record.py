@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixln_jax.errors import InputError
-from mixln_jax.places import local_path
+from mixln_jax.files import local_path
 from mixln_jax.runs.folder import METRICS
 from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.sweeps.study import Run

@@ -1,19 +1,28 @@
 """The runs of a study in order, each in a process of its own; any number of machines divide them up."""
 
-import signal
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from mixln_jax import config as config_lib
+from mixln_jax import signals
 from mixln_jax.errors import InputError
-from mixln_jax.files import is_partial, json_object, write_whole
-from mixln_jax.places import local_path
+from mixln_jax.files import (
+  OBJECT,
+  OBJECTS,
+  TEXT,
+  check_folder_name,
+  check_kinds,
+  is_partial,
+  local_path,
+  read_json,
+  write_whole,
+)
 from mixln_jax.runs.folder import LOCK
-from mixln_jax.runs.lock import Liveness, is_held, is_held_elsewhere
+from mixln_jax.runs.lock import Liveness, describe_holder, is_held, is_held_elsewhere, read_holder
 from mixln_jax.runs.outcome import ENDED_ITSELF, FINISHED, Outcome, read_outcome
 from mixln_jax.sweeps.study import STUDY, STUDY_PLACE, Run, Study, check_comparable, check_initial_weights
 
@@ -27,11 +36,14 @@ class State(NamedTuple):
 
   state: str  # open, busy (another process trains it), or done
   outcome: Outcome | None
+  holder: str = ""  # the process that trains it, in words
 
   def describe(self) -> str:
     """In a few words, for a table."""
     outcome = self.outcome
-    if outcome is None or self.state == BUSY:
+    if self.state == BUSY:
+      return f"{BUSY}: a process trains it ({self.holder or 'one that does not say who it is'})"
+    if outcome is None:
       return self.state
     loss = f"  loss {float(outcome.validation['loss']):.4f}" if outcome.validation else ""
     diverged = "  diverged" if outcome.diverged else ""
@@ -49,7 +61,7 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
   folder = local_path(workdir, "workdir", STUDY_PLACE).absolute()
   runs = study.runs(folder)
   if (folder / STUDY).exists():
-    _check_same(study, json_object((folder / STUDY).read_text(errors="replace"), str(folder / STUDY)), folder)
+    _check_same(study, read_study(folder / STUDY), folder)
   elif folder.exists() and (not folder.is_dir() or any(not is_partial(path.name) for path in folder.iterdir())):
     raise InputError(f"workdir={folder}: not empty and holds no study; choose another folder, nothing was written")
   check_comparable(runs)
@@ -57,6 +69,15 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / STUDY, study.to_json(runs))
   return runs
+
+
+def read_study(path: Path) -> dict[str, Any]:
+  """What a study.json says of its base and its runs; raises InputError where it is damaged."""
+  value = read_json(path, {"base": OBJECT, "runs": OBJECTS})
+  for number, run in enumerate(value["runs"], start=1):
+    check_kinds(run, f"{path}: run {number}", {"name": TEXT, "values": OBJECT})
+    check_folder_name(run["name"], f"{path}: run {number}")
+  return value
 
 
 def _check_same(study: Study, old: dict[str, Any], folder: Path) -> None:
@@ -78,7 +99,7 @@ def state_of(run: Run) -> State:
   """How a run stands."""
   outcome = read_outcome(run.folder)
   if is_held(run.folder / LOCK, _liveness):
-    return State(BUSY, outcome)
+    return State(BUSY, outcome, describe_holder(read_holder(run.folder / LOCK)))
   done = False
   if outcome is not None:
     all_steps = outcome.step == run.config.train.num_steps
@@ -86,56 +107,37 @@ def state_of(run: Run) -> State:
   return State(DONE if done else OPEN, outcome)
 
 
-class Stopped(Exception):
-  """A signal ended the sweep; `args[0]` names it."""
-
-
-class Signals:
-  """While the context is open, SIGTERM and Ctrl-C are passed, as SIGTERM, to the run that is being trained, which ends
-  with a checkpoint. Between two runs they end the sweep at once."""
-
-  def __init__(self) -> None:
-    self.child: subprocess.Popen[str] | None = None
-    self.name: str | None = None
-
-  def _handle(self, number: int, _: FrameType | None) -> None:
-    self.name = signal.Signals(number).name
-    if self.child is not None:
-      self.child.terminate()
-
-  def __enter__(self) -> "Signals":
-    self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-
-  def check(self) -> None:
-    """Raises Stopped where a signal came."""
-    if self.name is not None:
-      raise Stopped(self.name)
-
-
-def train_run(run: Run, seen: Callable[[str], None], signals: Signals) -> int:
+def train_run(run: Run, seen: Callable[[str], None]) -> int:
   """Trains one run in a process of its own, from where it is; returns its exit status.
 
-  What it prints is appended to its `log.txt`, and each line given to `seen`.
+  What it prints is appended to its `log.txt`, and each line given to `seen`. A signal that asks this process to stop is
+  passed to the run as SIGTERM, and the run ends with a checkpoint; it ends in the same way if this process is killed.
 
   Raises:
     Stopped: a signal came; the run has ended.
   """
-  signals.check()
   _make(run)
-  command = [sys.executable, "-m", "mixln_jax", "train", f"workdir={run.folder.path}"]
-  with (run.folder / LOG).open("a") as log:
-    # In a session of its own: Ctrl-C reaches it once, from here.
+  command = [sys.executable, "-m", "mixln_jax", "train", f"--workdir={run.folder.path}"]
+  children: list[subprocess.Popen[str]] = []
+
+  def terminate() -> None:
+    for child in children:
+      child.terminate()
+
+  with (run.folder / LOG).open("a", encoding="utf-8") as log, signals.noting(terminate):
+    # In a session of its own: Ctrl-C and a closed terminal reach it once, from here.
     child = subprocess.Popen(
-      command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+      command,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      encoding="utf-8",
+      errors="replace",
+      start_new_session=True,
+      env=os.environ | {signals.PARENT: str(os.getpid()), "PYTHONIOENCODING": "utf-8"},
     )
-    signals.child = child
+    children.append(child)
     try:
-      if signals.name is not None:  # it came while the process was made
+      if signals.requested_by() is not None:  # it came while the process was made
         child.terminate()
       for line in child.stdout or ():
         log.write(line)
@@ -143,13 +145,14 @@ def train_run(run: Run, seen: Callable[[str], None], signals: Signals) -> int:
         seen(line.rstrip("\n"))
       status = child.wait()
     finally:
-      signals.child = None
       if child.poll() is None:
         child.terminate()
         child.wait()
       if child.stdout is not None:
         child.stdout.close()
-  signals.check()
+    stopped_by = signals.requested_by()
+  if stopped_by is not None:
+    raise signals.Stopped(stopped_by)
   return status
 
 

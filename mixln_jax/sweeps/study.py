@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
-from mixln_jax.files import json_object
+from mixln_jax.files import COUNT, NUMBERS, TEXT, check_kinds, json_object, local_path
 from mixln_jax.model.parameters import parameters
-from mixln_jax.places import local_path
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
 
@@ -206,6 +205,11 @@ def check_comparable(runs: Sequence[Run]) -> None:
     )
 
 
+def _drawn(run: Run) -> dict[str, Any]:
+  """The tensors of a run that are drawn, by name."""
+  return {name: param for name, param in parameters(run.config.model).items() if param.drawn}
+
+
 def check_initial_weights(runs: Sequence[Run]) -> dict[str, str]:
   """Checks that runs which should start from the same numbers did; returns the hash of each run that has started.
 
@@ -219,11 +223,11 @@ def check_initial_weights(runs: Sequence[Run]) -> dict[str, str]:
   for run in runs:
     if not (run.folder / INITIAL_WEIGHTS).exists():
       continue
-    facts = json_object(run.folder.read(INITIAL_WEIGHTS), INITIAL_WEIGHTS)
+    where = f"{run.folder.address}/{INITIAL_WEIGHTS}"
+    facts = json_object(run.folder.read(INITIAL_WEIGHTS), where, {"hash": TEXT, "bit_sums": NUMBERS})
+    check_kinds(facts["bit_sums"], f"{where}: bit_sums", dict.fromkeys(_drawn(run), COUNT))
     hashes[run.name] = facts["hash"]
-    for tensor, param in parameters(run.config.model).items():
-      if not param.drawn:
-        continue
+    for tensor, param in _drawn(run).items():
       same = (tensor, run.config.seed, param.logical_shape, str(param.std), run.config.model.param_dtype)
       other, total = seen.setdefault(same, (run.name, facts["bit_sums"][tensor]))
       if total != facts["bit_sums"][tensor]:

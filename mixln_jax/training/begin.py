@@ -15,6 +15,7 @@ import numpy as np
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
+from mixln_jax.files import is_partial, settle, work_folder
 from mixln_jax.model import admin
 from mixln_jax.model.initial import initial_params
 from mixln_jax.model.parameters import abstract_params
@@ -259,15 +260,13 @@ def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
 
 
 def _make_beside(config: Config, folder: RunFolder, state: TrainState) -> None:
-  """Makes the run beside its place: one that was cut off before it had its weights would start from random ones."""
-  partial = RunFolder(folder.path.with_name(f".{folder.path.name}.partial"))
+  """Makes the run aside: one that was cut off before it had its weights would start from random ones."""
+  partial = RunFolder(work_folder(folder.path))
   shutil.rmtree(partial.path, ignore_errors=True)
   try:
     partial.create(config_lib.to_json(config))
     _make_first_checkpoint(config, partial, state)
-    if folder.path.exists():
-      folder.path.rmdir()
-    partial.path.rename(folder.path)
+    settle(partial.path, folder.path, last=folder_lib.CONFIG)
   except (OSError, ValueError):
     shutil.rmtree(partial.path, ignore_errors=True)
     raise
@@ -284,6 +283,6 @@ def check_new(workdir: str | Path) -> RunFolder:
   folder = RunFolder(workdir)
   if folder.has_run:
     raise InputError(f"workdir={folder.address} holds a run already; give a folder that does not exist")
-  if folder.occupants():
+  if [name for name in folder.occupants() if not is_partial(name)]:
     raise InputError(f"workdir={folder.address}: not empty; give a folder that does not exist")
   return folder

@@ -15,7 +15,7 @@ from mixln_jax.opening import Setup, make_loader
 from mixln_jax.parallel.processes import is_first, wait_for_all
 from mixln_jax.parallel.rules import on_mesh
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.training.step import TrainState, gradient_sum
+from mixln_jax.training.step import TrainState, columns_at, gradient_sum
 
 
 def write_dump(folder: RunFolder, setup: Setup, state: TrainState, step: int) -> Path:
@@ -43,7 +43,8 @@ def write_dump(folder: RunFolder, setup: Setup, state: TrainState, step: int) ->
   if is_first():
     np.savez(target / "batch.npz", **arrays)
   with on_mesh(setup.mesh):
-    loss, norms = jax.device_get(jax.jit(lambda params: gradient_norms(config, params, batch))(state.params))
+    norms_of = jax.jit(lambda params: gradient_norms(config, params, batch, step - 1))
+    loss, norms = jax.device_get(norms_of(state.params))
   report = {
     "step": step,
     "batch": f"batch {step - 1} of data {setup.corpus.manifest.fingerprint}, config.data.seed={config.data.seed}",
@@ -54,9 +55,13 @@ def write_dump(folder: RunFolder, setup: Setup, state: TrainState, step: int) ->
   return target
 
 
-def gradient_norms(config: Config, params: Any, batch: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The mean loss, and the norm of its gradient by each tensor; for tensors of `layers/`, of each layer [L]."""
-  total, count, grads = gradient_sum(Transformer(config.model), params, batch, config.train.micro_batches, None)
+def gradient_norms(
+  config: Config, params: Any, batch: Mapping[str, Any], step: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The mean loss after `step` updates, and the norm of its gradient by each tensor; for tensors of `layers/`, of each
+  layer [L]."""
+  columns = columns_at(config, None, jnp.int32(step))
+  total, count, grads = gradient_sum(Transformer(config.model), params, batch, config.train.micro_batches, columns)
 
   def norm(path: str, grad: jax.Array) -> jax.Array:
     axes = tuple(range(1, grad.ndim)) if path.startswith("layers/") else None

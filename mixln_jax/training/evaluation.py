@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mixln_jax.opening import Setup, make_loader
@@ -64,12 +65,12 @@ class Evaluator:
     self._loader = make_loader(setup, setup.config.evaluate.batch_size)
     self._step = program.evaluate_step(bytes_per_token(setup))
 
-  def __call__(self, params: Any) -> list[Evaluation]:
-    """The evaluation of each member of the program; `params` are those of its joint state."""
+  def __call__(self, params: Any, step: int) -> list[Evaluation]:
+    """The evaluation of each member of the program; `params` are those of its joint state after `step` updates."""
     mesh = self._setup.mesh
     with on_mesh(mesh):
       batches = self._loader.validation(self._setup.config.evaluate.max_tokens)
-      pending = [self._step(params, global_batch(batch, mesh)) for batch in batches]
+      pending = [self._step(params, global_batch(batch, mesh), jnp.int32(step)) for batch in batches]
     # [number of batches, (loss sum, count, bytes), R]; one run has scalars.
     sums_N3R = np.array(jax.device_get(pending), np.float64).reshape(len(pending), 3, -1)
     return [add_up(*sums_N3R[:, :, index].T) for index in range(sums_N3R.shape[2])]

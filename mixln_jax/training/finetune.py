@@ -17,9 +17,11 @@ from mixln_jax.data.checks import data_directory
 from mixln_jax.data.records import MANIFEST, named_tokenizer
 from mixln_jax.data.tokenizer import FILES, HUB, RECORDS, SENTENCEPIECE, content_hash
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
 from mixln_jax.model.parameters import abstract_sharded_params
 from mixln_jax.opening import Setup, choose_step, data_facts
 from mixln_jax.parallel.bits import hash_of_sums
+from mixln_jax.placement import at_step
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import SUMS, Checkpoints
 from mixln_jax.runs.facts import read_config
@@ -93,8 +95,18 @@ def follow_model(config: Config, overrides: Mapping[str, Any], own: RunFolder | 
     return config
   config = config.copy_and_resolve_references()
   known = _begun(config, own) or read_config(_with_run(RunFolder(config.train.start_from)))
-  config.model.update(_model_of(known.model, config, overrides))
+  config.model.update(_model_of(_at_start(known.model, config.train), config, overrides))
   return config
+
+
+def _at_start(model: ModelConfig, train: TrainConfig) -> ModelConfig:
+  """A run's config.model as it is at the checkpoint that config.train names, where that is a step: a ramp over its
+  updates (`+prores`) does not begin again."""
+  if train.start_checkpoint in (config_lib.NEWEST, config_lib.BEST):
+    return model
+  model = model.copy_and_resolve_references()
+  model.placement = at_step(model.placement, model.num_layers, int(train.start_checkpoint))
+  return model
 
 
 def pin(config: Config, own: RunFolder) -> Config:
@@ -115,6 +127,7 @@ def pin(config: Config, own: RunFolder) -> Config:
   else:
     with _checkpoints(_with_run(RunFolder(config.train.start_from))) as checkpoints:
       config.train.start_checkpoint = str(_step(checkpoints, config.train))
+  config.model.update(_at_start(config.model, config.train))
   return config
 
 
@@ -159,7 +172,7 @@ def _tokenizer_name(folder: RunFolder, known: Config) -> str:
     records = Path(data.mixture.split(",")[0].rpartition(":")[0].strip())
   else:
     records = Path(data_facts(folder).get("folder") or data_directory(known))
-  if not data.on_the_fly and (records.expanduser() / MANIFEST).is_file():
+  if not data.on_the_fly and (local_path(records) / MANIFEST).is_file():
     return f"{RECORDS}{records}"
   if data.tokenizer != SENTENCEPIECE:
     return data.tokenizer
@@ -200,7 +213,8 @@ def find_start(setup: Setup) -> Start:
   config = setup.config
   folder = _with_run(RunFolder(config.train.start_from))
   known = read_config(folder)
-  _model_of(known.model, config, {f"model.{name}": None for name in config.model})
+  theirs = _at_start(known.model, config.train)
+  _model_of(theirs, config, {f"model.{name}": None for name in config.model})
   manifest = setup.corpus.manifest
   _check_tokenizer(folder, known, manifest.tokenizer_sha256, config.data.tokenizer)
   with _checkpoints(folder) as checkpoints:

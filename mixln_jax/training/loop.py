@@ -18,23 +18,26 @@ import jax
 from jax.sharding import Mesh
 
 from mixln_jax import config as config_lib
+from mixln_jax import signals
 from mixln_jax.config import Config
-from mixln_jax.errors import LostLockError, UnreachableError, one_line
+from mixln_jax.errors import LostLockError, MachineError, UnreachableError, advice, exhausted, one_line
 from mixln_jax.model.flops import train_flops_per_token
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import Setup, attention_of, make_loader, set_up
 from mixln_jax.parallel.devices import peak_flops
 from mixln_jax.parallel.mesh import describe_mesh, global_batch
-from mixln_jax.parallel.processes import agree, all_stop_at, is_first, wait_for_all
+from mixln_jax.parallel.processes import agree, all_stop_at, begin_loop, is_first, wait_for_all
 from mixln_jax.parallel.rules import batch_sharding, check_divides
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.facts import code_hash
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.outcome import DIVERGED, FAILED, FINISHED, NON_FINITE, STOPPED, Outcome
+from mixln_jax.text import printable
 from mixln_jax.training import finetune
 from mixln_jax.training.begin import load_or_start, quarantine
 from mixln_jax.training.checkpoints import decay_start
 from mixln_jax.training.diagnosis import is_diagnostic
+from mixln_jax.training.divergence import MEANING, STUCK
 from mixln_jax.training.dump import write_dump
 from mixln_jax.training.evaluation import Evaluator
 from mixln_jax.training.member import Member, old_config_of
@@ -103,6 +106,8 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
 
   Raises:
     InputError: as `load_or_start`; nothing was changed.
+    MachineError: the disk is full, or too few files can be open.
+    Stopped: a signal came before the first step.
   """
   points, state = load_or_start(program, members)
   if points[0].step == program.config.train.num_steps:
@@ -116,14 +121,37 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
     loop.run()
   except (LostLockError, UnreachableError):
     raise  # the run is another process's now, or the bucket that its outcome would lie in is away
+  except signals.Stopped as stopped:  # before the first step: there is nothing new to save
+    message = f"by {stopped} before its next step; run the same command to resume"
+    for member in members:
+      if member.live:
+        member.end(STOPPED, loop.step, message, clock)
+    raise
   except Exception as error:
     message = f"{type(error).__name__}: {one_line(error)}; run the same command to resume from the last checkpoint"
+    reason = exhausted(error)
+    if reason is not None:
+      message = f"{reason} after step {loop.step}; {_last_checkpoints(members)}; {advice(reason)}"
     with contextlib.suppress(OSError):  # of a disk that is full
       for member in members:
         if member.live:
           member.end(FAILED, loop.step, message, clock)
+    if reason is not None:
+      raise MachineError(message) from error
     raise
   return _outcomes(members)
+
+
+def _last_checkpoints(members: Sequence[Member]) -> str:
+  """The newest checkpoint of each run that trained, in words."""
+  words = []
+  for member in members:
+    if member.live:
+      member.checkpoints.reload()  # one that was in the making may be missing
+      newest = member.checkpoints.latest_step()
+      found = "there is no checkpoint" if newest is None else f"the last checkpoint is that of step {newest}"
+      words.append(f"{member.name}: {found}" if len(members) > 1 else found)
+  return ", ".join(words)
 
 
 def _outcomes(members: Sequence[Member]) -> list[Outcome]:
@@ -160,6 +188,7 @@ class _Loop:
     with contextlib.ExitStack() as stack:
       self._start(stack)
       train_step, diagnostic_step = self._compile()
+      begin_loop(self.step)
       setup = self._members[0].setup
       batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(self.step)))
       stop = stack.enter_context(stop_on_signals())
@@ -206,17 +235,19 @@ class _Loop:
   def _compile(self) -> tuple[jax.stages.Compiled, jax.stages.Compiled | None]:
     """The training step, and where diagnostics are asked for the one that also looks at the layers."""
     started = time.monotonic()
-    diagnostic_step = None
     with self._clock("compile"):
-      lowered = self._program.lower_step()
-      train_step, program = lowered.compile(), program_hash(lowered)
-      seconds = time.monotonic() - started
+      lowered = [self._program.lower_step()]
       if self._config.diagnostics.every_steps:
-        diagnostic_step = self._program.lower_step(diagnose=True).compile()
+        lowered.append(self._program.lower_step(diagnose=True))
+      program = program_hash(lowered[0])
+      compiled = signals.run_interruptibly(lambda: [one.compile() for one in lowered])
+      wait_for_all("the first step")  # where one of several processes was asked to stop, all do so here
+    seconds = time.monotonic() - started
+    assert compiled is not None  # it is None where a stop was noted, which the meeting has raised
     self._progress.say(f"program    training step, hash {program}, compiled in {seconds:.1f} s")
     for member in self._live:
       member.write_environment(program)
-    return train_step, diagnostic_step
+    return compiled[0], compiled[1] if len(compiled) > 1 else None
 
   def _dispatch(self, compiled: jax.stages.Compiled, batch: Any) -> None:
     """Starts one update, and reads what the update before it gave, so that the device never waits for the host."""
@@ -284,7 +315,7 @@ class _Loop:
     """Evaluates all members; returns the losses of those that continue, by their number."""
     losses: dict[int, float] = {}
     compat = self._config.evaluate.official_compat
-    for member, evaluation in zip(self._members, self._evaluator(self._state.params), strict=True):
+    for member, evaluation in zip(self._members, self._evaluator(self._state.params, self.step), strict=True):
       if not member.live:
         continue
       loss, entropy = evaluation.loss, member.evaluated(self.step, evaluation)
@@ -299,11 +330,11 @@ class _Loop:
     return losses
 
   def _freeze_diverged(self, member: Member, loss: float, entropy: float) -> None:
-    """Ends a run that sits at the unigram entropy of its data; its checkpoint is saved."""
+    """Ends a run that has diverged; its checkpoint is saved."""
     own = self._program.own(self._state, member.index)
     with self._clock("checkpoint"):
       member.save(self.step, own, loss)
-    message = f"the validation loss stays at the unigram entropy {entropy:.4f} of its data"
+    message = f"{MEANING[member.divergence.state or STUCK]} (entropy {entropy:.4f})"
     self._freeze(member, DIVERGED, self.step, message, int(own.skipped))
 
   def _freeze_non_finite(self, member: Member, step: int, what: str) -> None:
@@ -362,7 +393,7 @@ def _is_due(step: int, every: int) -> bool:
 
 def _stopped_by(step: int, stop: StopRequest) -> str | None:
   """What asks the run to stop after this step; the same on all processes. Read once: a signal may come at any time."""
-  return "SIGTERM" if all_stop_at(step) else stop.requested_by
+  return all_stop_at(step) if jax.process_count() > 1 else stop.requested_by
 
 
 def _without_last(state: TrainState, later: int, shardings: TrainState) -> TrainState:
@@ -392,13 +423,13 @@ def _announce(members: Sequence[Member], points: Sequence[ResumePoint]) -> None:
   print(f"model      {count_params(model) / 1e6:.2f} M parameters, {model.num_layers} layers × {model.embed_dim}")
   train = manifest.splits["train"]
   size = f"{train.counted:,} training tokens" if train.counted else f"{train.documents:,} documents on the fly"
-  print(f"data       {setup.corpus.folder}, {size}, fingerprint {manifest.fingerprint[:12]}")
+  print(printable(f"data       {setup.corpus.folder}, {size}, fingerprint {manifest.fingerprint[:12]}"))
   print(f"devices    {len(devices)} × {devices[0].device_kind}, mesh: {describe_mesh(setup.mesh.shape)}")
   print(f"attention  {attention_of(setup.config, setup.mesh)}")
   for member, point in zip(members, points, strict=True):
     where = member.folder.address if len(members) == 1 else f"{member.name}: {member.setup.table.layer_list}"
     resumed = f", resumed from step {point.step}" if point.step else ""
     ended = "" if member.outcome is None else f", ended before at step {member.outcome.step}"
-    print(f"run        {where}{ended or resumed}")
+    print(printable(f"run        {where}{ended or resumed}"))
     for change in point.changes:
-      print(f"changed    {change}")
+      print(printable(f"changed    {change}"))

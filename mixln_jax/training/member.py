@@ -19,13 +19,14 @@ from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.processes import is_first
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import Checkpoints
-from mixln_jax.runs.facts import environment, parameter_table, read_config
+from mixln_jax.runs.facts import environment, environment_changes, parameter_table, read_config, read_environment
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import Metrics, TensorBoardMirror, WandbMirror, read_metrics
 from mixln_jax.runs.outcome import Outcome, best_of, write_outcome
+from mixln_jax.text import printable
 from mixln_jax.training.checkpoints import facts_of, open_checkpoints, restore_state, split
 from mixln_jax.training.diagnosis import Diagnosis
-from mixln_jax.training.divergence import Divergence
+from mixln_jax.training.divergence import Divergence, validation_entropy
 from mixln_jax.training.evaluation import Evaluation
 from mixln_jax.training.progress import Clock
 from mixln_jax.training.resume import ResumePoint
@@ -57,6 +58,7 @@ class Member:
     self.index, self.name, self.setup = index, folder.name, setup
     self.folder, self.checkpoints, self.old_config = folder, checkpoints, old_config
     self.outcome: Outcome | None = None
+    self._entropy: float | None = None  # of the validation labels
     self.shardings = shardings  # of its own state
     self._facts = facts_of(setup.config, setup.corpus.manifest.fingerprint)
 
@@ -91,12 +93,14 @@ class Member:
       params: its own parameters there.
       diagnosis_every: steps between diagnoses; 0 = none.
     """
+    self._resumed_unchanged = point.step > 0 and not point.changes  # a config that changed makes another program
     if is_first():
       (self.folder / folder_lib.OUTCOME).unlink(missing_ok=True)  # of an earlier, shorter run
     if point.step == 0:
       report_initial_weights(self.folder, params)
     self._write_facts(point, params)
-    self.divergence = Divergence(self.setup, self.folder, point.step)
+    # Process 0 cuts what the file has of later steps, at a time of its own.
+    self.divergence = Divergence(self.config, read_metrics(self.folder / folder_lib.METRICS), point.step)
     self._metrics = self._open_metrics(point.step)
     self._diagnosis = Diagnosis(self.config, self.folder, point.step, every=diagnosis_every)
 
@@ -123,8 +127,19 @@ class Member:
         raise InputError(f"{folder.address}: the tokenizer can't be written ({error.strerror})") from error
 
   def write_environment(self, program: str) -> None:
-    """Writes environment.json; `program`: the hash of the training step that it runs."""
-    self.folder.write_json(folder_lib.ENVIRONMENT, environment() | {"train_step": program})
+    """Writes environment.json, and warns where a resumed run computes in another way than it did.
+
+    Args:
+      program: the hash of the training step that it runs.
+    """
+    now = environment() | {"train_step": program}
+    changes = environment_changes(read_environment(self.folder), now) if self._resumed_unchanged else []
+    if changes:
+      warn(
+        f"{self.name} resumes with another program or machine, so its numbers may not be the bits of an uninterrupted "
+        f"run: {'; '.join(changes)}"
+      )
+    self.folder.write_json(folder_lib.ENVIRONMENT, now)
 
   def _open_metrics(self, start_step: int) -> Metrics:
     metrics = Metrics(self.folder / folder_lib.METRICS, start_step)
@@ -139,11 +154,15 @@ class Member:
   def trained(self, step: int, values: Mapping[str, float], statistics: Mapping[str, Any] | None) -> None:
     """Writes the metrics of an update, and its statistics by layer where it was a diagnostic one."""
     self._metrics.write(step, "train", values)
+    self.divergence.trained(values["loss"])
     self._diagnosis.seen(step, values["loss"], statistics)
 
   def evaluated(self, step: int, evaluation: Evaluation) -> float:
     """Writes an evaluation; returns the unigram entropy, in nats, of the labels that it is over."""
-    entropy = self.divergence.seen(step, evaluation.loss)
+    if self._entropy is None:
+      self._entropy = validation_entropy(self.setup)
+    entropy = self._entropy
+    self.divergence.evaluated(step, evaluation.loss, entropy)
     line = evaluation.metrics(official_compat=self.config.evaluate.official_compat)
     self._metrics.write(step, "validation", line | {"unigram_entropy": entropy})
     return entropy
@@ -156,14 +175,15 @@ class Member:
 
   def end(self, status: str, step: int, message: str, clock: Clock, skipped: int = 0) -> Outcome:
     """Writes how the run ended."""
-    validations = [line for line in read_metrics(self.folder / folder_lib.METRICS) if line["split"] == "validation"]
+    lines = read_metrics(self.folder / folder_lib.METRICS)
+    validations = [line for line in lines if line["split"] == "validation"]
     self.outcome = Outcome(
       status=status,
       step=step,
       last_checkpoint=self.checkpoints.latest_step(),
       validation=validations[-1] if validations else None,
       best_validation=best_of(validations),
-      diverged=Divergence(self.setup, self.folder, step).consecutive > 0,
+      diverged=Divergence(self.config, lines, step).diverged,
       skipped_updates=skipped,
       seconds={name: round(value, 3) for name, value in clock.seconds().items()},
       message=message,
@@ -192,4 +212,4 @@ def old_config_of(folder: RunFolder, config: Config) -> Config:
 def warn(text: str) -> None:
   """A warning on the first process's stderr."""
   if is_first():
-    print(f"warning: {text}", file=sys.stderr)
+    print(printable(f"warning: {text}"), file=sys.stderr)

@@ -86,8 +86,8 @@ class Program(Protocol):
     """One update of all members: the new state, and their metrics still on the devices. The old state is donated."""
     ...
 
-  def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch], Any]:
-    """`(joint params, batch) -> (loss sum, count, bytes)` of each member, [R] or, for one run, scalars."""
+  def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch, Any], Any]:
+    """`(joint params, batch, step) -> (loss sum, count, bytes)` of each member, [R] or, for one run, scalars."""
     ...
 
   def initial_state(self) -> TrainState:
@@ -130,7 +130,7 @@ class SingleProgram:
   def run_step(self, step: jax.stages.Compiled, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
     return step(state, batch)
 
-  def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch], Any]:
+  def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch, Any], Any]:
     return jax.jit(step_lib.make_evaluate_step(self.config, bytes_per_token_V))
 
   def initial_state(self) -> TrainState:
@@ -227,10 +227,10 @@ class JointProgram:
   def run_step(self, step: jax.stages.Compiled, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
     return step(state, batch, self._columns, self._rates_R)
 
-  def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch], Any]:
-    step = self._map(step_lib.make_evaluate_step(self.config, bytes_per_token_V), (0, None, 0))
+  def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch, Any], Any]:
+    step = self._map(step_lib.make_evaluate_step(self.config, bytes_per_token_V), (0, None, None, 0))
     mapped = jax.jit(step, out_shardings=replicated(self.mesh))
-    return lambda params, batch: mapped(params, batch, self._columns)
+    return lambda params, batch, done: mapped(params, batch, done, self._columns)
 
   def own_shardings(self, index: int) -> TrainState:
     return self._own_shardings[index]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mixln_jax.config import Config
 from mixln_jax.parallel.processes import is_first
+from mixln_jax.text import printable
 
 
 class Clock:
@@ -81,6 +82,7 @@ class Progress:
 
   def say(self, line: str) -> None:
     """A line that does not break the bar."""
+    line = printable(line)
     if self._bar is not None:
       tqdm.write(line)
     elif not self._silent:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.diagnostics import layers
 from mixln_jax.model import Transformer
@@ -131,6 +132,12 @@ def gradient_and_statistics(
   return *sums, layers.merge(statistics) if statistics else {}
 
 
+def columns_at(config: Config, columns: Columns | None, step: jax.Array) -> Columns | None:
+  """The placement as data after `step` updates: itself (None: config.model's), unless a factor of it is a ramp."""
+  table = Columns.of(config_lib.table(config.model)) if columns is None else columns
+  return table.at_step(step) if table.has_ramp else columns
+
+
 def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., tuple[TrainState, Metrics]]:
   """The pure step: `train_step(state, batch, columns=None, learning_rate=None) -> (state, metrics)`.
 
@@ -149,6 +156,7 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
   def train_step(
     state: TrainState, batch: Batch, columns: Columns | None = None, learning_rate: jax.Array | None = None
   ) -> tuple[TrainState, Metrics]:
+    columns = columns_at(config, columns, state.step)
     total, count, grads, statistics = gradient_and_statistics(
       model, state.params, batch, config.train.micro_batches, columns
     )
@@ -183,13 +191,16 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
   return train_step
 
 
-def make_evaluate_step(config: Config, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch], Sums]:
-  """`evaluate_step(params, batch, columns=None) -> (loss sum, count, bytes)`, bytes those that the counted labels stand
-  for; `columns` as in `make_train_step`."""
+def make_evaluate_step(config: Config, bytes_per_token_V: np.ndarray) -> Callable[..., Sums]:
+  """`evaluate_step(params, batch, step, columns=None) -> (loss sum, count, bytes)`.
+
+  `step` counts the updates done, bytes are those that the counted labels stand for, and `columns` is as in
+  `make_train_step`.
+  """
   model = Transformer(config.model)
 
-  def evaluate_step(params: Any, batch: Batch, columns: Columns | None = None) -> Sums:
-    total, count = loss_sum(model, params, batch, columns)
+  def evaluate_step(params: Any, batch: Batch, step: jax.Array, columns: Columns | None = None) -> Sums:
+    total, count = loss_sum(model, params, batch, columns_at(config, columns, step))
     # A float sum is exact: a batch of 2^24 bytes would take a million tokens.
     return total, count, jnp.sum(jnp.asarray(bytes_per_token_V)[batch["labels_BT"]] * batch["weights_BT"])
 

@@ -1,6 +1,7 @@
 """The placements that the model's tests go through, and what several of them do with a model."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -15,9 +16,20 @@ from mixln_jax.placement import ROWS
 from model import reference
 from model.rounding import NETWORK
 
-# One argument, beside its default, of each row that takes one.
-ARGUMENTS = {"lns": "lns:0.25", "keel": "keel:3", "layerscale": "layerscale:0.01"}
-UNIFORM = (*ROWS, *ARGUMENTS.values(), "pre+gpas", "sandwich+gpas", "pre+qk_norm")
+# Arguments, beside their defaults, of each row that takes any.
+ARGUMENTS = {
+  "lns": "lns:0.25",
+  "deepnorm": "deepnorm:1.5:0.5",
+  "keel": "keel:3",
+  "layerscale": "layerscale:0.01",
+  "skipinit": "skipinit:0.5",
+  "residual": "residual:0.5:2",
+  "attnres": "attnres:3",
+  **{name: f"{name}:2" for name in ("hc", "dhc", "dhc_layernorm", "dhc_identity")},
+  **{name: f"{name}:2" for name in ("ihc", "mhc", "mhc_zero_bias", "ihc_v4", "mhc_v4")},
+}
+WITH_MODIFIERS = ("pre+gpas", "sandwich+gpas", "pre+qk_norm", "pre+x0", "pre+value_residual", "pre+value_residual:2")
+UNIFORM = (*ROWS, *ARGUMENTS.values(), *WITH_MODIFIERS)
 LAYER_LISTS = {
   **{name: " ".join([name] * 4) for name in UNIFORM},
   "mix:0.25": "post pre pre pre",
@@ -29,18 +41,44 @@ LAYER_LISTS = {
   "lns:0.25*2,keel:3*1,layerscale:0.01*1": "lns:0.25 lns:0.25 keel:3 layerscale:0.01",
   "hybrid_first*2,skipinit*1,deepnorm*1+gpas": "hybrid_first hybrid_first skipinit deepnorm+gpas",
   "pre*1+qk_norm,reordered*2+qk_norm_full,hybrid*1": "pre+qk_norm reordered+qk_norm_full reordered+qk_norm_full hybrid",
+  # Several streams. Rows of different families that have them for one purpose, and rows that know one.
+  "dhc:2*1,dhc_layernorm:2*1,mhc:2*1,post/pre*1": "dhc:2 dhc_layernorm:2 mhc:2 post/pre",
+  "hybrid*1,hc:2*1,ihc:2*1,mhc_zero_bias:2*1": "hybrid hc:2 ihc:2 mhc_zero_bias:2",
+  "b2t*1,parallel*1,spannorm*1,pre*1": "b2t parallel spannorm pre",
+  "attnres*2,pre*2": "attnres attnres pre pre",
+  "post*2,siamese*2": "post post siamese siamese",
+  "residual*3,post/pre*1": "residual residual residual post/pre",
+  "post*2+x0+prores:linear:100@37,pre*2+value_residual:2": (
+    "post+x0+prores:linear:100@37 post+x0+prores:linear:100@37 pre+value_residual:2 pre+value_residual:2"
+  ),
+  # Tested with the long tests alone.
+  "hc:4*2,pre*2": "hc:4 hc:4 pre pre",
+  "hc:2*2,dhc:2*2": "hc:2 hc:2 dhc:2 dhc:2",
+  "post/pre*2+value_residual,pre*2+prores:linear:100@37": (
+    "post/pre+value_residual post/pre+value_residual pre+prores:linear:100@37 pre+prores:linear:100@37"
+  ),
 }
-MIXED = {kind for name, layer_list in LAYER_LISTS.items() if "*" in name for kind in layer_list.split()}
+LONG = ("hc:4*2,pre*2", "hc:2*2,dhc:2*2", "post/pre*2+value_residual,pre*2+prores:linear:100@37")
 CORE = ("pre", "post", "mix:0.25", "mix:0.5", "hybrid_first*2,skipinit*1,deepnorm*1+gpas")
+
+
+def parts_of(layer_list):
+  """The names of rows and modifiers in a layer list, without their arguments."""
+  return {part.split(":")[0] for part in re.split("[ /+]", layer_list)}
+
+
+MIXED = set().union(*(parts_of(layer_list) for name, layer_list in LAYER_LISTS.items() if "*" in name))
+
+
+def is_long(name):
+  """Whether a mixture tests the same: a uniform placement of nothing but what mixtures have, or one of LONG."""
+  return name in LONG or ("*" not in name and name not in CORE and parts_of(LAYER_LISTS[name]) <= MIXED)
 
 
 def each_placement(*values):
   """A parameter set (name, *values) of each placement. One that also stands in a mixture is tested alone with the long
   tests; a row of placement.ROWS that no mixture has yet, with all tests."""
-  return [
-    pytest.param(name, *values, marks=[pytest.mark.slow] if name in MIXED.difference(CORE) else [])
-    for name in LAYER_LISTS
-  ]
+  return [pytest.param(name, *values, marks=[pytest.mark.slow] if is_long(name) else []) for name in LAYER_LISTS]
 
 
 def mean_loss(model, params, tokens, **arguments):

@@ -25,8 +25,9 @@ from model.rounding import NETWORK, assert_near
 def test_every_row_has_what_its_tests_need(name):
   """A new row is covered by all that is enumerated here once its mathematics and an argument of it are given."""
   assert name in reference.SUBLAYERS, f"tests/model/reference.py: add a line for {name!r} to SUBLAYERS"
-  if ROWS[name].argument is not None:
-    assert name in ARGUMENTS, f"tests/model/cases.py: add to ARGUMENTS a spelling of {name!r} with an argument"
+  if ROWS[name].arguments:
+    assert name in ARGUMENTS, f"tests/model/cases.py: add to ARGUMENTS a spelling of {name!r} with its arguments"
+    assert ARGUMENTS[name].count(":") == len(ROWS[name].arguments)
 
 
 @pytest.mark.parametrize(("name", "unroll"), [("mix:0.5", 2), *each_placement(1), (CORE[-1], 0)])
@@ -221,7 +222,7 @@ def test_admin_profiles_each_scale_with_those_before_it_set(name):
   for index, kind in enumerate(placement.parse(name, 4).layer_list.split()):
     p = jax.tree.map(lambda w, index=index: w[index], params["layers"])
     if kind != "admin":
-      x = reference.layer(x, p, kind, index + 1, 4, model)
+      (x,) = reference.layer([x], p, kind, index + 1, 4, model)
       for sublayer in ("attention", "mlp"):
         np.testing.assert_array_equal(actual[f"{sublayer}_vector_c_res"][index], 1)
       continue

@@ -73,7 +73,7 @@ def run(config_json, mesh):
     "samples": samples,
     "gathered": gathered(train_step.as_text()),
     "table": parameter_table(state.params, 0),
-    "validation": Evaluator(SingleProgram(config, setup.mesh), setup)(state.params)[0]._asdict(),
+    "validation": Evaluator(SingleProgram(config, setup.mesh), setup)(state.params, 0)[0]._asdict(),
     "share_of_one_device": share / sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
     "restored": restored_elsewhere(config_json, state.params),
   }

@@ -31,3 +31,12 @@ def test_a_folder_that_somebody_else_made_is_not_used(no_cache, monkeypatch, cap
   assert use_compile_cache() is None
   assert not jax.config.jax_compilation_cache_dir
   assert "belongs to somebody else" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_trains_without_a_cache(no_cache, monkeypatch, capsys):
+  """A container's `--user 12345` has no HOME and no passwd entry: a warning, and no traceback."""
+  monkeypatch.delenv("HOME", raising=False)
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.setattr(os, "getuid", lambda: 987_654_321)
+  assert use_compile_cache() is None
+  assert "there is no home folder; set HOME" in capsys.readouterr().err

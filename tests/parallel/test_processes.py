@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -100,3 +103,48 @@ def test_other_devices_than_expected_are_refused(field, value, words):
   parallel[field] = value
   with pytest.raises(InputError, match=words):
     processes.check_devices(parallel)
+
+
+@pytest.mark.parametrize(
+  ("address", "count", "words"),
+  [
+    ("localhost", "2", "write HOST:PORT with a port from 1 to 65535"),
+    ("localhost:0", "2", "write HOST:PORT"),
+    ("localhost:99999", "2", "write HOST:PORT"),
+    (":1234", "2", "write HOST:PORT"),
+    ("a b:1234", "2", "write HOST:PORT"),
+    ("no-such-host.invalid:1234", "2", "process 0 can't listen there"),
+    ("localhost:1234", "1000000000", "JAX_NUM_PROCESSES=1000000000 must be a whole number, at most 100,000"),
+    ("localhost:1234", "9" * 5000, "must be a whole number, at most 100,000"),
+  ],
+)
+def test_an_address_or_a_number_that_nobody_can_come_to_is_refused(monkeypatch, address, count, words):
+  """JAX would end with an empty line, wait for ever without a word, or crash."""
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+  monkeypatch.setenv("JAX_NUM_PROCESSES", count)
+  monkeypatch.setenv("JAX_PROCESS_ID", "0")
+  with pytest.raises(InputError, match=words):
+    processes.join(config_lib.base().parallel)
+
+
+def test_a_port_that_is_taken_is_refused(monkeypatch):
+  """JAX's service ends the process with a segmentation fault."""
+  with socket.socket() as taken:
+    taken.bind(("", 0))
+    taken.listen()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"localhost:{taken.getsockname()[1]}")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    with pytest.raises(InputError, match=r"process 0 can't listen there .*in use"):
+      processes.join(config_lib.base().parallel)
+
+
+def test_a_platform_without_a_device_is_named():
+  """JAX answers `JAX_PLATFORMS=cuda` with an assertion that says nothing."""
+  code = (
+    "from mixln_jax import config; from mixln_jax.parallel import processes; processes.join(config.base().parallel)"
+  )
+  for platform in ("cuda", "tpu", "garbage"):
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert f"InputError: JAX finds no device with JAX_PLATFORMS={platform} (" in result.stderr

@@ -4,6 +4,7 @@ import csv
 import html
 import itertools
 import json
+import platform
 import re
 from html.parser import HTMLParser
 
@@ -11,9 +12,10 @@ import pytest
 
 from mixln_jax.__main__ import main
 from mixln_jax.reporting import figures
+from mixln_jax.reporting import page as page_lib
 from mixln_jax.reporting.analysis import analyze
 from mixln_jax.reporting.loading import load
-from mixln_jax.reporting.page import SECTIONS
+from mixln_jax.reporting.page import SECTIONS, write_report
 from mixln_jax.reporting.panels import DARK, DARK_PAGE, LIGHT, LIGHT_PAGE
 from reporting.conftest import EVIL
 from reporting.making import make_run, make_study
@@ -174,3 +176,32 @@ def test_draw_diagnose(tmp_path, monkeypatch):
   }
   assert {one.suffix for one in written} == {".svg", ".png"}
   assert all(one.read_bytes() for one in written)
+
+
+def test_a_report_that_is_cut_off_leaves_the_one_before_and_can_be_made_again(tmp_path, monkeypatch):
+  """A killed or disk-full report used to leave figures without a page, and its own folder was refused for ever."""
+  material = load([str(make_run(tmp_path / "run", 4.0))])
+  output = tmp_path / "report"
+
+  def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+  for _ in range(2):  # the first report of a folder, and one over an earlier report
+    before = {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+      patch.setattr(page_lib, "write_csv", full)
+      with pytest.raises(OSError, match="No space left"):
+        write_report(material, output)
+    assert {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    # As SIGKILL leaves it: an unfinished folder of a process that is gone.
+    (output / f".report.{platform.node()}-999999999.partial" / "figures").mkdir(parents=True)
+    write_report(material, output)
+    assert not list(output.glob(".*"))
+    assert (output / "report.html").is_file()
+  (output / "report.html").unlink()  # as an earlier version left it
+  write_report(material, output)
+  link = tmp_path / "link"
+  link.symlink_to(tmp_path / "mount")
+  (tmp_path / "mount").mkdir()
+  write_report(material, link)  # a linked empty folder
+  assert (tmp_path / "mount" / "report.html").is_file()

@@ -157,14 +157,32 @@ def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
   metrics.write(3, "train", {"loss": 0.1})
   metrics.close()
   assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1.0), (2, 0.5), (3, 0.1)]
-  path.write_text('{"step": 1, "split": "train"}\nnonsense\n{"step": 2}\n')
-  with pytest.raises(InputError, match="line 2 is not JSON"):
+  path.write_text('{"step": 1, "split": "train", "loss": 1}\nnonsense\n{"step": 2}\n')
+  with pytest.raises(InputError, match="line 2: damaged, not JSON"):
     read_metrics(path)
-  path.write_text('{"step": 1, "split": "train"}\n3\n')
-  with pytest.raises(InputError, match="line 2 is not an object with step and split"):
+  path.write_text('{"step": 1, "split": "train", "loss": 1}\n3\n')
+  with pytest.raises(InputError, match="line 2 is not an object"):
     read_metrics(path)
-  path.write_bytes(b'{"step": 1, "split": "train"}\n\xff\xfe\n{}\n')
-  with pytest.raises(InputError, match="line 2 is not JSON"):
+  path.write_bytes(b'{"step": 1, "split": "train", "loss": 1}\n\xff\xfe\n{}\n')
+  with pytest.raises(InputError, match="line 2: damaged, not UTF-8"):
     read_metrics(path)
   Metrics(path, 0).close()
   assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("metrics/metrics", b"[" * 100_000),
+    ("metrics/metrics", b"\xff\xfe"),
+    ("_CHECKPOINT_METADATA", b"[" * 100_000),
+  ],
+)
+def test_what_a_checkpoint_says_of_itself_may_be_damaged(checkpoints, tmp_path, name, content):
+  """orbax reads these files of every checkpoint to list them: a traceback, and no way to open the run."""
+  one = checkpoints()
+  one.save(1, trees(1), {"config": {}}, 3.0)
+  one.close()
+  (tmp_path / "checkpoints" / "1" / name).write_bytes(content)
+  with pytest.raises(InputError, match=rf"1/{name}: damaged, not .* move the folder .*/1 away"):
+    checkpoints()

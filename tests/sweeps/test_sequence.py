@@ -44,7 +44,7 @@ def in_process(monkeypatch):
   """Trains in this process; returns the names of the runs that were trained, and those that are to fail."""
   trained, failing = [], set()
 
-  def train_run(run, seen, signals):
+  def train_run(run, seen):
     trained.append(run.name)
     if run.name in failing:
       if not run.folder.has_run:

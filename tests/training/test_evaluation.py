@@ -26,7 +26,7 @@ def test_independent_of_the_batch_size_and_equal_to_a_plain_count(make_config, m
   results = []
   for batch_size in (1, 3, 8, 64):
     config.evaluate.batch_size = batch_size
-    results.append(Evaluator(SingleProgram(config, set_up(config).mesh), set_up(config))(params)[0])
+    results.append(Evaluator(SingleProgram(config, set_up(config).mesh), set_up(config))(params, 0)[0])
 
   # A plain count, row by row, from the records' own tokens.
   corpus = open_corpus(Path(config.data.directory))
@@ -60,7 +60,7 @@ def test_the_official_evaluators_number_is_biased_and_depends_on_the_batch(make_
       logits = jax.jit(Transformer(config.model).apply)({"params": params}, batch["tokens_BT"])
       losses = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels_BT"]))
       means.append(losses[batch["weights_BT"] > 0].mean())
-    result = Evaluator(SingleProgram(config, setup.mesh), setup)(params)[0]
+    result = Evaluator(SingleProgram(config, setup.mesh), setup)(params, 0)[0]
     np.testing.assert_allclose(result.official_loss, sum(means) / (len(means) + 1), rtol=NETWORK)
     assert result.official_loss < result.loss
     seen[batch_size] = result.official_loss
