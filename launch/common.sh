@@ -94,6 +94,10 @@ check() {
 check_recipe() {
   require config "the recipe, as in --config=configs/llama_1b.py"
   require workdir "the run's folder, as in --workdir=gs://BUCKET/runs/NAME"
+  case "$workdir" in
+    gs://?*/?*) ;;
+    gs:*) refuse "--workdir=$workdir: must be a folder in a bucket, gs://BUCKET/FOLDER, or a folder on a disk" ;;
+  esac
   [ -f "${config%%:*}" ] || refuse "--config=$config: no such file; the recipes lie in configs/"
 }
 

@@ -11,7 +11,7 @@ Run it on a login node, from a clone on a file system that all nodes see; --work
 mixln_jax prepare`) lie on one too. Makes .venv, installs requirements-gpu.txt (once), and submits the job.
 
   --gpus=N                   GPUs of each node, and processes
-  --time=24:00:00            as sbatch takes it; 180 s before its end training stops with a checkpoint, and the job is
+  --time=24:00:00            as sbatch takes it, over 3 minutes; 180 s before its end training stops with a checkpoint, and the job is
                              requeued, until training is done
   --config.FIELD=VALUE       changes the recipe
   --name=mixln_jax           of the job; its log is work/slurm/NAME-ID.log
@@ -37,6 +37,21 @@ fi
 source launch/common.sh
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
+
+# seconds_of TIME: of what sbatch takes: MINUTES[:SECONDS], HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]].
+seconds_of() {
+  local days=0 rest=$1 one two three
+  if [[ $rest == *-* ]]; then
+    days=${rest%%-*} rest=${rest#*-}
+    IFS=: read -r one two three <<<"$rest"
+  else
+    case "$rest" in
+      *:*:*) IFS=: read -r one two three <<<"$rest" ;;
+      *) one=0 && IFS=: read -r two three <<<"$rest" ;;
+    esac
+  fi
+  echo $((10#$days * 86400 + 10#${one:-0} * 3600 + 10#${two:-0} * 60 + 10#${three:-0}))
+}
 
 # In the job. Slurm sends the SIGTERM of --signal to the tasks, not to this shell: a SIGTERM here is a scancel or a
 # preemption, after which Slurm itself decides whether the job is queued again.
@@ -66,6 +81,9 @@ require time "the time limit, as in --time=24:00:00"
 check nodes "[1-9][0-9]*" "a whole number from 1 on"
 check gpus "[1-9][0-9]*" "a whole number from 1 on"
 check time "[0-9]+(-[0-9]+)?(:[0-9]+){0,2}" "minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS, as sbatch takes it"
+seconds=$(seconds_of "$time")
+((seconds > 180)) || refuse "--time=$time: $seconds seconds, but training is told to stop 180 s before the end, so that" \
+  "it would never start; give more than 3 minutes"
 check name "[A-Za-z0-9_.-]+" "letters, digits, dots, dashes and underscores"
 
 set_up_environment requirements-gpu.txt

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from mixln_jax import commands, signals, streams
-from mixln_jax.errors import InputError, MachineError, OtherProcessError, advice, bad_path, exhausted, one_line
+from mixln_jax.errors import InputError, MachineError, TryAgainError, advice, bad_path, exhausted, one_line
 from mixln_jax.text import printable
 
 
@@ -38,10 +38,11 @@ def main(argv: list[str]) -> int:
   except InputError as error:
     print(printable(f"error: {error}"), file=sys.stderr)
     return 2
-  except OtherProcessError as error:
+  except TryAgainError as error:
+    sys.stdout.flush()
     print(printable(f"error: {error}"), file=sys.stderr, flush=True)
-    if error.gone:
-      os._exit(1)  # JAX would wait at its end for the process that is gone, and then abort
+    if error.at_once:
+      os._exit(1)  # JAX would wait for a process that is gone, and orbax and tensorstore for a bucket that is away
     return 1
   except signals.Stopped as stopped:
     print(f"stopped    by {stopped}; run the same command to resume", flush=True)

@@ -4,7 +4,6 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from absl import flags, logging
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
 
 
 class CommandLine:
@@ -60,7 +60,7 @@ class CommandLine:
       InputError: a flag or config field is unknown, missing, or has a wrong value.
       SystemExit: for --help, after printing it.
     """
-    logging.set_verbosity(logging.ERROR)  # orbax warns of options that are meant; what fails is raised
+    logging.set_verbosity(logging.FATAL)  # orbax warns of options that are meant, and shows what it also raises
     if any(argument in ("--help", "-h", "-help") for argument in argv):
       print(self._help())
       sys.exit(0)
@@ -110,7 +110,7 @@ class CommandLine:
     flag: Any = self._values["config"]
     # ml_collections hands out an object that raises at its first use where there is no such file.
     path = self.config_path()
-    if not Path(path).is_file():
+    if not local_path(path, "--config", "copy the recipe to this machine").is_file():
       raise InputError(f"--config={path}: no such file; the recipes lie in configs/")
     try:
       config = flag.value

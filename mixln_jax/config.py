@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from mixln_jax import placement
 from mixln_jax.errors import InputError, one_line
 from mixln_jax.files import json_object
+from mixln_jax.places import check_bucket_folder, check_local, check_scheme, is_url
 from mixln_jax.text import printable, shown, whole_number
 from mixln_jax.version import VERSION
 
@@ -585,8 +586,25 @@ def validate(config: Config) -> None:
   for name in FIELDS:
     if name not in flat:
       raise InputError(f"config.{name} is missing; start the config from mixln_jax.config.base()")
+  _validate_places(config)
   _validate_model(config.model)
   _validate_training(config)
+
+
+def _validate_places(config: Config) -> None:
+  """Where files lie: what must be on this machine, and what may be in a bucket."""
+  data, start_from = config.data, config.train.start_from
+  check_scheme(data.source, "config.data.source")
+  check_scheme(data.validation_source, "config.data.validation_source")
+  hint = "records are read from a disk: prepare them there, or copy them (`gcloud storage rsync --recursive`)"
+  check_local(data.directory, "config.data.directory", hint)
+  for entry in data.mixture.split(","):
+    check_local(entry.strip(), "config.data.mixture", hint)
+  check_local(data.tokenizer, "config.data.tokenizer", "copy the tokenizer to this machine")
+  if is_url(start_from):
+    check_bucket_folder(start_from, "config.train.start_from")
+  else:
+    check_scheme(start_from, "config.train.start_from")
 
 
 def _contradiction(condition: bool, message: str) -> None:

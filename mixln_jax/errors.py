@@ -14,8 +14,18 @@ class InputError(ValueError):
   """
 
 
-class OtherProcessError(Exception):
-  """Another process of the run failed or is gone; the run can be started again. Exit status 1.
+class TryAgainError(Exception):
+  """Nothing is wrong with the input: something outside failed, and the same command can be run again. Exit status 1.
+
+  Attributes:
+    at_once: an orderly end, which waits for other processes and for the libraries' threads, would wait in vain.
+  """
+
+  at_once = False
+
+
+class OtherProcessError(TryAgainError):
+  """Another process of the run failed or is gone; the run can be started again.
 
   Attributes:
     gone: it said nothing, so that an orderly end, which waits for it, would wait in vain.
@@ -23,7 +33,19 @@ class OtherProcessError(Exception):
 
   def __init__(self, message: str, *, gone: bool = False):
     super().__init__(message)
-    self.gone = gone
+    self.gone = self.at_once = gone
+
+
+class UnreachableError(TryAgainError):
+  """A bucket could not be reached, or no longer lets us in."""
+
+  at_once = True  # threads of the libraries still try
+
+
+class LostLockError(TryAgainError):
+  """This process no longer holds its run: another may have taken it over. It must not write there any more."""
+
+  at_once = True
 
 
 class MachineError(Exception):

@@ -12,18 +12,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixln_jax.errors import InputError, one_line
+from mixln_jax.places import check_local
 from mixln_jax.text import shown
 
 UNFINISHED, WHOLE = ".unfinished.partial", ".whole.partial"  # in a folder that is there: what is made, what is moved
 LAST = "last-"  # in front of the name of the file that is moved last
 
 
-def local_path(path: str | Path) -> Path:
+def local_path(path: str | Path, parameter: str = "path", hint: str = "give one on a disk") -> Path:
   """A path that somebody wrote, with `~` and `~USER` replaced by the home folder that they mean.
 
+  Args:
+    path: what was written.
+    parameter: what it was given as, for messages.
+    hint: what to do where it is a URL.
+
   Raises:
-    InputError: that user has no home folder here, or the path can't name a file (a NUL).
+    InputError: it is a URL, that user has no home folder here, or the path can't name a file (a NUL).
   """
+  check_local(path, parameter, hint)
   if "\0" in str(path):
     raise InputError(f"path {str(path)!r}: contains a NUL, which no file's name can; mend it")
   try:

@@ -223,7 +223,7 @@ class OpenRun:
 
   def metrics(self) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, oldest first."""
-    return read_metrics(self.folder / folder_lib.METRICS)
+    return read_metrics(self.folder.fetched(folder_lib.METRICS))
 
 
 def data_facts(folder: RunFolder) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mixln_jax import config as config_lib
@@ -9,13 +10,14 @@ from mixln_jax.command_line import CommandLine
 from mixln_jax.config import NEWEST, Config
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.files import local_path
 from mixln_jax.interop import export, hf
 from mixln_jax.interop.check import check_export
 from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
 from mixln_jax.interop.tokenizer_beside import check_tokenizer
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import OpenRun, open_run
+from mixln_jax.places import is_url
+from mixln_jax.runs.remote import readable_place, writable_place
 from mixln_jax.training.begin import begin_from, check_new
 
 LAYOUTS = ("auto", "stock", "official")
@@ -43,11 +45,15 @@ def main(argv: list[str]) -> int:
     raise InputError(f"--layout={values.layout!r}: must be one of {', '.join(LAYOUTS)}")
   _refuse_flags_of_the_other_direction(line, values)
   if values.output is not None:
-    _write(values.workdir, values.output, values.step, values.layout, values.shard_gb)
+    with writable_place(values.output, "output") as folder:
+      _write(values.workdir, folder, values.output, values.step, values.layout, values.shard_gb)
     return 0
   if values.config is None:
     raise InputError("--config is required with --input: the recipe that the new run is trained with; see --help")
-  _read(line.config_value(), line.overrides(), values.workdir, values.input, values.placement)
+  config = line.config_value()
+  check_new(values.workdir)  # before anything is downloaded
+  with readable_place(values.input, "input") as folder:
+    _read(config, line.overrides(), values.workdir, folder, values.placement)
   return 0
 
 
@@ -61,7 +67,7 @@ def _refuse_flags_of_the_other_direction(line: CommandLine, values: Any) -> None
       )
 
 
-def _write(workdir: str, output: str, step: int | None, layout: str, shard_gb: float) -> None:
+def _write(workdir: str, folder: Path, output: str, step: int | None, layout: str, shard_gb: float) -> None:
   with open_run(workdir, NEWEST if step is None else step) as run:
     config = run.config
     official = layout == "official" or (layout == "auto" and hf.family_of(config.model) is None)
@@ -74,11 +80,11 @@ def _write(workdir: str, output: str, step: int | None, layout: str, shard_gb: f
       others |= export.tokenizer_files(tokenizer, config.data.sequence_length)
     tensors = hf.export_weights(run.params, config.model)
     check_export(run.params, config.model, tensors, description)
-    files = write_folder(output, tensors, description, int(shard_gb * 1e9), others)
+    files = write_folder(folder, tensors, description, int(shard_gb * 1e9), others)
     print(f"read       {run.folder.address}, step {run.step}")
   size = f"{count_params(config.model) / 1e6:.2f} M parameters in {files} file{'s' * (files > 1)}"
   names = "".join(f", {name}" for name in others)
-  print(f"wrote      {local_path(output)}: {description['model_type']}, {size}{names}")
+  print(f"wrote      {output if is_url(output) else folder}: {description['model_type']}, {size}{names}")
   for number, hint in enumerate(export.loading_hint(description, others)):
     print(f"{'' if number else 'load it':<11}{hint}")
 
@@ -93,9 +99,8 @@ def _tokenizer(run: OpenRun) -> Tokenizer | None:
 
 
 def _read(
-  config: Config, overrides: Mapping[str, Any], workdir: str, source: str, placement_string: str | None
+  config: Config, overrides: Mapping[str, Any], workdir: str, source: Path, placement_string: str | None
 ) -> None:
-  check_new(workdir)
   tensors = SafetensorsFolder(source)
   fields = hf.model_fields(tensors.config(), placement_string)
   if overrides.get("model.tied_embeddings") is False and hf.HEAD in tensors:

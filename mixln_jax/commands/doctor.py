@@ -91,14 +91,15 @@ def _check_devices() -> list[str]:
 
 
 def _check_workdir(workdir: str) -> list[str]:
-  if "://" not in workdir:
-    from mixln_jax.files import local_path
-
-    return _check_folder(local_path(workdir))
   from mixln_jax.errors import InputError
+  from mixln_jax.files import local_path
+  from mixln_jax.places import check_scheme, is_url
   from mixln_jax.runs.remote import Remote
 
   try:
+    check_scheme(workdir, "workdir")
+    if not is_url(workdir):
+      return _check_folder(local_path(workdir))
     remote = Remote(workdir)
     remote.write(".doctor", b"write access")
     remote.remove(".doctor")

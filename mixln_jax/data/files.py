@@ -12,6 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mixln_jax.errors import InputError
 from mixln_jax.files import check_regular, local_path
+from mixln_jax.places import check_scheme
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK_BYTES = 1 << 20
@@ -199,6 +200,7 @@ def filesystem(path: str) -> tuple[Any, str]:
   Raises:
     InputError: the protocol is unknown, or its library is not installed, or a home folder is nobody's.
   """
+  check_scheme(path, "config.data.source")
   if path.startswith("~"):
     path = str(local_path(path))
   try:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,9 +17,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from mixln_jax.errors import InputError, one_line
+from mixln_jax import waiting
+from mixln_jax.errors import InputError, TryAgainError, one_line
 from mixln_jax.files import NUMBER, OBJECT, TEXT, Kinds, check_kinds, json_object
 from mixln_jax.parallel.bits import bit_sums
+from mixln_jax.places import is_url
+from mixln_jax.reach import chain, why_unreachable
+from mixln_jax.runs.remote import as_unreachable
 
 T = TypeVar("T")
 
@@ -30,13 +33,6 @@ SUMS, SEAL = "bit_sums", "sha256"  # facts that say whether the rest is what was
 
 _DESCRIPTIONS = ("metrics/metrics", "_CHECKPOINT_METADATA")  # files of a checkpoint that orbax reads to list it
 _FACTS: Kinds = {"config": OBJECT.optional(), "fingerprint": TEXT.optional(), SUMS: OBJECT}
-
-# What tensorstore says of a bucket, a disk or a network that fails now and may not the next time: no damage.
-TRANSIENT = re.compile(
-  r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED)\b|"
-  r"CURL error|Connection (reset|refused|timed out)|Could not resolve host"
-)
-
 
 # A reader has no lock: the process that trains may remove what it reads, file by file.
 REMOVAL_SECONDS, POLL_SECONDS = 3.0, 0.05
@@ -61,8 +57,17 @@ class Checkpoints:
     keep_best: int = 0,
     keep_steps: Sequence[int] = (),
     read_only: bool = False,
+    check_held: Callable[[], None] = lambda: None,
   ):
-    """Keeps the `keep_last` newest, the `keep_best` of lowest validation loss, and those of `keep_steps`."""
+    """Keeps the `keep_last` newest, the `keep_best` of lowest validation loss, and those of `keep_steps`.
+
+    Args:
+      folder: on a disk or in a bucket.
+      keep_last, keep_best, keep_steps: as above.
+      read_only: nothing is made or removed.
+      check_held: raises where this process no longer holds the run; asked while something is waited for.
+    """
+    self._folder, self._check_held = str(folder).rstrip("/"), check_held
     managers = checkpoint_managers
     policies: list[Any] = [managers.LatestN(keep_last), managers.CustomSteps(list(keep_steps))]
     if keep_best:
@@ -80,9 +85,37 @@ class Checkpoints:
       )
       self._read_only = read_only
       try:
-        self._manager = self._looking(lambda: ocp.CheckpointManager(folder, options=options))
+        with self._reached("the checkpoints to be listed"):
+          self._manager = self._looking(lambda: ocp.CheckpointManager(folder, options=options))
       except (ValueError, TypeError, LookupError, RecursionError) as error:
+        if isinstance(error, InputError) or why_unreachable(error) is not None:
+          raise
         raise _damaged_description(epath.Path(folder), error) from error
+
+  @contextlib.contextmanager
+  def _reached(self, what: str) -> Iterator[None]:
+    """Says each minute what is waited for; raises as `_named`."""
+    with self._named(), waiting.said(f"{what} ({self._folder})"):
+      yield
+
+  @contextlib.contextmanager
+  def _named(self) -> Iterator[None]:
+    """What orbax and tensorstore raise as what it is.
+
+    Raises:
+      UnreachableError: the checkpoints lie in a bucket that can't be reached.
+      TryAgainError: a thread of orbax met it, for instance that the lock was lost.
+    """
+    try:
+      yield
+    except Exception as error:
+      self._check_held()
+      for one in chain(error):
+        if isinstance(one, TryAgainError):
+          raise one from None
+      if is_url(self._folder):
+        raise as_unreachable(error, self._folder) from error
+      raise
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -113,13 +146,20 @@ class Checkpoints:
     """Starts to write a checkpoint; returns once the trees are copied.
 
     With it goes the exact sum of each tensor's bits: orbax restores a flipped bit as another number without a word.
+
+    Raises:
+      UnreachableError: the bucket can't be reached.
+      LostLockError: this process no longer holds the run.
     """
+    self.wait()
     facts = {**facts, SUMS: {name: _sums(tree) for name, tree in trees.items()}}
     facts[SEAL] = _seal(facts)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     args = ocp.args.Composite(**items, facts=ocp.args.JsonSave(dict(facts)))
     metrics = None if validation_loss is None else {METRIC: validation_loss}
-    if not self._manager.save(step, args=args, metrics=metrics):
+    with self._reached(f"the checkpoint of step {step} to be begun"):
+      saved = self._manager.save(step, args=args, metrics=metrics)
+    if not saved:
       raise RuntimeError(f"orbax did not save the checkpoint of step {step}; the folder has {self.all_steps()}")
 
   def facts(self, step: int) -> dict[str, Any]:
@@ -128,7 +168,8 @@ class Checkpoints:
     Raises:
       DamagedError: they can't be read, or are not those that were written.
       RemovedError: the process that trains has removed the checkpoint.
-      Exception: of orbax, as it is, where the storage could not be reached or did not let us in.
+      UnreachableError: the bucket can't be reached.
+      Exception: of orbax, as it is, where a disk could not be reached or did not let us in.
     """
     facts = self._restore(step, facts=ocp.args.JsonRestore())["facts"]
     try:
@@ -145,7 +186,8 @@ class Checkpoints:
     Raises:
       DamagedError: they can't be read, are of other shapes, or a tensor is not what was written, bit for bit.
       RemovedError: the process that trains has removed the checkpoint.
-      Exception: of orbax, as it is, where the storage could not be reached or did not let us in.
+      UnreachableError: the bucket can't be reached.
+      Exception: of orbax, as it is, where a disk could not be reached or did not let us in.
     """
     expected = self.facts(step)[SUMS]
     restored = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
@@ -158,9 +200,12 @@ class Checkpoints:
 
   def _restore(self, step: int, **items: Any) -> Any:
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**items))
+      with self._reached(f"the checkpoint of step {step} to be read"):
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except TryAgainError:
+      raise
     except Exception as error:  # orbax raises bare Exceptions, KeyErrors and ValueErrors for damaged files
-      if _is_transient(error):
+      if why_unreachable(error) is not None:
         raise
       reason = one_line(error)
       raise self._unreadable(step, reason) from error
@@ -177,26 +222,32 @@ class Checkpoints:
 
   def move(self, steps: Iterable[int], target: epath.PathLike) -> None:
     """Moves checkpoints into the folder `target`, which exists."""
-    for step in steps:
-      (epath.Path(self._manager.directory) / str(step)).rename(epath.Path(target) / str(step))
-    self._manager.reload()
+    with self._reached("checkpoints to be moved"):
+      for step in steps:
+        (epath.Path(self._manager.directory) / str(step)).rename(epath.Path(target) / str(step))
+      self._manager.reload()
 
   def reload(self) -> None:
     """Looks at the folder again, after another process changed it."""
-    self._looking(self._manager.reload)
+    with self._reached("the checkpoints to be listed"):
+      self._looking(self._manager.reload)
 
   def check(self) -> None:
-    """Raises what went wrong in the background since the last save."""
-    self._manager.check_for_errors()
+    """Raises what went wrong in the background since the last save, and where the run is no longer this process's."""
+    self._check_held()
+    with self._named():
+      self._manager.check_for_errors()
 
   def wait(self) -> None:
-    """Waits until all is written; raises what went wrong in the background."""
-    self._manager.wait_until_finished()
+    """Waits until all is written; raises what went wrong in the background, as `save` does."""
+    with self._reached("a checkpoint to be written"):
+      waiting.until_done(self._manager.wait_until_finished, self._check_held)
 
   def close(self) -> None:
     """Waits and closes; raises what went wrong in the background."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    self.wait()
+    with self._reached("the checkpoints to be closed"):
+      self._manager.close()
 
 
 def _damaged_description(folder: epath.Path, error: Exception) -> InputError:
@@ -226,15 +277,6 @@ def _hints_silenced() -> Iterator[None]:
 
 def _sums(tree: Any) -> dict[str, int]:
   return {name: int(total) for name, total in jax.device_get(jax.jit(bit_sums)(tree)).items()}
-
-
-def _is_transient(error: BaseException | None) -> bool:
-  """Whether an error, or one that it came from, says that the storage could not be reached or did not let us in."""
-  while error is not None:
-    if isinstance(error, (ConnectionError, TimeoutError, PermissionError)) or TRANSIENT.search(str(error)):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
 
 
 def _seal(facts: Mapping[str, Any]) -> str:

@@ -24,9 +24,7 @@ import contextlib
 import itertools
 import json
 import platform
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,7 +33,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mixln_jax.errors import InputError, one_line
+from mixln_jax.errors import InputError, LostLockError, UnreachableError, one_line
 from mixln_jax.files import (
   LARGEST_FACTS,
   Kinds,
@@ -47,8 +45,10 @@ from mixln_jax.files import (
   write_whole,
 )
 from mixln_jax.parallel.processes import is_first, wait_for_all
+from mixln_jax.places import check_scheme, is_url
 from mixln_jax.runs.lock import identity, lock
-from mixln_jax.runs.remote import Lock, Remote, Spool
+from mixln_jax.runs.remote import Remote, Spool
+from mixln_jax.runs.remote_lock import Lock
 
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
@@ -67,11 +67,12 @@ class RunFolder:
   """
 
   def __init__(self, path: str | Path):
-    """Raises InputError for a URL that can't be a work directory."""
-    self.remote = Remote(str(path)) if "://" in str(path) else None
+    """Raises InputError for a path that can't be a work directory: another URL, or one that lost a slash."""
+    check_scheme(path, "workdir")
+    self.remote = Remote(str(path)) if is_url(path) else None
     self._spool: Spool | None = None
     self._lock: Lock | None = None
-    self._local = local_path(path).absolute()
+    self._local = Path(path) if self.remote else local_path(path).absolute()
     self.address = self.remote.url if self.remote else str(self._local)
 
   @property
@@ -83,7 +84,7 @@ class RunFolder:
   def spool(self) -> Spool:
     assert self.remote is not None
     if self._spool is None:
-      self._spool = Spool(self.remote, Path(tempfile.mkdtemp(prefix="mixln_jax_")))
+      self._spool = Spool(self.remote)
     return self._spool
 
   @property
@@ -96,6 +97,10 @@ class RunFolder:
   def place(self, name: str) -> epath.Path:
     """Where something large (checkpoints) of this name lies, which is never copied: on the disk, or in the bucket."""
     return epath.Path(self.address) / name
+
+  def shown(self, path: Path) -> str:
+    """A path in the folder (`folder / name`) as messages name it: of a run in a bucket, where it will be there."""
+    return f"{self.address}/{path.relative_to(self.path).as_posix()}"
 
   @property
   def has_run(self) -> bool:
@@ -158,7 +163,7 @@ class RunFolder:
       time.sleep(0.5)
 
   def unused(self, name: str) -> Path:
-    """A path in the folder that does not exist: `name`, or `name_2`, …"""
+    """A path in the folder that does not exist: `name`, or `name_2`, … (`shown` is how messages name it)."""
     candidates = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
     return self / next(name for name in candidates if not ((self / name).exists() or self.place(name).exists()))
 
@@ -187,35 +192,54 @@ class RunFolder:
   @contextlib.contextmanager
   def _remote_lock(self) -> Iterator[None]:
     assert self.remote is not None
-    with contextlib.ExitStack() as stack:
-      if is_first():
-        self._lock = Lock(self.remote, LOCK, identity())
-        stack.enter_context(self._lock())
-      wait_for_all("the lock of the run in the bucket")  # before, another run may still write what is fetched
-      self.spool.fetch(skip=LOCK)
-      try:
-        yield
-      except BaseException:
+    try:
+      with contextlib.ExitStack() as stack:
+        if is_first():
+          self._lock = Lock(self.remote, LOCK, identity())
+          stack.enter_context(self._lock())
+        wait_for_all("the lock of the run in the bucket")  # before, another run may still write what is fetched
+        self.spool.fetch(skip=LOCK)
+        if self._lock is not None and self._lock.taken_over:
+          self.spool.claim(self._lock.check)
         try:
-          self.copy_out()
-        except Exception as error:  # the first error is the one to tell
-          print(f"warning: {self.address} lacks what lies in {self.path} ({error})", file=sys.stderr)
-        raise
-      self.copy_out()
-      shutil.rmtree(self.path, ignore_errors=True)
+          yield
+        except (LostLockError, UnreachableError):
+          raise  # nothing is ours to copy, or nothing can be; what the newest checkpoint needs was copied before it
+        except BaseException:
+          try:
+            self.copy_out()
+          except Exception as error:  # the first error is the one to tell
+            print(f"warning: {self.address} lacks what changed since the last checkpoint ({error})", file=sys.stderr)
+          raise
+        self.copy_out()
+    finally:
+      self._lock = None
+      self.leave()
+
+  def leave(self) -> None:
+    """Removes the copy of a run in a bucket from this machine."""
+    if self._spool is not None:
+      self._spool.remove()
       self._spool = None
+
+  def check_held(self) -> None:
+    """Raises LostLockError where this process is known to hold the run no longer. It asks nobody."""
+    if self._lock is not None:
+      self._lock.check_clock()
 
   def copy_out(self) -> None:
     """Copies what changed to the bucket; of several processes the first one does. Nothing is to be done on a disk.
 
     Raises:
-      InputError: another process has taken the run over.
-      OSError: it can't be copied.
+      LostLockError: another process has taken the run over, or may have.
+      UnreachableError: the bucket can't be reached.
     """
-    if self.remote is not None and is_first():
-      if self._lock is not None:
-        self._lock.check()
+    if self.remote is None or not is_first():
+      return
+    if self._lock is None:
       self.spool.copy_out()
+    else:
+      self.spool.copy_out(self._lock.check)
 
   def read(self, name: str) -> str:
     """A file of facts.
@@ -227,10 +251,15 @@ class RunFolder:
       content = self.remote.read(name) if self.remote else read_regular(self / name, LARGEST_FACTS)
       return decoded(content, f"{self.address}/{name}")
     except OSError as error:
-      if self.remote is not None and not isinstance(error, FileNotFoundError):
-        raise  # of the network: it may pass
       reason = error.strerror or one_line(error, 200)
       raise InputError(f"workdir={self.address}: no run there ({name}: {reason}); give the folder of a run") from error
+
+  def fetched(self, name: str) -> Path:
+    """Where a file of the run can be read, as it is now: of a run in a bucket, a copy. There may be none."""
+    if self.remote is not None and self._lock is None:
+      with contextlib.suppress(FileNotFoundError):
+        self.remote.get(name, self.path / name)
+    return self.path / name
 
   def facts(self, name: str, kinds: Kinds | None = None) -> dict[str, Any] | None:
     """The object that a file of facts holds; None where there is no such file.

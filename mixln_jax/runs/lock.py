@@ -43,7 +43,7 @@ def read_holder(path: Path) -> dict[str, Any]:
 
 def describe_holder(holder: Mapping[str, Any]) -> str:
   """One phrase for a person."""
-  words = ", ".join(f"{name} {value}" for name, value in holder.items() if name != "beat")
+  words = ", ".join(f"{name} {value}" for name, value in holder.items() if name not in ("beat", "nonce"))
   return one_line(printable(words))
 
 

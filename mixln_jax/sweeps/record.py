@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
 from mixln_jax.runs.folder import METRICS
 from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.sweeps.study import Run
@@ -46,7 +47,7 @@ def write_curves(runs: Sequence[Run], path: str | Path) -> int:
   if not rows:
     raise InputError(f"export={path}: no run of the study has been trained yet")
   try:
-    with Path(path).open("w", newline="") as file:
+    with local_path(path, "export").open("w", newline="") as file:
       csv.writer(file).writerows([COLUMNS, *rows])
   except OSError as error:
     raise InputError(f"export={path}: can't be written ({error.strerror})") from error
@@ -60,7 +61,7 @@ def hold_against(runs: Sequence[Run], path: str | Path) -> list[Held]:
     InputError: the file can't be read, or is no record.
   """
   try:
-    with Path(path).open(newline="") as file:
+    with local_path(path, "compare").open(newline="") as file:
       rows = list(csv.DictReader(file))
     last = {row["run"]: (int(row["step"]), float(row["loss"])) for row in rows if row["split"] == "validation"}
   except (OSError, KeyError, ValueError, TypeError) as error:

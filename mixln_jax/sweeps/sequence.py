@@ -24,7 +24,7 @@ from mixln_jax.files import (
 from mixln_jax.runs.folder import LOCK
 from mixln_jax.runs.lock import Liveness, describe_holder, is_held, is_held_elsewhere, read_holder
 from mixln_jax.runs.outcome import ENDED_ITSELF, FINISHED, Outcome, read_outcome
-from mixln_jax.sweeps.study import STUDY, Run, Study, check_comparable, check_initial_weights
+from mixln_jax.sweeps.study import STUDY, STUDY_PLACE, Run, Study, check_comparable, check_initial_weights
 
 LOG = "log.txt"
 OPEN, BUSY, DONE = "open", "busy", "done"
@@ -58,7 +58,7 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
   Raises:
     InputError: the folder holds something else, or runs that would not be comparable.
   """
-  folder = local_path(workdir).absolute()
+  folder = local_path(workdir, "workdir", STUDY_PLACE).absolute()
   runs = study.runs(folder)
   if (folder / STUDY).exists():
     _check_same(study, read_study(folder / STUDY), folder)

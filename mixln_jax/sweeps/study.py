@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
-from mixln_jax.files import COUNT, NUMBERS, TEXT, check_kinds, json_object
+from mixln_jax.files import COUNT, NUMBERS, TEXT, check_kinds, json_object, local_path
 from mixln_jax.model.parameters import parameters
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
+
+STUDY_PLACE = "a study lies in a folder, which several machines can share over a network file system"
 
 STUDY, RUNS = "study.json", "runs"
 NAMED_BY_VALUE = {"model.placement": ""}  # fields whose value alone names them
@@ -62,6 +64,7 @@ class Study(NamedTuple):
     Raises:
       InputError: a config is invalid, or two runs would share a name.
     """
+    folder = local_path(workdir, "workdir", STUDY_PLACE)
     flat, fields = config_lib.flatten(self.base), sorted(self.axes, key=_order)
     runs: dict[str, Run] = {}
     for values in self._points():
@@ -69,7 +72,7 @@ class Study(NamedTuple):
       name = run_name(values)
       config = config_lib.from_flat(flat | values | dict.fromkeys(("mesh.run", "mesh.dcn_run"), 1))
       config_lib.validate(config)
-      run = Run(name, values, config, RunFolder(Path(workdir) / RUNS / name))
+      run = Run(name, values, config, RunFolder(folder / RUNS / name))
       if name in runs and runs[name].values != values:
         raise InputError(
           f"the runs {runs[name].values} and {values} would share the folder {name!r}; spell one otherwise"

@@ -72,7 +72,7 @@ def load_or_start(program: Program, members: Sequence[Member]) -> tuple[list[Res
   for (index, bad_step), error in damaged.items():
     member = members[index]
     where = quarantine(member.folder, member.checkpoints, [bad_step], f"damaged_{bad_step}")
-    warn(f"{error}; it was moved to {where}, and the run resumes from the one before")
+    warn(f"{error}; it was moved to {member.folder.shown(where)}, and the run resumes from the one before")
   return points, _joint_state(program, members, states)
 
 

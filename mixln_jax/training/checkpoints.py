@@ -24,6 +24,7 @@ def open_checkpoints(config: Config, folder: RunFolder) -> Checkpoints:
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
     keep_steps=decay_start(config),
+    check_held=folder.check_held,
   )
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from mixln_jax import config as config_lib
 from mixln_jax import signals
 from mixln_jax.config import Config
-from mixln_jax.errors import MachineError, advice, exhausted, one_line
+from mixln_jax.errors import LostLockError, MachineError, UnreachableError, advice, exhausted, one_line
 from mixln_jax.model.flops import train_flops_per_token
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import Setup, attention_of, make_loader, set_up
@@ -119,6 +119,8 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
   loop = _Loop(program, members, points, state, clock)
   try:
     loop.run()
+  except (LostLockError, UnreachableError):
+    raise  # the run is another process's now, or the bucket that its outcome would lie in is away
   except signals.Stopped as stopped:  # before the first step: there is nothing new to save
     message = f"by {stopped} before its next step; run the same command to resume"
     for member in members:
@@ -351,7 +353,7 @@ class _Loop:
       if step not in member.checkpoints.all_steps():
         member.save(step, own)
       dump = write_dump(member.folder, member.setup, own, step)
-      message += f"; its batch and gradient norms are in {dump}"
+      message += f"; its batch and gradient norms are in {member.folder.shown(dump)}"
       if len(self._members) == 1:
         self._state = own  # the loop ends with it, and its step counter says where
     self._freeze(member, NON_FINITE, step, message, int(own.skipped))

@@ -268,6 +268,11 @@ def test_fields_that_the_scripts_set_exist():
     (("gke.sh", "train", *CLUSTER, *V5E, RUN[0], "--workdir=mine"), "a container's disk ends with it"),
     (("slurm.sh", *SLURM[:-1]), "--time is required"),
     (("slurm.sh", *SLURM, "--time=tomorrow"), "--time=tomorrow: must be minutes"),
+    (("slurm.sh", *SLURM, "--time=3"), "--time=3: 180 seconds, but training is told to stop 180 s before the end"),
+    (("slurm.sh", *SLURM, "--time=2:59"), "--time=2:59: 179 seconds"),
+    (("slurm.sh", *SLURM, "--time=00:03:00"), "--time=00:03:00: 180 seconds"),
+    (("slurm.sh", *SLURM, "--time=0-0:02"), "--time=0-0:02: 120 seconds"),
+    (("slurm.sh", SLURM[0], "--workdir=gs:/bucket/run", *SLURM[2:]), "--workdir=gs:/bucket/run: must be a folder in"),
     (("gpu.sh", *SLURM[:2], "--gpus=none"), "--gpus=none: must be a number of GPUs"),
   ],
 )

@@ -1,4 +1,8 @@
-"""A bucket on this machine: fake-gcs-server, an independent implementation of Cloud Storage's HTTP interface."""
+"""A bucket on this machine: fake-gcs-server, an independent implementation of Cloud Storage's HTTP interface, behind a
+proxy that counts, fails, and enforces what the server does not (`runs/fault_proxy.py`).
+
+The server holds its objects in memory: on a disk it would show a file system's semantics, where folders exist.
+"""
 
 import contextlib
 import importlib.util
@@ -8,8 +12,15 @@ import platform
 import socket
 import subprocess
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
+
+from mixln_jax.runs.metrics import read_metrics
+from runs.fault_proxy import FaultProxy
+
+ROOT = Path(__file__).parents[2]
 
 
 def server_binary():
@@ -21,26 +32,76 @@ def server_binary():
   return next(Path(spec.origin).parent.rglob(f"fake-gcs-server-{platform.system().lower()}-{machine}"), None)
 
 
-@contextlib.contextmanager
-def serve(folder):
-  """Serves one bucket, `bucket`, whose objects are files of `folder`; gives what a process needs to see it."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{free.getsockname()[1]}"
-  options = ("-scheme", "http", "-backend", "filesystem", "-filesystem-root", str(folder), "-host", "127.0.0.1")
-  command = [str(server_binary()), *options, "-port", url.rsplit(":", 1)[1], "-external-url", url]
-  server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  try:
-    _create_bucket(url)
-    yield {
-      "STORAGE_EMULATOR_HOST": url,  # gcsfs and Google's client
-      "TENSORSTORE_GCS_HTTP_URL": url,  # tensorstore
+class Store:
+  """The bucket `bucket`, looked at from outside, past the proxy.
+
+  Attributes:
+    proxy: where faults are made and requests counted.
+    variables: what a process needs to see the bucket.
+  """
+
+  def __init__(self, port, proxy):
+    self._base, self.proxy = f"http://127.0.0.1:{port}", proxy
+    self.variables = {
+      "STORAGE_EMULATOR_HOST": proxy.url,  # Google's client and gcsfs
+      "TENSORSTORE_GCS_HTTP_URL": proxy.url,  # tensorstore
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
       "GOOGLE_CLOUD_PROJECT": "none",
       "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google itself for the kind of the bucket
       "NO_GCE_CHECK": "true",
     }
+
+  def names(self, prefix=""):
+    """The objects whose names begin so."""
+    names, token = [], ""
+    while True:
+      page = json.loads(self._get(f"/storage/v1/b/bucket/o?prefix={urllib.parse.quote(prefix)}&pageToken={token}"))
+      names += [item["name"] for item in page.get("items", [])]
+      token = page.get("nextPageToken", "")
+      if not token:
+        return names
+
+  def read(self, name):
+    """Raises FileNotFoundError where there is no such object."""
+    try:
+      return self._get(f"/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}?alt=media")
+    except urllib.error.HTTPError as error:
+      raise FileNotFoundError(name) from error
+
+  def exists(self, name):
+    """Whether there is an object of that name, or where it ends in a slash one below it."""
+    names = self.names(name)
+    return bool(names) if name.endswith("/") else name in names
+
+  def write(self, name, content):
+    quoted = urllib.parse.quote(name, safe="")
+    url = f"{self._base}/upload/storage/v1/b/bucket/o?uploadType=media&name={quoted}"
+    urllib.request.urlopen(urllib.request.Request(url, content)).close()
+
+  def delete(self, name):
+    url = f"{self._base}/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}"
+    urllib.request.urlopen(urllib.request.Request(url, method="DELETE")).close()
+
+  def _get(self, path):
+    with urllib.request.urlopen(self._base + path) as answer:
+      return answer.read()
+
+
+@contextlib.contextmanager
+def serve():
+  """Serves one bucket, `bucket`, as a Store."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  proxy = FaultProxy(port)
+  options = ("-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port))
+  command = [str(server_binary()), *options, "-external-url", proxy.url]
+  server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  try:
+    _create_bucket(f"http://127.0.0.1:{port}")
+    yield Store(port, proxy)
   finally:
+    proxy.close()
     server.terminate()
     server.wait()
 
@@ -71,3 +132,23 @@ def environment(variables):
         del os.environ[name]
       else:
         os.environ[name] = value
+
+
+def finish(process, status=0):
+  """What a process that was started printed; it must end with the status."""
+  output = process.communicate(timeout=280)[0]
+  assert process.returncode == status, output[-3000:]
+  return output
+
+
+def without_times(lines):
+  return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def curve(path):
+  """The metrics of a run on a disk, without what differs between two equal runs."""
+  return without_times(read_metrics(path))
+
+
+def remote_curve(store, run):
+  return without_times(json.loads(line) for line in store.read(f"{run}/metrics.jsonl").splitlines())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def test_what_is_done_is_skipped_and_what_failed_is_said_and_tried_again(argumen
   assert trained == []
   assert sweep.main([*arguments, "--index=2"]) == 0
   assert trained == ["post-seed0"]
+  assert re.search(r"^ +2  post-seed0 ", capsys.readouterr().out, re.MULTILINE)  # its number in the study, not 0
   failing.add("pre-seed1")
   assert sweep.main(arguments) == 1
   assert trained[1:] == ["pre-seed0", "pre-seed1", "post-seed1"]
