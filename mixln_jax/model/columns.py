@@ -189,7 +189,14 @@ def _shared_streams(tables: Sequence[Table]) -> Streams:
         f"placements with different residual streams can't share one program: {several[0]} and {streams}; train them "
         "apart"
       )
-  return several[0] if several else Streams()
+  if not several:
+    return Streams()
+  if len(several) < len(tables) and several[0].read_out != "first":
+    raise InputError(
+      f"placements with different residual streams can't share one program: one stream, and {several[0]}, which the "
+      "head would read in both; train them apart"
+    )
+  return several[0]
 
 
 def _in_streams(rows: Sequence[Row], streams: Streams) -> list[Row]:
