@@ -43,7 +43,7 @@ def seconds(run: Callable[[], Any]) -> float:
 def measure(model: Any, params: Any, rows: int, slots: int) -> dict[str, float]:
   tokens_BT = np.full((rows, PROMPT), 7, np.int32)
   lengths_B, none = np.full(rows, PROMPT, np.int32), np.full(4, -1, np.int32)
-  data = (params, tokens_BT, lengths_B, np.int32(NEW), none, (np.float32(0), None, np.uint32(0)))
+  data = (params, tokens_BT, lengths_B, np.arange(rows), np.int32(NEW), none, (np.float32(0), None, np.uint32(0)))
   compiled = generate_batch.lower(model, slots, model.vocab_size, *data).compile()
   memory: Any = compiled.memory_analysis()
   cache = jax.eval_shape(lambda: empty_cache(model, rows, slots))

@@ -173,7 +173,7 @@ class DataConfig(Section):
     Field(
       "sotu",
       "corpus: sotu or sotu:paragraphs (embedded); a path, folder or glob, local or gs://, of text, JSON lines (plain, "
-      ".gz, .zst) or Parquet files; tfds:NAME:SPLIT; hf:NAME:SPLIT",
+      ".gz, .zst, .xz, .bz2) or Parquet files; tfds:NAME:SPLIT; hf:NAME:SPLIT (train, train[:50%], train+test)",
     ),
   ]
   validation_source: Annotated[
@@ -182,7 +182,9 @@ class DataConfig(Section):
   validation_share: Annotated[
     float, Field(0.05, "fraction of the documents held out where there is no validation source", above=0.0, below=1.0)
   ]
-  text_field: Annotated[str, Field("text", "field of JSON, Parquet, tfds and hf documents that holds the text")]
+  text_field: Annotated[
+    str, Field("text", "field of JSON, Parquet, tfds and hf documents that holds the text; data.text = text in data")
+  ]
   max_bad_share: Annotated[
     float,
     Field(

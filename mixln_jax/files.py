@@ -4,11 +4,64 @@ import json
 import math
 import os
 import platform
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mixln_jax.errors import InputError, one_line
+
+
+def local_path(path: str | Path) -> Path:
+  """A path that somebody wrote, with `~` and `~USER` replaced by the home folder that they mean.
+
+  Raises:
+    InputError: that user has no home folder here, or the path can't name a file (a NUL).
+  """
+  if "\0" in str(path):
+    raise InputError(f"path {str(path)!r}: contains a NUL, which no file's name can; mend it")
+  try:
+    return Path(path).expanduser()
+  except RuntimeError as error:
+    raise InputError(f"path {str(path)!r}: no such user has a home folder here; write the folder out") from error
+
+
+def check_regular(path: str | Path) -> None:
+  """Rejects what is neither a folder nor a regular file: a pipe or a device may be without an end.
+
+  Raises:
+    OSError: nothing is there, or it can't be looked at.
+    InputError: it is a pipe, a socket or a device, or a link to one.
+  """
+  mode = Path(path).stat().st_mode
+  if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    raise InputError(f"{path}: is {kind_of_file(mode)}, not a regular file; copy what it gives into a file")
+
+
+def kind_of_file(mode: int) -> str:
+  """What a file is that is not a regular one, in words, from its `st_mode`."""
+  kinds = {
+    "a pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    "a folder": stat.S_ISDIR,
+  }
+  return next((name for name, fits in kinds.items() if fits(mode)), "of an unknown kind")
+
+
+def read_regular(path: str | Path, limit: int) -> bytes:
+  """The bytes of a regular file.
+
+  Raises:
+    OSError: it can't be read.
+    InputError: it is a pipe, a socket or a device, or is larger than `limit` bytes.
+  """
+  check_regular(path)
+  with Path(path).open("rb") as file:
+    content = file.read(limit + 1)
+  if len(content) > limit:
+    raise InputError(f"{path}: has more than {limit:,} bytes, far too many for what it should be; give another file")
+  return content
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -69,7 +122,7 @@ def read_json_lines(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any
   return result
 
 
-def json_object(text: str, where: str) -> dict[str, Any]:
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
   """The object that a JSON text is.
 
   Raises:

@@ -24,6 +24,7 @@ from mixln_jax import placement
 from mixln_jax.config import BEST, NEWEST, Config
 from mixln_jax.data.loader import Data, Loader
 from mixln_jax.data.opening import open_data
+from mixln_jax.data.tokenizer import CONFIG as TOKENIZER_CONFIG
 from mixln_jax.data.tokenizer import FILES, Tokenizer, content_hash, read_written_tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.files import json_object
@@ -202,7 +203,7 @@ def _written_tokenizer(folder: RunFolder) -> Tokenizer | None:
   if folder.remote is None:
     return read_written_tokenizer(folder / folder_lib.TOKENIZER)
   with tempfile.TemporaryDirectory() as local:
-    for file in FILES.values():
+    for file in (*FILES.values(), TOKENIZER_CONFIG):
       name = f"{folder_lib.TOKENIZER}/{file}"
       if folder.remote.exists(name):
         folder.remote.get(name, Path(local) / file)

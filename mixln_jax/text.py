@@ -1,8 +1,12 @@
-"""What people read: aligned columns, and losses in the units that papers use."""
+"""What people read: aligned columns, losses in the units that papers use, and text that leaves a terminal alone."""
 
 import math
+import sys
+import unicodedata
 from collections.abc import Sequence
 
+# Marks that turn the direction of the text around them, so that it reads as another (CVE-2021-42574).
+TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 LARGEST_LOSS = 700.0  # nats; exp of more is no float
 
 
@@ -26,3 +30,27 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list
 def perplexity(loss: float) -> float:
   """exp of a loss in nats a token; infinity where that is no float."""
   return math.exp(loss) if loss < LARGEST_LOSS else math.inf
+
+
+def printable(text: str) -> str:
+  """A text whose control characters are written as escapes: a terminal would obey them.
+
+  An escape sequence can rewrite what was printed before, retitle the window, or fill in its input line. Newlines and
+  tabs stay, as does every printable character of every script.
+  """
+  return "".join(_escaped(sign) if _is_control(sign) else sign for sign in text)
+
+
+def _is_control(sign: str) -> bool:
+  if sign in "\n\t":
+    return False
+  return sign in TURNING or unicodedata.category(sign) in ("Cc", "Cs")  # Cs: half of a character, which has no UTF-8
+
+
+def _escaped(sign: str) -> str:
+  return sign.encode("unicode_escape").decode("ascii")
+
+
+def for_stdout(text: str) -> str:
+  """A text as a command prints it: `printable` on a terminal, as it is in a file or a pipe."""
+  return printable(text) if sys.stdout.isatty() else text

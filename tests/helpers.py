@@ -1,13 +1,16 @@
 """What several tests need: small configs and random parameters."""
 
+import io
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sentencepiece
 
 import mixln_jax
 from mixln_jax import config as config_lib
+from mixln_jax.data.tokenizer import SentencePieceTokenizer
 from mixln_jax.model.parameters import abstract_params
 
 # Options of a compilation whose bits are compared with those of another program (see conftest.py). None are needed, or
@@ -60,3 +63,22 @@ def saved_params(workdir, step="newest"):
   """The parameters of a run's checkpoint."""
   with mixln_jax.open_run(getattr(workdir, "address", workdir), step or "newest") as run:
     return run.params
+
+
+def tokenizer_with_dummy_prefix(text, vocab_size):
+  """A SentencePiece model as T5's and LLaMA 2's: a blank is put before every text, and dropped when it is decoded."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(text.split("\n")),
+    model_writer=model,
+    vocab_size=vocab_size,
+    model_type="bpe",
+    byte_fallback=True,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+    num_threads=1,
+  )
+  return SentencePieceTokenizer(model.getvalue(), "with a dummy prefix")

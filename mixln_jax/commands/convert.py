@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mixln_jax import config as config_lib
@@ -10,9 +9,11 @@ from mixln_jax.command_line import CommandLine
 from mixln_jax.config import NEWEST, Config
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
 from mixln_jax.interop import export, hf
 from mixln_jax.interop.check import check_export
 from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
+from mixln_jax.interop.tokenizer_beside import check_tokenizer
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import OpenRun, open_run
 from mixln_jax.training.begin import begin_from, check_new
@@ -77,7 +78,7 @@ def _write(workdir: str, output: str, step: int | None, layout: str, shard_gb: f
     print(f"read       {run.folder.address}, step {run.step}")
   size = f"{count_params(config.model) / 1e6:.2f} M parameters in {files} file{'s' * (files > 1)}"
   names = "".join(f", {name}" for name in others)
-  print(f"wrote      {Path(output).expanduser()}: {description['model_type']}, {size}{names}")
+  print(f"wrote      {local_path(output)}: {description['model_type']}, {size}{names}")
   for number, hint in enumerate(export.loading_hint(description, others)):
     print(f"{'' if number else 'load it':<11}{hint}")
 
@@ -97,6 +98,8 @@ def _read(
   check_new(workdir)
   tensors = SafetensorsFolder(source)
   fields = hf.model_fields(tensors.config(), placement_string)
+  if overrides.get("model.tied_embeddings") is False and hf.HEAD in tensors:
+    fields["tied_embeddings"] = False  # a head that is there may differ from the embedding, whatever config.json says
   for name, value in overrides.items():
     if name.startswith("model.") and fields.get(name.removeprefix("model."), value) != value:
       hint = "; say it with --placement" if name == "model.placement" else "; leave it out"
@@ -105,6 +108,9 @@ def _read(
   if not config.model.placement:
     raise InputError("--placement is required: the checkpoint's config.json does not say where its norms stand")
   config_lib.validate(config)
+  warning = check_tokenizer(tensors.path, config)
+  if warning is not None:
+    print(f"warning: the tokenizer is {warning}", file=sys.stderr)
   folder = begin_from(config, hf.import_weights(tensors, config.model), workdir)
   print(f"placement  {config_lib.table(config.model).layer_list}")
   print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {tensors.path}")

@@ -19,6 +19,7 @@ from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.text import for_stdout
 from mixln_jax.training.begin import initial_weights
 from mixln_jax.training.step import state_shardings
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
   with open_run(values.workdir, step, changes=changes) as run:
     result, target, drawn = _diagnose(run, values)
   if processes.is_first():
-    print(json.dumps(result) if values.json else table(result, run.setup.table.layer_list))
+    print(json.dumps(result) if values.json else for_stdout(table(result, run.setup.table.layer_list)))
     if not values.json:
       print(f"wrote      {target.address}: {FILE} and {len(drawn)} figures")
   return 0

@@ -92,7 +92,9 @@ def _check_devices() -> list[str]:
 
 def _check_workdir(workdir: str) -> list[str]:
   if "://" not in workdir:
-    return _check_folder(Path(workdir).expanduser())
+    from mixln_jax.files import local_path
+
+    return _check_folder(local_path(workdir))
   from mixln_jax.errors import InputError
   from mixln_jax.runs.remote import Remote
 

@@ -11,6 +11,7 @@ from mixln_jax.opening import OpenRun, check_batch, make_loader, open_run
 from mixln_jax.parallel import processes
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.text import for_stdout
 from mixln_jax.training.evaluation import Evaluator
 from mixln_jax.training.program import SingleProgram
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
   with open_run(values.workdir, step, changes=changes) as run:
     lines = _on_validation(run) if values.tasks is None else _on_tasks(run, values)
   if processes.is_first():
-    print("\n".join(lines))
+    print(for_stdout("\n".join(lines)))
   return 0
 
 

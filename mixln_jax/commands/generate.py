@@ -12,6 +12,7 @@ from mixln_jax.inference.prompts import read_prompts
 from mixln_jax.inference.sampling import Sampling
 from mixln_jax.opening import open_run
 from mixln_jax.parallel import processes
+from mixln_jax.text import for_stdout
 
 NUM_TOKENS = 100
 
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
   line.integer("top_k", "only the k likeliest tokens; 0 = all", default=0, minimum=0)
   line.number("top_p", "only the likeliest tokens whose probabilities reach p; 1 = all", default=1.0)
   line.integer("seed", "seed of the sampling", default=0, minimum=0, maximum=2**32 - 1)
-  line.strings("stop", "text that ends a row, one token of the run's tokenizer; may be given several times")
+  line.strings("stop", "text that ends a row, before which its text is cut; may be given several times")
   line.boolean("ignore_end", "continue past the end of a document")
   line.boolean("beyond_context", "continue past the length that the run was trained at")
   line.integer("batch_size", "prompts at a time", default=BATCH_SIZE, minimum=1)
@@ -36,10 +37,12 @@ def main(argv: list[str]) -> int:
   sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
   sampling.check()
   prompts = _prompts(values)
+  stop_texts = values.stop or []
+  if "" in stop_texts:
+    raise InputError("--stop='': an empty text stands everywhere; give a text, or leave it out")
   step = NEWEST if values.step is None else values.step
   with open_run(values.workdir, step) as run:
     tokenizer = run.tokenizer
-    stop_ids = _stop_ids(tokenizer, values)
     num_tokens = _num_tokens(tokenizer, prompts, values, run.config.data.sequence_length)
     texts = generate_texts(
       run.config.model,
@@ -48,7 +51,8 @@ def main(argv: list[str]) -> int:
       prompts,
       num_tokens,
       sampling=sampling,
-      stop_ids=stop_ids,
+      stop_ids=[] if values.ignore_end else [tokenizer.eos_id],
+      stop_texts=stop_texts,
       batch_size=values.batch_size,
     )
   if processes.is_first():
@@ -63,16 +67,6 @@ def _prompts(values: Any) -> list[str]:
   return read_prompts(values.prompts) if values.prompts is not None else values.prompt or [""]
 
 
-def _stop_ids(tokenizer: Tokenizer, values: Any) -> list[int]:
-  stop_ids = [] if values.ignore_end else [tokenizer.eos_id]
-  for text in values.stop or ():
-    ids = tokenizer.encode(text)
-    if len(ids) != 1:
-      raise InputError(f"--stop={text!r}: is {len(ids)} tokens of the run's tokenizer; give a text that is one")
-    stop_ids += ids
-  return stop_ids
-
-
 def _num_tokens(tokenizer: Tokenizer, prompts: list[str], values: Any, context: int) -> int:
   longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
   if values.beyond_context:
@@ -84,5 +78,5 @@ def _num_tokens(tokenizer: Tokenizer, prompts: list[str], values: Any, context: 
 
 def _shown(prompt: str, text: Text, *, as_json: bool) -> str:
   if not as_json:
-    return prompt + text.text
+    return for_stdout(prompt + text.text)
   return json.dumps({"prompt": prompt, "text": text.text, "tokens": len(text.ids), "stopped": text.stopped})

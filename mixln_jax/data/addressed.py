@@ -2,15 +2,21 @@
 
 tfds:NAME:SPLIT             a data set that TensorFlow Datasets has prepared (a name, or its folder)
 hf:NAME[:CONFIG]:SPLIT      a data set of Hugging Face's `datasets`: a folder of save_to_disk, or a name
+
+A split is the libraries' own notation: `train`, `train[:50%]`, `train[1000:2000]+test`.
 """
 
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import local_path
 
 TFDS, HUGGING_FACE = "tfds", "hf"
 KINDS = (TFDS, HUGGING_FACE)
+# The last colon that stands in no brackets divides the name from the split: a slice has colons of its own.
+SPLIT = re.compile(r"(?P<name>.+):(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+)")
 
 
 class Address(NamedTuple):
@@ -24,8 +30,19 @@ class Address(NamedTuple):
     return f"{self.kind}:{self.name}:{self.split}"
 
 
-def address_of(source: str) -> Address | None:
-  """The address that `config.data.source` states; None if the source is of another kind.
+class Examples(NamedTuple):
+  """The examples at an address."""
+
+  rows: Any  # `len(rows)`, `rows[i][field]`
+  ranges: Sequence[tuple[str, int, int]]  # which they are: (split, first, one past the last); empty = not known
+
+
+def address_of(source: str, field: str = "config.data.source") -> Address | None:
+  """The address that a source states; None if the source is of another kind.
+
+  Args:
+    source: what config.data.source or config.data.validation_source says.
+    field: the one of them that a message names.
 
   Raises:
     InputError: the name or the split is missing.
@@ -33,59 +50,134 @@ def address_of(source: str) -> Address | None:
   kind, _, rest = source.partition(":")
   if kind not in KINDS or rest.startswith("//"):  # hf://… is a file
     return None
-  name, _, split = rest.rpartition(":")
-  if not name or not split:
-    raise InputError(f"config.data.source={source!r}: must be {kind}:NAME:SPLIT, as in {kind}:c4/en:train")
-  return Address(kind, name, split)
+  match = SPLIT.fullmatch(rest)
+  if match is None:
+    raise InputError(
+      f"{field}={source!r}: must be {kind}:NAME:SPLIT, as in {kind}:c4/en:train or {kind}:c4/en:train[:10%]"
+    )
+  return Address(kind, match["name"], match["split"])
 
 
-def open_examples(address: Address) -> Any:
+def open_examples(address: Address, text_field: str = "") -> Any:
   """The examples at an address: `len(x)`, `x[i][field]`.
+
+  Args:
+    address: which.
+    text_field: the only field that is wanted, perhaps dotted; the library need not read what others hold. Empty = all.
 
   Raises:
     InputError: they are not there, or their library or file format is not usable here.
   """
-  return _open_tfds(address) if address.kind == TFDS else _open_hugging_face(address)
+  return _open(address, text_field).rows
 
 
-def _open_tfds(address: Address) -> Any:
+def overlap(one: Address, other: Address) -> str | None:
+  """Examples that two addresses share, in words; None if there are none, or it is not known."""
+  if one.kind != other.kind or _identity(one) != _identity(other):
+    return None
+  if one.split == other.split:
+    return str(one)
+  theirs = _open(other, "").ranges
+  for split, first, end in _open(one, "").ranges:
+    for other_split, other_first, other_end in theirs:
+      shared = range(max(first, other_first), min(end, other_end))
+      if split == other_split and len(shared):
+        return f"examples {shared.start} to {shared.stop - 1} of {split} of {one.kind}:{one.name}"
+  return None
+
+
+def _identity(address: Address) -> str:
+  """The data set, whatever its name."""
+  folder = local_path(address.name)
+  return str(folder.resolve()) if folder.is_dir() else address.name
+
+
+def _open(address: Address, text_field: str) -> Examples:
+  if address.kind == TFDS:
+    return _open_tfds(address)
+  return _open_hugging_face(address, text_field)
+
+
+def _wanted(columns: Sequence[str], text_field: str) -> list[str]:
+  """The column that a text field, perhaps dotted, lies in; where it lies in none, all are read, to name them."""
+  return [name for name in (text_field, text_field.partition(".")[0]) if name in columns][:1]
+
+
+def _open_tfds(address: Address) -> Examples:
   import tensorflow_datasets as tfds
 
   where = f"config.data.source='{address}'"
-  folder = Path(address.name).expanduser()
+  folder = local_path(address.name)
   try:
     builder: Any = tfds.builder_from_directory(folder) if folder.is_dir() else tfds.builder(address.name)
-    splits = list(builder.info.splits)
-    known = address.split.split("[")[0] in splits  # train[:10%] is a piece of train
-    examples = builder.as_data_source(split=address.split) if known else None
+    splits = {name: int(info.num_examples) for name, info in builder.info.splits.items()}
+    instructions = _tfds_ranges(address.split, builder)
+    examples = None
+    if instructions is not None:
+      examples = builder.as_data_source(split=address.split)  # whole examples: it has no partial decoding
   except Exception as error:  # tfds raises anything from its own errors to bare AssertionErrors
     raise InputError(
       f"{where}: can't be opened ({type(error).__name__}: {one_line(error)}). It must be prepared, in the file format "
       "array_record or parquet (`tfds convert_format --out_file_format=array_record`); tfrecord needs TensorFlow"
     ) from error
-  if not known:
+  if instructions is None:
     names = ", ".join(splits) or "none: it was not prepared on this machine (`tfds build`)"
     raise InputError(f"{where}: no such split; it has {names}")
-  return examples
+  return Examples(examples, _counted(instructions, splits))
 
 
-def _open_hugging_face(address: Address) -> Any:
+def _tfds_ranges(split: str, builder: Any) -> Any:
+  """tfds's own reading of a split; None if the data set has no such split."""
+  from tensorflow_datasets.core import ReadInstruction
+
+  try:
+    return ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+  except ValueError:
+    return None
+
+
+def _counted(instructions: Sequence[Any], sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
+  """Either library's absolute instructions as ranges; None stands for a split's beginning or end."""
+  return [(one.splitname, one.from_ or 0, sizes[one.splitname] if one.to is None else one.to) for one in instructions]
+
+
+def _open_hugging_face(address: Address, text_field: str) -> Examples:
   where = f"config.data.source='{address}'"
   try:
     import datasets
   except ImportError as error:
     raise InputError(f"{where}: the package datasets is not installed; run `pip install datasets`") from error
-  folder = Path(address.name).expanduser()
+  folder = local_path(address.name)
   try:
     if not folder.is_dir():
-      dataset, _, configuration = address.name.partition(":")
-      return datasets.load_dataset(dataset, configuration or None, split=address.split)
+      return _load_hugging_face(datasets, address, text_field)
     loaded = datasets.load_from_disk(str(folder))
   except Exception as error:
     raise InputError(f"{where}: can't be opened ({type(error).__name__}: {one_line(error)})") from error
   splits: Any = loaded
   if not isinstance(loaded, datasets.DatasetDict):  # a single split was saved
     splits = {str(loaded.split or "train"): loaded}
-  if address.split not in splits:
-    raise InputError(f"{where}: no such split; it has {', '.join(splits)}")
-  return splits[address.split]
+  sizes = {name: len(split) for name, split in splits.items()}
+  try:
+    ranges = _counted(datasets.ReadInstruction.from_spec(address.split).to_absolute(sizes), sizes)
+  except ValueError as error:
+    raise InputError(f"{where}: no such split; it has {', '.join(splits)}") from error
+  rows = datasets.concatenate_datasets([splits[name].select(range(first, end)) for name, first, end in ranges])
+  return Examples(_with_columns(rows, text_field), ranges)
+
+
+def _load_hugging_face(datasets: Any, address: Address, text_field: str) -> Examples:
+  """A data set by its name, from the hub or the cache."""
+  name, _, configuration = address.name.partition(":")
+  rows = datasets.load_dataset(name, configuration or None, split=address.split)
+  sizes = {split: info.num_examples for split, info in (rows.info.splits or {}).items()}
+  try:
+    ranges = _counted(datasets.ReadInstruction.from_spec(address.split).to_absolute(sizes), sizes)
+  except ValueError:  # the data set does not say how large its splits are
+    ranges = []
+  return Examples(_with_columns(rows, text_field), ranges)
+
+
+def _with_columns(rows: Any, text_field: str) -> Any:
+  wanted = _wanted(rows.column_names, text_field)
+  return rows.select_columns(wanted) if wanted else rows

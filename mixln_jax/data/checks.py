@@ -9,6 +9,7 @@ from mixln_jax.data.corpus import EMBEDDED, EMBEDDED_PARAGRAPHS
 from mixln_jax.data.records import Corpus, Manifest, named_tokenizer
 from mixln_jax.data.tokenizer import BYTES, HUB, RECORDS, SENTENCEPIECE, content_hash
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
 
 DEFAULT_ROOT = Path("work/data")
 
@@ -20,7 +21,7 @@ def data_directory(config: Config) -> Path:
   """
   data = config.data
   if data.directory:
-    return Path(data.directory).expanduser()
+    return local_path(data.directory)
   if data.source in (EMBEDDED, EMBEDDED_PARAGRAPHS):
     source = data.source
   else:
@@ -84,7 +85,7 @@ def check_tokenizer(manifest: Manifest, config: Config, where: str) -> None:
     matches = manifest.tokenizer == name
   elif name.startswith(HUB):
     matches = name == manifest.tokenizer_source
-  elif name == manifest.tokenizer_source and not Path(name.removeprefix(RECORDS)).expanduser().exists():
+  elif name == manifest.tokenizer_source and not local_path(name.removeprefix(RECORDS)).exists():
     matches = True
   else:
     matches = content_hash(named_tokenizer(name)) == manifest.tokenizer_sha256

@@ -1,7 +1,8 @@
 """Corpora: what `config.data.source` names, cut into parts, and the documents of a part.
 
     sotu, sotu:paragraphs       the embedded corpus
-    PATH, FOLDER, GLOB, gs://…  text files (a document each), JSON lines (.jsonl, .json; plain, .gz or .zst), Parquet
+    PATH, FOLDER, GLOB, gs://…  text files (a document each), JSON lines (.jsonl, .json), Parquet; the first two plain,
+                                or .gz, .zst, .xz or .bz2
     tfds:NAME:SPLIT, hf:NAME:SPLIT   a data set whose examples are addressed by number (data/addressed.py)
 
 A part is read from front to end. What a part is does not depend on how many processes read the corpus. A bad document
@@ -13,6 +14,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +22,34 @@ from typing import Any, NamedTuple
 from mixln_jax.data import addressed, files
 from mixln_jax.data.addressed import Address
 from mixln_jax.data.files import File
-from mixln_jax.errors import InputError
+from mixln_jax.data.finding import find, has_suffix
+from mixln_jax.errors import InputError, one_line
 
 EMBEDDED = "sotu"  # State of the Union messages, 1790-2026; transcription: The American Presidency Project (UCSB)
 EMBEDDED_PARAGRAPHS = "sotu:paragraphs"
-TEXT, PARQUET = (".txt",), (".parquet",)
-JSON_LINES = tuple(f"{end}{packed}" for end in (".jsonl", ".json", ".ndjson") for packed in ("", *files.COMPRESSIONS))
+SOURCE = "config.data.source"  # the field that a message names, where it was not another one
+
+
+KNOWN = (
+  f".txt, .jsonl, .json or .ndjson files (each as it is, or with {', '.join(files.COMPRESSIONS)} behind it) or "
+  ".parquet files"
+)
+
+
+def _packed_or_not(*suffixes: str) -> tuple[str, ...]:
+  """Suffixes, and what they become when the file is compressed."""
+  return tuple(f"{suffix}{packed}" for suffix in suffixes for packed in ("", *files.COMPRESSIONS))
+
+
+TEXT, PARQUET, JSON_LINES = _packed_or_not(".txt"), (".parquet",), _packed_or_not(".jsonl", ".json", ".ndjson")
 SUFFIXES = (*TEXT, *PARQUET, *JSON_LINES)
+TEXT_TYPES = ("STRING", "NONE", "JSON", "ENUM")  # what Parquet calls text, or bytes that may be text
+ROW_COST = 64  # bytes that a row counts as, whatever it holds: a few bytes may stand for a billion rows without a text
+BATCH_ROWS = 64  # rows of Parquet at a time: 1,024 are 10 % faster, and may unpack to 64 GB
 PART_BYTES = 64 << 20  # about what one part reads; a compressed file is one part whatever its size
 PART_EXAMPLES = 20_000  # the same for a data set that is addressed by number
 
+ABSENT = object()  # what a field is that is not there; null is a value
 NOT_JSON, NO_TEXT, BAD_UNICODE, TOO_LONG = "not JSON", "no text", "not Unicode", "too long"
 
 
@@ -73,30 +93,37 @@ def is_validation(name: str, fraction: float) -> bool:
   return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def parts_of(source: str) -> list[Part]:
+def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = None) -> list[Part]:
   """The parts of a corpus, in an order that never changes.
+
+  Args:
+    source: what config.data.source or config.data.validation_source says.
+    field: the one of them that a message names.
+    left_out: counts, by reason, the files that lie there and are no part of the corpus.
 
   Raises:
     InputError: the source does not exist or is of no known kind.
   """
+  left_out = Counter() if left_out is None else left_out
   try:
     if source in (EMBEDDED, EMBEDDED_PARAGRAPHS):
       return [_embedded_part(source)]
-    if address := addressed.address_of(source):
+    if address := addressed.address_of(source, field):
       return _parts_of_examples(address)
-    parts = _parts_of_files(source)
+    parts = _parts_of_files(source, field, left_out)
   except OSError as error:
-    raise InputError(f"config.data.source={source!r}: can't be read ({error}); mend or replace it") from error
+    raise InputError(f"{field}={source!r}: can't be read ({error}); mend or replace it") from error
   if not parts:
+    others = ", or '' to hold out a fraction of config.data.source" if field != SOURCE else ""
     raise InputError(
-      f"config.data.source={source!r}: no corpus there; give {EMBEDDED!r}, {EMBEDDED_PARAGRAPHS!r}, tfds:NAME:SPLIT, "
-      f"hf:NAME:SPLIT, or a path, folder or glob of {', '.join(SUFFIXES)} files"
+      f"{field}={source!r}: no corpus there; give {EMBEDDED!r}, {EMBEDDED_PARAGRAPHS!r}, tfds:NAME:SPLIT, "
+      f"hf:NAME:SPLIT, or a path, folder or glob of {KNOWN}{others}"
     )
   return parts
 
 
 def _embedded_part(source: str) -> Part:
-  found = files.find(str(_embedded_folder()), TEXT)
+  found = find(str(_embedded_folder()), TEXT).files
   kind = "text" if source == EMBEDDED else "paragraphs"
   return Part(kind, tuple(path for _, path in found), tuple(name for name, _ in found))
 
@@ -111,31 +138,53 @@ def _embedded_folder() -> Path:
   return Path(spec.submodule_search_locations[0]) / "data" / "speeches"
 
 
-def _parts_of_files(source: str) -> list[Part]:
+def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Part]:
+  _check_no_data_set(source, field)
+  found = find(source, SUFFIXES)
+  left_out.update(found.left_out)
   parts: list[Part] = []
   texts: list[_TextFile] = []  # small files, which share a part
-  for name, path in files.find(source, SUFFIXES):
+  for name, path in found.files:
     size = File(path).stat()[0]
-    if path.endswith(TEXT):
+    if has_suffix(path, TEXT):
       if texts and sum(text.size for text in texts) + size > PART_BYTES:
         parts.append(_text_part(texts))
         texts = []
-      texts.append(_TextFile(name, path, size))
-    elif path.endswith(PARQUET):
+      texts.append(_TextFile(_unpacked_name(name), path, size))
+    elif has_suffix(path, PARQUET):
       parts += _parquet_parts(path)
-    elif path.endswith(JSON_LINES):
+    elif has_suffix(path, JSON_LINES):
       parts += _json_lines_parts(path, size)
     else:
-      raise InputError(f"config.data.source: {path} is of no known kind; known: {', '.join(SUFFIXES)}")
+      raise InputError(f"{field}: {path} is of no known kind; known: {KNOWN}")
   if texts:
     parts.append(_text_part(texts))
   return parts
+
+
+def _check_no_data_set(source: str, field: str) -> None:
+  """Rejects a folder that a library wrote for itself, whose own .json files are no documents."""
+  folder = Path(source)
+  kind = None
+  if (folder / "dataset_dict.json").is_file() or ((folder / "state.json").is_file() and any(folder.glob("*.arrow"))):
+    kind = "hf"
+  elif (folder / "features.json").is_file() and (folder / "dataset_info.json").is_file():
+    kind = "tfds"
+  if kind is not None:
+    made = {"hf": "save_to_disk of Hugging Face's datasets", "tfds": "TensorFlow Datasets"}[kind]
+    raise InputError(f"{field}={source!r}: a folder of {made}; name a split of it, {kind}:{source}:train")
 
 
 class _TextFile(NamedTuple):
   name: str  # within the corpus
   path: str
   size: int
+
+
+def _unpacked_name(name: str) -> str:
+  """The name of a text, packed or not: of a.txt and a.txt.gz, both are held out, or none."""
+  packed = next((packed for packed in files.COMPRESSIONS if has_suffix(name, (packed,))), "")
+  return name[: len(name) - len(packed)]
 
 
 def _text_part(texts: list[_TextFile]) -> Part:
@@ -207,9 +256,14 @@ def reading(path: str) -> Iterator[None]:
 
 def _text_files(part: Part, _: str) -> Iterator[Document | Bad]:
   for name, path in zip(part.names, part.paths, strict=True):
-    with File(path).open() as file:
-      data = file.read(files.LONGEST_DOCUMENT + 1)
-    yield _text_document(name, path, data)
+    chunks: list[bytes] = []
+    size = 0
+    for chunk in File(path).chunks():
+      chunks.append(chunk)
+      size += len(chunk)
+      if size > files.LONGEST_DOCUMENT:
+        break
+    yield _text_document(name, path, b"".join(chunks))
 
 
 def _text_document(name: str, path: str, data: bytes) -> Document | Bad:
@@ -239,7 +293,7 @@ def _json_lines(part: Part, text_field: str) -> Iterator[Document | Bad]:
     if isinstance(value, Bad):
       yield value
     elif isinstance(value, dict):
-      yield document_of(value.get(text_field), where)
+      yield document_of_field(value, text_field, where)
     else:
       yield Bad(NO_TEXT, where)
 
@@ -248,6 +302,8 @@ def json_values(path: str, begin: int = 0, end: int | None = None) -> Iterator[t
   """(where, value) of the lines of a file that start in [begin, end); Bad stands for a value that can't be read."""
   for at, line in File(path).lines(begin, end):
     where = f"{path}, byte {at}"
+    if at == 0 and (line is None or line.lstrip().startswith(b"[")) and File(path).begins_with(b"["):
+      where += f" (the file is a JSON list, not an object a line; `jq -c '.[]' {path}` makes lines of it)"
     if line is None:
       yield where, Bad(TOO_LONG, where)
     elif line.strip():
@@ -260,34 +316,109 @@ def json_values(path: str, begin: int = 0, end: int | None = None) -> Iterator[t
       yield where, value
 
 
+def document_of_field(value: dict[str, Any], text_field: str, where: str) -> Document | Bad:
+  """The document in a field of an object; a dotted name, `data.text`, is a field of a field."""
+  text = field_of(value, text_field)
+  if text is ABSENT:
+    return Bad(NO_TEXT, f"{where} (it has no {text_field!r}; {named_texts(value)})")
+  return document_of(text, where)
+
+
+def field_of(value: Any, name: str) -> Any:
+  """A field of an object, or of the objects in it that a dotted name passes through; ABSENT where there is none."""
+  if not isinstance(value, dict):
+    return ABSENT
+  if name in value:  # the name itself may hold a dot
+    return value[name]
+  first, _, rest = name.partition(".")
+  return field_of(value.get(first), rest) if rest else ABSENT
+
+
+def named_texts(value: dict[str, Any]) -> str:
+  """Which fields of an object hold text, in words, as config.data.text_field names them."""
+  found = [name for name, text in _flat(value) if isinstance(text, str | bytes)]
+  if found:
+    return f"set config.data.text_field to one of its texts: {', '.join(map(repr, found[:8]))}"
+  return f"none of its fields holds text: {', '.join(map(repr, list(value)[:8])) or 'it has none'}"
+
+
+def _flat(value: dict[str, Any], prefix: str = "", depth: int = 4) -> Iterator[tuple[str, Any]]:
+  for name, inner in value.items():
+    if isinstance(inner, dict) and depth:
+      yield from _flat(inner, f"{prefix}{name}.", depth - 1)
+    else:
+      yield f"{prefix}{name}", inner
+
+
 def _parquet_rows(part: Part, text_field: str) -> Iterator[Document | Bad]:
   import pyarrow
 
-  path, row = part.paths[0], 0
-  file = _parquet(path)
-  if text_field not in file.schema_arrow.names:
-    raise InputError(
-      f"config.data.text_field={text_field!r}: {path} has no such column; it has {', '.join(file.schema_arrow.names)}"
-    )
+  path = part.paths[0]
+  where = f"{path}, row groups {part.begin} to {part.end}"
+  unpacked, row = 0, 0
+  limit = max(files.BOMB_BYTES, files.BOMB_RATIO * File(path).stat()[0])
   try:
-    for batch in file.iter_batches(row_groups=range(part.begin, part.end), columns=[text_field]):
-      for text in batch.column(0):
-        yield document_of(text.as_py(), f"{path}, row groups {part.begin} to {part.end}, row {row}")
+    file = _parquet(path)
+    _check_text_column(file, path, text_field)
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=range(part.begin, part.end), columns=[text_field]):
+      for value in _column(batch, text_field):
+        text = value.as_py()
+        unpacked += ROW_COST + len(text or "")
+        if unpacked > limit:
+          raise InputError(
+            f"{SOURCE}: {path} unpacks to more than {limit:,} bytes, {files.BOMB_RATIO} times its size: no text does; "
+            "remove it, or unpack it yourself"
+          )
+        yield document_of(text, f"{where}, row {row}")
         row += 1
   except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-    raise InputError(f"config.data.source: {path} is damaged ({error}); download it again") from error
+    raise InputError(f"{SOURCE}: {path} is damaged ({one_line(error)}); download it again") from error
+
+
+def _check_text_column(file: Any, path: str, text_field: str) -> None:
+  """Rejects a file without such a column of texts.
+
+  The types of the other columns are not looked at: what Parquet can say is more than Arrow can read.
+  """
+  texts = []
+  column = None
+  for index in range(file.metadata.num_columns):
+    leaf = file.metadata.schema.column(index)
+    if leaf.physical_type == "BYTE_ARRAY" and not leaf.max_repetition_level:
+      texts.append(leaf.path)
+    if leaf.path == text_field:
+      column = leaf
+  hint = f"its texts: {', '.join(texts[:8]) or 'none'}"
+  if column is None:
+    raise InputError(f"config.data.text_field={text_field!r}: {path} has no such column; {hint}")
+  logical = column.logical_type.type
+  if text_field not in texts or logical not in TEXT_TYPES:
+    shown = column.physical_type if logical == "NONE" else logical
+    raise InputError(
+      f"config.data.text_field={text_field!r}: that column of {path} is {shown.lower()}, no text; {hint}"
+    )
+
+
+def _column(batch: Any, text_field: str) -> Any:
+  """The values of the one column that was read; a column in a column is taken out of it."""
+  import pyarrow.compute
+
+  name = batch.schema.names[0]
+  if name == text_field:
+    return batch.column(0)
+  inner = text_field.removeprefix(f"{name}.").split(".")
+  return pyarrow.compute.struct_field(batch.column(0), inner)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _examples(part: Part, text_field: str) -> Iterator[Document | Bad]:
   address = Address(part.kind, *part.paths)
-  examples = addressed.open_examples(address)
+  examples = addressed.open_examples(address, text_field)
   for index in range(part.begin, part.end):
     example = examples[index]
-    if text_field not in example:
-      raise InputError(
-        f"config.data.text_field={text_field!r}: {address} has no such field; it has {', '.join(example)}"
-      )
-    yield document_of(example[text_field], f"{address}, example {index}")
+    text = field_of(example, text_field)
+    if text is ABSENT:
+      raise InputError(f"config.data.text_field={text_field!r}: {address} has no such field; {named_texts(example)}")
+    yield document_of(text, f"{address}, example {index}")
 
 
 def document_of(text: Any, where: str) -> Document | Bad:

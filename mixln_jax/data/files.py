@@ -1,23 +1,34 @@
-"""Files of text, local or remote, plain or compressed, read by line within bounds (fsspec finds and opens them)."""
+"""Files of text, local or remote, plain or compressed, read by line within bounds (fsspec opens them)."""
 
+import bz2
+import lzma
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from mixln_jax.errors import InputError
+from mixln_jax.files import check_regular, local_path
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK_BYTES = 1 << 20
 LONGEST_DOCUMENT = 64 << 20  # bytes; a longer line or file is not a document
 # A file that unpacks to more than BOMB_BYTES and to more than BOMB_RATIO times its size is a decompression bomb: text
 # packs 3 to 10 ×.
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 100
 # How much packed data is unpacked at once. A byte of zstd can stand for 32 kB and its library has no limit for its
-# output; zlib's has one.
-READ_BYTES = {"gzip": 1 << 16, "zstd": 1 << 10}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# output; the others have one.
+READ_BYTES = {"gzip": 1 << 16, "zstd": 1 << 10, "xz": 1 << 16, "bzip2": 1 << 16}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+PADDING = b"\0 \t\r\n"  # what tools leave behind a compressed file's end, and none of the formats begins with
+XZ_MEMORY = 1 << 30  # bytes that a file may ask for; its strongest preset asks for 65 MiB
+# A compressed file of blank lines, or of empty members, is read for hours without a document. Each chunk costs some
+# time whatever it holds.
+MOST_BLANK, COST_OF_CHUNK = 64 << 20, 1 << 12  # bytes
+LONGEST_LINE = 1 << 30  # bytes; a longer line is not skipped as too long a document: the file is no text
 
 
 class File:
@@ -33,20 +44,30 @@ class File:
   def compression(self) -> str | None:
     """How the file is compressed, by its suffix: a value of COMPRESSIONS, or None."""
     for suffix, kind in COMPRESSIONS.items():
-      if self.path.endswith(suffix):
+      if self.path.lower().endswith(suffix):
         return kind
     return None
 
   def stat(self) -> tuple[int, str]:
     """The size in bytes, and a text that differs once the file has changed (its time, or a bucket's equivalent)."""
-    fs, path = _filesystem(self.path)
+    fs, path = filesystem(self.path)
     info = fs.info(path)
     stamps = [str(info[name]) for name in ("mtime", "etag", "updated") if name in info]
     return int(info["size"] or 0), next(iter(stamps), "")
 
   def open(self) -> Any:
-    fs, path = _filesystem(self.path)
+    """The file, opened to read bytes; raises InputError for a pipe or a device."""
+    fs, path = filesystem(self.path)
+    if isinstance(fs, LocalFileSystem):
+      check_regular(path)
     return fs.open(path, "rb")
+
+  def begins_with(self, sign: bytes) -> bool:
+    """Whether its first byte, but for white space and a byte order mark, is `sign`."""
+    for chunk in self.chunks():
+      if text := chunk.removeprefix(BYTE_ORDER_MARK).lstrip():
+        return text.startswith(sign)
+    return False
 
   def chunks(self, begin: int = 0) -> Iterator[bytes]:
     """The unpacked bytes; of a file that is not compressed, those from byte `begin` on.
@@ -69,13 +90,13 @@ class File:
     while data := raw.read(READ_BYTES[compression]):
       while data or pending:
         if unpacker is None:  # a file may have several members, one behind the other
-          data = data.lstrip(b"\0")  # some tools pad with zeros
+          data = data.lstrip(PADDING)
           if not data:
             break
           unpacker = _Unpacker(compression)
         try:
           chunk, data = unpacker.unpack(data)
-        except Exception as error:  # zlib.error, zstandard.ZstdError
+        except Exception as error:  # zlib.error, zstandard.ZstdError, lzma.LZMAError
           raise InputError(f"config.data.source: {self} is damaged ({error}); download it again") from error
         total += len(chunk)
         if total > limit:
@@ -94,6 +115,9 @@ class File:
     """(byte at which it starts, line without its end), for the lines that start in [begin, end).
 
     A line over LONGEST_DOCUMENT bytes comes as None; it is never held in memory.
+
+    Raises:
+      InputError: MOST_BLANK bytes hold nothing but blank lines, or LONGEST_LINE no end of a line.
     """
     # A line belongs to the range in which it starts. Reading starts a byte early, and what it finds up to the first
     # newline is the end of a line of the range before.
@@ -101,7 +125,15 @@ class File:
     skipping = begin > 0
     pending: list[bytes] = []  # pieces of the line that the chunks so far have not ended
     size = 0  # bytes of that line so far
+    blank = 0  # bytes since the last that was no white space, with what their chunks cost
     for chunk in self.chunks(at):
+      blank = 0 if chunk.strip() else blank + len(chunk) + COST_OF_CHUNK
+      if blank > MOST_BLANK or size > LONGEST_LINE:
+        what = "nothing but blank lines" if blank > MOST_BLANK else "no end of a line"
+        raise InputError(
+          f"config.data.source: {self} has {what} for {max(blank, size) >> 20:,} MiB before byte "
+          f"{at + size:,}: that is no text; remove it, or mend it"
+        )
       *whole, rest = chunk.split(b"\n")
       for piece in whole:
         length = size + len(piece) + 1
@@ -128,9 +160,14 @@ class _Unpacker:
   """Unpacks one member of a compressed file, never much more at a time than CHUNK_BYTES."""
 
   def __init__(self, compression: str):
-    self._gzip = compression == "gzip"
-    if self._gzip:
-      self._object: Any = zlib.decompressobj(wbits=31)
+    self._compression = compression
+    self._object: Any
+    if compression == "gzip":
+      self._object = zlib.decompressobj(wbits=31)
+    elif compression == "xz":
+      self._object = lzma.LZMADecompressor(memlimit=XZ_MEMORY)
+    elif compression == "bzip2":
+      self._object = bz2.BZ2Decompressor()
     else:
       import zstandard
 
@@ -142,14 +179,23 @@ class _Unpacker:
 
   def unpack(self, data: bytes) -> tuple[bytes, bytes]:
     """Unpacked bytes of the member, and the rest of `data`: of this member, or of the next one."""
-    if not self._gzip:
+    if self._compression == "zstd":
       return self._object.decompress(data), self._object.unused_data
     chunk = self._object.decompress(data, CHUNK_BYTES)
-    rest = self._object.unused_data if self._object.eof else self._object.unconsumed_tail
-    return chunk, rest
+    if self._object.eof:
+      return chunk, self._object.unused_data
+    # gzip's gives back what it has not read yet; the others hold it, and are asked again with nothing new.
+    return chunk, self._object.unconsumed_tail if self._compression == "gzip" else b""
 
 
-def _filesystem(path: str) -> tuple[Any, str]:
+def filesystem(path: str) -> tuple[Any, str]:
+  """fsspec's file system of a path or address, and the path in it.
+
+  Raises:
+    InputError: the protocol is unknown, or its library is not installed, or a home folder is nobody's.
+  """
+  if path.startswith("~"):
+    path = str(local_path(path))
   try:
     return url_to_fs(path)
   except ImportError as error:
@@ -160,33 +206,3 @@ def _filesystem(path: str) -> tuple[Any, str]:
 
 def _protocols() -> list[str]:
   return sorted(name for name in fsspec.available_protocols() if name in ("file", "gs", "s3", "https", "hf", "memory"))
-
-
-def find(pattern: str, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
-  """The files of a path, a glob, or a folder (files in it, at any depth, that have one of the suffixes), sorted.
-
-  Returns:
-    (name, path) of each file. The name is relative to the folder; without a folder it is the last part of the path.
-  """
-  fs, path = _filesystem(pattern)
-  path = path.rstrip("/") or path
-  found = []
-  if fs.isdir(path):
-    for full in fs.find(path):
-      if full.endswith(suffixes):
-        found.append((full.removeprefix(path).lstrip("/"), full))
-  else:
-    for full in _matches(fs, path):
-      if not fs.isdir(full):
-        found.append((full.rsplit("/", 1)[-1], full))
-  if "://" in pattern:  # fsspec strips it
-    found = [(name, fs.unstrip_protocol(full)) for name, full in found]
-  return sorted(found)
-
-
-def _matches(fs: Any, path: str) -> list[str]:
-  if fs.exists(path):  # first: a file's name may hold a bracket
-    return [path]
-  if any(sign in path for sign in "*?["):
-    return fs.glob(path)
-  return []

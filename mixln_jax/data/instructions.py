@@ -7,13 +7,15 @@ with the output: nothing else counts in the loss.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data import files
-from mixln_jax.data.corpus import BAD_UNICODE, JSON_LINES, Bad, Part
+from mixln_jax.data.corpus import BAD_UNICODE, JSON_LINES, SOURCE, Bad, Part
 from mixln_jax.data.files import File
+from mixln_jax.data.finding import find, has_suffix
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 
@@ -66,23 +68,31 @@ def prompt_of(instruction: str, text: str = "") -> str:
   return template.format(instruction=instruction, input=text)
 
 
-def parts_of(source: str) -> list[Part]:
+def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = None) -> list[Part]:
   """The files of a path, folder or glob, one part each, in an order that never changes.
+
+  Args:
+    source: what config.data.source or config.data.validation_source says.
+    field: the one of them that a message names.
+    left_out: counts, by reason, the files that lie there and are not read.
 
   Raises:
     InputError: there are no files, or one is of another kind.
   """
   try:
-    found = [path for _, path in files.find(source, JSON_LINES)]
-    parts = [Part(KIND, (path,), size=File(path).stat()[0]) for path in found]
+    found = find(source, JSON_LINES)
+    paths = [path for _, path in found.files]
+    parts = [Part(KIND, (path,), size=File(path).stat()[0]) for path in paths]
   except OSError as error:
-    raise InputError(f"config.data.source={source!r}: can't be read ({error}); mend or replace it") from error
-  other = [path for path in found if not path.endswith(JSON_LINES)]
-  if other or not found:
+    raise InputError(f"{field}={source!r}: can't be read ({error}); mend or replace it") from error
+  if left_out is not None:
+    left_out.update(found.left_out)
+  other = [path for path in paths if not has_suffix(path, JSON_LINES)]
+  if other or not paths:
     problem = f"{other[0]} is not a file of instructions" if other else "there are no instructions"
     raise InputError(
-      f"config.data.source={source!r}: {problem}; with config.data.mode={KIND} give a path, folder or glob of "
-      f"{', '.join(JSON_LINES)} files"
+      f"{field}={source!r}: {problem}; with config.data.mode={KIND} give a path, folder or glob of .jsonl, .json or "
+      ".ndjson files"
     )
   return parts
 
@@ -95,21 +105,24 @@ def read(part: Part) -> Iterator[Example | Bad]:
   """
   (path,) = part.paths
   with corpus_lib.reading(path):
-    values = _of_list(path) if _begins_with(path, b"[") else corpus_lib.json_values(path)
+    values = _of_list(path) if File(path).begins_with(b"[") else corpus_lib.json_values(path)
     for where, value in values:
       yield value if isinstance(value, Bad) else _example_of(value, where)
 
 
-def _begins_with(path: str, sign: bytes) -> bool:
-  for chunk in File(path).chunks():
-    if text := chunk.removeprefix(b"\xef\xbb\xbf").lstrip():
-      return text.startswith(sign)
-  return False
-
-
 def _of_list(path: str) -> Iterator[tuple[str, Any]]:
+  chunks: list[bytes] = []
+  size = 0
+  for chunk in File(path).chunks():
+    chunks.append(chunk)
+    size += len(chunk)
+    if size > files.BOMB_BYTES:
+      raise InputError(
+        f"config.data.source: {path} is a JSON list of more than {files.BOMB_BYTES:,} bytes, which is read whole; "
+        f"`jq -c '.[]' {path}` makes lines of it, which are not"
+      )
   try:
-    values = json.loads(b"".join(File(path).chunks()))
+    values = json.loads(b"".join(chunks))
   except (ValueError, RecursionError) as error:
     raise InputError(
       f"config.data.source: {path} is not a JSON list ({error}); mend it, or download it again"

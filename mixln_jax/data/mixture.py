@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import numpy as np
 from mixln_jax.data.records import Corpus, Manifest, Record, Split, open_corpus
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
+
+SMALLEST_FRACTION = 1e-4  # of the records; grain draws weights down to this one as they are (measured)
 
 
 class Mixture:
@@ -19,8 +23,7 @@ class Mixture:
 
   def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float]):
     """Raises InputError if the corpora differ in tokenizer, length or mode."""
-    total = sum(weights)
-    self._corpora, self._weights = list(corpora), [weight / total for weight in weights]
+    self._corpora, self._weights = list(corpora), _fractions(weights)
     first = corpora[0].manifest
     for corpus in corpora[1:]:
       for name in ("tokenizer_sha256", "sequence_length", "mode"):
@@ -70,6 +73,25 @@ class Mixture:
     return grain.MapDataset.mix(endless, weights=self._weights)
 
 
+def _fractions(weights: Sequence[float]) -> list[float]:
+  """Weights as fractions of their sum.
+
+  Raises:
+    InputError: one is so small beside the others that no record would ever be drawn from its corpus.
+  """
+  total = sum(weights)
+  if math.isinf(total):
+    return _fractions([weight / max(weights) for weight in weights])
+  fractions = [weight / total for weight in weights]
+  for weight, fraction in zip(weights, fractions, strict=True):
+    if fraction < SMALLEST_FRACTION:
+      raise InputError(
+        f"config.data.mixture: weight {weight:g} is {fraction:.1e} of all, and at least {SMALLEST_FRACTION:g} is "
+        "needed for its corpus to be drawn from; raise it, or leave the corpus out"
+      )
+  return fractions
+
+
 class _Interleaved:
   """Several datasets as one, each spread evenly over the whole."""
 
@@ -107,6 +129,6 @@ def open_mixture(mixture: str, *, verify: bool) -> Mixture:
       raise malformed from error
     if not folder or not 0 < number < float("inf"):
       raise malformed
-    folders.append(Path(folder).expanduser())
+    folders.append(local_path(folder))
     weights.append(number)
   return Mixture([open_corpus(folder, verify=verify) for folder in folders], weights)

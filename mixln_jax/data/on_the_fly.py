@@ -34,7 +34,7 @@ class Texts:
         f"config.data.on_the_fly: {source!r} is not addressed by number; give tfds:NAME:SPLIT or hf:NAME:SPLIT, or "
         "prepare its records"
       )
-    self._address = address
+    self.address = address
 
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "_examples": None}
@@ -42,7 +42,7 @@ class Texts:
   def _open(self) -> Any:
     with _opening:
       if self._examples is None:
-        self._examples = addressed.open_examples(self._address)
+        self._examples = addressed.open_examples(self.address, self._text_field)
     return self._examples
 
   def __len__(self) -> int:
@@ -51,17 +51,22 @@ class Texts:
   def __getitem__(self, index: int) -> str:
     """The text of a document; empty if it can't be used."""
     example = self._open()[index]
-    if self._text_field not in example:
-      raise InputError(f"config.data.text_field={self._text_field!r}: {self.source} has {', '.join(example)}")
-    document = corpus_lib.document_of(example[self._text_field], self.source)
+    text = corpus_lib.field_of(example, self._text_field)
+    if text is corpus_lib.ABSENT:
+      raise InputError(
+        f"config.data.text_field={self._text_field!r}: {self.source} has no such field; "
+        f"{corpus_lib.named_texts(example)}"
+      )
+    document = corpus_lib.document_of(text, self.source)
     return document.text if isinstance(document, Document) else ""
 
 
 class _Tokenize:
   """Text to a padded record; each worker loads the tokenizer for itself."""
 
-  def __init__(self, name: str, content: bytes, sequence_length: int):
-    self._name, self._content, self._length = name, content, sequence_length
+  def __init__(self, tokenizer: Tokenizer, sequence_length: int):
+    self._arguments = (tokenizer.name, tokenizer.content, "of the run", tokenizer.end_token)
+    self._length = sequence_length
     self._tokenizer: Tokenizer | None = None
 
   def __getstate__(self) -> dict[str, Any]:
@@ -69,7 +74,7 @@ class _Tokenize:
 
   def __call__(self, text: str) -> Record:
     if self._tokenizer is None:
-      self._tokenizer = tokenizer_lib.load_tokenizer(self._name, self._content, "of the run")
+      self._tokenizer = tokenizer_lib.load_tokenizer(*self._arguments)
     ids = [*self._tokenizer.encode(text), self._tokenizer.eos_id] if text else []
     (record,) = Padder(self._length, tokenizer_lib.PAD).add(ids)
     return record._replace(tokens=record.tokens.astype(np.int32))
@@ -84,8 +89,6 @@ class OnTheFly:
       raise InputError(
         "config.data.validation_source is needed with config.data.on_the_fly, as in tfds:c4/en:validation"
       )
-    if data.validation_source == data.source:
-      raise InputError(f"config.data.validation_source={data.source!r} is the training data; give another split")
     if data.tokenizer == tokenizer_lib.SENTENCEPIECE:
       raise InputError(
         "config.data.tokenizer=sentencepiece is trained by `prepare`; with config.data.on_the_fly give a path or bytes"
@@ -95,6 +98,12 @@ class OnTheFly:
       "train": Texts(data.source, data.text_field),
       "validation": Texts(data.validation_source, data.text_field),
     }
+    shared = addressed.overlap(self._texts["train"].address, self._texts["validation"].address)
+    if shared is not None:
+      raise InputError(
+        f"config.data.validation_source={data.validation_source!r} has {shared}, which is training data; give another "
+        "split"
+      )
     self._length, self._max_bad_share = data.sequence_length, data.max_bad_share
     self.folder = Path(data.source)  # not a folder: what messages name
     self.manifest = self._manifest(data)
@@ -121,6 +130,7 @@ class OnTheFly:
       mode="pad",
       bytes_per_token=tuple(self.tokenizer.bytes_per_token()),
       splits=splits,
+      end_token=self.tokenizer.end_token,
     )
 
   def _sample(self, texts: Texts) -> list[Any]:
@@ -144,7 +154,7 @@ class OnTheFly:
   def rows(self, split: str) -> grain.MapDataset[Record]:
     """The documents of a split as records, in their order."""
     source: Any = self._texts[split]
-    tokenize = _Tokenize(self.tokenizer.name, self.tokenizer.content, self._length)
+    tokenize = _Tokenize(self.tokenizer, self._length)
     return grain.MapDataset.source(source).map(tokenize)
 
   def training(self, seed: int) -> grain.MapDataset[Record]:

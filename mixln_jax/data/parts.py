@@ -16,7 +16,7 @@ from mixln_jax.data.corpus import Bad, Document, Part
 from mixln_jax.data.instructions import Example
 from mixln_jax.data.records import SPLITS, Record, Split
 from mixln_jax.errors import InputError
-from mixln_jax.files import write_whole
+from mixln_jax.files import json_object, write_whole
 
 RESULTS = "parts"  # folder of the results of the parts
 EXAMPLES = 3  # bad documents of a part that its result names
@@ -43,6 +43,7 @@ class Job(NamedTuple):
   text_field: str
   validation_fraction: float
   tokenizer: str  # its kind; its content is in the folder
+  end_token: str | None  # what ends a document, where that content does not say it
 
   @property
   def result(self) -> Path:
@@ -64,10 +65,14 @@ class Result:
     return json.dumps(dataclasses.asdict(self))
 
   @classmethod
-  def from_json(cls, text: str) -> "Result":
-    value = json.loads(text)
-    splits = {name: Split.from_json(split) for name, split in value["splits"].items()}
-    return cls(**{**value, "splits": splits})
+  def from_json(cls, text: bytes, where: str) -> "Result | None":
+    """The inverse of `to_json`; None for a file that another version, or nobody, wrote: the part is written again."""
+    try:
+      value = json_object(text, where)
+      splits = {name: Split.from_json(split) for name, split in value["splits"].items()}
+      return cls(**{**value, "splits": splits})
+    except (InputError, KeyError, TypeError, AttributeError):
+      return None
 
 
 def write_part(job: Job, count: Callable[[int], object] = lambda _: None) -> Result:
@@ -81,7 +86,7 @@ def write_part(job: Job, count: Callable[[int], object] = lambda _: None) -> Res
     InputError: a file of the corpus is damaged, the tokenizer does not fit, or a shard can't be written.
   """
   path = job.folder / records_lib.TOKENIZER
-  tokenizer = tokenizer_lib.load_tokenizer(job.tokenizer, path.read_bytes(), str(path))
+  tokenizer = tokenizer_lib.load_tokenizer(job.tokenizer, path.read_bytes(), str(path), job.end_token)
   writers = {split: _SplitWriter(job, split, tokenizer) for split in SPLITS}
   skipped: Counter[str] = Counter()
   where: list[str] = []
@@ -114,7 +119,9 @@ def finished(job: Job) -> Result | None:
   """The result of a part that an earlier process finished; None if it did not, or if a shard of it is gone."""
   if not job.result.is_file():
     return None
-  result = Result.from_json(job.result.read_text())
+  result = Result.from_json(job.result.read_bytes(), str(job.result))
+  if result is None:
+    return None
   for split in result.splits.values():
     for shard in split.shards:
       path = job.folder / shard.file

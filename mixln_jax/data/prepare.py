@@ -24,12 +24,12 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from mixln_jax.config import Config
-from mixln_jax.data import addressed, instructions
+from mixln_jax.data import addressed, finding, instructions
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data import records as records_lib
 from mixln_jax.data import tokenizer as tokenizer_lib
 from mixln_jax.data.checks import check_corpus, data_directory
-from mixln_jax.data.corpus import Document
+from mixln_jax.data.corpus import SOURCE, Document
 from mixln_jax.data.files import File
 from mixln_jax.data.parts import (
   EXAMPLES,
@@ -47,8 +47,9 @@ from mixln_jax.data.parts import (
 from mixln_jax.data.records import SPLITS, Corpus, Manifest, Split, has_records
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.files import write_whole
+from mixln_jax.files import local_path, write_whole
 
+VALIDATION_SOURCE = "config.data.validation_source"
 PLAN, LOCK, SOURCE_STATE = "plan.json", ".lock", ".source_state"
 
 
@@ -85,6 +86,7 @@ def prepare(config: Config, *, progress: bool = True, workers: int | None = None
     jobs = _jobs(config, parts, partial, tokenizer)
     results = _run(jobs, workers or os.cpu_count() or 1, progress=progress)
     _check_results(results, config, partial)
+    _check_no_copies(jobs, results)
     _finish(partial, folder, _manifest(config, tokenizer, results), state)
   return records_lib.open_corpus(folder)
 
@@ -100,7 +102,7 @@ def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
   Raises:
     InputError: the path has another suffix, exists, or can't be written, or the corpus is too small.
   """
-  target = Path(path).expanduser()
+  target = local_path(path)
   makers = {".model": tokenizer_lib.train_sentencepiece, ".json": tokenizer_lib.train_hugging_face}
   if target.suffix not in makers:
     raise InputError(f"tokenizer path={path!r}: must end in .model (SentencePiece) or .json (tokenizers)")
@@ -126,30 +128,40 @@ def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
 
 
 def _parts_of(config: Config) -> list[SplitPart]:
-  """All parts, in the order of their shards."""
+  """All parts, in the order of their shards. A line says what lies there and is no part of the corpus."""
   data = config.data
-  parts_of = instructions.parts_of if data.mode == instructions.KIND else corpus_lib.parts_of
   if not data.validation_source:
-    return [SplitPart(part, None) for part in parts_of(data.source)]
-  train = [SplitPart(part, TRAIN) for part in parts_of(data.source)]
-  validation = [SplitPart(part, VALIDATION) for part in parts_of(data.validation_source)]
-  both = _places(train) & _places(validation)
+    return _parts_of_source(config, SOURCE, None)
+  train = _parts_of_source(config, SOURCE, TRAIN)
+  validation = _parts_of_source(config, VALIDATION_SOURCE, VALIDATION)
+  theirs = _places(validation)
+  both = sorted(name for place, name in _places(train).items() if place in theirs)
+  address, other = addressed.address_of(data.source), addressed.address_of(data.validation_source)
+  if address and other:
+    shared = addressed.overlap(address, other)
+    both += [shared] if shared else []
   if both:
-    first = sorted(map(str, both))[0]
-    raise InputError(
-      f"config.data.source and config.data.validation_source both have {first}; what is trained on can't validate"
-    )
+    raise InputError(f"{SOURCE} and {VALIDATION_SOURCE} both have {both[0]}; what is trained on can't validate")
   return train + validation
 
 
-def _places(parts: Sequence[SplitPart]) -> set[Any]:
-  """The files of parts, or the data set and split of an addressed part."""
-  places: set[Any] = set()
+def _parts_of_source(config: Config, field: str, split: str | None) -> list[SplitPart]:
+  data = config.data
+  parts_of = instructions.parts_of if data.mode == instructions.KIND else corpus_lib.parts_of
+  source = data.source if field == SOURCE else data.validation_source
+  left_out: Counter[str] = Counter()
+  parts = [SplitPart(part, split) for part in parts_of(source, field, left_out)]
+  if left_out:
+    print(f"left out    of {field}: {finding.describe(left_out)}")
+  return parts
+
+
+def _places(parts: Sequence[SplitPart]) -> dict[Any, str]:
+  """The files of parts: what each is, whatever its name -> its name."""
+  places: dict[Any, str] = {}
   for part, _ in parts:
-    if part.kind in addressed.KINDS:
-      places.add(part.paths)
-    else:
-      places.update(part.paths)
+    if part.kind not in addressed.KINDS:
+      places |= {finding.identity(path): path for path in part.paths}
   return places
 
 
@@ -348,6 +360,7 @@ def _jobs(config: Config, parts: Sequence[SplitPart], folder: Path, tokenizer: T
       text_field=data.text_field,
       validation_fraction=data.validation_share,
       tokenizer=tokenizer.name,
+      end_token=tokenizer.end_token,
     )
     jobs.append(job)
   return jobs
@@ -462,6 +475,18 @@ def _check_results(results: Sequence[Result], config: Config, partial: Path) -> 
     )
 
 
+def _check_no_copies(jobs: Sequence[Job], results: Sequence[Result]) -> None:
+  """Rejects a validation source with a copy of a file that is trained on, which no name gives away."""
+  trained = {result.sha256: job for job, result in zip(jobs, results, strict=True) if job.split == TRAIN}
+  for job, result in zip(jobs, results, strict=True):
+    if job.split == VALIDATION and result.splits[VALIDATION].documents and result.sha256 in trained:
+      one, other = trained[result.sha256].part.paths[0], job.part.paths[0]
+      raise InputError(
+        f"{SOURCE} and {VALIDATION_SOURCE} have the same documents, in {one} and in {other}; what is trained on can't "
+        "validate"
+      )
+
+
 def _manifest(config: Config, tokenizer: Tokenizer, results: Sequence[Result]) -> Manifest:
   data = config.data
   skipped: Counter[str] = Counter()
@@ -489,6 +514,7 @@ def _manifest(config: Config, tokenizer: Tokenizer, results: Sequence[Result]) -
     bytes_per_token=tuple(tokenizer.bytes_per_token()),
     splits=splits,
     cut_prompts=cut_prompts,
+    end_token=tokenizer.end_token,
   )
 
 

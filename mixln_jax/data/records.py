@@ -34,11 +34,13 @@ from mixln_jax.data.tokenizer import (
   read_tokenizer,
 )
 from mixln_jax.errors import InputError, one_line
-from mixln_jax.files import partial_of
+from mixln_jax.files import json_object, local_path, partial_of, read_regular
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.bin"
 FORMAT = 2
+SAMPLE_BYTES = 1 << 14  # of a shard, three times
+LARGEST_MANIFEST = 1 << 28  # bytes; one of 100,000 shards takes 30 MB
 SPLITS = ("train", "validation")
 WRITER_OPTIONS = "group_size:1,uncompressed"  # records are read singly and in any order, and hardly compress
 
@@ -205,6 +207,7 @@ class Shard:
   records: int
   bytes: int
   sha256: str
+  sample: str = ""  # hash of a few of its bytes (`sample_of`), which opening compares; empty: of an earlier version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,12 +261,19 @@ class Manifest:
   bytes_per_token: tuple[int, ...]  # [vocab_size]
   splits: dict[str, Split]
   cut_prompts: int | None = None  # examples whose prompt lost its beginning; None if there are no prompts
+  end_token: str | None = None  # what ends a document, where the tokenizer's file does not say it
 
   @property
   def fingerprint(self) -> str:
-    """Hash of the whole manifest except for where the data came from, which may move: it identifies a run's data."""
+    """Hash of the manifest: it identifies a run's data.
+
+    Left out are where the data came from, which may move, and the samples, which repeat what the shards' hashes say.
+    """
     places = ("source", "validation_source", "text_field", "tokenizer_source")
     content = {name: value for name, value in self._content().items() if name not in places}
+    for split in content["splits"].values():
+      for shard in split["shards"]:
+        del shard["sample"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
   def _content(self) -> dict[str, Any]:
@@ -334,7 +344,8 @@ class ShardWriter:
     except RuntimeError as error:
       raise self._unwritable(error) from error
     self._partial.replace(self._path)
-    return (Shard(self._path.name, self.records, self._path.stat().st_size, file_sha256(self._path)),)
+    size = self._path.stat().st_size
+    return (Shard(self._path.name, self.records, size, file_sha256(self._path), sample_of(self._path)),)
 
   def _unwritable(self, error: Exception) -> InputError:
     return InputError(
@@ -348,8 +359,23 @@ def file_sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sample_of(path: Path) -> str:
+  """SHA-256, in hexadecimal, of SAMPLE_BYTES each at the beginning, in the middle and at the end of a file.
+
+  It tells a shard from every other one in the time of three reads, whatever its size. What it can't see is damage of a
+  few bytes elsewhere, which the checksum of the whole shard does.
+  """
+  digest = hashlib.sha256()
+  size = path.stat().st_size
+  with path.open("rb") as file:
+    for begin in (0, (size - SAMPLE_BYTES) // 2, size - SAMPLE_BYTES):
+      file.seek(max(0, begin))
+      digest.update(file.read(SAMPLE_BYTES))
+  return digest.hexdigest()
+
+
 def open_corpus(folder: Path, *, verify: bool = False) -> Corpus:
-  """Opens a folder that `prepare` wrote. Sizes are always checked, checksums if `verify`.
+  """Opens a folder that `prepare` wrote. Sizes and samples of the shards are always checked, checksums if `verify`.
 
   Args:
     folder: absolute or relative; the corpus has the absolute one, which stays true in another working directory.
@@ -370,7 +396,7 @@ def _stored_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
   path = folder / TOKENIZER
   if not path.is_file():
     raise _changed(path, "is missing")
-  tokenizer = load_tokenizer(manifest.tokenizer, path.read_bytes(), str(path))
+  tokenizer = load_tokenizer(manifest.tokenizer, path.read_bytes(), str(path), manifest.end_token)
   if content_hash(tokenizer) != manifest.tokenizer_sha256 or tokenizer.vocab_size != manifest.vocab_size:
     raise _changed(path, "is not the tokenizer that made the records")
   return tokenizer
@@ -385,7 +411,7 @@ def named_tokenizer(name: str) -> Tokenizer:
   if name == BYTES:
     return ByteTokenizer()
   if name.startswith(RECORDS):
-    folder = Path(name.removeprefix(RECORDS)).expanduser()
+    folder = local_path(name.removeprefix(RECORDS))
     return _stored_tokenizer(folder, _read_manifest(folder))
   return read_tokenizer(name)
 
@@ -407,7 +433,10 @@ def _read_manifest(folder: Path) -> Manifest:
   if not has_records(folder):
     raise no_records(str(folder))
   try:
-    data = json.loads(path.read_text())
+    data = json_object(read_regular(path, LARGEST_MANIFEST), MANIFEST)
+  except (InputError, OSError) as error:
+    raise _changed(path, f"is damaged ({error})") from error
+  try:
     form = data.pop("format")
     if form != FORMAT:
       raise _changed(path, f"has format {form}, this version reads format {FORMAT}")
@@ -415,11 +444,13 @@ def _read_manifest(folder: Path) -> Manifest:
     data["splits"] = {name: Split.from_json(split) for name, split in data["splits"].items()}
     data["bytes_per_token"] = tuple(data["bytes_per_token"])
     manifest = Manifest(**data)
+    found = manifest.fingerprint
+    _check_numbers(manifest)
   except InputError:
     raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise _changed(path, f"is damaged ({type(error).__name__}: {error})") from error
-  if fingerprint != manifest.fingerprint:
+    raise _changed(path, f"is damaged ({type(error).__name__}: {one_line(error)})") from error
+  if fingerprint != found:
     raise _changed(path, "was changed by hand: its fingerprint does not match its contents")
   if max(split.largest_id for split in manifest.splits.values()) >= manifest.vocab_size:
     raise _changed(path, f"has ids beyond its vocabulary of {manifest.vocab_size}")
@@ -428,6 +459,22 @@ def _read_manifest(folder: Path) -> Manifest:
       if Path(shard.file).name != shard.file:
         raise _changed(path, f"names a shard outside its folder ({shard.file!r})")
   return manifest
+
+
+def _check_numbers(manifest: Manifest) -> None:
+  """Raises TypeError for a value of another type than the manifest's fields have."""
+  typed: list[tuple[Any, type]] = [(manifest.vocab_size, int), (manifest.sequence_length, int)]
+  typed += [(text, str) for text in (manifest.tokenizer, manifest.tokenizer_sha256, manifest.mode, manifest.source)]
+  typed += [(size, int) for size in manifest.bytes_per_token]
+  for split in manifest.splits.values():
+    typed += [(number, int) for number in (split.documents, split.tokens, split.counted, split.largest_id)]
+    for shard in split.shards:
+      typed += [(shard.file, str), (shard.records, int), (shard.bytes, int), (shard.sha256, str), (shard.sample, str)]
+  for value, kind in typed:
+    if type(value) is not kind:
+      raise TypeError(f"{value!r} where {kind.__name__} is expected")
+  if set(manifest.splits) != set(SPLITS):
+    raise TypeError(f"splits {sorted(manifest.splits)}, not {sorted(SPLITS)}")
 
 
 def no_records(where: str) -> InputError:
@@ -444,5 +491,7 @@ def _check_shard(folder: Path, shard: Shard, *, verify: bool) -> None:
     raise _changed(path, "is missing")
   if path.stat().st_size != shard.bytes:
     raise _changed(path, f"has {path.stat().st_size} bytes, the manifest says {shard.bytes}")
+  if shard.sample and sample_of(path) != shard.sample:
+    raise _changed(path, "is not the shard that the manifest names: another one, or a changed one, has its place")
   if verify and file_sha256(path) != shard.sha256:
     raise _changed(path, "has another checksum than the manifest says")

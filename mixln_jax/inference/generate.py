@@ -1,5 +1,6 @@
 """Generation with a key-value cache: one compiled loop for a batch of prompts of any lengths."""
 
+import bisect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -26,9 +27,9 @@ BATCH_SIZE = 32  # prompts at a time
 class Text(NamedTuple):
   """What was added to a prompt."""
 
-  text: str
-  ids: list[int]  # with the stop token, where there is one
-  stopped: bool  # at a stop token; else the number of tokens was reached
+  text: str  # up to where it stopped
+  ids: list[int]  # with the tokens that stopped it, where there are some
+  stopped: bool  # at a stop token or a stop text; else the number of tokens was reached
 
 
 class _State(NamedTuple):
@@ -50,6 +51,7 @@ def generate(
   sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
   stop_ids: Sequence[int] = (),
   num_ids: int | None = None,
+  numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
   """Continues prompts of any lengths, as one batch.
 
@@ -64,6 +66,8 @@ def generate(
     sampling: how the next token is chosen; by default the likeliest.
     stop_ids: a row ends with the first of these; the loop ends when all rows have ended.
     num_ids: only ids below it are sampled; by default all rows of the head (a tokenizer may have fewer ids).
+    numbers: each prompt's number in the whole request, which decides its draws together with the seed; by default its
+      number in this batch. A caller that cuts a request into batches gives them, or the batches repeat one another.
 
   Returns:
     The added ids of each prompt, up to and with its stop token.
@@ -76,7 +80,10 @@ def generate(
   if not all(map(len, prompts)):
     raise ValueError("a prompt is empty; give it at least one id, such as the end-of-document id")
   longest = max(map(len, prompts))
-  tokens_BT, lengths_B = batching.pad(prompts, batching.bucket_rows(len(prompts)), batching.bucket(longest))
+  num_rows = batching.bucket_rows(len(prompts))
+  tokens_BT, lengths_B = batching.pad(prompts, num_rows, batching.bucket(longest))
+  numbers_B = np.zeros(num_rows, np.uint32)
+  numbers_B[: len(prompts)] = range(len(prompts)) if numbers is None else numbers
   num_slots = max(tokens_BT.shape[1], batching.bucket(longest + num_tokens))
   stop_N = np.full(batching.bucket(max(1, len(stop_ids)), smallest=4), -1, np.int32)
   stop_N[: len(stop_ids)] = stop_ids
@@ -88,6 +95,7 @@ def generate(
     params,
     tokens_BT,
     lengths_B,
+    numbers_B,
     np.int32(num_tokens),
     stop_N,
     (np.float32(sampling.temperature), narrowing, np.uint32(sampling.seed)),
@@ -111,6 +119,7 @@ def generate_batch(
   params: Any,
   tokens_BT: jax.Array,
   lengths_B: jax.Array,
+  numbers_B: jax.Array,
   num_tokens: jax.Array,
   stop_N: jax.Array,
   sampling: tuple[jax.Array, Any, jax.Array],
@@ -124,6 +133,7 @@ def generate_batch(
     params: the parameters.
     tokens_BT: the prompts, padded behind their ends.
     lengths_B: of the prompts; 0 for a row that only pads the batch.
+    numbers_B: of the prompts in the whole request; a row's random key is that of its number.
     num_tokens: the most to add.
     stop_N: ids that end a row; -1 matches none.
     sampling: temperature, narrowing (as `choose` takes them), seed.
@@ -137,7 +147,7 @@ def generate_batch(
   batch, prompt_length = tokens_BT.shape
   # Padding of shorter prompts writes keys behind their ends; each is overwritten before a query can reach it.
   positions_BT = jnp.broadcast_to(jnp.arange(prompt_length), tokens_BT.shape)
-  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers_B)
   last_B = jnp.maximum(lengths_B, 1) - 1  # of the prompt
 
   def next_logits(tokens_BT: Any, positions_BT: Any, cache: Cache, index_B: Any) -> tuple[jax.Array, Cache]:
@@ -208,10 +218,54 @@ def generate_texts(
   *,
   sampling: Sampling,
   stop_ids: Sequence[int],
+  stop_texts: Sequence[str] = (),
   batch_size: int = BATCH_SIZE,
 ) -> list[Text]:
-  """The text after each prompt, in their order. Arguments as `generate`; `batch_size` prompts at a time."""
+  """The text after each prompt, which starts a document; arguments as `continue_rows`."""
   rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+  return continue_rows(
+    config,
+    params,
+    tokenizer,
+    rows,
+    num_tokens,
+    sampling=sampling,
+    stop_ids=stop_ids,
+    stop_texts=stop_texts,
+    batch_size=batch_size,
+  )
+
+
+def continue_rows(
+  config: ModelConfig,
+  params: Any,
+  tokenizer: Tokenizer,
+  rows: Sequence[Sequence[int]],
+  num_tokens: int,
+  *,
+  sampling: Sampling,
+  stop_ids: Sequence[int],
+  stop_texts: Sequence[str] = (),
+  batch_size: int = BATCH_SIZE,
+  numbers: Sequence[int] | None = None,
+) -> list[Text]:
+  """The text after each row of ids, in their order.
+
+  Args:
+    config: config.model.
+    params: the parameters.
+    tokenizer: that of the ids.
+    rows: at least one id each.
+    num_tokens: the most to add to each.
+    sampling: how the next token is chosen.
+    stop_ids: a row ends with the first of these.
+    stop_texts: a row ends before the first of these in its added text, however it is cut into tokens.
+    batch_size: rows at a time; what is drawn does not depend on it.
+    numbers: each row's number in the whole request (see `generate`); by default its number here.
+  """
+  numbers = range(len(rows)) if numbers is None else numbers
+  # A text may also stop between two tokens, which only the host sees; the loop ends early in the usual case.
+  ends = [*stop_ids, *ids_that_contain(tokenizer, stop_texts)]
   results: dict[int, Text] = {}
   for indices in batching.by_length([len(row) for row in rows], batch_size):
     added = generate(
@@ -220,13 +274,66 @@ def generate_texts(
       [rows[index] for index in indices],
       num_tokens,
       sampling=sampling,
-      stop_ids=stop_ids,
+      stop_ids=ends,
       num_ids=tokenizer.vocab_size,
+      numbers=[numbers[index] for index in indices],
     )
     for index, ids in zip(indices, added, strict=True):
-      stopped = ids[-1] in stop_ids
-      results[index] = Text(tokenizer.decode(ids[:-1] if stopped else ids), ids, stopped)
-  return [results[index] for index in range(len(prompts))]
+      results[index] = _text_of(tokenizer, rows[index], ids, stop_ids, stop_texts)
+  return [results[index] for index in range(len(rows))]
+
+
+def _text_of(
+  tokenizer: Tokenizer, row: Sequence[int], ids: list[int], stop_ids: Sequence[int], stop_texts: Sequence[str]
+) -> Text:
+  """What was added to a row, up to its first stop text or its stop token."""
+  stopped = ids[-1] in stop_ids
+  text = added_text(tokenizer, row, ids[:-1] if stopped else ids)
+  end = _first_of(text, stop_texts)
+  if end is None:
+    return Text(text, ids, stopped)
+
+  def has_stop(length: int) -> bool:
+    return _first_of(added_text(tokenizer, row, ids[:length]), stop_texts) is not None
+
+  length = bisect.bisect_left(range(len(ids)), True, key=has_stop)  # a text that has the stop keeps it as it grows
+  return Text(text[:end], ids[:length], True)
+
+
+def _first_of(text: str, stops: Sequence[str]) -> int | None:
+  """Where the first of several texts begins; None where there is none of them."""
+  places = [text.find(stop) for stop in stops]
+  return min((place for place in places if place >= 0), default=None)
+
+
+def added_text(tokenizer: Tokenizer, before: Sequence[int], added: Sequence[int]) -> str:
+  """The text that ids add to those before them.
+
+  Both are decoded together: tokenizers that put a blank before a text (T5's, LLaMA 2's) drop it from the first token
+  that they decode, which is the blank between two words where the added ids are decoded alone.
+  """
+  text = tokenizer.decode(before)
+  whole = tokenizer.decode([*before, *added])
+  if whole.startswith(text):
+    return whole[len(text) :]
+  # The end of `text` was half a character, U+FFFD until the added ids completed it.
+  pairs = zip(text, whole, strict=False)
+  same = next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(text), len(whole)))
+  return whole[same:]
+
+
+def ids_that_contain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+  """The ids whose own text contains one of `texts`, in any place but a document's first."""
+  if not texts:
+    return []
+  anchor = tokenizer.encode("a")
+  found = []
+  for index in range(tokenizer.vocab_size):
+    text = added_text(tokenizer, anchor, [index])
+    # A byte of a longer character is U+FFFD alone and something else beside the others.
+    if "\ufffd" not in text and any(stop in text for stop in texts):
+      found.append(index)
+  return found
 
 
 def generate_text(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mixln_jax.config import ModelConfig
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.inference.generate import generate
+from mixln_jax.inference.generate import continue_rows
 from mixln_jax.inference.sampling import Sampling
 from mixln_jax.inference.scoring import score
 
@@ -62,7 +62,33 @@ class HarnessModel(TemplateLM):
     return self._text.encode(string)
 
   def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-    return super().loglikelihood(requests, disable_tqdm)
+    """Log-likelihood of each request's continuation after its context, and whether it is the greedy one."""
+    del disable_tqdm
+    encoded = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+    return self._loglikelihood_tokens(encoded)
+
+  def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a context and of its continuation, at least one each.
+
+    As the harness does it: blanks at a context's end belong to the continuation, and the continuation is what the ids
+    of both together have behind those of the context alone. The harness leaves three cases open. A context without a
+    token (empty, or blanks alone) becomes the prefix token. A continuation that merges with the context's last token
+    ("Stat" + "es" in a vocabulary with "States") leaves nothing behind it, and is encoded by itself. A continuation
+    without a token has no likelihood.
+
+    Raises:
+      InputError: the continuation has no token.
+    """
+    kept = context.rstrip()
+    rest = context[len(kept) :] + continuation
+    context_ids = self.tok_encode(kept)
+    continuation_ids = self.tok_encode(kept + rest)[len(context_ids) :] or self.tok_encode(rest)
+    if not self.tok_encode(continuation) or not continuation_ids:
+      raise InputError(
+        f"tasks: the answer {continuation!r} to {context[-60:]!r} has no token in the run's tokenizer, so it has no "
+        "likelihood; mend the task's choices, or leave the task out"
+      )
+    return context_ids or [self.prefix_token_id], continuation_ids
 
   def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
     pairs = [self._fitted(context, continuation) for _, context, continuation in requests]
@@ -97,30 +123,28 @@ class HarnessModel(TemplateLM):
     return totals
 
   def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-    """Texts up to the first of a request's `until`."""
+    """Texts up to the first of a request's `until`. A request's draws depend on its number among all of them."""
     del disable_tqdm
     settings = [_Generation.of(request.args[1], self._max_length) for request in requests]
     texts: dict[int, str] = {}
     for kind in dict.fromkeys(settings):
       indices = [index for index, one in enumerate(settings) if one == kind]
+      room = self._max_length - kind.num_tokens
       contexts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
-      for start in range(0, len(indices), self._batch_size):
-        part = slice(start, start + self._batch_size)
-        texts |= dict(zip(indices[part], self._generate(contexts[part], kind), strict=True))
+      added = continue_rows(
+        self._model,
+        self._params,
+        self._text,
+        [context[-room:] for context in contexts],
+        kind.num_tokens,
+        sampling=kind.sampling,
+        stop_ids=[self.eot_token_id],
+        stop_texts=kind.until,
+        batch_size=self._batch_size,
+        numbers=indices,
+      )
+      texts |= {index: one.text for index, one in zip(indices, added, strict=True)}
     return [texts[index] for index in range(len(requests))]
-
-  def _generate(self, contexts: Sequence[list[int]], kind: "_Generation") -> list[str]:
-    stops = [ids for ids in map(self.tok_encode, kind.until) if len(ids) == 1]
-    added = generate(
-      self._model,
-      self._params,
-      [context[-(self._max_length - kind.num_tokens) :] for context in contexts],
-      kind.num_tokens,
-      sampling=kind.sampling,
-      stop_ids=[self.eot_token_id, *(ids[0] for ids in stops)],
-      num_ids=self._text.vocab_size,
-    )
-    return [kind.cut(self._text.decode(ids)) for ids in added]  # decoding drops the end of the document
 
 
 class _Generation(NamedTuple):
@@ -143,15 +167,10 @@ class _Generation(NamedTuple):
         f"tasks: max_gen_toks={num_tokens} leaves no room for a context in the {max_length} tokens that the run was "
         "trained at (config.data.sequence_length); lower it in the task's file"
       )
-    ends = (until,) if isinstance(until, str) else tuple(until)
+    ends = [until] if isinstance(until, str) else until
     sampling = Sampling()
     if options.get("do_sample"):
       sampling = Sampling(float(options.get("temperature", 1.0)))
     if sampling.temperature:
       sampling = sampling._replace(top_k=int(options.get("top_k", 0)), top_p=float(options.get("top_p", 1.0)))
-    return cls(ends, num_tokens, sampling)
-
-  def cut(self, text: str) -> str:
-    for end in self.until:
-      text = text.split(end)[0] if end else text
-    return text
+    return cls(tuple(end for end in ends if end), num_tokens, sampling)

@@ -1,9 +1,11 @@
 """Files of prompts."""
 
 import json
-from pathlib import Path
 
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path, read_regular
+
+LARGEST = 1 << 28  # bytes
 
 
 def read_prompts(path: str) -> list[str]:
@@ -12,13 +14,15 @@ def read_prompts(path: str) -> list[str]:
   Raises:
     InputError: the file can't be read, holds no prompt, or has a line without one.
   """
-  file = Path(path).expanduser()
+  file = local_path(path)
   if file.suffix not in (".txt", ".jsonl"):
     raise InputError(f"prompts={path}: must end in .txt (a prompt a line) or .jsonl (objects with `prompt`)")
   try:
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = read_regular(file, LARGEST).decode("utf-8-sig")  # without the mark that some editors put first
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(f"prompts={path}: can't be read ({error})") from error
+  # Only a newline ends a line: U+2028 and a form feed, at which `splitlines` cuts, are part of a prompt.
+  lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
   if not lines:
     raise InputError(f"prompts={path}: holds no prompt")
   if file.suffix == ".txt":
@@ -29,8 +33,7 @@ def read_prompts(path: str) -> list[str]:
 def _prompt_of(line: str, path: str) -> str:
   try:
     prompt = json.loads(line)["prompt"]
-  except (ValueError, TypeError, KeyError):
-    prompt = None
-  if not isinstance(prompt, str):
-    raise InputError(f'prompts={path}: the line {line[:60]!r} is not a JSON object with a text "prompt"')
+    prompt.encode()
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    raise InputError(f'prompts={path}: the line {line[:60]!r} is not a JSON object with a text "prompt"') from error
   return prompt

@@ -47,7 +47,12 @@ def score(
 
   Returns:
     A score for each pair, in their order.
+
+  Raises:
+    ValueError: a context or a continuation is empty.
   """
+  if not all(len(context) and len(rest) for context, rest in pairs):
+    raise ValueError("a context or a continuation is empty; give each at least one id")
   frozen = cast(ModelConfig, FrozenConfigDict(model))
   num_rows = batching.bucket_rows(batch_size)
   scores: dict[int, Score] = {}

@@ -7,12 +7,12 @@ import difflib
 import importlib.metadata
 import random
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mixln_jax.errors import InputError, one_line
+from mixln_jax.files import local_path
 from mixln_jax.inference.harness import HarnessModel, TaskManager, evaluate
 from mixln_jax.text import aligned
 
@@ -136,12 +136,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _is_path(word: str) -> bool:
-  return word.endswith((".yaml", ".yml")) or "/" in word or Path(word).expanduser().is_dir()
+  return word.endswith((".yaml", ".yml")) or "/" in word or local_path(word).is_dir()
 
 
 def _local(word: str) -> tuple[TaskManager, list[str]]:
   """A task file, or all tasks of a folder."""
-  path = Path(word).expanduser()
+  path = local_path(word)
   if path.is_dir():
     manager = TaskManager(include_path=str(path), include_defaults=False)
     if not manager.all_subtasks:

@@ -6,10 +6,9 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from mixln_jax.data.tokenizer import CONFIG as TOKENIZER_CONFIG
 from mixln_jax.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from mixln_jax.interop import hf
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

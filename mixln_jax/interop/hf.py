@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from mixln_jax import config as config_lib
+from mixln_jax import placement
 from mixln_jax.config import ModelConfig
 from mixln_jax.errors import InputError
 from mixln_jax.model.parameters import Param, abstract_params, gain_name, param_paths, parameters
@@ -236,6 +237,16 @@ UNSUPPORTED = {
   "quantization_config": (None,),
   "hidden_act": ("silu", None),
 }
+ROPE_TYPES = ("default", "llama3")
+ROPE_KEYS = (
+  "rope_theta",
+  "rope_type",
+  "factor",
+  "low_freq_factor",
+  "high_freq_factor",
+  "original_max_position_embeddings",
+  "partial_rotary_factor",
+)
 OFFICIAL_TYPE = "mixln_llama"  # no type of transformers', which would build a Pre-LN LLaMA of it
 MODELING = Path(__file__).with_name("modeling_mixln.py")  # what transformers reads that layout with; it needs torch
 
@@ -262,11 +273,12 @@ def model_fields(hf: Mapping[str, Any], placement_string: str | None = None) -> 
   width, heads = _number(hf, "hidden_size"), _number(hf, "num_attention_heads")
   kv_heads = _number(hf, "num_key_value_heads", heads)
   head_dim = _number(hf, "head_dim", 0)
+  num_layers = _number(hf, "num_hidden_layers")
   fields = {
     "vocab_size": _number(hf, "vocab_size"),
     "embed_dim": width,
     "mlp_dim": _number(hf, "intermediate_size"),
-    "num_layers": _number(hf, "num_hidden_layers"),
+    "num_layers": num_layers,
     "num_heads": heads,
     "num_kv_heads": 0 if kv_heads == heads else kv_heads,  # as recipes write it
     "head_dim": 0 if head_dim * heads == width else head_dim,
@@ -275,7 +287,24 @@ def model_fields(hf: Mapping[str, Any], placement_string: str | None = None) -> 
     "qkv_bias": bool(hf.get("qkv_bias", kind == "qwen2")),
     "placement": placement_string or str(hf.get("norm_placement") or PLACEMENTS.get(kind, "")),
   }
+  _check_placement(hf, fields["placement"], num_layers)
   return fields | _rope_fields(hf)
+
+
+def _check_placement(hf: Mapping[str, Any], placement_string: str, num_layers: int) -> None:
+  """Rejects a placement that the file contradicts, where it says one (our own do)."""
+  stated = hf.get("norm_placement")
+  if stated is None:
+    return
+  stated_table = placement.parse(str(stated), num_layers)
+  if placement.parse(placement_string, num_layers) != stated_table:
+    raise InputError(f"placement={placement_string!r}: config.json says norm_placement={stated!r}; leave it out")
+  by_layer = hf.get("norm_placement_of_layers")
+  if by_layer is not None and by_layer != stated_table.layer_list.split():
+    raise InputError(
+      f"config.json: norm_placement={stated!r} is {stated_table.layer_list!r}, but norm_placement_of_layers says "
+      f"{by_layer!r}; the file was changed, restore it"
+    )
 
 
 def _number(fields: Mapping[str, Any], name: str, default: float | None = None) -> Any:
@@ -290,12 +319,39 @@ def _number(fields: Mapping[str, Any], name: str, default: float | None = None) 
 
 
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-  """What it says of RoPE, in the keys of transformers 4 or 5."""
-  parts = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-  if not all(isinstance(part, Mapping) for part in parts):
-    raise InputError("config.json: rope_scaling and rope_parameters must be objects or null")
-  rope = {**parts[0], **parts[1]}
-  return {"rope_theta": hf.get("rope_theta"), **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+  """What it says of RoPE, in the keys of transformers 4 or 5.
+
+  Raises:
+    InputError: a key is unknown, or two places contradict each other: transformers would go by one of them, or by none.
+  """
+  rope: dict[str, Any] = {}
+  where: dict[str, str] = {}
+  if hf.get("rope_theta") is not None:
+    rope["rope_theta"], where["rope_theta"] = hf["rope_theta"], "rope_theta"
+  for part in ("rope_scaling", "rope_parameters"):
+    values = hf.get(part) or {}
+    if not isinstance(values, Mapping):
+      raise InputError("config.json: rope_scaling and rope_parameters must be objects or null")
+    for key, value in values.items():
+      name = "rope_type" if key == "type" else key
+      if value is None:
+        continue
+      if name in rope and rope[name] != value:
+        raise InputError(
+          f"config.json: {part} says {key}={value!r}, but {where[name]} says {rope[name]!r}; remove the wrong one"
+        )
+      rope[name], where[name] = value, part
+  rope.setdefault("rope_type", "default")
+  if rope["rope_type"] not in ROPE_TYPES:
+    raise InputError(
+      f"config.json: RoPE scaling {rope['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+    )
+  unknown = sorted(set(rope) - set(ROPE_KEYS))
+  if unknown:
+    raise InputError(
+      f"config.json: {where[unknown[0]]} has {unknown[0]!r}, which is unknown; known: {', '.join(ROPE_KEYS)}"
+    )
+  return rope
 
 
 def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,8 +359,6 @@ def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
   fields: dict[str, Any] = {"rope_base": float(_number(rope, "rope_theta", 10_000.0)), "rope_scaling": "none"}
   if rope["rope_type"] == "default":
     return fields
-  if rope["rope_type"] != "llama3":
-    raise InputError(f"config.json: RoPE scaling {rope['rope_type']!r} is not supported; supported: default, llama3")
   needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
   factor, low, high, length = (_number({name: rope.get(name, "missing")}, name, 0.0) for name in needed)
   return fields | {

@@ -11,8 +11,9 @@ import safetensors
 import safetensors.numpy
 
 from mixln_jax.errors import InputError
-from mixln_jax.files import partial_of
+from mixln_jax.files import json_object, local_path, partial_of, read_regular
 
+LARGEST_JSON = 1 << 28  # bytes; an index of 100,000 tensors takes 10 MB
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
@@ -23,9 +24,10 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
     """Opens the folder and compares its files with its index.
 
     Raises:
-      InputError: there is no such folder, it holds no safetensors, or a file of its index is missing or damaged.
+      InputError: there is no such folder, it holds no safetensors, a file of its index is missing or damaged, or it
+        holds two checkpoints.
     """
-    self.path = Path(path).expanduser()
+    self.path = local_path(path)
     if (self.path / INDEX).is_file():
       files: Any = self._json(INDEX).get("weight_map")
       if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -35,10 +37,27 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
       self._file_of = dict.fromkeys(self._names(SINGLE), SINGLE)
     else:
       raise InputError(f"path={self.path}: has neither {SINGLE} nor {INDEX}; give a folder of a safetensors checkpoint")
+    self._check_one_checkpoint()
     for file in sorted(set(self._file_of.values())):
-      missing = {name for name, of in self._file_of.items() if of == file} - set(self._names(file))
-      if missing:
-        raise InputError(f"{self.path / file}: lacks {sorted(missing)[0]!r}, which {INDEX} says it has")
+      stated = {name for name, of in self._file_of.items() if of == file}
+      there = set(self._names(file))
+      if stated - there:
+        raise InputError(f"{self.path / file}: lacks {sorted(stated - there)[0]!r}, which {INDEX} says it has")
+      if there - stated:
+        name = sorted(there - stated)[0]
+        said = f"lies in {self._file_of[name]}" if name in self._file_of else "is not there"
+        raise InputError(f"{self.path / file}: has {name!r}, of which {INDEX} says that it {said}; remove one of them")
+
+  def _check_one_checkpoint(self) -> None:
+    """Rejects a folder with the files of two checkpoints, as two saves into one folder leave them."""
+    read = set(self._file_of.values())
+    others = sorted(path.name for path in self.path.glob("model*.safetensors") if path.name not in read)
+    if others:
+      by = INDEX if (self.path / INDEX).is_file() else SINGLE
+      raise InputError(
+        f"path={self.path}: holds two checkpoints, that of {by} ({len(read)} files, {sorted(read)[0]}, …) and "
+        f"{others[0]}; remove the one that is not meant"
+      )
 
   def config(self) -> dict[str, Any]:
     """The folder's config.json."""
@@ -46,12 +65,10 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
   def _json(self, name: str) -> dict[str, Any]:
     try:
-      value = json.loads((self.path / name).read_text())
-    except (OSError, ValueError) as error:
+      content = read_regular(self.path / name, LARGEST_JSON)
+    except OSError as error:
       raise InputError(f"path={self.path}: {name} can't be read ({error})") from error
-    if not isinstance(value, dict):
-      raise InputError(f"path={self.path}: {name} is not a JSON object")
-    return value
+    return json_object(content, f"path={self.path}: {name}")
 
   def _open(self, file: str) -> Any:
     try:
@@ -101,7 +118,7 @@ def write_folder(
   Raises:
     InputError: the folder is not empty, or can't be written; nothing is left there.
   """
-  folder = Path(path).expanduser()
+  folder = local_path(path)
   partial = partial_of(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f"path={folder}: not empty; give a new folder")

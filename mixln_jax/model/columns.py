@@ -59,6 +59,7 @@ class Columns(flax.struct.PyTreeNode):
     num_gains: gains that the parameter tree has for attention and for the MLP, the most that any layer uses.
     num_layers: L.
     streams: the residual streams, which all the tables share.
+    alone: whether a table has but one of the streams of its neighbours, a scalar, or [R]; None: none has.
     has_ramp: whether a factor still depends on the step (`at_step` makes a number of it).
   """
 
@@ -68,6 +69,7 @@ class Columns(flax.struct.PyTreeNode):
   num_layers: int = flax.struct.field(pytree_node=False)
   streams: Streams = flax.struct.field(pytree_node=False, default=Streams())
   has_ramp: bool = flax.struct.field(pytree_node=False, default=False)
+  alone: jax.Array | np.ndarray | None = None
 
   @classmethod
   def of(cls, table: Table) -> "Columns":
@@ -104,11 +106,13 @@ class Columns(flax.struct.PyTreeNode):
       num_layers=len(tables[0].layers),
       streams=streams,
       has_ramp=any(table.ramp_end > 0.0 for table in tables),
+      alone=_which_are_alone(tables),
     )
 
   def of_run(self, index: int) -> "Columns":
     """Those of one of the R tables; the split stays, and so does the tree of parameters."""
-    return self.replace(varying={name: column_RL[index] for name, column_RL in self.varying.items()})
+    varying = {name: column_RL[index] for name, column_RL in self.varying.items()}
+    return self.replace(varying=varying, alone=None if self.alone is None else self.alone[index])
 
   def of_layer(self, index: int) -> dict[str, Any]:
     """The varying columns of one layer; Python constants where the table itself is not traced."""
@@ -189,14 +193,13 @@ def _shared_streams(tables: Sequence[Table]) -> Streams:
         f"placements with different residual streams can't share one program: {several[0]} and {streams}; train them "
         "apart"
       )
-  if not several:
-    return Streams()
-  if len(several) < len(tables) and several[0].read_out != "first":
-    raise InputError(
-      f"placements with different residual streams can't share one program: one stream, and {several[0]}, which the "
-      "head would read in both; train them apart"
-    )
-  return several[0]
+  return several[0] if several else Streams()
+
+
+def _which_are_alone(tables: Sequence[Table]) -> np.ndarray | None:
+  """Which tables have one stream where others have several, [R]: the head reads that one alone."""
+  alone_R = np.array([not table.streams.kind for table in tables])
+  return alone_R if alone_R.any() and not alone_R.all() else None
 
 
 def _in_streams(rows: Sequence[Row], streams: Streams) -> list[Row]:

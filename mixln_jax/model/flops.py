@@ -2,7 +2,9 @@
 
 import math
 
+from mixln_jax import config as config_lib
 from mixln_jax.config import ModelConfig, head_dim
+from mixln_jax.model.columns import Columns
 from mixln_jax.model.parameters import parameters
 
 
@@ -33,6 +35,7 @@ def executed_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
   Attention is taken to multiply all T positions, masked or not, as `xla` does. With remat full the backward pass does
   the layers' forward products again (but `down`, whose result it does not need), with dots_no_batch those of attention.
+  Attention residuals are recomputed as with full, whatever it says (`model/append_only.py`).
   """
   attention = 4.0 * model.num_layers * model.num_heads * head_dim(model) * sequence_length
   forward = 2.0 * matmul_params(model) + attention
@@ -40,4 +43,5 @@ def executed_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   down = math.prod(parameters(model)["layers/down"].logical_shape)
   layers = forward - 2.0 * head - 2.0 * down
   recomputed = {"none": 0.0, "dots": 0.0, "dots_no_batch": attention, "full": layers}
-  return 3.0 * forward + recomputed[model.remat]
+  always = Columns.of(config_lib.table(model)).only_sources and model.unroll > 0
+  return 3.0 * forward + recomputed["full" if always else model.remat]

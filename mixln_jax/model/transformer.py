@@ -65,6 +65,7 @@ class Shared(NamedTuple):
   segment_ids_BT: jax.Array | None
   weights_BT: jax.Array | None  # which positions count; read by `observe` alone
   first_values_BSGK: jax.Array | None = None  # of the first layer, where others mix them with their own
+  alone: jax.Array | None = None  # `Columns.alone`
 
 
 class Varying(NamedTuple):
@@ -134,12 +135,12 @@ class Layer(nn.Module):
     if varying.keep is not None:
       after = jax.tree.map(lambda new, old: jnp.where(varying.keep != 0, new, old), after, before)
     outputs = separate(after, self.config)
-    taps = attention_taps | mlp_taps | {"stream_BTD": the_stream(outputs, self.streams)}
+    taps = attention_taps | mlp_taps | {"stream_BTD": the_stream(outputs, self.streams, shared.alone)}
     if len(outputs) > 1:
       taps |= {f"stream_{index}_BTD": output_BTD for index, output_BTD in enumerate(outputs)}
     if self.observe is not None:
       # Of a constant: a statistic that is differentiated would be one more thing that the backward pass keeps.
-      input_BTD = the_stream(separate(before, self.config), self.streams)
+      input_BTD = the_stream(separate(before, self.config), self.streams, shared.alone)
       seen = jax.lax.stop_gradient(taps | attended.statistics | {"input_BTD": input_BTD})
       taps = self.observe(seen, shared.weights_BT)
     return (after, attended.cache), taps
@@ -281,11 +282,12 @@ def separate(streams: Streams | Sources, config: Any) -> list[jax.Array]:
   return streams.values(config.norm, config.norm_epsilon)
 
 
-def the_stream(streams: list[jax.Array], of_model: StreamsOfModel) -> jax.Array:
+def the_stream(streams: list[jax.Array], of_model: StreamsOfModel, alone: jax.Array | None) -> jax.Array:
   """What a diagnostic takes for "the residual stream" where there are several: their sum, or the first."""
   if not of_model.sums:
     return streams[0]
-  return weighted_sum([1.0] * len(streams), streams).astype(streams[0].dtype)
+  sum_BTD = weighted_sum([1.0] * len(streams), streams).astype(streams[0].dtype)
+  return sum_BTD if alone is None else jnp.where(alone, streams[0], sum_BTD)
 
 
 def swiglu(x_BTD: jax.Array, weights: Weights, dtype: Any) -> jax.Array:
@@ -397,6 +399,7 @@ class Transformer(nn.Module):
       segment_ids_BT=segment_ids_BT,
       positions_BT=positions_BT,
       weights_BT=weights_BT,
+      alone=columns.alone,
     )
     # The table's width is gathered first: looked up in pieces of it, the whole batch would be gathered on each device.
     table_VD = constrain(self.embedding, "vocab", "activation_embed")
@@ -417,6 +420,8 @@ class Transformer(nn.Module):
     if cache is not None:
       taps["cache"] = new_cache
     hidden_BTD = self.read_out(separate(streams, c), columns.streams)
+    if columns.alone is not None:
+      hidden_BTD = jnp.where(columns.alone, self.read_out(separate(streams, c), StreamsOfModel()), hidden_BTD)
     return constrain(hidden_BTD, *STREAM), taps
 
   def first_streams(self, x_BTD: jax.Array, columns: Columns) -> Streams | Sources:

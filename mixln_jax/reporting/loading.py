@@ -15,7 +15,7 @@ import pandas as pd
 from mixln_jax import placement as placement_lib
 from mixln_jax.config import FIELDS
 from mixln_jax.errors import InputError
-from mixln_jax.files import read_json_lines
+from mixln_jax.files import local_path, read_json_lines
 from mixln_jax.reporting.model_diagnosis import ModelDiagnosis, newest_diagnosis
 from mixln_jax.reporting.reading import DAMAGE, as_mapping, read_json, reason
 from mixln_jax.reporting.study_plan import RUNS_FOLDER, STUDY_FILE, StudyPlan, read_study_plan
@@ -147,7 +147,7 @@ def load(workdirs: Sequence[str]) -> Material:
   Raises:
     InputError: a folder holds neither, the study is damaged, or no run can be read.
   """
-  absolute = [Path(workdir).expanduser().absolute() for workdir in workdirs]
+  absolute = [local_path(workdir).absolute() for workdir in workdirs]
   paths = list(dict.fromkeys(absolute))
   studies = [path for path in paths if (path / STUDY_FILE).is_file()]
   if studies and len(paths) > 1:

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from mixln_jax.errors import InputError
-from mixln_jax.files import write_whole
+from mixln_jax.files import local_path, write_whole
 from mixln_jax.reporting import charts, figures
 from mixln_jax.reporting.analysis import Analysis, analyze
 from mixln_jax.reporting.fairness import Finding
@@ -76,7 +76,7 @@ def write_report(material: Material, output: str | Path, baseline: str = "pre") 
     InputError: the folder holds something else, or can't be written.
   """
   analysis = analyze(material, baseline)
-  folder = Path(output).expanduser().absolute()
+  folder = local_path(output).absolute()
   _make_folder(folder)
   figure_paths = []
   contents = {}

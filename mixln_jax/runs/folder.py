@@ -36,7 +36,7 @@ import jax
 from etils import epath
 
 from mixln_jax.errors import InputError, one_line
-from mixln_jax.files import is_partial, write_whole
+from mixln_jax.files import is_partial, local_path, write_whole
 from mixln_jax.parallel.processes import is_first, wait_for_all
 from mixln_jax.runs.lock import identity, lock
 from mixln_jax.runs.remote import Lock, Remote, Spool
@@ -62,7 +62,7 @@ class RunFolder:
     self.remote = Remote(str(path)) if "://" in str(path) else None
     self._spool: Spool | None = None
     self._lock: Lock | None = None
-    self._local = Path(path).expanduser().absolute()
+    self._local = local_path(path).absolute()
     self.address = self.remote.url if self.remote else str(self._local)
 
   @property

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.files import is_partial, json_object, write_whole
+from mixln_jax.files import is_partial, json_object, local_path, write_whole
 from mixln_jax.runs.folder import LOCK
 from mixln_jax.runs.lock import Liveness, is_held, is_held_elsewhere
 from mixln_jax.runs.outcome import ENDED_ITSELF, FINISHED, Outcome, read_outcome
@@ -45,7 +45,7 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
   Raises:
     InputError: the folder holds something else, or runs that would not be comparable.
   """
-  folder = Path(workdir).expanduser().absolute()
+  folder = local_path(workdir).absolute()
   runs = study.runs(folder)
   if (folder / STUDY).exists():
     _check_same(study, json_object((folder / STUDY).read_text(errors="replace"), str(folder / STUDY)), folder)

@@ -17,6 +17,7 @@ from mixln_jax.data.checks import data_directory
 from mixln_jax.data.records import MANIFEST, named_tokenizer
 from mixln_jax.data.tokenizer import FILES, HUB, RECORDS, SENTENCEPIECE, content_hash
 from mixln_jax.errors import InputError
+from mixln_jax.files import local_path
 from mixln_jax.model.parameters import abstract_sharded_params
 from mixln_jax.opening import Setup, choose_step, data_facts
 from mixln_jax.parallel.bits import hash_of_sums
@@ -171,7 +172,7 @@ def _tokenizer_name(folder: RunFolder, known: Config) -> str:
     records = Path(data.mixture.split(",")[0].rpartition(":")[0].strip())
   else:
     records = Path(data_facts(folder).get("folder") or data_directory(known))
-  if not data.on_the_fly and (records.expanduser() / MANIFEST).is_file():
+  if not data.on_the_fly and (local_path(records) / MANIFEST).is_file():
     return f"{RECORDS}{records}"
   if data.tokenizer != SENTENCEPIECE:
     return data.tokenizer

@@ -1,4 +1,5 @@
-"""Makes tests/data/exported.npz and harness.npz: what transformers and its harness say of our exported models.
+"""Makes tests/data/exported.npz, harness.npz and harness_splits.npz: what transformers and its harness say of our
+exported models.
 
     pip install torch transformers -r requirements-dev.txt
     PYTHONPATH=.:tests python tests/data/make_export_golden.py
@@ -10,6 +11,10 @@ with and without the cache.
 
 harness.npz: what the harness's own Hugging Face model (lm_eval HFLM, torch) says of one exported model: log-likelihoods
 of pairs (`texts`: JSON) that fit, are cut, or have no context; of whole texts; and greedy generation.
+
+harness_splits.npz: log-likelihoods, by the same, of contexts and continuations that a speech is cut into: contexts of 0
+to 6 characters, and NUM_SPLITS places at random. Where the harness's model has no answer (its context or continuation
+has no token, on which it fails an assertion) the value is NaN.
 """
 
 import hashlib
@@ -24,6 +29,7 @@ from helpers import random_params, random_tokens, small_model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from mixln_jax.data.corpus import EMBEDDED, parts_of, read
 from mixln_jax.data.tokenizer import Tokenizer, train_hugging_face, train_sentencepiece
 from mixln_jax.inference.generate import generate
 from mixln_jax.interop import hf
@@ -57,6 +63,8 @@ PAIRS = [
 ]
 WHOLE = ["tea", TEXT, TEXT * 4]
 PROMPTS = [("the quick", {"until": ["\n"], "max_gen_toks": 8}), (TEXT * 2, {"until": ["e", "zz"], "max_gen_toks": 12})]
+
+SPLITS_VOCABULARY, NUM_SPLITS, SPLITS_TEXT, LONGEST_SPLIT = 500, 1000, 6000, 50  # of characters the last two
 
 
 def exported_model(placement: str):
@@ -159,6 +167,47 @@ def make_harness() -> None:
   )
 
 
+def splits_of(text: str) -> list[tuple[str, str]]:
+  """Contexts and continuations: short contexts at the text's beginning, then pieces of the text cut anywhere."""
+  rng = np.random.default_rng(0)
+  pairs = [(text[:length], text[length : length + size]) for length in range(7) for size in (1, 2, 3, 8)]
+  while len(pairs) < NUM_SPLITS + 28:
+    start, middle, end = np.sort(rng.integers(0, LONGEST_SPLIT, 3)) + rng.integers(0, len(text) - LONGEST_SPLIT)
+    if middle < end:
+      pairs.append((text[start:middle], text[middle:end]))
+  return pairs
+
+
+def make_splits() -> None:
+  speech = next(read(parts_of(EMBEDDED)[0])).text[:SPLITS_TEXT]
+  tokenizer = train_hugging_face([speech], SPLITS_VOCABULARY)
+  theirs = check_tokenizers(tokenizer)
+  model = small_model(placement=HARNESS_PLACEMENT, vocab_size=SPLITS_VOCABULARY)
+  params = random_params(model)
+  with tempfile.TemporaryDirectory() as folder:
+    exported = load_exported(model, params, folder, {"eos_token_id": tokenizer.eos_id, "bos_token_id": None})
+  # Its cache of logits takes requests of equal context + continuation[:-1] for one; with a context of another length
+  # among them, as here, it then reads logits of other positions (lm_eval 0.4.13: up to 1.3 nats off its own answers).
+  options = {"batch_size": 64, "device": "cpu", "max_length": MAX_LENGTH, "logits_cache": False}
+  asked = HFLM(pretrained=exported, tokenizer=theirs, **options)
+  pairs = splits_of(speech)
+  answered = []
+  for index, (context, continuation) in enumerate(pairs):
+    ids = ([asked.prefix_token_id], [0]) if context == "" else asked._encode_pair(context, continuation)
+    if all(ids):
+      answered.append(index)
+  values = np.full(len(pairs), np.nan)
+  values[answered] = [value for value, _ in ask(asked, "loglikelihood", [pairs[index] for index in answered])]
+  print(f"{len(answered)} of {len(pairs)} splits have an answer")
+  np.savez_compressed(
+    HERE / "harness_splits.npz",
+    pairs=np.array(json.dumps(pairs)),
+    tokenizer=np.frombuffer(tokenizer.content, np.uint8),
+    log_likelihoods=values,
+  )
+
+
 if __name__ == "__main__":
   make_exported()
   make_harness()
+  make_splits()

@@ -1,17 +1,22 @@
 """Corpora: every kind of source gives its documents, in parts that cover it once; bad input is counted or refused."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import sys
 import tracemalloc
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
+from mixln_jax.data import addressed, files, finding
 from mixln_jax.data import corpus as corpus_lib
-from mixln_jax.data import files
+from mixln_jax.data.addressed import Address
 from mixln_jax.data.corpus import Bad, Document, is_validation, parts_of, read
 from mixln_jax.errors import InputError
 
@@ -30,13 +35,17 @@ def lines(documents):
   return "".join(json.dumps({"text": text, "url": "x"}, ensure_ascii=False) + "\n" for text in documents).encode()
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".json.gz", ".jsonl.zst", ".parquet"])
+PACK = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+
+
+@pytest.mark.parametrize(
+  "suffix", [".jsonl", ".json", ".json.gz", ".jsonl.zst", ".JSONL", ".jsonl.xz", ".json.bz2", ".JSON.GZ", ".parquet"]
+)
 def test_every_file_format_gives_its_documents(tmp_path, suffix):
   path = tmp_path / f"c4-train.00000-of-00002{suffix}"
-  if suffix.endswith(".gz"):  # of two members, as `cat a.gz b.gz` makes it
-    path.write_bytes(gzip.compress(lines(TEXTS[:50])) + gzip.compress(lines(TEXTS[50:])))
-  elif suffix.endswith(".zst"):
-    path.write_bytes(zstandard.compress(lines(TEXTS[:50])) + zstandard.compress(lines(TEXTS[50:])))
+  pack = PACK.get(path.suffix.lower())
+  if pack is not None:  # of two members, as `cat a.gz b.gz` makes it
+    path.write_bytes(pack(lines(TEXTS[:50])) + pack(lines(TEXTS[50:])))
   elif suffix == ".parquet":
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "id": range(200)}), path, row_group_size=30)
   else:
@@ -85,6 +94,14 @@ def test_a_data_set_that_tfds_prepared(tmp_path, monkeypatch):
     everything(source, "body")
   with pytest.raises(InputError, match="must be tfds:NAME:SPLIT"):
     parts_of("tfds:c4")
+  assert len(texts(f"{source}[:50%]")) == 100
+  assert len(texts(f"{source}+test")) == 203
+  assert set(texts(f"{source}[:50%]")).isdisjoint(texts(f"{source}[50%:]"))
+  address = Address("tfds", str(builder.data_dir), "train[:120]")
+  assert "examples 100 to 119 of train" in str(addressed.overlap(address, address._replace(split="test+train[50%:]")))
+  assert addressed.overlap(address, address._replace(split="train[120:]+test")) is None
+  with pytest.raises(InputError, match=rf"a folder of TensorFlow Datasets; name a split of it, tfds:.*{'train'}"):
+    parts_of(str(builder.data_dir))
 
 
 def test_a_data_set_of_hugging_faces_library(tmp_path):
@@ -95,6 +112,200 @@ def test_a_data_set_of_hugging_faces_library(tmp_path):
   assert texts(f"hf:{tmp_path / 'both'}:test") == TEXTS[:3]
   with pytest.raises(InputError, match="no such split; it has train, test"):
     parts_of(f"hf:{tmp_path / 'both'}:validation")
+  assert texts(f"hf:{tmp_path / 'both'}:train[:10]") == TEXTS[:10]
+  assert texts(f"hf:{tmp_path / 'both'}:train[:10]+test[1:]") == [*TEXTS[:10], *TEXTS[1:3]]
+  (tmp_path / "link").symlink_to(tmp_path / "both")
+  one, other = Address("hf", str(tmp_path / "both"), "train[:50%]"), Address("hf", str(tmp_path / "link"), "train[90:]")
+  assert "examples 90 to 99 of train" in str(addressed.overlap(one, other))
+  assert addressed.overlap(one, other._replace(split="train[100:]+test")) is None
+  for folder in ("both", "both/train"):
+    with pytest.raises(InputError, match=r"a folder of save_to_disk.*name a split of it, hf:.*:train"):
+      parts_of(str(tmp_path / folder))
+  dated = datasets.Dataset(pyarrow.table({"text": TEXTS, **UNREADABLE}))
+  dated.save_to_disk(tmp_path / "dated")
+  assert texts(f"hf:{tmp_path / 'dated'}:train") == TEXTS
+
+
+UNREADABLE = {  # columns that nobody asked for, which Python can't hold
+  "when": pyarrow.array([2**60] * 200, pyarrow.timestamp("us")),
+  "where": pyarrow.array([0] * 200, pyarrow.timestamp("s", "Mars/Olympus")),
+}
+
+
+@pytest.mark.parametrize(
+  ("source", "expected"),
+  [
+    ("tfds:c4/en:train", ("c4/en", "train")),
+    ("tfds:c4/en:train[:50%]", ("c4/en", "train[:50%]")),
+    ("hf:user/name:config:train[10:20]", ("user/name:config", "train[10:20]")),
+    ("hf:a:train[:10]+test[5:]", ("a", "train[:10]+test[5:]")),
+  ],
+)
+def test_a_slice_belongs_to_the_split(source, expected):
+  """Would catch an address that is cut at the colon in a slice's brackets."""
+  address = addressed.address_of(source)
+  assert address is not None
+  assert (address.name, address.split) == expected
+
+
+def test_parquet_reads_the_texts_and_no_other_column(tmp_path):
+  """Would catch a date out of range, or a time zone that is none, in a column that nobody asked for."""
+  path = tmp_path / "a.parquet"
+  nested = pyarrow.array([{"body": text, "n": 1} for text in TEXTS])
+  table = pyarrow.table({"text": TEXTS, "data": nested, "tags": [["x"]] * 200, **UNREADABLE})
+  pyarrow.parquet.write_table(table, path)
+  assert texts(str(path)) == texts(str(path), "data.body") == TEXTS
+  for field, words in (
+    ("when", "that column of .* is timestamp, no text; its texts: text, data.body"),
+    ("data.n", "is int64, no text"),
+    ("tags.list.element", "no text"),
+    ("body", "has no such column; its texts: text, data.body"),
+  ):
+    with pytest.raises(InputError, match=rf"^config.data.text_field='{field}': .*{words}"):
+      texts(str(path), field)
+
+
+def test_parquet_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+  """Would catch a dictionary of one text that a few bytes name a hundred thousand times."""
+  monkeypatch.setattr(files, "BOMB_BYTES", 1 << 26)
+  numbers = pyarrow.array([0] * 100_000, pyarrow.int32())
+  column = pyarrow.DictionaryArray.from_arrays(numbers, pyarrow.array(["x" * 10**6]))
+  pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", store_schema=False)
+  with pytest.raises(InputError, match=r"a\.parquet unpacks to more than 67,108,864 bytes"):
+    texts(str(tmp_path / "a.parquet"))
+  monkeypatch.setattr(files, "BOMB_BYTES", 1 << 20)
+  empty = pyarrow.table({"text": pyarrow.nulls(100_000, pyarrow.string())})
+  pyarrow.parquet.write_table(empty, tmp_path / "a.parquet")
+  with pytest.raises(InputError, match=r"a\.parquet unpacks to more than"):
+    texts(str(tmp_path / "a.parquet"))
+
+
+def test_a_field_of_a_field_and_what_is_there_instead(tmp_path):
+  """Would catch "no text" that leaves a person to guess which field has it, and how to spell it."""
+  path = tmp_path / "a.jsonl"
+  path.write_text(json.dumps({"data": {"text": "tea", "n": 1}, "a.b": "x"}) + "\n")
+  assert texts(str(path), "data.text") == ["tea"]
+  assert texts(str(path), "a.b") == ["x"]
+  (bad,) = everything(str(path))
+  assert "has no 'text'; set config.data.text_field to one of its texts: 'data.text', 'a.b'" in bad.where
+  for content in (json.dumps([{"text": "tea"}] * 3), json.dumps([{"text": "tea"}], indent=1)):
+    path.write_text(content)
+    first = everything(str(path))[0]
+    assert "the file is a JSON list, not an object a line; `jq -c '.[]'" in first.where
+
+
+def test_nothing_of_a_folder_is_left_out_without_a_word(tmp_path):
+  """Would catch a linked subfolder that is not read, an editor's copy that is, and a reader that never ends."""
+  docs, elsewhere = tmp_path / "docs", tmp_path / "elsewhere"
+  for folder in (docs / "real", docs / ".ipynb_checkpoints", elsewhere / "en"):
+    folder.mkdir(parents=True)
+  for name in (
+    "real/a.txt",
+    "real/B.TXT",
+    ".ipynb_checkpoints/a.txt",
+    "._a.txt",
+    "real/.a.txt.swp",
+    "notes.md",
+    "c.xyz.7z",
+  ):
+    (docs / name).write_text(name)
+  (docs / "packed.txt.gz").write_bytes(gzip.compress(b"packed"))
+  (elsewhere / "en" / "e.txt").write_text("e")
+  (docs / "._x.parquet").write_bytes(b"no parquet")
+  (docs / "aliases").symlink_to(docs / "real")
+  (docs / "en").symlink_to(elsewhere / "en")
+  (docs / "real" / "loop").symlink_to(docs)
+  (elsewhere / "en" / "self").symlink_to(elsewhere / "en" / "self")
+  (docs / "gone.txt").symlink_to(tmp_path / "nowhere")
+  (docs / "again.txt").symlink_to(docs / "real" / "a.txt")
+  os.link(docs / "real" / "a.txt", docs / "real" / "hard.txt")
+  os.mkfifo(docs / "pipe.txt")
+  (docs / "zero.txt").symlink_to("/dev/zero")
+  left_out = Counter()
+  parts = parts_of(str(docs), left_out=left_out)
+  names = [document.name for part in parts for document in read(part)]
+  assert names == ["en/e.txt", "packed.txt", "real/B.TXT", "real/a.txt"]
+  assert left_out == {
+    finding.HIDDEN: 4,
+    finding.TWICE: 4,
+    finding.NOWHERE: 1,
+    "a pipe": 1,
+    "a device": 1,
+    ".md": 1,
+    ".xyz.7z": 1,
+    "without a suffix": 1,  # the link to itself
+  }
+  assert finding.describe(left_out).startswith("4 another name of what is read already, 4 hidden, 1 .md")
+
+
+def test_globs_follow_links_and_skip_hidden_names(tmp_path):
+  """Would catch `**` that stops at a link, a loop that never ends, and an editor's copies that match."""
+  docs = tmp_path / "docs"
+  (docs / "x" / "y").mkdir(parents=True)
+  (tmp_path / "there").mkdir()
+  for path in (
+    docs / "a.txt",
+    docs / ".b.txt",
+    docs / "x" / "c.txt",
+    docs / "x" / "y" / "d.txt",
+    tmp_path / "there" / "e.txt",
+  ):
+    path.write_text(path.name)
+  (docs / "x" / "there").symlink_to(tmp_path / "there")
+  (docs / "x" / "y" / "loop").symlink_to(docs)
+
+  def found(glob):
+    left_out = Counter()
+    parts = parts_of(str(docs / glob), left_out=left_out)
+    return [document.name for part in parts for document in read(part)], left_out
+
+  assert found("*.txt") == (["a.txt"], {finding.HIDDEN: 1})
+  assert found("**/*.txt") == (["a.txt", "c.txt", "d.txt", "e.txt"], {finding.HIDDEN: 1, finding.TWICE: 1})
+  assert found("*/*.txt") == (["c.txt"], {})
+  assert found("x/*/*.txt") == (["d.txt", "e.txt"], {})
+  assert found(".*.txt") == ([".b.txt"], {})
+  assert found("*") == (["a.txt"], {finding.HIDDEN: 1, finding.FOLDER: 1})
+  assert found("x/y/[d].txt") == (["d.txt"], {})
+
+
+@pytest.mark.parametrize("suffix", ["", *PACK])
+def test_blank_lines_without_end_are_no_text(tmp_path, monkeypatch, suffix):
+  """Would catch a read of hours: a small file that unpacks to a gigabyte of newlines, or of members without a line."""
+  monkeypatch.setattr(files, "MOST_BLANK", 1 << 20)
+  pack = PACK.get(suffix, bytes)
+  path = tmp_path / f"a.jsonl{suffix}"
+  path.write_bytes(pack(lines(["tea"])) + pack(b"\n" * (3 << 20)))
+  with pytest.raises(InputError, match=r"has nothing but blank lines for .* MiB before byte"):
+    everything(str(path))
+  if suffix:
+    path.write_bytes(pack(b"\n") * 1000)
+    with pytest.raises(InputError, match="has nothing but blank lines"):
+      everything(str(path))
+  path.write_bytes((pack(b"\n" * 1000) + pack(lines(["tea"]))) * 300)  # blank lines between documents are no harm
+  assert texts(str(path)) == ["tea"] * 300
+  path.write_bytes(pack(lines(["tea"])) + b"\n \n")  # as `echo >>` leaves it
+  assert texts(str(path)) == ["tea"]
+
+
+def test_a_file_without_lines_is_no_text(tmp_path, monkeypatch):
+  """Would catch a sparse file of a terabyte that is read to its end."""
+  monkeypatch.setattr(files, "LONGEST_LINE", 1 << 22)
+  path = tmp_path / "a.jsonl"
+  with path.open("wb") as file:
+    file.truncate(1 << 40)
+  with pytest.raises(InputError, match=r"no end of a line for .* MiB"):
+    [*corpus_lib.json_values(str(path), 0, None)]
+
+
+def test_pipes_and_devices_are_named(tmp_path):
+  """Would catch a wait for a writer that never comes, and a read of /dev/zero."""
+  os.mkfifo(tmp_path / "pipe.jsonl")
+  (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+  for name, kind in (("pipe", "a pipe"), ("zero", "a device")):
+    path = tmp_path / f"{name}.jsonl"
+    for use in (lambda path=path: parts_of(str(path)), lambda path=path: [*files.File(str(path)).chunks()]):
+      with pytest.raises(InputError, match=f"{name}.jsonl: is {kind}, not a regular file"):
+        use()
 
 
 def test_text_files_at_any_depth_are_named_from_their_folder(tmp_path, monkeypatch):

@@ -150,6 +150,21 @@ def two(make_config, tmp_path_factory):
   return folders
 
 
+@pytest.mark.parametrize("weights", [("inf", "1"), ("1", "1e-300"), ("1", "1e-5"), ("nan", "1"), ("0", "1")])
+def test_weights_that_can_not_be_drawn_by_are_named(two, weights):
+  """Would catch a traceback, and a corpus that is never drawn from, for weights out of all proportion."""
+  with pytest.raises(InputError, match=r"^config\.data\.mixture: "):
+    open_mixture(f"{two[0]}:{weights[0]},{two[1]}:{weights[1]}", verify=False)
+
+
+def test_weights_are_what_they_are_to_one_another(two):
+  """Would catch a sum that is no float."""
+  even = open_mixture(f"{two[0]}:1,{two[1]}:1", verify=False).manifest.fingerprint
+  for weight in ("1e308", "1e-300"):
+    mixture = open_mixture(f"{two[0]}:{weight},{two[1]}:{weight}", verify=False)
+    assert mixture.manifest.fingerprint == even
+
+
 def test_a_mixture_draws_by_weight_and_is_addressed_by_step_too(two):
   mixture = open_mixture(f"{two[0]}:3,{two[1]}:1", verify=True)
   expected = batches(mixture, 40)
@@ -233,8 +248,8 @@ def test_what_on_the_fly_can_not_do_is_refused(on_the_fly):
     ({"source": "sotu"}, "not addressed by number"),
     ({"validation_source": ""}, "validation_source is needed"),
     ({"tokenizer": "sentencepiece"}, "trained by `prepare`"),
-    ({"validation_source": config.data.source}, "is the training data"),
-    ({"text_field": "body"}, "has text"),
+    ({"validation_source": config.data.source}, "which is training data"),
+    ({"text_field": "body"}, "set config.data.text_field to one of its texts: 'text'"),
   ):
     other = config.copy_and_resolve_references()
     other.data.update(changes)

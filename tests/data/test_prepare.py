@@ -214,6 +214,43 @@ def test_what_is_trained_on_can_not_validate(make_config, c4, tmp_path):
     prepare(c4_config(make_config, c4, tmp_path / "records", **overlapping), progress=False)
 
 
+def test_the_same_file_under_another_name_can_not_validate(make_config, tmp_path):
+  """Would catch a model that is validated on what it was trained on: a link, an address, or a copy of the same file."""
+  lines = "".join(json.dumps({"text": f"tea {index}"}) + "\n" for index in range(20))
+  (tmp_path / "docs").mkdir()
+  train = tmp_path / "docs" / "train.jsonl"
+  train.write_text(lines)
+  (tmp_path / "symbolic.jsonl").symlink_to(train)
+  os.link(train, tmp_path / "hard.jsonl")
+  (tmp_path / "linked").symlink_to(tmp_path / "docs")
+  shutil.copy(train, tmp_path / "copy.jsonl")
+  (tmp_path / "other.jsonl").write_text(lines.replace("tea", "coffee"))
+  sources = ["symbolic.jsonl", "hard.jsonl", "linked", "linked/*.jsonl", "docs/../docs/train.jsonl", "copy.jsonl"]
+  for source in [str(tmp_path / source) for source in sources] + [f"file://{train}"]:
+    changes = {"data.source": str(train), "data.validation_source": source, "data.directory": str(tmp_path / "records")}
+    with pytest.raises(InputError, match=r"config.data.source and config.data.validation_source .* can't validate"):
+      prepare(make_config(**changes), progress=False)
+  changes["data.validation_source"] = str(tmp_path / "other.jsonl")
+  prepare(make_config(**changes), progress=False)
+
+
+def test_what_is_left_out_is_counted_in_a_line(make_config, tmp_path, capsys):
+  """Would catch a third of a corpus that is missing without a word."""
+  for name in ("a.txt", "b.txt", ".c.txt", "d.docx", "e.docx"):
+    (tmp_path / name).write_text(f"the tea in {name}")
+  changes = {"data.source": str(tmp_path), "data.directory": str(tmp_path / "records")}
+  prepare(make_config(**changes, **{"data.validation_share": 0.5}), progress=False)
+  assert "left out    of config.data.source: 2 .docx, 1 hidden\n" in capsys.readouterr().out
+
+
+def test_a_validation_source_that_is_not_there_is_named_as_such(make_config, tmp_path):
+  """Would catch a recipe's validation files, not there for another source, that are called config.data.source."""
+  (tmp_path / "a.jsonl").write_text('{"text": "tea"}\n')
+  changes = {"data.source": str(tmp_path / "a.jsonl"), "data.directory": str(tmp_path / "records")}
+  with pytest.raises(InputError, match=r"^config.data.validation_source='work/c4/.*: no corpus there.*hold out a frac"):
+    prepare(make_config(**changes, **{"data.validation_source": "work/c4/validation*.json.gz"}), progress=False)
+
+
 def test_two_at_once_and_too_many_bad_documents_are_refused(make_config, c4, tmp_path):
   config = c4_config(make_config, c4, tmp_path / "records")
   (tmp_path / ".records.partial").mkdir()

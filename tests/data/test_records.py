@@ -126,12 +126,16 @@ def flip_a_byte(path):
   path.write_bytes(bytes(data))
 
 
-def test_damage_is_named(folder):
+def test_damage_is_named(make_config, tmp_path, monkeypatch):
+  monkeypatch.setattr("mixln_jax.data.records.SAMPLE_BYTES", 16)
+  folder = prepare(make_config(**{"data.directory": str(tmp_path / "records")}), progress=False).folder
   shard = next(folder.glob("train-*"))
   original = shard.read_bytes()
 
-  flip_a_byte(shard)
-  open_corpus(folder)  # sizes agree: only a check of checksums can see it
+  with shard.open("r+b") as file:  # behind the sampled bytes, whose end is at the middle
+    file.seek(len(original) // 2 + 20)
+    file.write(b"other")
+  open_corpus(folder)  # sizes and samples agree: only a check of checksums can see it
   with pytest.raises(InputError, match=rf"{shard.name} has another checksum"):
     open_corpus(folder, verify=True)
   shard.write_bytes(original[:-1])
@@ -155,6 +159,61 @@ def test_damage_is_named(folder):
     open_corpus(folder)
   manifest.unlink()
   with pytest.raises(InputError, match=r"no records in .*prepare them with the same config first"):
+    open_corpus(folder)
+
+
+def test_an_exchanged_shard_is_named(make_config, tmp_path, monkeypatch):
+  """Would catch training on other data in silence: shards of one size that were swapped, or one copied over another."""
+  source = tmp_path / "source"
+  source.mkdir()
+  for name in ("a", "b", "c"):
+    (source / f"{name}.jsonl").write_text("".join(json.dumps({"text": name * n}) + "\n" for n in range(1, 30)))
+  changes = {"data.source": str(source), "data.directory": str(tmp_path / "records"), "data.validation_share": 0.2}
+  folder = prepare(make_config(**changes), progress=False).folder
+  shards = sorted(folder.glob("train-*"))
+  by_size = {shard.stat().st_size: shard for shard in shards}
+  assert len(by_size) < len(shards)
+  one = next(shard for shard in shards if by_size[shard.stat().st_size] != shard)
+  other = by_size[one.stat().st_size]
+  contents = one.read_bytes(), other.read_bytes()
+  for exchanged in ((contents[1], contents[0]), (contents[0], contents[0])):
+    one.write_bytes(exchanged[0])
+    other.write_bytes(exchanged[1])
+    with pytest.raises(InputError, match="is not the shard that the manifest names"):
+      open_corpus(folder)
+
+
+def test_records_of_an_earlier_version_open_and_are_the_same_data(folder):
+  """Would catch old records that are refused, or that count as other data, for a field that they lack."""
+  path = folder / "manifest.json"
+  manifest = json.loads(path.read_text())
+  for split in manifest["splits"].values():
+    for shard in split["shards"]:
+      assert len(shard.pop("sample")) == 64
+  path.write_text(json.dumps(manifest))
+  assert open_corpus(folder, verify=True).manifest.fingerprint == manifest["fingerprint"]
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda text: b"[" * 100_000,
+    lambda text: b"\xff" + text,
+    lambda text: b"[1]",
+    lambda text: b'"manifest"',
+    lambda text: text.replace(b'"records": ', b'"records": "x", "was": '),
+    lambda text: text.replace(b'"vocab_size": 259', b'"vocab_size": "259"'),
+    lambda text: text.replace(b'"splits": {', b'"splits": {"other": 3, '),
+    lambda text: text.replace(b'"largest_id": ', b'"largest_id": null, "was": '),
+    lambda text: text.replace(b'"bytes_per_token": [', b'"bytes_per_token": ["x", '),
+    lambda text: text.replace(b'"shards": [', b'"shards": [3, '),
+  ],
+)
+def test_a_manifest_that_is_none_is_named(folder, damage):
+  """Would catch a traceback for JSON that is nested too deep, is no UTF-8, or has values of other types."""
+  path = folder / "manifest.json"
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(InputError, match=r"^config\.data\.directory: .*manifest\.json is damaged .*restore it"):
     open_corpus(folder)
 
 

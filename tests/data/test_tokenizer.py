@@ -1,15 +1,18 @@
 """Tokenizers are lossless and know how many bytes they stand for."""
 
+import json
 import os
+import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixln_jax.data.tokenizer import (
   ByteTokenizer,
   HuggingFaceTokenizer,
   SentencePieceTokenizer,
+  are_same,
   content_hash,
   load_tokenizer,
   read_tokenizer,
@@ -30,6 +33,7 @@ ALL = pytest.mark.parametrize(
 
 # A lone surrogate is not text: it has no UTF-8. A NUL ends SentencePiece's strings, "▁" is its own sign for a space.
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0▁"), max_size=60))
+@settings(deadline=None)  # a busy machine is no failure
 @ALL
 def test_any_text_round_trips_and_its_bytes_add_up(tokenizer, text):
   ids = tokenizer.encode(text)
@@ -163,3 +167,101 @@ def test_what_can_not_be_a_tokenizer_is_refused(tmp_path):
     read_tokenizer(str(path))
   with pytest.raises(InputError, match=r"^vocab_size=9000: no SentencePiece model of that size"):
     train_sentencepiece([TEXT], 9000)
+
+
+def changed(**sections):
+  """The byte-level tokenizer.json with other sections."""
+  return json.dumps(json.loads(BYTE_LEVEL.content) | sections).encode()
+
+
+@pytest.mark.parametrize("token", ["<|eot_id|>", "<｜end▁of▁sentence｜>", "<END>"])
+@pytest.mark.parametrize("stated", [str, lambda token: {"content": token, "lstrip": False}], ids=["text", "object"])
+def test_a_tokenizer_config_says_what_ends_a_document(tmp_path, token, stated):
+  """Would catch a tokenizer that is refused for the name of its end, and an end that is lost on the way to the run."""
+  path = tmp_path / "tokenizer.json"
+  path.write_text(BYTE_LEVEL.content.decode().replace("</s>", token))
+  with pytest.raises(InputError, match=r"none of the special tokens </s>.*put its tokenizer_config\.json.*beside it"):
+    read_tokenizer(str(path))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": stated(token), "bos_token": "<pad>"}))
+  tokenizer = read_tokenizer(str(path))
+  assert (tokenizer.eos_id, tokenizer.end_token) == (1, token)
+  (tmp_path / "run").mkdir()
+  write_tokenizer(tokenizer, tmp_path / "run")
+  again = read_written_tokenizer(tmp_path / "run")
+  assert again is not None
+  assert (again.eos_id, content_hash(again)) == (1, content_hash(tokenizer))
+  assert content_hash(tokenizer) != content_hash(load_tokenizer(tokenizer.name, tokenizer.content, "x", "<unk>"))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "fox"}))
+  with pytest.raises(InputError, match=r"none of the special tokens fox .*it has .*<pad>"):
+    read_tokenizer(str(path))
+
+
+def test_a_stated_end_changes_nothing_where_the_file_says_enough(tmp_path):
+  """Would catch another end, and another hash, of a tokenizer that old records were made with."""
+  (tmp_path / "tokenizer.json").write_bytes(BYTE_LEVEL.content)
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
+  tokenizer = read_tokenizer(str(tmp_path / "tokenizer.json"))
+  assert (tokenizer.eos_id, tokenizer.end_token) == (1, None)
+  assert content_hash(tokenizer) == content_hash(BYTE_LEVEL)
+
+
+def test_a_sentencepiece_model_with_a_flipped_bit_works_or_is_named():
+  """Would catch a traceback from inside the library: pieces that are no UTF-8 may load, and fail when looked at."""
+  rng = random.Random(0)
+  named = 0
+  for _ in range(400):
+    content = bytearray(TRAINED.content)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    try:
+      tokenizer = SentencePieceTokenizer(bytes(content), "flipped")
+      tokenizer.bytes_per_token()
+      tokenizer.decode(tokenizer.encode(TEXT[:200]))
+    except InputError as error:
+      named += str(error).startswith("tokenizer flipped: ")
+  assert 100 < named < 400
+
+
+def test_a_tokenizer_without_words_is_named():
+  """Would catch a traceback of `max` over nothing."""
+  model = json.loads(BYTE_LEVEL.content)["model"] | {"vocab": {}, "merges": []}
+  with pytest.raises(InputError, match="tokenizer empty: its vocabulary is empty"):
+    HuggingFaceTokenizer(changed(model=model, added_tokens=[]), "empty")
+
+
+def test_a_regular_expression_that_blows_up_is_named():
+  """Would catch a panic of the library, which is no Exception, in the middle of a corpus."""
+  split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+  before = json.loads(BYTE_LEVEL.content)["pre_tokenizer"]
+  content = changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [split, before]})
+  tokenizer = HuggingFaceTokenizer(content, "slow")
+  assert tokenizer.decode(tokenizer.encode("tea")) == "tea"
+  with pytest.raises(InputError, match=r"^tokenizer slow: fails on a text \(PanicException: .*retry-limit"):
+    tokenizer.encode("a" * 40 + "!")
+
+
+@pytest.mark.parametrize("pattern", [{"String": "a"}, {"Regex": "a"}])
+def test_a_normalizer_that_grows_text_without_end_is_named(pattern):
+  """Would catch forty replacements that double a letter, of which the library makes a terabyte."""
+  double = {"type": "Replace", "pattern": pattern, "content": "aa"}
+  nested = {"type": "Sequence", "normalizers": [double] * 20}
+  for section, content in (
+    ("normalizer", {"type": "Sequence", "normalizers": [nested, nested]}),
+    ("decoder", {"type": "Sequence", "decoders": [json.loads(BYTE_LEVEL.content)["decoder"], *[double] * 40]}),
+  ):
+    with pytest.raises(InputError, match=rf"the replacements of its {section} can make .* characters of one"):
+      HuggingFaceTokenizer(changed(**{section: content}), "growing")
+  usual = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+  HuggingFaceTokenizer(changed(normalizer={"type": "Sequence", "normalizers": usual}), "as LLaMA 2's")
+  once = {"type": "Replace", "pattern": pattern, "content": "a" * 500}
+  with pytest.raises(InputError, match=r"makes \d[\d,]+ tokens of a text of 20 characters"):
+    HuggingFaceTokenizer(changed(normalizer=once), "growing").encode("a" * 20)
+
+
+def test_one_tokenizer_in_two_formats_is_the_same():
+  """Would catch a comparison by bytes alone, and one by size alone."""
+  again = HuggingFaceTokenizer(json.dumps(json.loads(BYTE_LEVEL.content), indent=4).encode(), "indented")
+  assert content_hash(again) != content_hash(BYTE_LEVEL)
+  assert are_same(again, BYTE_LEVEL)
+  other = train_hugging_face([TEXT.replace("quick", "slow and steady")], BYTE_LEVEL.vocab_size)
+  assert not are_same(other, BYTE_LEVEL)
+  assert not are_same(TRAINED, BYTE_LEVEL)

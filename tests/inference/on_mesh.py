@@ -39,7 +39,8 @@ def gathered(model, params):
   """Shapes that the compiled loop gathers from several devices."""
   tokens_BT, lengths_B = batching.pad(PROMPTS, batching.bucket_rows(3), 16)
   sampling = (np.float32(0), None, np.uint32(0))
-  arguments = (params, tokens_BT, lengths_B, np.int32(6), np.full(4, -1, np.int32), sampling)
+  numbers_B = np.arange(len(lengths_B))
+  arguments = (params, tokens_BT, lengths_B, numbers_B, np.int32(6), np.full(4, -1, np.int32), sampling)
   text = generate_batch.lower(FrozenConfigDict(model), 32, 64, *arguments).compile().as_text()
   shapes = re.findall(r"= (\([^=]*?\)|\S+) all-gather(?:-start)?\(", text)
   found = {shape for result in shapes for shape in re.findall(r"\w+\[([\d,]+)\]", result)}

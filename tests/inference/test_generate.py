@@ -4,13 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_params, small_model
+from helpers import random_params, small_model, tokenizer_with_dummy_prefix
 from ml_collections import FrozenConfigDict
 
-from mixln_jax.data.tokenizer import ByteTokenizer
+from mixln_jax.data.tokenizer import ByteTokenizer, train_hugging_face
 from mixln_jax.errors import InputError
 from mixln_jax.inference import batching
-from mixln_jax.inference.generate import check_context, generate, generate_batch, generate_text
+from mixln_jax.inference.generate import (
+  added_text,
+  check_context,
+  continue_rows,
+  generate,
+  generate_batch,
+  generate_text,
+  generate_texts,
+)
 from mixln_jax.inference.sampling import Sampling, choose, keep_likeliest
 from mixln_jax.model import Transformer
 from mixln_jax.placement import ROWS
@@ -70,7 +78,8 @@ def test_a_row_ends_with_its_stop_token_and_the_loop_with_the_last_row(small):
   greedy = (np.float32(0), None, np.uint32(0))
   stop_N = np.array([*stops, -1], np.int32)
   model = FrozenConfigDict(small.model)
-  tokens, steps = generate_batch(model, 32, 50, small.params, tokens_BT, lengths_B, np.int32(20), stop_N, greedy)
+  arguments = (small.params, tokens_BT, lengths_B, np.arange(4), np.int32(20), stop_N, greedy)
+  tokens, steps = generate_batch(model, 32, 50, *arguments)
   assert steps == max(ends) + 1 < 20
   for row, prompt, end in zip(tokens, PROMPTS, ends, strict=False):
     assert not row[len(prompt) + end + 1 :].any()  # padding
@@ -163,3 +172,66 @@ def test_text_ends_with_the_document():
       "head": one_hot,
     }
     assert generate_text(model, sure, tokenizer, "a", 5, temperature=0.0) == text
+
+
+def test_draws_are_those_of_a_prompts_number_in_the_request():
+  """Would catch batches that repeat one another, and a text that changes with the batch's size or its neighbours."""
+  model = small_model(vocab_size=259, placement="pre")
+  arguments = (model, random_params(model), ByteTokenizer())
+  options = {"sampling": Sampling(1.0, seed=7), "stop_ids": []}
+  same = generate_texts(*arguments, ["tea"] * 64, 8, **options)
+  assert len({text.text for text in same}) == 64
+  assert generate_texts(*arguments, ["tea"] * 64, 8, batch_size=5, **options) == same
+  assert generate_texts(*arguments, ["tea"], 8, **options) == same[:1]
+  assert generate_texts(*arguments, ["tea", "a much longer prompt than that", "tea"], 8, **options)[::2] == same[:3:2]
+
+
+WORDS = "the people of this country, and the people of that. \n" * 30
+PREFIXED = tokenizer_with_dummy_prefix(WORDS, 320)
+BYTE_LEVEL = train_hugging_face([WORDS], 286)
+
+
+@pytest.mark.parametrize("tokenizer", [PREFIXED, BYTE_LEVEL, ByteTokenizer()], ids=["prefixed", "byte-level", "bytes"])
+def test_the_text_that_ids_add_keeps_its_blank(tokenizer):
+  """Would catch "the people of thisand": a tokenizer with a dummy prefix drops the blank of the first id it decodes."""
+  for before, added in (("the people of this", " and that"), ("", "the people"), ("the peo", "ple"), ("a", " é!")):
+    row, ids = tokenizer.encode(before), tokenizer.encode(before + added)
+    if ids[: len(row)] == row:
+      assert added_text(tokenizer, [tokenizer.eos_id, *row], ids[len(row) :]) == added
+  assert added_text(tokenizer, tokenizer.encode("the"), tokenizer.encode("people")).strip() == "people"
+
+
+class Parrot:
+  """A model that says one text whatever it reads: `generate` in its place gives the ids of that text."""
+
+  def __init__(self, ids):
+    self.ids, self.ends = ids, []
+
+  def __call__(self, _config, _params, prompts, num_tokens, *, stop_ids, **_):
+    self.ends = list(stop_ids)
+    length = next((index + 1 for index, one in enumerate(self.ids) if one in stop_ids), num_tokens)
+    return [self.ids[: min(length, num_tokens)] for _ in prompts]
+
+
+@pytest.mark.parametrize("tokenizer", [PREFIXED, BYTE_LEVEL, ByteTokenizer()], ids=["prefixed", "byte-level", "bytes"])
+@pytest.mark.parametrize("stop", [".", ",", " and", "ry, a", "people of t", "this"])
+def test_a_row_ends_before_its_first_stop_text(tokenizer, stop, monkeypatch):
+  """Would catch a stop text that must be one token, one that ends a row without being there, and one left in the text.
+
+  "ry, a" lies across tokens, and "." and "," are two tokens of a tokenizer with a dummy prefix when encoded alone.
+  """
+  row = [tokenizer.eos_id, *tokenizer.encode("the people of")]
+  said = " this country, and the people of that."
+  ids = tokenizer.encode("the people of" + said)[len(row) - 1 :]
+  parrot = Parrot(ids)
+  monkeypatch.setattr("mixln_jax.inference.generate.generate", parrot)
+  options = {"sampling": Sampling(), "stop_ids": [tokenizer.eos_id], "stop_texts": ["zebra", stop]}
+  (text,) = continue_rows(None, None, tokenizer, [row], len(ids), **options)
+  assert text.text == said[: said.index(stop)]
+  assert text.stopped
+  assert stop in added_text(tokenizer, row, text.ids)
+  assert stop not in added_text(tokenizer, row, text.ids[:-1])
+  if stop in (".", ","):
+    assert len(parrot.ends) > 1  # the loop itself ends there
+  (whole,) = continue_rows(None, None, tokenizer, [row], len(ids), **{**options, "stop_texts": ["zebra"]})
+  assert whole == (said, ids, False)

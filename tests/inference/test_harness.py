@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_params, small_model
+from helpers import random_params, small_model, tokenizer_with_dummy_prefix
 from lm_eval.api.instance import Instance
 
-from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_hugging_face
 from mixln_jax.errors import InputError
 from mixln_jax.inference.harness import HarnessModel, TaskManager
 from mixln_jax.inference.scoring import score, score_batch
 from mixln_jax.inference.tasks import PAPER_TASKS, Tasks, main_metric, report, table
 from mixln_jax.model import Transformer
 
-GOLDEN = Path(__file__).parents[1] / "data" / "harness.npz"
+DATA = Path(__file__).parents[1] / "data"
+GOLDEN = DATA / "harness.npz"
 LETTERS = np.array([3 + byte for byte in b"abcdefghijklmnopqrstuvwxyz"])
 NUM_QUESTIONS = 120
 TASK = """
@@ -81,6 +82,80 @@ def test_answers_equal_those_of_the_harnesss_own_hugging_face_model():
   whole = ask("loglikelihood_rolling", [(text,) for text in texts["whole"]])
   np.testing.assert_allclose(whole, data["whole"], rtol=1e-6, atol=1e-4)
   assert ask("generate_until", texts["prompts"]) == texts["added"]
+
+
+def test_any_split_of_a_text_scores_as_the_harnesss_own_hugging_face_model_scores_it():
+  """Would catch another cut between context and answer: short contexts, blanks, words cut anywhere, 1,028 pairs.
+
+  By torch: tests/data/make_export_golden.py. Where the harness's model fails (no token in the context, or none left for
+  the answer) ours must have an answer that is a likelihood.
+  """
+  data = np.load(DATA / "harness_splits.npz")
+  tokenizer = HuggingFaceTokenizer(data["tokenizer"].tobytes(), "harness_splits.npz")
+  model = small_model(placement="mix:0.5", vocab_size=500)
+  asked = HarnessModel(model, random_params(model), tokenizer, max_length=24, batch_size=64)
+  pairs = json.loads(str(data["pairs"]))
+  requests = [Instance("loglikelihood", {}, tuple(pair), index) for index, pair in enumerate(pairs)]
+  values = np.array([value for value, _ in asked.loglikelihood(requests)])
+  expected = data["log_likelihoods"]
+  known = ~np.isnan(expected)
+  assert known.sum() > 900
+  np.testing.assert_allclose(values[known], expected[known], atol=1e-4)
+  assert (values[~known] < -0.1).all()
+
+
+WORDS = "the people of the United States and the Status of the people; " * 30
+MERGING = train_hugging_face([WORDS], 287)
+PREFIXED = tokenizer_with_dummy_prefix(WORDS, 320)
+
+
+@pytest.mark.parametrize("tokenizer", [MERGING, PREFIXED], ids=["byte-level", "dummy prefix"])
+def test_an_answer_without_a_token_of_its_own_is_not_free(tokenizer):
+  """Would catch the answer that merges with its question and so scores 0.0 and "greedy", and unscored first tokens.
+
+  "United Stat" + "es" is one token more than "United" and none more than "United Stat": "es" is encoded by itself.
+  Contexts that are empty or blank become the end-of-document token, which every document follows.
+  """
+  model = small_model(placement="pre", vocab_size=tokenizer.vocab_size)
+  params = random_params(model)
+  asked = HarnessModel(model, params, tokenizer, max_length=32, batch_size=8)
+  encode, start = tokenizer.encode, [tokenizer.eos_id]
+  context = "the people of the United Stat"
+  assert len(encode(context + "es")) <= len(encode(context))
+  cases = [
+    (context, "es", encode(context), encode("es")),
+    (context, "zzzz", encode(context), encode(context + "zzzz")[len(encode(context)) :]),
+    ("", "people", start, encode("people")),
+    (" ", "people", start, encode(" people")),
+    ("   ", "people", start, encode("   people")),
+    ("\n\t ", "people", start, encode("\n\t people")),
+    ("the ", "people", encode("the"), encode("the people")[len(encode("the")) :]),
+  ]
+  requests = [Instance("loglikelihood", {}, case[:2], index) for index, case in enumerate(cases)]
+  expected = score(model, params, [case[2:] for case in cases], batch_size=8)
+  answers = asked.loglikelihood(requests)
+  np.testing.assert_allclose([value for value, _ in answers], [one.log_likelihood for one in expected], atol=1e-5)
+  assert not any(greedy for _, greedy in answers)
+  assert max(value for value, _ in answers) < -0.5
+
+
+def test_an_answer_without_any_token_is_named(harness_model):
+  """Would catch an empty choice that has likelihood 1 and beats every other."""
+  for context in ("tea", "tea ", ""):
+    with pytest.raises(InputError, match=r"^tasks: the answer '' to '.*' has no token"):
+      harness_model.loglikelihood([Instance("loglikelihood", {}, (context, ""), 0)])
+
+
+def test_samples_of_equal_requests_differ_and_do_not_depend_on_the_batch(byte_model):
+  """Would catch pass@k over one text repeated: the draws of a batch were those of the batch before it."""
+  options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+  requests = [Instance("generate_until", {}, ("tea", options), 0)] * 12
+  requests.insert(5, Instance("generate_until", {}, ("tea", {"until": ["e"], "max_gen_toks": 4}), 1))
+  in_fours, at_once = (
+    HarnessModel(*byte_model, ByteTokenizer(), 32, rows).generate_until(requests) for rows in (4, 16)
+  )
+  assert in_fours == at_once
+  assert len(set(at_once[:5] + at_once[6:])) == 12
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,16 @@ def test_tensors_of_another_model_are_named(change, words):
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor='missing' is not a number"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
     ({"rope_scaling": "linear"}, "must be objects"),
+    ({"rope_parameters": {"theta": 1e6}}, r"rope_parameters has 'theta', which is unknown; known: rope_theta"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "has 'full_attention', which is unknown"),
+    (
+      {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
+      r"rope_parameters says rope_theta=1000000\.0, but rope_theta says 10000\.0",
+    ),
+    (
+      {"rope_parameters": None, "rope_scaling": {"type": "default", "rope_type": "llama3"}},
+      "rope_scaling says rope_type='llama3', but rope_scaling says 'default'",
+    ),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention"),
   ],
 )
@@ -225,6 +235,43 @@ def test_a_head_beside_tied_embeddings_must_equal_them():
   tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
   with pytest.raises(InputError, match="tied_embeddings=False"):
     hf.import_weights(tensors, model)
+
+
+def test_a_folder_of_two_checkpoints_is_named(tmp_path):
+  """Would catch weights of one save that are read beside those of another."""
+  _, _, tensors, model = load("llama")
+  config = hf.hf_config(model, 64)
+  write_folder(tmp_path / "many", tensors, config, 2000)
+  write_folder(tmp_path / "one", tensors, config, 10**9)
+  many, one = tmp_path / "many", tmp_path / "one" / "model.safetensors"
+  (many / "consolidated.safetensors").write_bytes(one.read_bytes())  # another project's layout of the same weights
+  assert len(SafetensorsFolder(many)) == len(tensors)
+  for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
+    (many / name).write_bytes(one.read_bytes())
+    with pytest.raises(InputError, match=rf"holds two checkpoints, that of model.safetensors.index.json.* and {name}"):
+      SafetensorsFolder(many)
+    (many / name).unlink()
+  (tmp_path / "one" / "model-00001-of-00002.safetensors").write_bytes(one.read_bytes())
+  with pytest.raises(InputError, match=r"holds two checkpoints, that of model\.safetensors "):
+    SafetensorsFolder(tmp_path / "one")
+  index = json.loads((many / "model.safetensors.index.json").read_text())
+  files = list(index["weight_map"].values())
+  lost = next(name for name, file in index["weight_map"].items() if files.count(file) > 1)
+  del index["weight_map"][lost]
+  (many / "model.safetensors.index.json").write_text(json.dumps(index))
+  with pytest.raises(InputError, match=rf"has '{lost}', of which .*index.json says that it is not there"):
+    SafetensorsFolder(many)
+
+
+def test_a_placement_that_the_file_contradicts_is_named():
+  """Would catch a model of another architecture than the weights were trained in."""
+  model = small_model(placement="mix:0.5")
+  written = hf.hf_config(model, 64, official=True)
+  assert hf.model_fields(written, "post*2,pre*2")["placement"] == "post*2,pre*2"  # the same layers
+  with pytest.raises(InputError, match=r"^placement='pre': config\.json says norm_placement='mix:0\.5'"):
+    hf.model_fields(written, "pre")
+  with pytest.raises(InputError, match=r"norm_placement='post' is 'post post.*norm_placement_of_layers says \['post"):
+    hf.model_fields({**written, "norm_placement": "post"})
 
 
 def test_damaged_folders_are_named(tmp_path):

@@ -1,0 +1,64 @@
+"""Whether a recipe names the tokenizer that the weights of a folder were trained with.
+
+Ids mean nothing without it: weights that read another tokenizer's ids lose what they learned, without an error, and two
+tokenizers may have the same number of ids (T5's and LLaMA 2's have 32,000).
+"""
+
+from pathlib import Path
+
+from mixln_jax.config import Config
+from mixln_jax.data.checks import data_directory
+from mixln_jax.data.records import has_records, named_tokenizer, open_corpus
+from mixln_jax.data.tokenizer import FILES, HUGGING_FACE, SENTENCEPIECE, Tokenizer, are_same, read_tokenizer
+from mixln_jax.errors import InputError
+
+NAMES = (FILES[HUGGING_FACE], FILES[SENTENCEPIECE], "spiece.model")  # the last one is T5's
+
+
+def check_tokenizer(folder: Path, config: Config) -> str | None:
+  """Rejects a config whose tokenizer is not the one that lies beside the weights.
+
+  Args:
+    folder: of the weights.
+    config: the recipe that the imported run is to be trained with.
+
+  Returns:
+    A warning, where there is a tokenizer that can't be compared; None if all is well, or there is none.
+
+  Raises:
+    InputError: config.data.tokenizer is another one than the folder's, or can't be read.
+  """
+  files = [folder / name for name in NAMES if (folder / name).is_file()]
+  theirs: dict[Path, Tokenizer] = {}
+  problem = ""
+  for file in files:
+    try:
+      theirs[file] = read_tokenizer(str(file))
+    except InputError as error:
+      problem = str(error)
+  if not theirs:
+    return f"not compared with config.data.tokenizer: {problem}" if files else None
+  named = " or ".join(map(str, theirs))
+  advice = f"the checkpoint's own is {named}: set config.data.tokenizer to it"
+  try:
+    ours = _tokenizer_of(config)
+  except InputError as error:
+    raise InputError(f"{error} ({advice})") from error
+  if ours is None:
+    raise InputError(
+      f"config.data.tokenizer={config.data.tokenizer!r} would be trained on the corpus, and these weights read another "
+      f"one; {advice}"
+    )
+  if not any(are_same(ours, other) for other in theirs.values()):
+    raise InputError(
+      f"config.data.tokenizer={config.data.tokenizer!r} is not the tokenizer that these weights read; {advice}"
+    )
+  return None
+
+
+def _tokenizer_of(config: Config) -> Tokenizer | None:
+  """The tokenizer of a config; None if it is still to be trained on the corpus."""
+  if config.data.tokenizer != SENTENCEPIECE:
+    return named_tokenizer(config.data.tokenizer)
+  records = data_directory(config)
+  return open_corpus(records).tokenizer if has_records(records) else None
