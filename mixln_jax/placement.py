@@ -196,12 +196,18 @@ class Row:
     return self.ramp.end > 0.0
 
   def with_streams(self, num: int, *, kept: bool) -> "Row":
-    """The row in a model of `num` streams: those that it does not know are neither read nor written, and `kept`."""
+    """The row in a model of `num` streams, of which it does not read those that it does not know.
+
+    They are `kept` as they are, or else, where they live within a layer, become what the first one was before the
+    sublayer: an MLP finds the layer's input there, whatever the row of its attention.
+    """
     missing = num - self.num_streams
     if missing <= 0:
       return self
     none = (0.0,) * missing
     mix = [(*to, *none) for to in self.mix]
+    if not kept:
+      mix[0] = (*self.mix[0], *(1.0,) * missing)
     for index in range(self.num_streams, num):
       mix.append(tuple(float(kept and to == index) for to in range(num)))
     return replace(self, read=(*self.read, *none), mix=tuple(mix), write=(*self.write, *none))

@@ -44,7 +44,7 @@ LAYER_LISTS = {
   # Several streams. Rows of different families that have them for one purpose, and rows that know one.
   "dhc:2*1,dhc_layernorm:2*1,mhc:2*1,post/pre*1": "dhc:2 dhc_layernorm:2 mhc:2 post/pre",
   "hybrid*1,hc:2*1,ihc:2*1,mhc_zero_bias:2*1": "hybrid hc:2 ihc:2 mhc_zero_bias:2",
-  "b2t*1,parallel*1,spannorm*1,pre*1": "b2t parallel spannorm pre",
+  "b2t*1,pre/parallel*1,spannorm*1,pre*1": "b2t pre/parallel spannorm pre",
   "attnres*2,pre*2": "attnres attnres pre pre",
   "post*2,siamese*2": "post post siamese siamese",
   "residual*3,post/pre*1": "residual residual residual post/pre",
@@ -54,11 +54,17 @@ LAYER_LISTS = {
   # Tested with the long tests alone.
   "hc:4*2,pre*2": "hc:4 hc:4 pre pre",
   "hc:2*2,dhc:2*2": "hc:2 hc:2 dhc:2 dhc:2",
+  "parallel/b2t*2,pre/spannorm*2": "parallel/b2t parallel/b2t pre/spannorm pre/spannorm",
   "post/pre*2+value_residual,pre*2+prores:linear:100@37": (
     "post/pre+value_residual post/pre+value_residual pre+prores:linear:100@37 pre+prores:linear:100@37"
   ),
 }
-LONG = ("hc:4*2,pre*2", "hc:2*2,dhc:2*2", "post/pre*2+value_residual,pre*2+prores:linear:100@37")
+LONG = (
+  "hc:4*2,pre*2",
+  "hc:2*2,dhc:2*2",
+  "parallel/b2t*2,pre/spannorm*2",
+  "post/pre*2+value_residual,pre*2+prores:linear:100@37",
+)
 CORE = ("pre", "post", "mix:0.25", "mix:0.5", "hybrid_first*2,skipinit*1,deepnorm*1+gpas")
 
 

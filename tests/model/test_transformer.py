@@ -21,6 +21,10 @@ from model.rounding import NETWORK, assert_near
     {"tied_embeddings": True},
     {"qkv_bias": True, "rope_base": 500.0},
     {"norm_epsilon": 0.1},
+    {"norm": "layernorm"},
+    {"norm": "dyt"},
+    {"norm": "dyt_bias"},
+    {"norm": "derf"},
   ],
   ids=str,
 )
