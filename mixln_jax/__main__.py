@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from mixln_jax import commands, signals, streams
+from mixln_jax import commands, printing, signals
 from mixln_jax.errors import InputError, MachineError, TryAgainError, advice, bad_path, exhausted, one_line
 from mixln_jax.text import printable
 
@@ -67,8 +67,8 @@ def main(argv: list[str]) -> int:
 
 def front_door() -> None:
   """Runs the command of this process's arguments, and ends the process with its status."""
-  streams.use_utf8()
-  streams.never_fail()
+  printing.use_utf8()
+  printing.never_fail()
   signals.watch_to_the_end()
   signals.end_with_named_parent()
   status: Any
@@ -77,7 +77,7 @@ def front_door() -> None:
   except SystemExit as error:  # --help
     status = error.code
   signals.only_note()
-  lost = streams.lost_output()
+  lost = printing.lost_output()
   if lost is not None and sys.argv[1:2] not in ([name] for name in commands.WRITE_ALL_TO_FOLDERS):
     print(f"error: a part of the output is lost: {one_line(lost)}", file=sys.stderr)
     status = status or 1

@@ -172,7 +172,7 @@ def test_help_into_head_and_a_full_disk():
 
 def test_characters_that_a_locale_lacks_are_escaped():
   """`√` has no bytes in Latin 1: a finished run used to end with a traceback there."""
-  code = "from mixln_jax import streams; streams.never_fail(); print('×√')"
+  code = "from mixln_jax import printing; printing.never_fail(); print('×√')"
   environment = os.environ | ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
   result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
   assert result.stdout == "×".encode("latin-1") + b"\\u221a\n"
