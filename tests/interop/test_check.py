@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import flax.linen as nn
@@ -35,12 +36,40 @@ def replace_in_model(monkeypatch, name, original, other):
       monkeypatch.setattr(module, name, other)
 
 
-@pytest.mark.parametrize("name", [*placement.ROWS, "mix:0.5", "post*1+gpas,hybrid*1,pre*2+qk_norm_full"])
+def has_several_streams(name):
+  return bool(placement.parse(name, 4).streams.kind)
+
+
+ONE_STREAM = [name for name in placement.ROWS if not has_several_streams(name)]
+
+
+@pytest.mark.parametrize("name", [*ONE_STREAM, "mix:0.5", "post/pre*1,post*1+gpas,hybrid*1,pre*1+qk_norm_full"])
 def test_an_untouched_model_passes(name, monkeypatch):
   """Catches a guard that rejects what is right: every row must be exportable, at the tolerance with room to spare."""
   model = small_model(placement=name, num_kv_heads=1, mlp_pad_to=32)
   monkeypatch.setattr(check, "TOLERANCE", 0.01 * check.TOLERANCE)
   check_export(*exported(model))
+
+
+@pytest.mark.parametrize("name", [*filter(has_several_streams, placement.ROWS), "pre+x0", "hc:2*1,pre*3"])
+def test_several_streams_are_rejected_by_name(name):
+  """Catches an export of a wiring that no reader of the layouts knows."""
+  with pytest.raises(InputError, match=rf"placement='{re.escape(name)}' has \d+ residual streams"):
+    check_export({}, small_model(placement=name), {}, {})
+
+
+@pytest.mark.parametrize(
+  ("field", "fields"),
+  [
+    ("norm='layernorm'", {"norm": "layernorm"}),
+    ("value_residual", {"placement": "pre+value_residual"}),
+    ("ramp", {"placement": "pre+prores:linear:8"}),
+  ],
+)
+def test_what_the_layouts_have_no_word_for_is_rejected_by_name(field, fields):
+  model = small_model(**fields)
+  with pytest.raises(InputError, match=field):
+    check_export({}, model, {}, hf.hf_config(model, 64, official=True))
 
 
 STOCK = {
@@ -204,7 +233,7 @@ def test_a_missing_tensor_and_an_additional_one_are_named():
 def test_every_field_of_the_model_is_known_to_the_export():
   """Fails when a field is added to config.model: say in KNOWN_FIELDS where the export puts it, once it does."""
   fields = {name.removeprefix("model.") for name in config_lib.FIELDS if name.startswith("model.")}
-  assert fields == check.KNOWN_FIELDS.keys()
+  assert fields - {"norm"} == check.KNOWN_FIELDS.keys()  # a norm of another kind is rejected by name
   config_names = set(hf.hf_config(small_model(), 64, official=True)) | {"placement_table"}
   for name, goes_to in check.KNOWN_FIELDS.items():
     if " " not in goes_to:
@@ -228,8 +257,11 @@ def test_a_rope_scaling_that_the_layouts_lack_is_rejected():
 
 
 def test_every_column_of_the_rule_is_known_to_both_readers():
-  """Fails when a column is added to `Row`: teach it to the modelling file and to forward.py, then name it there."""
-  columns = {field.name for field in dataclasses.fields(placement.Row) if "initial" not in field.metadata}
+  """Fails when a column is added to `Row`: teach it to the modelling file and to forward.py and name it there, or name
+  it here, where a row that uses it is rejected by its name (`check_streams`, `check_columns`)."""
+  rejected = {"read", "mix", "write", "wiring", "norm_streams", "streams", "stream_start", "read_out_weight"}
+  rejected |= {"value_residual", "value_residual_two", "ramp"}
+  columns = {field.name for field in dataclasses.fields(placement.Row) if "initial" not in field.metadata} - rejected
   assert columns == set(forward.COLUMNS)
   modeling = hf.MODELING.read_text()
   for column in columns:
