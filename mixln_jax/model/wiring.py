@@ -14,9 +14,11 @@ import jax.numpy as jnp
 
 from mixln_jax.model.columns import Flag, TracedRow
 from mixln_jax.model.norm import mean_square, rms_norm
+from mixln_jax.parallel.rules import constrain
 
 Coefficient = float | jax.Array  # a Python constant, [] or [B, T]
 Weights = Mapping[str, jax.Array]
+Products = Callable[[jax.Array, jax.Array, "Seen"], jax.Array]
 V4_EPSILON = 1e-6  # DeepSeek-V4's, in its coefficients
 SINKHORN_ITERATIONS = 20  # arXiv 2512.24880, §4
 
@@ -120,49 +122,57 @@ def _static(seen: Seen) -> Wiring:
   return Wiring([alpha[source, 0] for source in range(n)], mix, [beta[source] for source in range(n)])
 
 
-def _dynamic(normed: Callable[[jax.Array, Seen], jax.Array], seen: Seen) -> Wiring:
+def _whole(weight: jax.Array) -> jax.Array:
+  """A small matrix, gathered once: cut along the streams' width, each of its products would gather it again."""
+  return constrain(weight, *[None] * weight.ndim)
+
+
+def _dynamic(products: Products, seen: Seen) -> Wiring:
   """The dynamic ones (eq. 10 to 13): row i of A and entry i of B change with stream i, and with it alone.
 
   Args:
-    normed: the norm of a stream [B, T, D] in fp32 that its coefficients are computed from.
+    products: (a stream, a matrix [D, N + 2], seen) -> the stream, after the norm for it, times the matrix.
     seen: what a wiring may look at.
   """
-  n, static = seen.n, _static(seen)
+  n, static, weights = seen.n, _static(seen), seen.weights
+  to_both_DA = _whole(jnp.concatenate([weights["hc_dynamic_alpha"], weights["hc_dynamic_beta"][:, None]], axis=1))
   read, mix, write = [], [], []
   for index, stream_BTD in enumerate(seen.streams):
-    normed_BTD = normed(stream_BTD.astype(jnp.float32), seen)
-    to_alpha, to_beta = seen.weights["hc_dynamic_alpha"], seen.weights["hc_dynamic_beta"]
-    alpha_BTA = seen.weights["hc_dynamic_alpha_scale"] * jnp.tanh(_product("btd,da->bta", normed_BTD, to_alpha))
-    beta_BT = seen.weights["hc_dynamic_beta_scale"] * jnp.tanh(_product("btd,d->bt", normed_BTD, to_beta))
+    changes_BTA = jnp.tanh(products(stream_BTD, to_both_DA.astype(jnp.float32), seen))
+    alpha_BTA = weights["hc_dynamic_alpha_scale"] * changes_BTA[..., :-1]
     read.append(static.read[index] + alpha_BTA[..., 0])
     mix.append([static.mix[index][to] + alpha_BTA[..., 1 + to] for to in range(n)])
-    write.append(static.write[index] + beta_BT)
+    write.append(static.write[index] + weights["hc_dynamic_beta_scale"] * changes_BTA[..., -1])
   return Wiring(read, mix, write)
 
 
-# Layers of `dhc` and `dhc_layernorm` share a tree, so that the weights there don't say which norm a layer has.
+# Layers of `dhc` and `dhc_layernorm` share a tree, so that the weights there don't say which norm a layer has. The
+# factor of RMSNorm is one number a position and its gain one a channel: the product is taken of the stream as it is.
 
 
-def _with_rms_norm(x_BTD: jax.Array, seen: Seen) -> jax.Array:
-  return rms_norm(x_BTD, seen.weights["hc_norm"], epsilon=seen.epsilon)
+def _after_rms_norm(x_BTD: jax.Array, weight_DA: jax.Array, seen: Seen) -> jax.Array:
+  return _after_norm_without_gain(x_BTD, seen.weights["hc_norm"].astype(jnp.float32)[:, None] * weight_DA, seen)
 
 
-def _with_layer_norm(x_BTD: jax.Array, seen: Seen) -> jax.Array:
+def _after_norm_without_gain(x_BTD: jax.Array, weight_DA: jax.Array, seen: Seen) -> jax.Array:
+  return _product("btd,da->bta", x_BTD, weight_DA) * jax.lax.rsqrt(mean_square(x_BTD) + seen.epsilon)
+
+
+def _after_layer_norm(x_BTD: jax.Array, weight_DA: jax.Array, seen: Seen) -> jax.Array:
+  x_BTD = x_BTD.astype(jnp.float32)
   centered_BTD = x_BTD - jnp.mean(x_BTD, axis=-1, keepdims=True)
-  return _with_rms_norm(centered_BTD, seen) + seen.weights["hc_norm_bias"]
-
-
-def _without_gain(x_BTD: jax.Array, seen: Seen) -> jax.Array:
-  return x_BTD * jax.lax.rsqrt(mean_square(x_BTD) + seen.epsilon)
+  normed_BTD = rms_norm(centered_BTD, seen.weights["hc_norm"], epsilon=seen.epsilon) + seen.weights["hc_norm_bias"]
+  return _product("btd,da->bta", normed_BTD, weight_DA)
 
 
 def _dynamic_identity(seen: Seen) -> Wiring:
   """The same without its mixing, as two published commits of DepthBench (arXiv 2609.32534) compute it."""
-  return _dynamic(_without_gain, seen)._replace(mix=_identity(seen.n))
+  return _dynamic(_after_norm_without_gain, seen)._replace(mix=_identity(seen.n))
 
 
 def _product(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-  return jnp.einsum(equation, x, weight.astype(jnp.float32))
+  """In x's type, added up in fp32: an fp32 copy of a stream would cost more than the product."""
+  return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _from_all(streams: Sequence[jax.Array], to_DNM: jax.Array, epsilon: float) -> jax.Array:
@@ -173,17 +183,25 @@ def _from_all(streams: Sequence[jax.Array], to_DNM: jax.Array, epsilon: float) -
   n = len(streams)
   total, square = 0.0, 0.0
   for index, stream_BTD in enumerate(streams):
-    x_BTD = stream_BTD.astype(jnp.float32)
-    total = total + _product("btd,dm->btm", x_BTD, to_DNM[index])
-    square = square + mean_square(x_BTD)
+    total = total + _product("btd,dm->btm", stream_BTD, to_DNM[index])
+    square = square + mean_square(stream_BTD)
   return total * jax.lax.rsqrt(square / n + epsilon)
 
 
-def _logits(name: str, seen: Seen) -> jax.Array:
-  """α (x φ) + b of one of pre, post and res (arXiv 2512.24880, eq. 7), [B, T, …]."""
-  phi, bias = seen.weights[f"hc_phi_{name}"], seen.weights[f"hc_b_{name}"]
+def _logits(seen: Seen, *names: str) -> list[jax.Array]:
+  """α (x φ) + b of each of pre, post and res that is named (arXiv 2512.24880, eq. 7), [B, T, …].
+
+  All in one product a stream.
+  """
+  phi = _whole(jnp.concatenate([seen.weights[f"hc_phi_{name}"] for name in names], axis=1))
   changes = _from_all(seen.streams, phi.reshape(seen.n, -1, phi.shape[-1]), seen.epsilon)
-  return seen.weights[f"hc_scale_{name}"] * changes.reshape(*changes.shape[:-1], *bias.shape) + bias
+  logits, begin = [], 0
+  for name in names:
+    bias = seen.weights[f"hc_b_{name}"]
+    part = changes[..., begin : begin + bias.size].reshape(*changes.shape[:-1], *bias.shape)
+    logits.append(seen.weights[f"hc_scale_{name}"] * part + bias)
+    begin += bias.size
+  return logits
 
 
 def _last(values_BTN: jax.Array) -> list[Coefficient]:
@@ -196,15 +214,15 @@ def _matrix(values_BTNM: jax.Array) -> list[list[Coefficient]]:
 
 def _ihc(seen: Seen) -> Wiring:
   """mHC without mixing: read = σ(…), write = 2σ(…)."""
-  read = jax.nn.sigmoid(_logits("pre", seen))
-  write = 2.0 * jax.nn.sigmoid(_logits("post", seen))
-  return Wiring(_last(read), _identity(seen.n), _last(write))
+  pre, post = _logits(seen, "pre", "post")
+  return Wiring(_last(jax.nn.sigmoid(pre)), _identity(seen.n), _last(2.0 * jax.nn.sigmoid(post)))
 
 
 def _mhc(seen: Seen) -> Wiring:
   """Manifold-constrained hyper-connections (arXiv 2512.24880, eq. 7 to 9): mix is made doubly stochastic."""
-  mix = _balanced(jax.nn.softmax(_logits("res", seen), axis=-1))
-  return _ihc(seen)._replace(mix=_matrix(mix))
+  pre, post, res = _logits(seen, "pre", "post", "res")
+  mix = _balanced(jax.nn.softmax(res, axis=-1))
+  return Wiring(_last(jax.nn.sigmoid(pre)), _matrix(mix), _last(2.0 * jax.nn.sigmoid(post)))
 
 
 def _balanced(x_BTNM: jax.Array, epsilon: float = 0.0) -> jax.Array:
@@ -223,6 +241,7 @@ def _v4_logits(seen: Seen) -> list[jax.Array]:
   """The parts of DeepSeek-V4's one matrix: pre, post and, where there are three scales, res."""
   n = seen.n
   fn, base, scale = (seen.weights[f"hc_{name}"].astype(jnp.float32) for name in ("fn", "base", "scale"))
+  fn = _whole(fn)
   logits = _from_all(seen.streams, fn.reshape(-1, n, fn.shape[1] // n).transpose(1, 2, 0), seen.epsilon)
   parts = zip(jnp.split(logits, [n, 2 * n], axis=-1), jnp.split(base, [n, 2 * n]), scale, strict=False)
   return [part_scale * part + part_base for part, part_base, part_scale in parts]
@@ -262,7 +281,7 @@ def source_weights(
   """softmax over sources v of query · RMSNorm(v): a weight [B, T] for each, 0 for those that are not there."""
   scores = []
   for source_BTD, is_there in zip(sources, there, strict=True):
-    score_BT = _product("btd,d->bt", rms_norm(source_BTD, gain_D, epsilon=epsilon), query_D)
+    score_BT = jnp.sum(rms_norm(source_BTD, gain_D, epsilon=epsilon) * query_D.astype(jnp.float32), axis=-1)
     scores.append(jnp.where(jnp.asarray(is_there) > 0, score_BT, -jnp.inf))
   return list(jax.nn.softmax(jnp.stack(scores), axis=0))
 
@@ -270,8 +289,8 @@ def source_weights(
 WIRINGS: Mapping[str, Callable[[Seen], Wiring]] = {
   "x0": _x0,
   "hc": _static,
-  "dhc": functools.partial(_dynamic, _with_rms_norm),
-  "dhc_layernorm": functools.partial(_dynamic, _with_layer_norm),
+  "dhc": functools.partial(_dynamic, _after_rms_norm),
+  "dhc_layernorm": functools.partial(_dynamic, _after_layer_norm),
   "dhc_identity": _dynamic_identity,
   "ihc": _ihc,
   "mhc": _mhc,
