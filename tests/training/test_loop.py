@@ -214,8 +214,8 @@ def test_a_schedule_stated_as_it_was_is_no_change(untouched, make_config, tmp_pa
   assert loop.train(same, tmp_path / "run").step == 6
 
 
-def test_a_shard_that_changed_is_named_as_unreadable(make_config, tmp_path):
-  """Sizes agree, so that opening does not see it; the reader does, and nothing is trained on it."""
+def test_a_shard_that_changed_is_named(make_config, tmp_path):
+  """By opening, which compares a sample; where the manifest is of an earlier version and has none, by the reader."""
   config = make_config(**{"data.directory": str(tmp_path / "records")})
   prepare(config, progress=False)
   (shard,) = (tmp_path / "records").glob("train-*")
@@ -223,6 +223,10 @@ def test_a_shard_that_changed_is_named_as_unreadable(make_config, tmp_path):
   for position in range(2000, len(data) // 4):
     data[position] ^= 0x5A
   shard.write_bytes(bytes(data))
+  with pytest.raises(InputError, match=rf"{shard.name} is not the shard that the manifest names"):
+    loop.train(config, tmp_path / "run")
+  manifest = tmp_path / "records" / "manifest.json"
+  manifest.write_text(re.sub('"sample": "[^"]*"', '"sample": ""', manifest.read_text()))
   with pytest.raises(InputError, match=r"a record can't be read .*config.data.verify"):
     loop.train(config, tmp_path / "run")
   config.data.verify = True
