@@ -137,12 +137,14 @@ class ModelConfig(Section):
     str,
     Field(
       "rmsnorm",
-      "kind of every norm but those of heads: rmsnorm, layernorm (gain and bias), or a point-wise function in its "
-      "place: dyt (as for LLaMA, with a scale of the embedding), dyt_bias (its general form), derf",
+      "kind of every norm but those of heads and of wirings: rmsnorm, layernorm (gain and bias), or a point-wise "
+      "function in its place: dyt (as for LLaMA, with a scale of the embedding), dyt_bias (its general form), derf",
       choices=NORMS,
     ),
   ]
-  norm_epsilon: Annotated[float, Field(1e-6, "added to the mean square inside every RMSNorm's root", minimum=0.0)]
+  norm_epsilon: Annotated[
+    float, Field(1e-6, "added to the mean square (layernorm: the variance) inside every norm's root", minimum=0.0)
+  ]
   rope_base: Annotated[float, Field(10_000.0, "base of the rotary position embedding", minimum=1.0)]
   rope_scaling: Annotated[
     str,
@@ -652,8 +654,8 @@ def _validate_training(config: Config) -> None:
   _contradiction(
     ramp_end > train.num_steps,
     f"config.model.placement={config.model.placement!r}: its warm-up of the residual ends after {ramp_end:g} updates, "
-    f"but config.train.num_steps={train.num_steps}; write a shorter one, as in "
-    f"'+prores:linear:{train.num_steps // 4}', or train longer",
+    f"but config.train.num_steps={train.num_steps}; write a shorter one, "
+    "+prores:SCHEDULE:STEPS with at least as many steps as layers, or train longer",
   )
   warmup = warmup_steps(config)
   _contradiction(

@@ -215,11 +215,13 @@ class OpenRun:
 
   def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray | jax.Array) -> jax.Array:
     """Logits [B, T, V], fp32, of token ids [B, T] (or [T] for one row)."""
-    return _logits(self.model, self.params, _as_rows(tokens))
+    params = self.params  # first: which checkpoint is open, and with it the model, is known by then
+    return _logits(self.model, params, _as_rows(tokens))
 
   def hidden(self, tokens: Sequence[Sequence[int]] | np.ndarray | jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Final hidden states [B, T, D] of token ids [B, T] (or [T]), and the taps of `Transformer.hidden`."""
-    return _hidden(self.model, self.params, _as_rows(tokens))
+    params = self.params
+    return _hidden(self.model, params, _as_rows(tokens))
 
   def metrics(self) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, oldest first."""

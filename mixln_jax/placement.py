@@ -30,6 +30,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -586,7 +587,7 @@ def _on(sublayers: tuple[str, ...] = SUBLAYERS, **columns: Any) -> Modifier:
 
 def _scaled_init(rows: Rows, position: Position, _: tuple[str, ...]) -> Rows:
   factor = 1.0 / math.sqrt(2 * position.num_layers)
-  return Rows(replace(rows.attention, output_deviation=factor), replace(rows.mlp, output_deviation=factor))
+  return Rows(*(replace(row, output_deviation=row.output_deviation * factor) for row in rows))
 
 
 def _x0(rows: Rows, _position: Position, _texts: tuple[str, ...]) -> Rows:
@@ -703,6 +704,12 @@ def at_step(placement: str, num_layers: int, step: int) -> str:
   return ",".join(segments)
 
 
+def without_step(placement: str) -> str:
+  """The placement without the step that `at_step` wrote into it, and without ramps that say what is the default."""
+  default = f"+prores:linear:{DEFAULT_RAMP_STEPS}"
+  return re.sub(r"@\d+", "", placement).replace(default, "+prores").replace("+prores:linear", "+prores")
+
+
 MODIFIERS: Mapping[str, Modifier] = {
   "scaled_init": Modifier(_scaled_init),
   "gpas": _on(gpas=True),
@@ -758,7 +765,14 @@ def parse(placement: str, num_layers: int) -> Table:
   else:
     layers = _expand_segments(segments, num_layers, placement)
   _check_streams(layers, placement)
-  return Table(tuple(layers))
+  table = Table(tuple(layers))
+  if table.ramp_end > 0 and any(row.vector_c_res for row in table.all_rows):
+    raise _error(
+      placement,
+      "admin's scales are set from a pass before the first update, in which +prores has branches switched off; leave "
+      "one of the two out",
+    )
+  return table
 
 
 def _error(placement: str, problem: str) -> InputError:
@@ -813,10 +827,10 @@ def _parse_name(body: str, segment: str, placement: str) -> _Name:
 
 def _parse_argument(text: str, argument: Argument, segment: str, name: str, placement: str) -> float:
   try:
-    value = float(text)
+    value = whole_number(text) if argument.whole else float(text)
   except ValueError:
-    value = math.nan
-  if not argument.minimum <= value <= argument.maximum or (argument.whole and value != int(value)):
+    value = None
+  if value is None or not argument.minimum <= value <= argument.maximum:
     example = 1.0 if argument.default is None else argument.default
     kind = "whole number" if argument.whole else "number"
     raise _error(
@@ -824,7 +838,7 @@ def _parse_argument(text: str, argument: Argument, segment: str, name: str, plac
       f"the {argument.meaning} in {segment!r} must be a {kind} from {argument.minimum:g} to {argument.maximum:g}, "
       f"as in '{name}:{example:g}'",
     )
-  return int(value) if argument.whole else value
+  return value
 
 
 def _layer(segment: _Segment, names: tuple[_Name, ...], position: Position, placement: str) -> Layer:
@@ -848,19 +862,16 @@ def _layer(segment: _Segment, names: tuple[_Name, ...], position: Position, plac
 
 def _check_modifier(name: str, rows: Rows, segment: _Segment, placement: str) -> None:
   several = [row.streams for row in rows if row.streams]
+  names = [modifier.split(":")[0] for modifier in segment.modifiers]
+  if names.count(name) > 1:
+    raise _error(placement, f"{segment.text!r} has the modifier {name!r} more than once; write it once")
   if name == "x0" and several:
     raise _error(
       placement,
       f"{segment.text!r}: +x0 keeps the embedding in a second stream, but this row's are "
       f"{STREAM_SETS[several[0]].meaning}; leave +x0 out",
     )
-  if name == "prores" and any(row.vector_c_res for row in rows):
-    raise _error(
-      placement,
-      f"{segment.text!r}: admin's scales are set from its branches before the first update, when +prores has them "
-      "switched off; leave one of the two out",
-    )
-  if name == "gpas" and several:
+  if name == "gpas" and (several or "x0" in names):
     raise _error(
       placement, f"{segment.text!r}: +gpas is defined for one residual stream, and this row has several; leave it out"
     )

@@ -329,3 +329,25 @@ def test_a_count_of_thousands_of_digits_is_one_line():
   with pytest.raises(InputError, match="whole number above 0") as error:
     parse("post*" + 5000 * "9", 12)
   assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("pre+prores:linear:8+prores:linear:9", "'prores' more than once"),
+    ("pre+value_residual+value_residual:2", "'value_residual' more than once"),
+    ("pre+gpas+x0", r"\+gpas is defined for one residual stream"),
+    ("pre+x0+gpas", r"\+gpas is defined for one residual stream"),
+    ("hc:4.0", "whole number"),
+    ("attnres:1e2", "whole number"),
+    ("admin*2,pre*2+prores:linear:8", "admin's scales"),
+  ],
+)
+def test_what_would_mean_two_things_is_rejected(text, words):
+  with pytest.raises(InputError, match=words):
+    parse(text, 4)
+
+
+def test_scaled_init_multiplies_what_a_placement_has():
+  """Hyper-connections start with their last matrices divided by √N: catches a modifier that forgets it."""
+  assert parse("hc:4+scaled_init", 2).layers[0].mlp.output_deviation == pytest.approx(0.5 / np.sqrt(4))

@@ -21,7 +21,7 @@ from mixln_jax.planning import plan as planning
 from mixln_jax.planning import text, topology
 from mixln_jax.planning.search import search
 from mixln_jax.planning.topology import MissingLibtpuError
-from mixln_jax.training.finetune import follow_model
+from mixln_jax.training.finetune import follow_model, pin
 
 FITS, DOES_NOT_FIT, NOT_COMPILED = 0, 1, 3
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
   line.boolean("search", "try remat policies, micro-batches and mesh shapes, and rank those that fit")
   line.integer("search_compilations", "what a search compiles at most", default=12, minimum=1)
   values = line.parse(argv)
-  config = follow_model(line.config_value(), line.overrides())
+  config = pin(follow_model(line.config_value(), line.overrides()))
   if values.efficiency > 1:
     raise InputError(f"--efficiency={values.efficiency:g}: must be at most 1, a fraction of the peak")
   if values.topology not in topology.HERE:

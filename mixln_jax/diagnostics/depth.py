@@ -99,8 +99,9 @@ def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str
   """`step(params, sums, batch) -> sums`: adds a batch to the sums. Call it under jit."""
   table = config_lib.table(model)
   of_model = table.streams
-  # Of attention residuals the head reads, at a depth, what the next attention would.
-  there = [row.read for row in table.rows("attention")] if of_model.kind == "sources" else []
+  # Of attention residuals alone the head reads, at a depth, what the next attention would.
+  only_sources = all(row.streams == "sources" for row in table.all_rows)
+  there = [row.read for row in table.rows("attention")] if only_sources else []
   there_PN = np.array([*there, *[(1.0,) * of_model.num] * (len(table.layers) + 1 - len(there))])
 
   def look(transformer: Transformer, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:

@@ -26,17 +26,20 @@ DEFINITIONS = {
   "[l][n - 1], l from 0; the last depth is taken before the final norm. Of each token by itself, in fp32, the cosine "
   "clipped to [-1, 1], then the mean: `last` over the last counted token of each record (Gromov et al., arXiv "
   "2403.17887; Mix-LN, arXiv 2412.13795), `all` over all counted tokens. fp32 does not resolve distances under 1e-4.",
-  "removal": "Validation loss in nats a token with layers l to l + n - 1 removed (their output is their input), at "
-  "blocks[n][l], without any training; `loss` with all layers. A drop is the difference of the two. `scores`, "
+  "removal": "Validation loss in nats a token with layers l to l + n - 1 removed (their output is their input; of "
+  "attention residuals, that later softmaxes read zeros), at blocks[n][l], without any training; `loss` with all "
+  "layers. A drop is the difference of the two. `scores`, "
   "where tasks were given: the same of each task's accuracy (of one that has none, its first metric).",
   "gradient_norm": "L2 norm of the gradient of the mean loss over the same tokens, with respect to all weights of a "
   "sublayer together (attention: query, key, value, output; mlp: gate, up, down; biases among them, gains of norms "
   "not), without clipping. `initial`: at initial weights drawn again from the run's config.seed (or those of "
   "config.train.start_from), which for an imported model are not those that it started from; `checkpoint`: at those "
-  "of this step.",
+  "of this step. Both with the placement as it is at this step, also where it depends on the step (`+prores`).",
   "effective_rank": "exp of the entropy of the singular values over their sum (Roy and Vetterli 2007), of the counted "
-  "tokens' residual streams at each depth, their mean taken off; depth 0 is the input of the first layer.",
-  "logit_lens_perplexity": "Perplexity of the final norm and head on the residual stream at each depth (logit lens).",
+  "tokens' residual streams at each depth, their mean taken off; depth 0 is the input of the first layer. Of several "
+  "residual streams, here and in angular_distance, it is their sum, or the first where the head reads it alone.",
+  "logit_lens_perplexity": "Perplexity of the final norm and head on the residual stream at each depth (logit lens); "
+  "of several streams, of what the head reads of them.",
 }
 Batches = Sequence[Mapping[str, jax.Array]]
 GradientNorms = Callable[[Any, Iterable[Mapping[str, jax.Array]]], dict[str, list[float]]]

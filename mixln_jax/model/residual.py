@@ -166,7 +166,7 @@ class Sublayer(NamedTuple):
 
     kept = [read_from[0], *streams[1:]]  # R_i
     from_normed = _and(row.norm_in, row.residual_from_normed)
-    if n == 1:
+    if n == 1 and not row.wired:
       kept[0] = self.normed(x_BTD, from_normed, row.gain_norm_in)
     elif from_normed is not False:
       kept[0] = _where(from_normed, self.normed(x_BTD, row.norm_in, row.gain_norm_in), kept[0])
@@ -181,6 +181,8 @@ class Sublayer(NamedTuple):
     further = []
     for to in range(1, n):
       further.append(weighted_sum([1.0, wiring.write[to]], [mixed[to], branch_BTD]).astype(dtype))
+    # What the sum takes of the branch, where that is not all.
+    branch_BTD = weighted_sum([wiring.write[0]], [branch_BTD])
     return Streams(first, tuple(further)), said, {"residual_BTD": residual_BTD, "branch_BTD": branch_BTD}
 
   def append(self, f: Branch, sources: Sources) -> tuple[Sources, Any, Terms]:

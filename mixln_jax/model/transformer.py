@@ -447,10 +447,8 @@ class Transformer(nn.Module):
       there_N: of attention residuals, 0 for a source that is not there yet; by default all are.
     """
     c = self.config
-    weights = {}
-    for param in parameters(c).values():
-      if not param.in_layers:
-        weights[param.name] = getattr(self, param.name)
+    # As they are, and not by the table: of runs that share a tree, another one's read-out may learn more.
+    weights = nn.unbox({name: leaf for name, leaf in self.variables["params"].items() if name != "layers"})
 
     def normed(name: str, x_BTD: jax.Array) -> jax.Array:
       return norm(c.norm, x_BTD, norm_params(weights, name, c.norm), epsilon=c.norm_epsilon)

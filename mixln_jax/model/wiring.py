@@ -2,7 +2,8 @@
 
 A coefficient is a Python constant, a number that a layer has learned, or one for each position [B, T] that is computed
 from the streams there. `WIRINGS` has a function for each word of the table's `wiring` column but `fixed`, `READ_OUTS`
-one for each read-out of `placement.STREAM_SETS`. All is fp32.
+one for each read-out of `placement.STREAM_SETS`. All is fp32, but for products with the
+streams, which are taken in their type and added up in fp32.
 """
 
 import functools

@@ -27,8 +27,9 @@ Level = Literal["unfair", "caution", "note"]
 LEVELS: tuple[Level, ...] = ("unfair", "caution", "note")  # the gravest first
 
 # Parameters that are drawn from the seed, by the last part of their names. All others (gains, biases, learned scalars)
-# start from constants that a placement chooses, so that a difference there says nothing. The names are stated again,
-# because a report reads folders and builds no model; a test compares them with the model's own table.
+# start from constants that a placement chooses, and hyper-connections draw matrices of a size that it chooses, so that
+# a difference there says nothing. The names are stated again, because a report reads folders and builds no model; a
+# test compares them with the model's own table.
 DRAWN = ("embedding", "head", "query", "key", "value", "output", "gate", "up", "down")
 IN_LAYERS = "layers/"  # what the names of parameters in layers begin with
 

@@ -21,7 +21,7 @@ from mixln_jax.files import local_path
 from mixln_jax.model.parameters import abstract_sharded_params
 from mixln_jax.opening import Setup, choose_step, data_facts
 from mixln_jax.parallel.bits import hash_of_sums
-from mixln_jax.placement import at_step
+from mixln_jax.placement import at_step, without_step
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import SUMS, Checkpoints
 from mixln_jax.runs.facts import read_config
@@ -58,7 +58,7 @@ def resolve(config: Config, overrides: Mapping[str, Any], own: RunFolder) -> Con
 
   Args and errors are those of `follow` and `pin`.
   """
-  return pin(follow(config, overrides, own), own) if config.train.start_from else config
+  return pin(follow(config, overrides, own), own)
 
 
 def follow(config: Config, overrides: Mapping[str, Any], own: RunFolder | None = None) -> Config:
@@ -109,17 +109,17 @@ def _at_start(model: ModelConfig, train: TrainConfig) -> ModelConfig:
   return model
 
 
-def pin(config: Config, own: RunFolder) -> Config:
+def pin(config: Config, own: RunFolder | None = None) -> Config:
   """The config with the step of the checkpoint that it names: the run that it starts from may be trained further.
 
   Args:
-    config: with a config.train.start_from.
+    config: of the recipe and the command line.
     own: the run's own folder; once it is there, what it names stays.
 
   Raises:
     InputError: there is no such checkpoint.
   """
-  if config.train.start_checkpoint not in (config_lib.NEWEST, config_lib.BEST):
+  if not config.train.start_from or config.train.start_checkpoint not in (config_lib.NEWEST, config_lib.BEST):
     return config
   config = config.copy_and_resolve_references()
   if begun := _begun(config, own):
@@ -152,6 +152,8 @@ def _model_of(theirs: ModelConfig, config: Config, overrides: Mapping[str, Any])
   for name, value in config.model.items():
     field = config_lib.FIELDS[f"model.{name}"]
     if (f"model.{name}" not in overrides and value == field.default) or value == fields[name]:
+      continue
+    if name == "placement" and without_step(str(value)) == without_step(str(fields[name])):
       continue
     if field.on_resume == config_lib.FREE:
       fields[name] = value

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mixln_jax.config import Config, ModelConfig, decay_steps, warmup_steps
+from mixln_jax.model.columns import Columns
 from mixln_jax.model.parameters import param_paths, parameters
 from mixln_jax.parallel.rules import platform
 from mixln_jax.training.tuned import clip_with_known_norm, update_from_moments
@@ -36,8 +37,11 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: Config, columns: Columns | None = None) -> optax.GradientTransformationExtraArgs:
   """Clip, Adam, decoupled weight decay: everything of AdamW but the learning rate, which the step applies.
+
+  `columns` are those of several placements that share the tree (`Columns.of_many`), default: config.model's own; what
+  decays depends on them, and the state does not.
 
   Its `update` needs two arguments more than optax's own: `norm`, the global norm of the gradients; and `accept`, a
   boolean: where it is False the state stays as it is, and the update that is returned means nothing.
@@ -49,7 +53,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
   if c.clip_norm > 0:
     clip = clip_by_norm(c.clip_norm)
   if c.weight_decay > 0:
-    decay = optax.add_decayed_weights(c.weight_decay, mask=lambda params: decayed(config.model, params))
+    decay = optax.add_decayed_weights(c.weight_decay, mask=lambda params: decayed(config.model, params, columns))
   return optax.chain(clip, moment_cast(c.moment_dtype), scale_by_adam(c.b1, c.b2, c.epsilon), decay)
 
 
@@ -90,7 +94,7 @@ def init_moments(optimizer: optax.GradientTransformation, params: Any, dtype: st
   return optimizer.init(jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params))
 
 
-def decayed(model: ModelConfig, params: Any) -> Any:
-  """True for each parameter that weight decay is for; `params` may be a tree that several placements share."""
-  decays = {path for path, param in parameters(model).items() if param.decays}
+def decayed(model: ModelConfig, params: Any, columns: Columns | None = None) -> Any:
+  """True for each parameter that weight decay is for; of a tree that several placements share, with its `columns`."""
+  decays = {path for path, param in parameters(model, columns).items() if param.decays}
   return jax.tree.map(lambda path: path in decays, param_paths(params))

@@ -150,12 +150,12 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
   and the step counts as skipped.
   """
   model = Transformer(config.model, observe=layers.observe if diagnose else None)
-  optimizer = make_optimizer(config)
   schedule = learning_rate_schedule(config)
 
   def train_step(
     state: TrainState, batch: Batch, columns: Columns | None = None, learning_rate: jax.Array | None = None
   ) -> tuple[TrainState, Metrics]:
+    optimizer = make_optimizer(config, columns)
     columns = columns_at(config, columns, state.step)
     total, count, grads, statistics = gradient_and_statistics(
       model, state.params, batch, config.train.micro_batches, columns

@@ -54,6 +54,7 @@ LAYER_LISTS = {
   # Tested with the long tests alone.
   "hc:4*2,pre*2": "hc:4 hc:4 pre pre",
   "hc:2*2,dhc:2*2": "hc:2 hc:2 dhc:2 dhc:2",
+  "hc:1*2,ihc:1*2": "hc:1 hc:1 ihc:1 ihc:1",
   "parallel/b2t*2,pre/spannorm*2": "parallel/b2t parallel/b2t pre/spannorm pre/spannorm",
   "post/pre*2+value_residual,pre*2+prores:linear:100@37": (
     "post/pre+value_residual post/pre+value_residual pre+prores:linear:100@37 pre+prores:linear:100@37"
@@ -62,6 +63,7 @@ LAYER_LISTS = {
 LONG = (
   "hc:4*2,pre*2",
   "hc:2*2,dhc:2*2",
+  "hc:1*2,ihc:1*2",
   "parallel/b2t*2,pre/spannorm*2",
   "post/pre*2+value_residual,pre*2+prores:linear:100@37",
 )

@@ -54,9 +54,17 @@ def test_stopped_and_resumed_is_the_untouched_run(make_config, tmp_path, placeme
 
 
 def test_families_of_one_tree_train_together_as_apart(make_config, tmp_path):
-  """Would catch a run of one stream that reads or writes the streams of its neighbours."""
-  config = make_config(**{"train.num_steps": 3, "optimizer.warmup_steps": 1})
-  study = make_study(config, [parse_axes(["placement=hc:2 pre hc:2*1,dhc:2*1", "learning_rate=1e-3 3e-3"])])
+  """Would catch a run of one stream that reads or writes the streams of its neighbours, and a decay that depends
+  on which run is the first."""
+  config = make_config(
+    **{
+      "train.num_steps": 3,
+      "optimizer.warmup_steps": 1,
+      "optimizer.weight_decay": 0.5,
+      "optimizer.learning_rate": 1e-2,
+    }
+  )
+  study = make_study(config, [parse_axes(["placement=pre dhc:2 hc:2*1,mhc:2*1", "learning_rate=1e-3 3e-3"])])
   runs = open_study(study, tmp_path / "study")
   train_together(study, runs)
   for index in (0, 2, 5):
