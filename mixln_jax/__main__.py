@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from mixln_jax import commands, printing, signals
-from mixln_jax.errors import InputError, MachineError, TryAgainError, advice, bad_path, exhausted, one_line
+from mixln_jax.errors import InputError, TryAgainError, advice, bad_path, exhausted, one_line
 from mixln_jax.text import printable
 
 
@@ -50,9 +50,6 @@ def main(argv: list[str]) -> int:
   except KeyboardInterrupt:
     print("stopped at once, without a checkpoint", file=sys.stderr)
     return signals.AT_ONCE_STATUS
-  except MachineError as error:
-    print(printable(f"error: {error}"), file=sys.stderr)
-    return 1
   except Exception as error:
     path = bad_path(error)
     if path is not None:

@@ -48,8 +48,8 @@ class LostLockError(TryAgainError):
   at_once = True
 
 
-class MachineError(Exception):
-  """The machine has no more of something (disk, open files); the same command can be run again. Exit status 1."""
+class MachineError(TryAgainError):
+  """The machine has no more of something (disk, open files)."""
 
 
 EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EROFS)
