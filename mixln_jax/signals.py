@@ -92,7 +92,12 @@ def to_stop_now() -> str | None:
   return None if _state.prepared else _state.requested_by
 
 
-def _handle(number: int, _: FrameType | None) -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
+  if _state.raises and _in_an_import(frame):
+    # Modules in C++ end the process where Python raises while they are imported: again in a moment.
+    signal.signal(signal.SIGALRM, lambda _, later: _handle(number, later))
+    signal.setitimer(signal.ITIMER_REAL, POLL_SECONDS)
+    return
   insists = number != signal.SIGHUP
   _state.insistent += insists
   first = _state.requested_by is None
@@ -105,6 +110,15 @@ def _handle(number: int, _: FrameType | None) -> None:
     act()
   if _state.raises:
     raise KeyboardInterrupt if number == signal.SIGINT else Stopped(signal.Signals(number).name)
+
+
+def _in_an_import(frame: FrameType | None) -> bool:
+  """Whether a module is being imported there."""
+  while frame is not None:
+    if frame.f_code.co_filename.startswith("<frozen importlib"):
+      return True
+    frame = frame.f_back
+  return False
 
 
 def _watched_signals() -> list[signal.Signals]:
@@ -166,6 +180,7 @@ def noting(act: Callable[[], object] = lambda: None) -> Iterator[None]:
 def _stop_watching() -> None:
   """Leaves the signals to whom they belonged before, and forgets what was asked."""
   writing, previous = _state.wake_up
+  signal.setitimer(signal.ITIMER_REAL, 0.0)
   signal.set_wakeup_fd(previous)
   for number, handler in _state.previous.items():
     signal.signal(number, handler)

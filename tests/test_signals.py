@@ -67,10 +67,12 @@ def test_a_signal_while_it_compiles_ends_a_run_with_75(train, tmp_path, number, 
   assert f"stopped    by {number.name}" in output
 
 
-def test_a_signal_at_the_start_ends_a_run_with_75(train):
-  """The moment of the imports: handlers that are set only by the loop come too late for it."""
+@pytest.mark.parametrize("seconds", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.6, 1.5, 2, 3))])
+def test_a_signal_at_the_start_ends_a_run_with_75(train, seconds):
+  """The moment of the imports: handlers that are set only by the loop come too late for it, and one that raises while a
+  module in C++ is imported ends the process with SIGABRT."""
   process = train()
-  time.sleep(1)
+  time.sleep(seconds)
   process.send_signal(signal.SIGTERM)
   output = process.communicate(timeout=60)[0]
   assert process.returncode == signals.STOPPED_STATUS, output

@@ -34,7 +34,10 @@ def losses(workdir, split="train"):
 
 @pytest.mark.parametrize(
   "placement",
-  ["mhc:2*1,dhc:2*1", "attnres:3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("siamese", "attnres"))],
+  [
+    "attnres:3",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mhc:2*1,dhc:2*1", "siamese", "attnres")),
+  ],
 )
 def test_stopped_and_resumed_is_the_untouched_run(make_config, tmp_path, placement):
   """Would catch what a wiring learns being left out of a checkpoint, or restored into another place."""
