@@ -192,10 +192,6 @@ class Row:
   def num_streams(self) -> int:
     return len(self.read)
 
-  @property
-  def has_ramp(self) -> bool:
-    return self.ramp.end > 0.0
-
   def with_streams(self, num: int, *, kept: bool) -> "Row":
     """The row in a model of `num` streams, of which it does not read those that it does not know.
 

@@ -9,24 +9,34 @@ SECONDS_TO_A_LINE = 60.0
 
 
 @contextlib.contextmanager
-def said(what: str) -> Iterator[None]:
-  """While the context is open, prints a line each minute that says what is waited for, and since when."""
-  since = datetime.datetime.now().astimezone().strftime("%H:%M:%S")
+def every(seconds: float, act: Callable[[], object]) -> Iterator[None]:
+  """Calls `act` now and then, in a thread of its own, until the context is left or the process is gone."""
   done = threading.Event()
 
-  def say() -> None:
-    minutes = 0
-    while not done.wait(SECONDS_TO_A_LINE):
-      minutes += 1
-      print(f"waiting    for {what}, since {since} ({minutes * SECONDS_TO_A_LINE / 60:g} min)", flush=True)
+  def repeat() -> None:
+    while not done.wait(seconds):
+      act()
 
-  thread = threading.Thread(target=say, daemon=True)
+  thread = threading.Thread(target=repeat, daemon=True)
   thread.start()
   try:
     yield
   finally:
     done.set()
     thread.join()
+
+
+@contextlib.contextmanager
+def said(what: str) -> Iterator[None]:
+  """While the context is open, prints a line each minute that says what is waited for, and since when."""
+  start = datetime.datetime.now().astimezone()
+
+  def say() -> None:
+    minutes = (datetime.datetime.now().astimezone() - start).total_seconds() / 60
+    print(f"waiting    for {what}, since {start:%H:%M:%S} ({minutes:.0f} min)", flush=True)
+
+  with every(SECONDS_TO_A_LINE, say):
+    yield
 
 
 def until_done(act: Callable[[], None], check: Callable[[], None], seconds: float = 0.5) -> None:

@@ -280,14 +280,7 @@ def reading(path: str) -> Iterator[None]:
 
 def _text_files(part: Part, _: str) -> Iterator[Document | Bad]:
   for name, path in zip(part.names, part.paths, strict=True):
-    chunks: list[bytes] = []
-    size = 0
-    for chunk in File(path).chunks():
-      chunks.append(chunk)
-      size += len(chunk)
-      if size > files.LONGEST_DOCUMENT:
-        break
-    yield _text_document(name, path, b"".join(chunks))
+    yield _text_document(name, path, File(path).content(files.LONGEST_DOCUMENT))
 
 
 def _text_document(name: str, path: str, data: bytes) -> Document | Bad:

@@ -84,6 +84,19 @@ class File:
       else:
         yield from self._unpacked(raw, self.compression)
 
+  def content(self, limit: int) -> bytes:
+    """The unpacked bytes; of a file that has more than `limit`, the beginning, a little more than that.
+
+    Raises:
+      InputError: as `chunks`.
+    """
+    content = bytearray()
+    for chunk in self.chunks():
+      content += chunk
+      if len(content) > limit:
+        break
+    return bytes(content)
+
   def _unpacked(self, raw: Any, compression: str) -> Iterator[bytes]:
     # The libraries' own reader objects are not used: zstandard's reads a truncated file as if it were whole.
     limit = max(BOMB_BYTES, BOMB_RATIO * self.stat()[0])

@@ -111,18 +111,14 @@ def read(part: Part) -> Iterator[Example | Bad]:
 
 
 def _of_list(path: str) -> Iterator[tuple[str, Any]]:
-  chunks: list[bytes] = []
-  size = 0
-  for chunk in File(path).chunks():
-    chunks.append(chunk)
-    size += len(chunk)
-    if size > files.BOMB_BYTES:
-      raise InputError(
-        f"config.data.source: {path} is a JSON list of more than {files.BOMB_BYTES:,} bytes, which is read whole; "
-        f"`jq -c '.[]' {path}` makes lines of it, which are not"
-      )
+  content = File(path).content(files.BOMB_BYTES)
+  if len(content) > files.BOMB_BYTES:
+    raise InputError(
+      f"config.data.source: {path} is a JSON list of more than {files.BOMB_BYTES:,} bytes, which is read whole; "
+      f"`jq -c '.[]' {path}` makes lines of it, which are not"
+    )
   try:
-    values = json.loads(b"".join(chunks))
+    values = json.loads(content)
   except (ValueError, RecursionError) as error:
     raise InputError(
       f"config.data.source: {path} is not a JSON list ({error}); mend it, or download it again"

@@ -6,12 +6,12 @@ import fcntl
 import json
 import os
 import platform
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from mixln_jax import waiting
 from mixln_jax.errors import InputError, one_line
 from mixln_jax.files import TEXT, json_object
 from mixln_jax.text import printable
@@ -159,17 +159,10 @@ def _overwrite(file: IO[str], text: str) -> None:
 @contextlib.contextmanager
 def _touched(path: Path) -> Iterator[None]:
   """Touches a file now and then, until the context is left or the process is gone."""
-  done = threading.Event()
 
   def touch() -> None:
-    while not done.wait(TOUCH_SECONDS):
-      with contextlib.suppress(OSError):
-        os.utime(path)
+    with contextlib.suppress(OSError):
+      os.utime(path)
 
-  thread = threading.Thread(target=touch, daemon=True)
-  thread.start()
-  try:
+  with waiting.every(TOUCH_SECONDS, touch):
     yield
-  finally:
-    done.set()
-    thread.join()
