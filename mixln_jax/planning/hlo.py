@@ -4,12 +4,15 @@ XLA's own cost analysis counts the body of a loop once. Here the program is walk
 `while` counts as often as the loop turns: its `known_trip_count` where the compiler wrote it down (CPU, GPU), else what
 its condition `i < N`, its step `i + s` and its first value say (TPU). A loop with neither counts once, and is named.
 Every branch of a conditional counts.
+
+The TPU compiler starts a collective in one fusion, carries it forward in others beside their own work, even through the
+turns of a loop, and ends it in a last one. It counts where it starts.
 """
 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 COLLECTIVES = (
   "all-gather",
@@ -28,6 +31,7 @@ FREE = (
 
 LEAVES = ("constant", "parameter")  # their operand is a value, or a number, and no name
 SLICES = ("dynamic-slice", "slice", "gather")  # they read as much of their first operand as they return
+KERNEL = "tpu_custom_call"  # a Pallas kernel, as a custom call's target
 
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -60,15 +64,19 @@ class Collective(NamedTuple):
     runs: how many of them.
     bytes: of their operands, over all runs.
     sent: bytes that the device sends for them by the ring algorithms, whatever the compiler chooses.
+    waited_for: of those, the bytes of collectives that are not asynchronous: nothing else runs meanwhile.
   """
 
   runs: int = 0
   bytes: float = 0.0
   sent: float = 0.0
+  waited_for: float = 0.0
 
-  def plus(self, runs: int, size: int, sent: float) -> "Collective":
+  def plus(self, runs: int, size: int, sent: float, waits: bool) -> "Collective":
     """With so many runs more; `size` and `sent` are bytes of one run."""
-    return Collective(self.runs + runs, self.bytes + runs * size, self.sent + runs * sent)
+    return Collective(
+      self.runs + runs, self.bytes + runs * size, self.sent + runs * sent, self.waited_for + runs * sent * waits
+    )
 
 
 class Traffic(NamedTuple):
@@ -77,11 +85,16 @@ class Traffic(NamedTuple):
   Attributes:
     collectives: by kind.
     memory_bytes: read from and written to the main memory by the instructions, each operand read once.
+    cycles: what the compiler itself estimates that the instructions take, one after the other; 0 where it says nothing
+      (CPU, GPU). Collectives and kernels are not in it.
+    kernel_runs: runs of Pallas kernels on a TPU, of which the compiler knows neither FLOPs nor cycles.
     unknown_loops: loops whose number of turns is not known; they count once.
   """
 
   collectives: dict[str, Collective]
   memory_bytes: float
+  cycles: float
+  kernel_runs: int
   unknown_loops: tuple[str, ...]
 
 
@@ -89,26 +102,28 @@ def traffic(text: str) -> Traffic:
   """Counts what a program moves; `text` is `compiled.as_text()` of one that runs on each of its devices (SPMD)."""
   program = _Program(text)
   totals: dict[str, Collective] = {}
-  memory = 0.0
-  seen: set[tuple[str, str, str]] = set()
+  memory, cycles, kernel_runs = 0.0, 0.0, 0
   for owner, name, times in program.executed():
+    stage = program.stage(name)
     for instruction in program.computations[name].values():
       if name == owner:
         memory += times * program.memory_bytes(name, instruction)
+        cycles += times * _estimated_cycles(instruction)
+      if f'custom_call_target="{KERNEL}"' in instruction.attributes:
+        kernel_runs += times
       kind = instruction.opcode.removesuffix("-start")
-      if kind not in COLLECTIVES:
+      if kind not in COLLECTIVES or stage in ("step", "done"):
         continue
-      # The TPU compiler cuts a collective into steps, each in a fusion of its own: the channel says that it is one.
-      channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-      if channel is not None:
-        key = (owner, kind, channel.group(1))
-        if key in seen:
-          continue
-        seen.add(key)
       size = program.operand_bytes(name, instruction)
       sent = size * _hops(kind, program.group_size(instruction))
-      totals[kind] = totals.get(kind, Collective()).plus(times, size, sent)
-  return Traffic(dict(sorted(totals.items())), memory, tuple(program.unknown_loops))
+      waits = stage is None and kind == instruction.opcode
+      totals[kind] = totals.get(kind, Collective()).plus(times, size, sent, waits)
+  return Traffic(dict(sorted(totals.items())), memory, cycles, kernel_runs, tuple(program.unknown_loops))
+
+
+def _estimated_cycles(instruction: Instruction) -> int:
+  found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+  return int(found.group(1)) if found else 0
 
 
 def _hops(kind: str, group: int) -> float:
@@ -153,6 +168,17 @@ class _Program:
         for called in _called(instruction):
           fused = instruction.opcode in ("fusion", "async-start")
           pending.append((owner if fused else called, called, turns))
+
+  def stage(self, name: str) -> Literal["start", "step", "done"] | None:
+    """The part of an asynchronous collective that a fused computation of the TPU compiler holds, if it holds one."""
+    instructions = self.computations[name].values()
+    if any('custom_call_target="AsyncCollectiveStart"' in instruction.attributes for instruction in instructions):
+      return "start"
+    if any('custom_call_target="AsyncCollectiveDone"' in instruction.attributes for instruction in instructions):
+      return "done"
+    if any("async_collective_fusion_config" in instruction.attributes for instruction in instructions):
+      return "step"
+    return None
 
   def trip_count(self, name: str, loop: Instruction) -> int:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
@@ -242,8 +268,10 @@ class _Program:
     written = _in_memory(instruction.arrays)
     if opcode.endswith("-start"):  # its result names what it reads, what it writes, and its own state
       written = _in_memory(instruction.arrays[1:2])
+      if opcode.removesuffix("-start") in SLICES:
+        reads[0] = min(reads[0], _size(instruction.arrays[1:2]))
     elif opcode in SLICES:
-      reads[0] = written
+      reads[0] = min(reads[0], _size(instruction.arrays))
     elif opcode == "dynamic-update-slice":
       reads[0], written = 0, reads[1]
     elif opcode == "fusion":
@@ -252,8 +280,18 @@ class _Program:
 
   def _fusion(self, instruction: Instruction, reads: list[int], written: int) -> tuple[list[int], int]:
     """The bytes that a fusion reads of each operand and writes: where it only cuts a piece out, those of the piece."""
-    inner = self.computations[_attribute(instruction, "calls")]
-    reads = list(reads)
+    called = _attribute(instruction, "calls")
+    inner, stage, reads = self.computations[called], self.stage(called), list(reads)
+    if stage == "done":
+      return [], 0
+    if stage is not None:
+      # The buffers of the collective only pass through. Its start counts as all that it reads and writes.
+      aliases = _aliases(instruction)
+      own = [array for number, array in enumerate(instruction.arrays) if number not in aliases]
+      written = _in_memory(own)
+      if stage == "step":
+        for operand in aliases.values():
+          reads[operand] = 0
     for number, parameter in enumerate(_parameters(inner)):
       users = list(self._users(inner, parameter))
       if users and reads[number] and all(user.opcode in SLICES for user, _, _ in users):
@@ -355,6 +393,12 @@ def _called(instruction: Instruction) -> list[str]:
       return re.findall(r"%([\w.-]+)", branches.group(1))
     return re.findall(r"(?:true|false)_computation=%?([\w.-]+)", instruction.attributes)
   return []
+
+
+def _aliases(instruction: Instruction) -> dict[int, int]:
+  """The arrays of a fusion's result that are operands of it, in the same place: number of the array -> operand."""
+  text = instruction.attributes.partition("output_to_operand_aliasing={")[2].partition("calls=")[0]
+  return {int(output or 0): int(operand) for output, operand in re.findall(r"\{(\d*)\}: \((\d+),", text)}
 
 
 def _attribute(instruction: Instruction, key: str) -> str:

@@ -66,13 +66,16 @@ class Compiled(NamedTuple):
   def to_json(self) -> dict[str, Any]:
     """For machines, all numbers of one device; None for what is not known of a step that does not fit."""
     result: dict[str, Any] = {"program": self.program, "seconds": round(self.seconds, 1), "too_much": self.too_much}
-    result |= dict.fromkeys(("memory_bytes", "collectives", "memory_traffic_bytes", "unknown_loops"))
+    of_text = ("collectives", "memory_traffic_bytes", "cycles", "kernel_runs", "unknown_loops")
+    result |= dict.fromkeys(("memory_bytes", *of_text))
     if self.memory is not None:
       result["memory_bytes"] = self.memory._asdict() | {"total": self.memory.total}
     if self.traffic is not None:
       collectives = self.traffic.collectives
       result["collectives"] = {kind: collective._asdict() for kind, collective in collectives.items()}
       result["memory_traffic_bytes"] = self.traffic.memory_bytes
+      result["cycles"] = self.traffic.cycles
+      result["kernel_runs"] = self.traffic.kernel_runs
       result["unknown_loops"] = self.traffic.unknown_loops
     return result
 
@@ -141,6 +144,17 @@ class Plan:
     return self.compiled.memory is not None and self.compiled.memory.total <= self.device.memory_bytes
 
   @property
+  def compiler_seconds(self) -> float | None:
+    """The compiler's own estimate of a step's instructions, one after the other (`Traffic.cycles`); None without one.
+
+    Collectives and Pallas kernels are not in it.
+    """
+    moved = None if self.compiled is None else self.compiled.traffic
+    if moved is None or not moved.cycles or self.device is None or self.device.clock is None:
+      return None
+    return moved.cycles / self.device.clock
+
+  @property
   def estimate(self) -> Estimate | None:
     """None where the device is not in the table."""
     if self.device is None:
@@ -177,6 +191,7 @@ class Plan:
       return None
     return estimate._asdict() | {
       "assumed_efficiency": self.efficiency,
+      "by_the_compiler": self.compiler_seconds,
       "step": estimate.step,
       "step_without_overlap": estimate.step_without_overlap,
       "tokens_per_second": self.tokens_per_step / estimate.step,

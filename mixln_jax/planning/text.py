@@ -109,6 +109,14 @@ def _terms(plan: Plan, estimate: Estimate) -> Iterator[str]:
     f"           compute  {estimate.compute:>8.3g} s = {flops / 1e12:.4g} TFLOP a device / ({plan.efficiency:g} "
     f"(assumed) × {device.peak_flops / 1e12:g} TFLOP/s)"
   )
+  if plan.compiler_seconds is not None and made and made.traffic:
+    without = "collectives"
+    if made.traffic.kernel_runs:
+      without += f" and {made.traffic.kernel_runs:,} runs of kernels"
+    yield (
+      f"                    {plan.compiler_seconds:>8.3g} s by the compiler's own estimate of all instructions, without "
+      f"{without}"
+    )
   if made and made.traffic and estimate.memory is not None and estimate.network is not None:
     sent = sum(collective.sent for collective in made.traffic.collectives.values())
     yield (
