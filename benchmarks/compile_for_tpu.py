@@ -1,19 +1,25 @@
 """What the training step needs on TPUs, from the real TPU compiler on a machine without one.
 
     pip install -r requirements-tpu.txt
-    python -m benchmarks.compile_for_tpu [--out=benchmarks/results/tpu_memory.json] [RECIPE TOPOLOGY PLACEMENT ...]
+    python -m benchmarks.compile_for_tpu [--out=benchmarks/results/tpu_memory.json] [--texts=DIR] \\
+        [RECIPE TOPOLOGY CASE ...]
 
-Plans each case, by default all of CASES and every recipe as it is, and prints what a chip needs. It shows that the step
-compiles and whether it fits; it measures no speed. Cases that --out holds already are not compiled again.
+Plans each case, by default all of CASES and every recipe as it is, and prints what a chip needs. A CASE is
+PLACEMENT[/FIELD=VALUE...], as in `pre/remat=none/train.micro_batches=2`. It shows that the step compiles, whether it
+fits, and what it moves. It measures no speed: `estimate` is the compiler's own, of all instructions one after the other
+without collectives and kernels. Cases that --out holds already are not compiled again. With --texts the compiled
+programs are kept in that folder, and what is there is counted again and not compiled.
 
 `counted` is the hand count of parameters, moments, counters and batch. The compiled arguments are equal but for the
 tiles that a TPU keeps arrays in: each of the four counters takes 512 bytes, and sizes that no tile divides are padded.
 """
 
 import argparse
+import gzip
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +29,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-from benchmarks.recipes import RECIPES, load
+from benchmarks.recipes import RECIPES, case_fields, load
 from mixln_jax.planning import topology
-from mixln_jax.planning.plan import Plan, arithmetic, compile_plan
+from mixln_jax.planning.plan import Memory, Plan, Step, arithmetic, compile_step, with_step
 
 CASES = (
   *(("1b", "v5e:4x4", placement) for placement in ("pre", "mix:0.25")),
@@ -34,68 +40,89 @@ CASES = (
 )
 
 
-def measure(recipe: str, slice_: str, placement: str) -> Plan:
+def measure(recipe: str, slice_: str, case: str, texts: Path | None) -> Plan:
   config = load(recipe)
-  config.model.placement = placement
+  config.update_from_flattened_dict(case_fields(case))
   shape = topology.parse(slice_, config)
-  return compile_plan(arithmetic(config, shape), topology.devices(shape))
+  plan = arithmetic(config, shape)
+  stored = texts and texts / (re.sub(r"[^\w.=-]+", "_", f"{recipe}-{slice_}-{case}") + ".json.gz")
+  if stored and stored.is_file():
+    return with_step(plan, read_step(stored))
+  step = compile_step(plan, topology.devices(shape))
+  if stored:
+    write_step(stored, step)
+  return with_step(plan, step)
 
 
-HEADER = (
-  "recipe",
-  "topology",
-  "placement",
-  "counted",
-  "arguments",
-  "temporaries",
-  "total",
-  "of",
-  "fits",
-  "compiled in",
-)
-LINE = "{:<8}{:<12}{:<12}{:>9}{:>11}{:>13}{:>8}{:>8}{:>7}{:>13}"
+def read_step(path: Path) -> Step:
+  with gzip.open(path, "rt") as file:
+    step = json.load(file)
+  return Step(**(step | {"memory": step["memory"] and Memory(**step["memory"])}))
+
+
+def write_step(path: Path, step: Step) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with gzip.open(path, "wt") as file:
+    json.dump(step._asdict() | {"memory": step.memory and step.memory._asdict()}, file)
+
+
+HEADER = ("recipe", "topology", "case", "counted", "arguments", "temporaries", "total", "of", "fits", "traffic", "sent")
+HEADER += ("waited for", "estimate", "compiled in")
+LINE = "{:<8}{:<12}{:<12}{:>9}{:>11}{:>13}{:>8}{:>8}{:>6}{:>9}{:>8}{:>12}{:>11}{:>13}"
 
 
 def show(row: dict[str, Any]) -> str:
-  """A line of the table, sizes in GB a chip."""
+  """A line of the table: sizes in GB a chip, and bytes that a chip moves in a step."""
   made = row["compiled"]
   memory = made["memory_bytes"]
   keys = ("arguments", "temporaries", "total")
   sizes = [f"{memory[key] / 1e9:.3f}" for key in keys] if memory else ["-", "-", made["too_much"]]
-  counted, available = sum(row["counted_bytes"].values()) / 1e9, row["device_memory_bytes"] / 1e9
-  fits = "yes" if row["fits"] else "no"
-  seconds = f"{made['seconds']:.0f} s"
+  moved = ["-"] * 3
+  if memory:
+    collectives = made["collectives"].values()
+    sent, waited_for = (sum(one[key] for one in collectives) for key in ("sent", "waited_for"))
+    moved = [f"{size / 1e9:.2f}" for size in (made["memory_traffic_bytes"], sent, waited_for)]
+  estimate = (row["estimate"] or {}).get("by_the_compiler")
   return LINE.format(
     row["recipe"],
     row["topology"]["name"],
     row["config_placement"],
-    f"{counted:.3f}",
+    f"{sum(row['counted_bytes'].values()) / 1e9:.3f}",
     *sizes,
-    f"{available:.2f}",
-    fits,
-    seconds,
+    f"{row['device_memory_bytes'] / 1e9:.2f}",
+    "yes" if row["fits"] else "no",
+    *moved,
+    f"{1000 * estimate:.0f} ms" if estimate else "-",
+    f"{made['seconds']:.0f} s",
   )
+
+
+def versions() -> dict[str, str]:
+  return {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+
+
+def write_results(path: Path, document: dict[str, Any]) -> None:
+  path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("cases", nargs="*", help="triples of a recipe (130m), a topology (v5e:2x4) and a placement")
+  parser.add_argument("cases", nargs="*", help="triples of a recipe (130m), a topology (v5e:2x4) and a case")
   parser.add_argument("--out", type=Path)
+  parser.add_argument("--texts", type=Path, help="folder of compiled programs")
   arguments = parser.parse_args()
   given = list(zip(*(iter(arguments.cases),) * 3, strict=True))
   recipes = [(recipe, slice_, load(recipe).model.placement) for recipe, slice_ in RECIPES.items()]
-  versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
   stored = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {"rows": []}
-  if stored["rows"] and stored["versions"] != versions:
-    sys.exit(f"{arguments.out} was measured with other versions than {versions}; give another --out")
+  if stored["rows"] and stored["versions"] != versions():
+    sys.exit(f"{arguments.out} was measured with other versions than {versions()}; give another --out")
   rows = {(row["recipe"], row["topology"]["name"], row["config_placement"]): row for row in stored["rows"]}
   print(LINE.format(*HEADER))
   for case in dict.fromkeys(given or [*CASES, *recipes]):
     if case not in rows:
-      recipe, _, placement = case
-      rows[case] = {"recipe": recipe, "config_placement": placement, **measure(*case).to_json()}
+      rows[case] = {"recipe": case[0], "config_placement": case[2], **measure(*case, arguments.texts).to_json()}
       if arguments.out:
-        arguments.out.write_text(json.dumps({"versions": versions, "rows": list(rows.values())}, indent=1) + "\n")
+        write_results(arguments.out, {"versions": versions(), "rows": list(rows.values())})
     print(show(rows[case]), flush=True)
 
 

@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from mixln_jax import config as config_lib
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = {
   **dict.fromkeys(("9m", "20m", "35m", "40m", "60m", "71m", "100m"), "v5e:2x2"),
@@ -25,3 +27,23 @@ def load_file(path: Path) -> Any:
   assert spec.loader is not None
   spec.loader.exec_module(module)
   return module.get_config()
+
+
+def case_fields(case: str) -> dict[str, str | int]:
+  """Flat config fields of PLACEMENT[/FIELD=VALUE…], FIELD one of config.model or with its section.
+
+  `mix:0.25/remat=none/train.micro_batches=2`; ends the program where a field does not hold text or a whole number.
+  """
+  placement, *changes = case.split("/")
+  fields: dict[str, str | int] = {"model.placement": placement}
+  for change in changes:
+    name, _, value = change.partition("=")
+    name = name if "." in name else f"model.{name}"
+    kind = type(config_lib.FIELDS[name].default) if name in config_lib.FIELDS else None
+    if kind not in (str, int):
+      raise SystemExit(f"error: {case!r}: {name} must be a config field that holds text or a whole number")
+    try:
+      fields[name] = kind(value)
+    except ValueError:
+      raise SystemExit(f"error: {case!r}: {name} must be a whole number, not {value!r}") from None
+  return fields

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recipes import RECIPES, load
+from benchmarks.recipes import RECIPES, case_fields, load
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 
@@ -74,26 +74,14 @@ class Worker:
 
 def fields_of(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
   """Flat config fields of `mix:0.25/unroll=0`."""
-  placement, *changes = case.split("/")
   fields: dict[str, Any] = {
-    "model.placement": placement,
     "model.dtype": arguments.dtype,
     "model.remat": "none",
     "train.batch_size": arguments.batch,
     "train.micro_batches": 1,
     "data.sequence_length": arguments.length,
   }
-  for change in changes:
-    name, _, value = change.partition("=")
-    name = name if "." in name else f"model.{name}"
-    kind = type(config_lib.FIELDS[name].default) if name in config_lib.FIELDS else None
-    if kind not in (str, int):
-      raise SystemExit(f"error: --cases: {case!r}: {name} must be a config field that holds text or a whole number")
-    try:
-      fields[name] = kind(value)
-    except ValueError:
-      raise SystemExit(f"error: --cases: {case!r}: {name} must be a whole number, not {value!r}") from None
-  return fields
+  return fields | case_fields(case)
 
 
 def llama_shape(recipe: str, length: int) -> dict[str, Any]:

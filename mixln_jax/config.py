@@ -24,7 +24,7 @@ from mixln_jax.version import VERSION
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
-ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
+ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash", "splash_length_minor")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
 RECORD_MODES = ("pack", "pad", "instructions")

@@ -9,6 +9,9 @@ the keys up to t, and with segment ids those of its own segment:
   cudnn    cuDNN's fused attention by `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16, no segment ids
   splash   JAX's Pallas kernel for TPUs (`tuned/attention_splash.py`); elsewhere it is interpreted, which only a test
            wants
+  splash_length_minor   the same with the length as the last dimension of what the kernel gets, for heads narrower than
+           128. The TPU compiler promises a faster step and does not see into the kernel, so it must be asked for until
+           a chip has timed it (docs/tpu_programs.md)
 """
 
 import jax
@@ -68,6 +71,7 @@ def _obstacles(implementation: str, model: ModelConfig, length: int, segments: b
       f"length {length}, no multiple of {attention_splash.LANES}": length % attention_splash.LANES != 0,
     },
   }
+  conditions["splash_length_minor"] = conditions["splash"]
   return [name for name, holds in conditions.get(implementation, {}).items() if holds]
 
 
@@ -91,6 +95,7 @@ def self_attention(
   """
   if implementation == "blocks":
     return attention_in_blocks(q_BTHK, k_BTGK, v_BTGK, mask_BTT)
-  if implementation == "splash":
-    return attention_splash.splash_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
+  if implementation in ("splash", "splash_length_minor"):
+    length_minor = implementation == "splash_length_minor"
+    return attention_splash.splash_attention(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT, length_minor=length_minor)
   return attention(q_BTHK, k_BTGK, v_BTGK, mask_BTT, "cudnn" if implementation == "cudnn" else "xla")

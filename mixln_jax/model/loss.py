@@ -39,8 +39,7 @@ def next_token_loss(
     (sum of the losses in nats, number of counted positions), fp32 scalars.
   """
   weights_BT = weights_BT.astype(jnp.float32)
-  # Gathered over fsdp here, once, and not by each chunk.
-  head_DV = constrain(head_DV.astype(hidden_BTD.dtype), "activation_embed", "vocab")
+  head_DV = head_DV.astype(hidden_BTD.dtype)
   return chunked_loss(hidden_BTD, head_DV, labels_BT, weights_BT, chunk), jnp.sum(weights_BT)
 
 

@@ -27,7 +27,9 @@ import jax.numpy as jnp
 
 from mixln_jax.model.columns import Flag, Number, TracedRow
 from mixln_jax.model.norm import NormParams, mean_square, neutral_params, norm
+from mixln_jax.model.tuned.fence import backward_fence
 from mixln_jax.model.wiring import Seen, weighted_sum, wiring_of
+from mixln_jax.parallel.rules import platform
 from mixln_jax.placement import LEARNED
 
 
@@ -140,7 +142,10 @@ class Sublayer(NamedTuple):
     """b = c_out N_mid(f(c_in N_in(x))) in fp32, and what else f said."""
     row = self.row
     input_BTD = self.normed(x_BTD, row.norm_in, row.gain_norm_in, scale=_factor("c_in", row, self.learned))
-    f_BTD, said = f(input_BTD.astype(self.dtype))
+    input_BTD = input_BTD.astype(self.dtype)
+    if platform() == "tpu" and not isinstance(row.norm_in, bool):
+      input_BTD = backward_fence(input_BTD)
+    f_BTD, said = f(input_BTD)
     f_BTD = self.normed(f_BTD, row.norm_mid, row.gain_norm_mid)
     return _times(_factor("c_out", row, self.learned), f_BTD), said
 

@@ -24,6 +24,7 @@ from mixln_jax.model import append_only
 from mixln_jax.model import attention as attention_lib
 from mixln_jax.model.attention_kernels import choose_attention, self_attention
 from mixln_jax.model.columns import Columns, TracedRow, traced_rows
+from mixln_jax.model.embedding import look_up
 from mixln_jax.model.norm import norm, norm_params, rms_norm
 from mixln_jax.model.parameters import gain_name, parameters
 from mixln_jax.model.product import multiply
@@ -402,12 +403,12 @@ class Transformer(nn.Module):
       weights_BT=weights_BT,
       alone=columns.alone,
     )
-    # The table's width is gathered first: looked up in pieces of it, the whole batch would be gathered on each device.
-    table_VD = constrain(self.embedding, "vocab", "activation_embed")
-    x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+    dtype = config_lib.residual_dtype(c)
     if c.norm == "dyt":
-      x_BTD = x_BTD * self.embedding_scale
-    x_BTD = constrain(x_BTD.astype(config_lib.residual_dtype(c)), *STREAM)
+      x_BTD = look_up(self.embedding, tokens_BT, self.embedding.dtype) * self.embedding_scale
+    else:
+      x_BTD = look_up(self.embedding, tokens_BT, dtype)
+    x_BTD = constrain(x_BTD.astype(dtype), *STREAM)
     taps: dict[str, Any] = {"embedded_BTD": x_BTD}
     streams = self.first_streams(x_BTD, columns)
     if columns.uses("attention", "value_residual") or columns.uses("attention", "value_residual_two"):

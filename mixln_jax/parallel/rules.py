@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "stream_from": None,
   "stream_to": None,
   "batch": ("data", "fsdp"),
+  "data_batch": "data",  # of an array that fsdp cuts along another dimension
   "length": "sequence",
   "key_length": None,  # of keys and values: each device sees all of them
   "activation_embed": None,
@@ -54,6 +55,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """
   check_axes("an activation", axes)
   return nn.with_logical_constraint(x, axes)
+
+
+def gathered(axes: Sequence[str]) -> tuple[str, ...]:
+  """The logical axes of a weight that was gathered over fsdp: its own, but for the width, which is whole."""
+  return tuple("activation_embed" if axis == "embed" else axis for axis in axes)
 
 
 def shards(axis: str) -> int:

@@ -225,8 +225,26 @@ def _bytes_of_one_device(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)  # pyright: ignore
 
 
-def compile_plan(plan: Plan, devices: Sequence[Any]) -> Plan:
-  """Completes a plan by compiling the very step that training runs.
+class Step(NamedTuple):
+  """The training step as a compiler made it.
+
+  Attributes:
+    program: hash of its StableHLO; a run on the same mesh logs the same.
+    seconds: how long it took to compile.
+    memory: None where the compiler gave up for too little memory.
+    message: what it said then.
+    text: the optimized program.
+  """
+
+  program: str
+  seconds: float
+  memory: Memory | None
+  message: str
+  text: str
+
+
+def compile_step(plan: Plan, devices: Sequence[Any]) -> Step:
+  """Compiles the very step that training runs.
 
   Raises:
     jax.errors.JaxRuntimeError: the compiler failed for another reason than too little memory.
@@ -239,8 +257,7 @@ def compile_plan(plan: Plan, devices: Sequence[Any]) -> Plan:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    made = Compiled(program, time.monotonic() - started, None, too_much(str(error)), None)
-    return dataclasses.replace(plan, compiled=made)
+    return Step(program, time.monotonic() - started, None, str(error), "")
   seconds = time.monotonic() - started
   analysis: Any = step.memory_analysis()
   memory = Memory(
@@ -249,12 +266,25 @@ def compile_plan(plan: Plan, devices: Sequence[Any]) -> Plan:
     outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
     code=analysis.generated_code_size_in_bytes,
   )
-  made = Compiled(program, seconds, memory, "", traffic(step.as_text() or ""))
-  if plan.device and memory.total > plan.device.memory_bytes:
-    over = (memory.total - plan.device.memory_bytes) / 1e9
-    needed = f"{memory.total / 1e9:.2f} GB of {plan.device.memory_bytes / 1e9:.2f} GB"
+  return Step(program, seconds, memory, "", step.as_text() or "")
+
+
+def with_step(plan: Plan, step: Step) -> Plan:
+  """Completes a plan by what was compiled for it."""
+  if step.memory is None:
+    made = Compiled(step.program, step.seconds, None, too_much(step.message), None)
+    return dataclasses.replace(plan, compiled=made)
+  made = Compiled(step.program, step.seconds, step.memory, "", traffic(step.text))
+  if plan.device and step.memory.total > plan.device.memory_bytes:
+    over = (step.memory.total - plan.device.memory_bytes) / 1e9
+    needed = f"{step.memory.total / 1e9:.2f} GB of {plan.device.memory_bytes / 1e9:.2f} GB"
     made = made._replace(too_much=f"it needs {needed} a device: {over:.2f} GB too much")
   return dataclasses.replace(plan, compiled=made)
+
+
+def compile_plan(plan: Plan, devices: Sequence[Any]) -> Plan:
+  """Completes a plan by compiling the very step that training runs; raises as `compile_step`."""
+  return with_step(plan, compile_step(plan, devices))
 
 
 def too_much(message: str) -> str:

@@ -113,10 +113,8 @@ def _terms(plan: Plan, estimate: Estimate) -> Iterator[str]:
     without = "collectives"
     if made.traffic.kernel_runs:
       without += f" and {made.traffic.kernel_runs:,} runs of kernels"
-    yield (
-      f"                    {plan.compiler_seconds:>8.3g} s by the compiler's own estimate of all instructions, without "
-      f"{without}"
-    )
+    seconds = f"{plan.compiler_seconds:>8.3g} s"
+    yield f"                    {seconds} by the compiler's own estimate of all instructions, without {without}"
   if made and made.traffic and estimate.memory is not None and estimate.network is not None:
     sent = sum(collective.sent for collective in made.traffic.collectives.values())
     yield (

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from helpers import small_model
 
+from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 from mixln_jax.model import attention_kernels
 from mixln_jax.model.attention import attention_mask
 from mixln_jax.model.attention_kernels import choose_attention, self_attention
+from mixln_jax.model.tuned import attention_splash
+from mixln_jax.parallel.mesh import make_mesh
+from mixln_jax.training.program import lower_train_step
+from mixln_jax.training.step import state_shardings
 from model.rounding import UNIT, assert_within, sum_error
 
 
@@ -29,7 +34,13 @@ def written_out(q, k, v, segments):
 
 @pytest.mark.parametrize(
   ("implementation", "length", "groups", "documents"),
-  [("xla", 40, 2, True), ("blocks", 150, 2, False), ("blocks", 150, 4, True), ("splash", 256, 2, True)],
+  [
+    ("xla", 40, 2, True),
+    ("blocks", 150, 2, False),
+    ("blocks", 150, 4, True),
+    ("splash", 256, 2, True),
+    ("splash_length_minor", 256, 2, True),
+  ],
 )
 def test_equals_attention_written_out(implementation, length, groups, documents):
   """Catches a block that reads keys beyond its end, a mask or a group of heads that is off, and a wrong scale."""
@@ -84,3 +95,15 @@ def test_what_can_not_be_done_is_refused_by_name():
     choose_attention(small_model(attention="splash"), 100)
   with pytest.raises(InputError, match=r"attention='cudnn'.*bfloat16.*document_mask.*platform cpu"):
     choose_attention(small_model(attention="cudnn"), 128, segments=True)
+
+
+def test_a_forced_implementation_is_held_to_the_length_of_the_run():
+  """Catches shapes that are traced with rows of another length: splash would be rejected whatever the run's length."""
+  config = config_lib.base()
+  config.model.update(vocab_size=32, embed_dim=8, mlp_dim=8, num_layers=1, num_heads=1, attention="splash")
+  config.data.sequence_length, config.train.batch_size = attention_splash.LANES, 2
+  mesh = make_mesh(config.mesh)
+  lower_train_step(config, mesh, state_shardings(config, mesh))
+  config.data.sequence_length = 100
+  with pytest.raises(InputError, match=r"attention='splash'.*length 100"):
+    lower_train_step(config, mesh, state_shardings(config, mesh))

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import small_model
 
 from mixln_jax.model import product
+from mixln_jax.model.parameters import parameters
 from mixln_jax.model.tuned.product import multiply_narrow_first
+from mixln_jax.parallel.rules import RULES
 from model.rounding import assert_within, sum_error
 
 SHAPES = {
@@ -29,7 +32,7 @@ def gradients(form, equation, x, weight, gradient):
   return jax.vjp(lambda x, weight: form(equation, x, weight), x, weight)[1](gradient)
 
 
-@pytest.mark.parametrize("form", [jnp.einsum, multiply_narrow_first])
+@pytest.mark.parametrize("form", [jnp.einsum, multiply_narrow_first, product._gather_and_multiply])
 def test_values_and_gradients_are_einsums_in_fp64(case, form):
   """Catches a gradient that sums over the wrong letters, or a weight gradient left transposed."""
   equation, x, weight, gradient = case
@@ -76,3 +79,18 @@ def test_rematerialisation_still_sees_the_products(monkeypatch, platform):
   policies = jax.checkpoint_policies
   assert count(policies.dots_saveable) == count(policies.dots_with_no_batch_dims_saveable) == 3
   assert count(policies.nothing_saveable) == 4
+
+
+def test_a_weights_letters_are_cut_as_its_parameter_is():
+  """Catches an equation whose letters name other axes than the table of parameters: it would gather the wrong ones."""
+  axes = {param.name: param.axes[1:] for param in parameters(small_model()).values() if param.in_layers}
+  equations = {
+    "btd,df->btf": ("gate", "up"),
+    "btf,fd->btd": ("down",),
+    "btd,dhk->bthk": ("query", "key", "value"),
+    "bthk,hkd->btd": ("output",),
+  }
+  for equation, names in equations.items():
+    for name in names:
+      expected = [RULES[axis] for axis in axes[name]]
+      assert [RULES[axis] for axis in product._weight_axes(equation)] == expected, name

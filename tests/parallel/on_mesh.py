@@ -20,6 +20,7 @@ from mixln_jax.opening import check_batch, make_loader, set_up
 from mixln_jax.parallel.bits import bit_sums, hash_of_sums
 from mixln_jax.parallel.mesh import attach, global_batch
 from mixln_jax.parallel.rules import batch_sharding, on_mesh
+from mixln_jax.planning.hlo import traffic
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.facts import parameter_table
 from mixln_jax.training import step as step_lib
@@ -72,6 +73,7 @@ def run(config_json, mesh):
     "losses": losses,
     "samples": samples,
     "gathered": gathered(train_step.as_text()),
+    "moved": {kind: list(one) for kind, one in traffic(train_step.as_text() or "").collectives.items()},
     "table": parameter_table(state.params, 0),
     "validation": Evaluator(SingleProgram(config, setup.mesh), setup)(state.params, 0)[0]._asdict(),
     "share_of_one_device": share / sum(leaf.nbytes for leaf in jax.tree.leaves(state)),

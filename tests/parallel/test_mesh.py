@@ -96,11 +96,20 @@ def test_the_state_is_really_sharded(on_eight):
 
 
 def test_weights_are_gathered_and_activations_are_not(on_eight):
-  """Only keys and values, where positions are sharded; a gathered stream would be [4 or 8 rows, 32 positions, 16]."""
+  """Only token ids, and keys and values where positions are sharded; a stream would be [4 or 8 rows, 32, 16]."""
   for mesh in on_mesh.MESHES:
     wide = [shape for shape in on_eight[mesh]["gathered"] if 32 in shape]  # no weight has a dimension of 32
-    assert all(len(shape) == 4 and shape[1:] == [32, 1, 4] for shape in wide), (mesh, wide)
-    assert bool(wide) == ("sequence" in mesh)
+    of_ids = [shape for shape in wide if shape[-1] == 32]
+    of_keys = [shape for shape in wide if shape[-1] != 32]
+    assert bool(of_ids) == ("fsdp" in mesh and "sequence" not in mesh), mesh
+    assert all(len(shape) == 4 and shape[1:] == [32, 1, 4] for shape in of_keys), (mesh, of_keys)
+    assert bool(of_keys) == ("sequence" in mesh)
+
+
+def test_the_embedding_stays_where_it_is(on_eight):
+  """Catches a look-up that gathers the whole table [264, 16] onto each device, or its gradient."""
+  for mesh in on_mesh.MESHES:
+    assert not [shape for shape in on_eight[mesh]["gathered"] if shape[-2:] in ([264, 16], [132, 16])], mesh
 
 
 def test_each_device_takes_its_share_of_the_head_and_sends_only_its_gradient(on_eight, config_json):

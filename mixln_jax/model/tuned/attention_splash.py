@@ -14,9 +14,23 @@ LANES = 128  # blocks are multiples of them
 
 
 def splash_attention(
-  q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segment_ids_BT: jax.Array | None
+  q_BTHK: jax.Array,
+  k_BTGK: jax.Array,
+  v_BTGK: jax.Array,
+  segment_ids_BT: jax.Array | None,
+  *,
+  length_minor: bool = False,
 ) -> jax.Array:
-  """As `attention_kernels.self_attention`, on each device's own rows and heads; the length is a multiple of LANES."""
+  """As `attention_kernels.self_attention`, on each device's own rows and heads; the length is a multiple of LANES.
+
+  Args:
+    q_BTHK: queries.
+    k_BTGK: keys.
+    v_BTGK: values.
+    segment_ids_BT: as there.
+    length_minor: hand the kernel arrays whose last dimension is the length. With heads narrower than LANES the products
+      before it and RoPE then fill a TPU's lanes, and the kernel turns its tiles around.
+  """
   from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
   length, heads, width = q_BTHK.shape[1:]
@@ -25,7 +39,7 @@ def splash_attention(
 
   def on_device(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     ids = None if segment_ids is None else SegmentIds(segment_ids, segment_ids)
-    kernel = jax.vmap(_kernel(length, heads // shards("heads")))
+    kernel = jax.vmap(_kernel(length, heads // shards("heads"), length_minor))
     out = kernel(*(jnp.moveaxis(x, 1, 2) for x in (q, k, v)), ids)
     return jnp.moveaxis(out, 2, 1)
 
@@ -40,13 +54,15 @@ def splash_attention(
   return run(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
 
 
-def _kernel(length: int, heads: int) -> Any:
+def _kernel(length: int, heads: int, length_minor: bool) -> Any:
   # Imported here and not above: only a program that uses it depends on what JAX calls experimental.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
   block = next(size for size in range(min(BLOCK, length), 0, -LANES) if length % size == 0)
+  layout = splash.QKVLayout.SEQ_MINOR if length_minor else splash.QKVLayout.HEAD_DIM_MINOR
   sizes = splash.BlockSizes(
+    q_layout=layout, k_layout=layout, v_layout=layout,
     block_q=block, block_kv=block, block_kv_compute=block,
     block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
     block_q_dq=block, block_kv_dq=block,

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from mixln_jax.parallel.rules import constrain, platform, shards
 
 # Logits that a device forms at once. On a CPU 256 tokens of a vocabulary of 32,000 (33 MB) were among the fastest of 64
-# to 2,048, at widths 128 and 512. On an accelerator 512 MB, to make products long enough to fill it: not measured.
-CHUNK_LOGITS = {"cpu": 2**23, "accelerator": 2**27}
+# to 2,048, at widths 128 and 512. On an accelerator 1 GB: of 2^25 to 2^29 the TPU compiler gives it little more traffic
+# and memory than the best of each (docs/tpu_programs.md); no chip was timed.
+CHUNK_LOGITS = {"cpu": 2**23, "accelerator": 2**28}
 PIECE = ("batch", "length", None, None)  # the logical axes of P, Q, B, C
 
 
@@ -56,6 +57,8 @@ def chunked_loss(
     allowed = CHUNK_LOGITS.get(platform(), CHUNK_LOGITS["accelerator"])
     chunk = max(1, allowed // logits_per_column)
   cut = partial(_cut, rows=rows, columns=columns, chunk=chunk)
+  if shards("embed") == 1:
+    head_DV = constrain(head_DV, "activation_embed", "vocab")
   return _summed_loss(cut(hidden_BTD), head_DV, cut(labels_BT), cut(weights_BT))
 
 
@@ -87,6 +90,7 @@ def _summed_loss(
   hidden_NPQBCD: jax.Array, head_DV: jax.Array, labels_NPQBC: jax.Array, weights_NPQBC: jax.Array
 ) -> jax.Array:
   """The loss alone, where nobody asks for a gradient."""
+  head_DV = _gathered(head_DV)
 
   def add(sum_PQ: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
     loss_PQ, _, _ = _chunk_loss(head_DV, *chunk)
@@ -101,26 +105,46 @@ def _loss_and_gradients(
   hidden_NPQBCD: jax.Array, head_DV: jax.Array, labels_NPQBC: jax.Array, weights_NPQBC: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """The loss, and its gradients by the hidden states and the head, which the backward pass has only to scale."""
+  head_DV = _gathered(head_DV)
   product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+  # One sum for each piece: with a single one, all devices would have to agree on it after every chunk. Where there is
+  # but one chunk, they agree at once, each on its own part of a cut head: a whole fp32 sum would be among the largest
+  # arrays of a step.
+  is_cut = shards("embed") > 1 and len(labels_NPQBC) == 1
+  sum_term = "dv" if is_cut else "pqdv"
+  sum_axes = ("embed", "vocab") if is_cut else ("batch", "length", "activation_embed", "vocab")
 
   def add(sums: Any, chunk: Any) -> tuple[Any, jax.Array]:
-    sum_PQ, head_gradient_PQDV = sums
+    sum_PQ, head_gradient = sums
     hidden_PQBCD, labels_PQBC, weights_PQBC = chunk
     loss_PQ, gradient_PQBCV, factor_PQBC1 = _chunk_loss(head_DV, hidden_PQBCD, labels_PQBC, weights_PQBC)
     gradient_PQBCV = gradient_PQBCV.astype(head_DV.dtype)
     hidden_gradient_PQBCD = product("pqbcv,dv->pqbcd", gradient_PQBCV, head_DV) * factor_PQBC1
     scaled_hidden_PQBCD = (hidden_PQBCD * factor_PQBC1).astype(head_DV.dtype)
-    head_gradient_PQDV += product("pqbcd,pqbcv->pqdv", scaled_hidden_PQBCD, gradient_PQBCV)
+    of_chunk = product(f"pqbcd,pqbcv->{sum_term}", scaled_hidden_PQBCD, gradient_PQBCV)
+    head_gradient += constrain(of_chunk, *sum_axes) if is_cut else of_chunk
     hidden_gradient_PQBCD = constrain(hidden_gradient_PQBCD.astype(head_DV.dtype), *PIECE, None)
-    return (sum_PQ + loss_PQ, head_gradient_PQDV), hidden_gradient_PQBCD
+    return (sum_PQ + loss_PQ, head_gradient), hidden_gradient_PQBCD
 
   pieces = labels_NPQBC.shape[1:3]
-  # One sum for each piece: with a single one, all devices would have to agree on it after every chunk.
-  head_gradient_PQDV = constrain(jnp.zeros((*pieces, *head_DV.shape)), "batch", "length", "activation_embed", "vocab")
-  sums = (jnp.zeros(pieces), head_gradient_PQDV)
+  sum_shape = head_DV.shape if is_cut else (*pieces, *head_DV.shape)
+  head_gradient = constrain(jnp.zeros(sum_shape), *sum_axes)
+  sums = (jnp.zeros(pieces), head_gradient)
   sums, hidden_gradient_NPQBCD = _scan(add, sums, (hidden_NPQBCD, labels_NPQBC, weights_NPQBC))
-  sum_PQ, head_gradient_PQDV = sums
-  return jnp.sum(sum_PQ), (hidden_gradient_NPQBCD, jnp.sum(head_gradient_PQDV, axis=(0, 1)))
+  sum_PQ, head_gradient = sums
+  total = jnp.sum(sum_PQ)
+  head_gradient_DV = head_gradient if is_cut else jnp.sum(head_gradient, axis=(0, 1))
+  if shards("embed") > 1:
+    head_gradient_DV = constrain(head_gradient_DV, "embed", "vocab")
+  return total, (hidden_gradient_NPQBCD, head_gradient_DV)
+
+
+def _gathered(head_DV: jax.Array) -> jax.Array:
+  """The head, gathered over fsdp: once, and not by each chunk.
+
+  It stands inside the rule of the gradient. Outside, its own derivative would gather the head's gradient again.
+  """
+  return head_DV if shards("embed") == 1 else constrain(head_DV, "activation_embed", "vocab")
 
 
 def _scaled_gradients(gradients: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple[Any, ...]:

@@ -1,0 +1,35 @@
+"""Where the backward pass is fenced off, and that a fence changes no value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_params, small_model
+
+from mixln_jax.model import Transformer, residual
+from mixln_jax.model.tuned.fence import backward_fence
+
+
+def test_a_fence_changes_no_value():
+  """Catches a fence that stops a gradient, or forms another one."""
+  x = jnp.asarray([0.5, -2.0])
+  value, gradient = jax.value_and_grad(lambda x: jnp.sum(backward_fence(x) ** 3))(x)
+  np.testing.assert_array_equal(value, jnp.sum(x**3))
+  np.testing.assert_array_equal(gradient, 3 * x**2)
+
+
+@pytest.mark.parametrize(
+  ("platform", "placement", "fenced"),
+  [("tpu", "mix:0.5", True), ("tpu", "pre", False), ("tpu", "post", False), ("cpu", "mix:0.5", False)],
+)
+def test_only_a_tpu_and_only_a_norm_that_some_layers_have_is_fenced(monkeypatch, platform, placement, fenced):
+  """Catches a fence where it costs a fusion that is wanted, and a CPU's program that changes."""
+  monkeypatch.setattr(residual, "platform", lambda: platform)
+  model = small_model(placement=placement, num_layers=2)
+  params = random_params(model)
+  tokens = jnp.zeros((1, 3), jnp.int32)
+
+  def loss(params):
+    return jnp.sum(Transformer(model).apply({"params": params}, tokens))
+
+  assert ("optimization_barrier" in str(jax.make_jaxpr(jax.grad(loss))(params))) == fenced
