@@ -78,7 +78,7 @@ def show(row: dict[str, Any]) -> str:
   keys = ("arguments", "temporaries", "total")
   sizes = [f"{memory[key] / 1e9:.3f}" for key in keys] if memory else ["-", "-", made["too_much"]]
   moved = ["-"] * 3
-  if memory:
+  if made["collectives"] is not None:
     collectives = made["collectives"].values()
     sent, waited_for = (sum(one[key] for one in collectives) for key in ("sent", "waited_for"))
     moved = [f"{size / 1e9:.2f}" for size in (made["memory_traffic_bytes"], sent, waited_for)]
@@ -122,7 +122,7 @@ def main() -> None:
     if case not in rows:
       rows[case] = {"recipe": case[0], "config_placement": case[2], **measure(*case, arguments.texts).to_json()}
       if arguments.out:
-        write_results(arguments.out, {"versions": versions(), "rows": list(rows.values())})
+        write_results(arguments.out, stored | {"versions": versions(), "rows": list(rows.values())})
     print(show(rows[case]), flush=True)
 
 

@@ -112,6 +112,25 @@ def test_the_embedding_stays_where_it_is(on_eight):
     assert not [shape for shape in on_eight[mesh]["gathered"] if shape[-2:] in ([264, 16], [132, 16])], mesh
 
 
+def test_what_a_step_sends_on_eight_devices(on_eight, config_json):
+  """Catches a weight that is gathered for more than its two products, and a whole table that is sent or summed."""
+  placement = config_lib.from_json(config_json).model.placement
+  if "mhc" in placement or "attnres" in placement:
+    pytest.skip("they have more weights, or compute a layer again")
+  micro_batches, layers, weights, table = 2, 2, 7, 264 * 16 * 4  # bytes of the embedding, and of the head
+  moved = on_eight["fsdp 8"]["moved"]
+  gathers, _, *_ = moved["all-gather"]
+  # Each weight forward and backward, the token ids, and the head, which the micro-batches share.
+  assert gathers == micro_batches * (layers * weights * 2 + 1) + 1
+  # What was looked up, and its gradient: one row of 32 positions a device.
+  exchanges, exchanged, *_ = moved["all-to-all"]
+  assert (exchanges, exchanged) == (micro_batches * 2, micro_batches * 2 * 32 * 16 * 4)
+  # Gradients of the layers' weights and the head, once a micro-batch, and of small things; not of the embedding.
+  matrices = layers * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24) * 4
+  _, summed, *_ = moved["all-reduce"]
+  assert micro_batches * (matrices + table) <= summed < micro_batches * (matrices + table) + table
+
+
 def test_each_device_takes_its_share_of_the_head_and_sends_only_its_gradient(on_eight, config_json):
   """Cut over flattened rows and positions, chunks would lie on other devices than their hidden states."""
   one = on_mesh.head(config_json, {"data": -1})
