@@ -10,8 +10,8 @@ the table is counted from the compiled program by mixln_jax/planning/hlo.py, per
 `estimate` is the compiler's own, of all instructions one after the other, without collectives and kernels. --flags are
 the compiler's options for a second line of MaxText.
 
-Programs are kept in --texts, rows in --out: what is there is not compiled again. docs/tpu_programs.md says how such a
-Python was made.
+Programs are kept in --texts, rows in --out: what is there is not compiled again. A row with a `source` was not counted
+here. docs/tpu_programs.md says how such a Python was made.
 """
 
 import argparse
@@ -131,8 +131,8 @@ def show(row: dict[str, Any]) -> str:
     f"{1000 * row['estimate_seconds']:.0f} ms",
     f"{row['memory_bytes'] / 1e9:.1f}",
     *sizes,
-    row["kernel_runs"],
-    f"{row['compile_seconds']:.0f} s",
+    "-" if row["kernel_runs"] is None else row["kernel_runs"],
+    "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.0f} s",
   )
 
 

@@ -21,6 +21,7 @@ from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.planning import plan as planning
 from mixln_jax.planning import search as search_lib
 from mixln_jax.planning import text, topology
+from mixln_jax.planning.hlo import Traffic
 from mixln_jax.training.program import lower_train_step, program_hash
 from mixln_jax.training.step import state_shardings
 from planning import on_eight
@@ -183,6 +184,19 @@ def test_arguments_on_tpus_are_the_hand_count():
       assert planning.arithmetic(recipe, topology.parse("v5e:4x4", recipe)).counted == counted
 
 
+def test_the_compilers_own_estimate_stands_beside_the_arithmetic(config):
+  """Catches cycles by the clock of another chip, and an estimate that doesn't say what it leaves out."""
+  plan = planning.arithmetic(config, topology.parse("v5e:2x2", config))
+  moved = Traffic({}, memory_bytes=1e9, cycles=3e9, kernel_runs=5, unknown_loops=())
+  made = planning.Compiled("hash", 1.0, planning.Memory(1, 1, 0, 0), "", moved)
+  plan = dataclasses.replace(plan, compiled=made)
+  assert plan.compiler_seconds == 2.0
+  assert plan.to_json()["estimate"]["by_the_compiler"] == 2.0
+  line = "2 s by the compiler's own estimate of all instructions, without collectives and 5 runs of kernels"
+  assert line in text.describe(plan)
+  assert plan.estimate.step < 2.0  # it is shown, and ranks nothing
+
+
 def test_a_message_of_too_little_memory_is_read():
   message = "the total memory required for HLO temporaries (480.00G) exceeds available HBM (15.75G)."
   expected = "the compiler needs 515.40 GB of 16.91 GB a device: 498.48 GB too much"
@@ -252,3 +266,4 @@ def test_a_tpu_slice_is_compiled_for(recipe):
   assert {"all-gather", "all-reduce"} & set(made["collectives"])
   assert made["unknown_loops"] == []
   assert plan["estimate"]["network"] > 0
+  assert plan["estimate"]["by_the_compiler"] > 0
