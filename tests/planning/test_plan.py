@@ -72,6 +72,8 @@ def test_collectives_equal_a_hand_count_with_trip_counts_written_and_derived(on_
     "collective-permute": [5, 5 * operand, 5 * operand],
     "reduce-scatter": [5, 5 * 4 * operand, 5 * 4 * operand * 3 / 4],
   }
+  for numbers in expected.values():
+    numbers.append(numbers[-1])  # on a CPU nothing is asynchronous: all that is sent is waited for
   for version in on_eight_devices["known"]:
     assert version["collectives"] == expected
     assert version["unknown_loops"] == []
