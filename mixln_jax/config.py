@@ -25,7 +25,8 @@ from mixln_jax.version import VERSION
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+SCHEDULES = ("cosine", "linear", "wsd", "trapezoid", "constant")
+DECAYING_AT_THE_END = ("wsd", "trapezoid")  # schedules that are constant up to a final decay
 NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
 RECORD_MODES = ("pack", "pad", "instructions")
 NEWEST, BEST = "newest", "best"
@@ -268,7 +269,25 @@ class DataConfig(Section):
 class TrainConfig(Section):
   """Length, batch and starting point of a run."""
 
-  num_steps: Annotated[int, Field(10_000, "optimizer updates of the whole run", minimum=1, on_resume=CHECKED)]
+  num_steps: Annotated[
+    int,
+    Field(
+      10_000,
+      "optimizer updates of the whole run; 0 = as many as train.tokens_per_parameter asks for",
+      minimum=0,
+      on_resume=CHECKED,
+    ),
+  ]
+  tokens_per_parameter: Annotated[
+    float,
+    Field(
+      0.0,
+      "with train.num_steps=0: the run's length in tokens (positions of records) for each parameter of the matrices, "
+      "embedding and head, rounded up to whole updates; 0 = train.num_steps says it",
+      minimum=0.0,
+      on_resume=FREE,  # what is trained is train.num_steps, which is filled in
+    ),
+  ]
   start_from: Annotated[
     str,
     Field(
@@ -317,16 +336,33 @@ class OptimizerConfig(Section):
     str,
     Field(
       "cosine",
-      "after the linear warm-up from 0: cosine or linear decay to the floor, "
-      "constant, or wsd (constant, then linear decay to the floor)",
+      "after the linear warm-up from 0: cosine or linear decay to the floor, constant, or constant and then a final "
+      "decay to the floor, linear (wsd) or as 1 - the square root of its time (trapezoid, arXiv 2405.18392)",
       choices=SCHEDULES,
     ),
   ]
   warmup_steps: Annotated[
-    int, Field(-1, "steps of linear warm-up; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED)
+    int, Field(-1, "steps of linear warm-up; -1 = by optimizer.warmup_fraction", minimum=-1, on_resume=CHECKED)
+  ]
+  warmup_fraction: Annotated[
+    float,
+    Field(0.1, "warm-up as a fraction of train.num_steps, rounded down", minimum=0.0, below=1.0, on_resume=CHECKED),
   ]
   decay_steps: Annotated[
-    int, Field(-1, "wsd: steps of the final decay; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED)
+    int,
+    Field(
+      -1, "wsd, trapezoid: steps of the final decay; -1 = by optimizer.decay_fraction", minimum=-1, on_resume=CHECKED
+    ),
+  ]
+  decay_fraction: Annotated[
+    float,
+    Field(
+      0.1,
+      "final decay as a fraction of train.num_steps, rounded down to at least one step",
+      minimum=0.0,
+      maximum=1.0,
+      on_resume=CHECKED,
+    ),
   ]
   final_fraction: Annotated[
     float, Field(0.1, "floor of the schedule as a fraction of the peak", minimum=0.0, maximum=1.0)
@@ -590,6 +626,7 @@ def validate(config: Config) -> None:
       raise InputError(f"config.{name} is missing; start the config from mixln_jax.config.base()")
   _validate_places(config)
   _validate_model(config.model)
+  _validate_length(config)
   _validate_training(config)
 
 
@@ -643,13 +680,22 @@ def _validate_model(model: ModelConfig) -> None:
   )
 
 
-def _validate_training(config: Config) -> None:
-  train, optimizer = config.train, config.optimizer
-  _contradiction(
-    train.batch_size % train.micro_batches != 0,
-    f"config.train.micro_batches={train.micro_batches} does not divide "
-    f"config.train.batch_size={train.batch_size}; choose a divisor",
-  )
+def _validate_length(config: Config) -> None:
+  """What must fit in the run's length, and how it is said."""
+  train, optimizer, profile = config.train, config.optimizer, config.profile
+  for part in ("warmup", "decay"):
+    steps, fraction = optimizer[f"{part}_steps"], optimizer[f"{part}_fraction"]
+    _contradiction(
+      steps >= 0 and fraction != FIELDS[f"optimizer.{part}_fraction"].default,
+      f"config.optimizer.{part}_steps={steps} and {part}_fraction={fraction:g} say the same thing twice; set "
+      f"{part}_steps=-1, or leave out the fraction",
+    )
+  if train.num_steps == 0:
+    _contradiction(
+      train.tokens_per_parameter == 0,
+      "config.train.num_steps=0 and tokens_per_parameter=0: the run has no length; set one of them",
+    )
+    return  # the rest is checked once they are known
   ramp_end = table(config.model).ramp_end
   _contradiction(
     ramp_end > train.num_steps,
@@ -664,9 +710,23 @@ def _validate_training(config: Config) -> None:
     f"config.train.num_steps={train.num_steps}; lower it",
   )
   _contradiction(
-    optimizer.schedule == "wsd" and warmup + decay_steps(config) > train.num_steps,
+    optimizer.schedule in DECAYING_AT_THE_END and warmup + decay_steps(config) > train.num_steps,
     f"config.optimizer.decay_steps={decay_steps(config)} and warmup_steps={warmup} don't fit in "
     f"config.train.num_steps={train.num_steps}; lower one",
+  )
+  _contradiction(
+    profile.num_steps > 0 and profile.start_step + profile.num_steps - 1 > train.num_steps,
+    f"config.profile.start_step={profile.start_step} and num_steps={profile.num_steps} end after "
+    f"config.train.num_steps={train.num_steps}; lower one",
+  )
+
+
+def _validate_training(config: Config) -> None:
+  train = config.train
+  _contradiction(
+    train.batch_size % train.micro_batches != 0,
+    f"config.train.micro_batches={train.micro_batches} does not divide "
+    f"config.train.batch_size={train.batch_size}; choose a divisor",
   )
   _contradiction(
     config.data.on_the_fly and config.data.mode != "pad",
@@ -688,12 +748,6 @@ def _validate_training(config: Config) -> None:
   _contradiction(
     start not in (NEWEST, BEST) and whole_number(start) is None,
     f"config.train.start_checkpoint={shown(start)}: must be {NEWEST}, {BEST}, or the step of a checkpoint",
-  )
-  profile = config.profile
-  _contradiction(
-    profile.num_steps > 0 and profile.start_step + profile.num_steps - 1 > train.num_steps,
-    f"config.profile.start_step={profile.start_step} and num_steps={profile.num_steps} end after "
-    f"config.train.num_steps={train.num_steps}; lower one",
   )
   fills = [axis for axis in config.mesh if config.mesh[axis] == -1]
   _contradiction(
@@ -740,13 +794,25 @@ def residual_dtype(model: ModelConfig) -> str:
 def warmup_steps(config: Config) -> int:
   """Steps of linear warm-up."""
   steps = config.optimizer.warmup_steps
-  return steps if steps >= 0 else config.train.num_steps // 10
+  return steps if steps >= 0 else _steps_of(config.optimizer.warmup_fraction, config)
 
 
 def decay_steps(config: Config) -> int:
-  """Steps of the final decay of a wsd schedule."""
+  """Steps of the final decay of a wsd or trapezoid schedule."""
   steps = config.optimizer.decay_steps
-  return steps if steps >= 0 else max(1, config.train.num_steps // 10)
+  return steps if steps >= 0 else max(1, _steps_of(config.optimizer.decay_fraction, config))
+
+
+def decay_start(config: Config) -> int | None:
+  """The step after which the final decay begins; None for a schedule that has none."""
+  if config.optimizer.schedule not in DECAYING_AT_THE_END:
+    return None
+  return config.train.num_steps - decay_steps(config)
+
+
+def _steps_of(fraction: float, config: Config) -> int:
+  """A fraction of the run's steps, rounded down; 0.29 of 100 is 29, though their product is less as floats."""
+  return math.floor(fraction * config.train.num_steps + 1e-6)
 
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:

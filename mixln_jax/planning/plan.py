@@ -17,6 +17,7 @@ from mixln_jax.parallel.devices import DEVICES, GIB, Device
 from mixln_jax.parallel.mesh import abstract_mesh, attach, make_mesh
 from mixln_jax.planning.hlo import Traffic, traffic
 from mixln_jax.planning.topology import Topology
+from mixln_jax.training.length import with_num_steps
 from mixln_jax.training.loop import check_batches
 from mixln_jax.training.program import abstract_batch, lower_train_step, program_hash
 from mixln_jax.training.step import abstract_state, state_shardings
@@ -190,6 +191,7 @@ def arithmetic(config: Config, topology: Topology, efficiency: float = EFFICIENC
   Raises:
     InputError: config and topology contradict one another, as they would when the run starts.
   """
+  config = with_num_steps(config)
   config_lib.validate(config)
   mesh = abstract_mesh(config.mesh, topology.num_devices)
   abstract_sharded_params(config.model, mesh)  # for its checks

@@ -17,7 +17,8 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
   """Learning rate of the update that follows `step` updates.
 
   A linear warm-up from 0 (so the first update is a no-op, as in the official code), then `optimizer.schedule`:
-  cosine or linear decay to `final_fraction` of the peak at num_steps, constant, or wsd (constant, then linear decay).
+  cosine or linear decay to `final_fraction` of the peak at num_steps, constant, or constant and then a final decay:
+  linear (wsd), or as 1 − √t, t its elapsed fraction (trapezoid; arXiv 2405.18392, eq. 1).
   """
   c = config.optimizer
   peak, floor = c.learning_rate, c.final_fraction * c.learning_rate
@@ -30,11 +31,23 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
   elif c.schedule == "wsd":
     decay = decay_steps(config)
     main = optax.linear_schedule(peak, floor, decay, transition_begin=after - decay)
+  elif c.schedule == "trapezoid":
+    main = _root_cool_down(peak, floor, after - decay_steps(config), decay_steps(config))
   else:
     main = optax.constant_schedule(peak)
   if warmup == 0:
     return main
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def _root_cool_down(peak: float, floor: float, begin: int, steps: int) -> optax.Schedule:
+  """`peak` up to step `begin`, then falling to `floor` within `steps`, at first fast: 1 − √t."""
+
+  def schedule(count: Any) -> jax.Array:
+    elapsed = jnp.clip((count - begin) / steps, 0.0, 1.0)
+    return peak - (peak - floor) * jnp.sqrt(elapsed)
+
+  return schedule
 
 
 def make_optimizer(config: Config, columns: Columns | None = None) -> optax.GradientTransformationExtraArgs:
