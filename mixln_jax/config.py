@@ -25,6 +25,9 @@ from mixln_jax.version import VERSION
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
+OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
+PARAMETERIZATIONS = ("standard", "depth_mup", "completep")
+COMPLETEP_READINGS = ("paper", "nanogpt_mup")
 SCHEDULES = ("cosine", "linear", "wsd", "trapezoid", "constant")
 DECAYING_AT_THE_END = ("wsd", "trapezoid")  # schedules that are constant up to a final decay
 NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
@@ -163,6 +166,15 @@ class ModelConfig(Section):
   rope_original_length: Annotated[int, Field(8192, "llama3: length that the model was first trained at", minimum=1)]
   tied_embeddings: Annotated[bool, Field(False, "the head is the embedding, transposed")]
   qkv_bias: Annotated[bool, Field(False, "biases on the query, key and value projections")]
+  branch_multiplier: Annotated[
+    float,
+    Field(1.0, "every branch is times this before it is added, on top of the placement's own factors", above=0.0),
+  ]
+  attention_multiplier: Annotated[float, Field(1.0, "attention logits are q·k / √head_dim times this", above=0.0)]
+  logit_multiplier: Annotated[float, Field(1.0, "what the head reads is times this", above=0.0)]
+  matrix_std_multiplier: Annotated[
+    float, Field(1.0, "initial standard deviation of the layers' matrices is times this", above=0.0)
+  ]
   init_deviation: Annotated[
     float, Field(0.02, "standard deviation of the initial matrices and of the head", minimum=0.0)
   ]
@@ -329,8 +341,16 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-  """AdamW and its learning-rate schedule."""
+  """The optimizer, its learning-rate schedule, and how both differ by group of parameters."""
 
+  name: Annotated[
+    str,
+    Field(
+      "adamw",
+      "optimizer, of optax; muon: of the layers' matrices, and Adam of all else (docs/optimizers.md)",
+      choices=OPTIMIZERS,
+    ),
+  ]
   learning_rate: Annotated[float, Field(1e-3, "peak learning rate", minimum=0.0)]
   schedule: Annotated[
     str,
@@ -367,12 +387,77 @@ class OptimizerConfig(Section):
   final_fraction: Annotated[
     float, Field(0.1, "floor of the schedule as a fraction of the peak", minimum=0.0, maximum=1.0)
   ]
-  b1: Annotated[float, Field(0.9, "Adam's decay of the first moment", minimum=0.0, below=1.0)]
-  b2: Annotated[float, Field(0.999, "Adam's decay of the second moment", minimum=0.0, below=1.0)]
+  b1: Annotated[
+    float, Field(0.9, "Adam's decay of the first moment; lion: weight of its momentum", minimum=0.0, below=1.0)
+  ]
+  b2: Annotated[
+    float,
+    Field(
+      0.999,
+      "Adam's decay of the second moment; lion: decay of its momentum (its paper: 0.99)",
+      minimum=0.0,
+      below=1.0,
+    ),
+  ]
   epsilon: Annotated[float, Field(1e-8, "Adam's epsilon, outside the root", above=0.0)]
+  momentum: Annotated[float, Field(0.95, "muon, sgd: decay of the momentum", minimum=0.0, below=1.0)]
+  muon_rms: Annotated[
+    float,
+    Field(
+      0.2,
+      "muon: a matrix's update is times this and the root of its longer side (arXiv 2502.16982), so that Adam's "
+      "learning rates suit; 0 = times sqrt(max(1, outputs / inputs)), as its first code has it",
+      minimum=0.0,
+    ),
+  ]
   weight_decay: Annotated[
     float,
-    Field(0.0, "decoupled weight decay of the matrices, embedding and head (never of gains and biases)", minimum=0.0),
+    Field(
+      0.0,
+      "decoupled weight decay of the matrices, embedding and head (of gains, biases and scalars only by "
+      "optimizer.decay_multipliers)",
+      minimum=0.0,
+    ),
+  ]
+  rate_multipliers: Annotated[
+    str,
+    Field(
+      "",
+      "the learning rate by group, as in head:0.5,mlp@0-3:2 (layers from 0): all, embedding, head, attention, mlp, "
+      "gains, input_gains, output_gains, final_norm, biases, scalars; of two entries for one parameter the later holds",
+    ),
+  ]
+  decay_multipliers: Annotated[
+    str, Field("", "the weight decay by group, in the same way, as in input_gains:1; gains, biases and scalars have 0")
+  ]
+  epsilon_multipliers: Annotated[str, Field("", "Adam's epsilon by group, in the same way")]
+  parameterization: Annotated[
+    str,
+    Field(
+      "standard",
+      "how rates, decay, epsilon, initial std, branches and logits change with width and depth: depth_mup, completep "
+      "(arXiv 2505.01618); both need optimizer.base_width or base_depth, and fill in the multipliers of config.model",
+      choices=PARAMETERIZATIONS,
+    ),
+  ]
+  base_width: Annotated[
+    int, Field(0, "embed_dim of the model that the learning rate was tuned for; 0 = this model's", minimum=0)
+  ]
+  base_depth: Annotated[
+    int, Field(0, "num_layers of the model that the learning rate was tuned for; 0 = this model's", minimum=0)
+  ]
+  base_head_dim: Annotated[
+    int,
+    Field(0, "head_dim of that model: attention logits are q·k √base / head_dim; 0 = this model's, 1/√", minimum=0),
+  ]
+  completep_reading: Annotated[
+    str,
+    Field(
+      "paper",
+      "epsilon of embedding, final norm and head under depth_mup and completep: paper, by the width alone; "
+      "nanogpt_mup, as that of the layers (the paper's code)",
+      choices=COMPLETEP_READINGS,
+    ),
   ]
   clip_norm: Annotated[float, Field(1.0, "largest global norm of the gradient; 0 = no clipping", minimum=0.0)]
   moment_dtype: Annotated[
@@ -627,6 +712,7 @@ def validate(config: Config) -> None:
   _validate_places(config)
   _validate_model(config.model)
   _validate_length(config)
+  _validate_optimizer(config.optimizer)
   _validate_training(config)
 
 
@@ -721,6 +807,32 @@ def _validate_length(config: Config) -> None:
   )
 
 
+def _validate_optimizer(optimizer: OptimizerConfig) -> None:
+  scaled = optimizer.parameterization != "standard"
+  _contradiction(
+    scaled and optimizer.name != "adamw",
+    f"config.optimizer.parameterization={optimizer.parameterization} with name={optimizer.name}: its rules are derived "
+    "for Adam; use adamw, or standard",
+  )
+  bases = {name: optimizer[name] for name in ("base_width", "base_depth", "base_head_dim")}
+  stated = [name for name, value in bases.items() if value]
+  _contradiction(
+    scaled and not stated,
+    f"config.optimizer.parameterization={optimizer.parameterization} scales from a base; set config.optimizer."
+    "base_width or base_depth to those of the model that the learning rate was tuned for",
+  )
+  _contradiction(
+    not scaled and bool(stated),
+    f"config.optimizer.{' and '.join(stated)} mean nothing under parameterization=standard; choose depth_mup or "
+    "completep, or leave them out",
+  )
+  _contradiction(
+    bool(optimizer.epsilon_multipliers) and optimizer.name not in ("adamw", "muon"),
+    f"config.optimizer.epsilon_multipliers={optimizer.epsilon_multipliers!r}: {optimizer.name} has no epsilon of Adam; "
+    "leave them out",
+  )
+
+
 def _validate_training(config: Config) -> None:
   train = config.train
   _contradiction(
@@ -768,7 +880,7 @@ def table(model: ModelConfig) -> placement.Table:
   Raises:
     InputError: config.model.placement is malformed, or does not fit config.model.num_layers.
   """
-  return placement.parse(model.placement, model.num_layers)
+  return placement.parse(model.placement, model.num_layers).with_branches_times(model.branch_multiplier)
 
 
 def head_dim(model: ModelConfig) -> int:

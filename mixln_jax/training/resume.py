@@ -53,7 +53,7 @@ def resume_point(old: Config, new: Config, steps: Sequence[int], workdir: str) -
   if _rates_agree(old, new, newest):
     return ResumePoint(newest, changes)
   decay_start = config_lib.decay_start(old)
-  if decay_start in steps and _rates_agree(old, new, decay_start):
+  if decay_start is not None and decay_start in steps and _rates_agree(old, new, decay_start):
     return ResumePoint(decay_start, [*changes, f"resumes from step {decay_start}, where the decay began"])
   raise InputError(_why_not(old, new, newest, workdir))
 

@@ -12,8 +12,8 @@ import pytest
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 from mixln_jax.training import optimizer as optimizer_lib
-from mixln_jax.training.length import with_num_steps
-from mixln_jax.training.optimizer import decayed, init_moments, learning_rate_schedule, make_optimizer
+from mixln_jax.training.derived import with_num_steps
+from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
 from mixln_jax.training.step import init_state, make_train_step
 
 # fp32: near the end the falling part of the rate is the difference of two numbers 20 times as large (1 and the cosine).
@@ -118,7 +118,7 @@ def test_each_form_updates_as_optax_and_keeps_the_state_where_it_is_rejected(mon
     optax.clip_by_global_norm(0.5),
     optax.identity(),  # where the moments' type is set
     optax.scale_by_adam(c.b1, c.b2, c.epsilon),
-    optax.add_decayed_weights(0.1, mask=lambda params: decayed(config.model, params)),
+    optax.add_decayed_weights(0.1),  # the head is a matrix
   )
   ours = make_optimizer(config)
   expected_state, state = plain.init(params), init_moments(ours, params, "float32")

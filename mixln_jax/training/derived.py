@@ -1,12 +1,50 @@
-"""How long a run is: `train.num_steps`, or as many steps as `train.tokens_per_parameter` asks for."""
+"""Fields that other fields decide, filled in before a run begins: config.json then says what was trained.
+
+A field that was filled in is accepted again, so that a run's own config passes unchanged.
+"""
 
 import math
 
 from mixln_jax.config import Config, ModelConfig
 from mixln_jax.errors import InputError
 from mixln_jax.model.parameters import parameters
+from mixln_jax.training.groups import implied_by, optimizer_table
 
 COUNTED = ("embedding/", "head/", "attention/", "mlp/")  # parts
+
+
+def with_derived(config: Config) -> Config:
+  """The config as it is trained: with its number of steps, and the multipliers of its parameterization.
+
+  Raises:
+    InputError: a field is stated that another one decides otherwise, or multipliers by group can't be read.
+  """
+  config = with_parameterization(with_num_steps(config))
+  optimizer_table(config)  # for its checks
+  return config
+
+
+def with_parameterization(config: Config) -> Config:
+  """The config with the multipliers of config.model that `optimizer.parameterization` decides.
+
+  They stand in config.model because a model computes with them wherever it is opened.
+
+  Raises:
+    InputError: one of them is stated otherwise.
+  """
+  implied = implied_by(config)
+  for name, value in implied.items():
+    stated = config.model[name]
+    if stated not in (1.0, value):
+      raise InputError(
+        f"config.model.{name}={stated:g}: config.optimizer.parameterization={config.optimizer.parameterization} makes "
+        f"it {value:g}; leave it out, or use standard"
+      )
+  if all(config.model[name] == value for name, value in implied.items()):
+    return config
+  config = config.copy_and_resolve_references()
+  config.model.update(implied)
+  return config
 
 
 def matrix_params(model: ModelConfig) -> int:
