@@ -129,7 +129,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
   mpl.use("svg")
   from matplotlib import pyplot as plt
 
-  mpl.rcParams.update({"svg.hashsalt": "coordinate_check", "font.size": 9})
+  mpl.rcParams.update({"svg.hashsalt": "coordinate_check", "svg.fonttype": "none", "font.size": 9})
   panels = [(axis, name) for axis in ("depth", "width") for name in ("stream_change", "logits_change")]
   figure, axes = plt.subplots(
     len(PARAMETERIZATIONS), len(panels), figsize=(11, 6.5), sharey="col", constrained_layout=True

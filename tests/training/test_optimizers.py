@@ -28,6 +28,7 @@ from mixln_jax.training.step import init_state, make_train_step
 from training import on_eight
 
 OPTIMIZERS = config_lib.OPTIMIZERS
+OTHERS = ("adafactor", "adamw", "lion", "sgd")
 ROOT = Path(__file__).parents[2]
 
 
@@ -163,23 +164,19 @@ def test_a_state_that_was_saved_continues_to_the_same_bits(name, compiled_step, 
   checkpoints.close()
 
 
-@pytest.fixture(scope="module")
-def on_eight_devices():
+@pytest.mark.parametrize("name", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_eight_devices_train_as_one(name):
+  """Catches a matrix of which each device orthogonalises its own piece, and moments that every device has whole."""
   script = Path(on_eight.__file__)
   environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
   result = subprocess.run(
-    [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment, check=False
+    [sys.executable, str(script), name], capture_output=True, text=True, timeout=600, env=environment, check=False
   )
   assert result.returncode == 0, result.stderr[-3000:]
-  return json.loads(result.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", on_eight.NAMES)
-def test_eight_devices_train_as_one(on_eight_devices, name):
-  """Catches a matrix of which each device orthogonalises its own piece, and moments that every device has whole."""
-  found = on_eight_devices[name]
+  found = json.loads(result.stdout.splitlines()[-1])
   np.testing.assert_allclose(found["losses"]["eight"], found["losses"]["one"], rtol=1e-5)
-  assert found["furthest"] < 1e-5
+  if name != "lion":  # the sign of a gradient that rounds to either side of 0 is an update of twice the rate
+    assert found["furthest"] < 1e-5
   # A fourth of all: four ways; every device has the gains, Adafactor's sums of rows and columns, and counts.
   assert found["state_of_one_device"] < (0.5 if name == "adafactor" else 0.27)
 
