@@ -1,12 +1,13 @@
 """How large activations and their changes are against depth and width, over the first updates.
 
     python -m benchmarks.coordinate_check [--out=benchmarks/results/coordinate_check.json]
-      [--figure=docs/coordinate_check.svg]
+      [--figure=docs/coordinate_check.svg] [--fixed_batch]
 
 A parameterization keeps what it promises if the lines are flat: then the learning rate of a small model suits a large
 one. For each model the same few batches of random tokens are trained on, and after each update the model reads one
 more batch. Written are root mean squares over its positions: of the last layer's stream and of the logits, and how far
-both have moved since the start. Every point is the mean over the seeds.
+both have moved since the start. Every point is the mean over the seeds. With --fixed_batch all of these batches are
+the first one.
 
 The base has 4 layers of width 64. Depths are at that width, widths at that depth; heads have 16 dimensions.
 """
@@ -62,12 +63,13 @@ def config_of(parameterization: str, depth: int, width: int) -> Config:
   return with_derived(config)
 
 
-def measure(config: Config) -> dict[str, list[float]]:
+def measure(config: Config, *, fixed_batch: bool = False) -> dict[str, list[float]]:
   """Each quantity before the first update and after each of them, the mean over the seeds."""
   model, train_step = Transformer(config.model), make_train_step(config)
-  tokens = np.random.default_rng(0).integers(0, VOCAB, (UPDATES + 1, ROWS, LENGTH + 1)).astype(np.int32)
+  drawn = np.random.default_rng(0).integers(0, VOCAB, (UPDATES + 1, ROWS, LENGTH + 1))
+  tokens = jnp.asarray(drawn[:1] + 0 * drawn if fixed_batch else drawn, jnp.int32)
   batches = {"tokens_BT": tokens[:-1, :, :-1], "labels_BT": tokens[:-1, :, 1:]}
-  batches["weights_BT"] = np.ones(batches["labels_BT"].shape, np.float32)
+  batches["weights_BT"] = jnp.ones(batches["labels_BT"].shape, jnp.float32)
   seen = tokens[-1, :, :-1]
 
   def read(model: Transformer) -> tuple[jax.Array, jax.Array]:
@@ -99,14 +101,16 @@ def measure(config: Config) -> dict[str, list[float]]:
   return {name: np.mean(values, axis=0).tolist() for name, values in found.items()}
 
 
-def measure_all() -> list[dict[str, Any]]:
+def measure_all(*, fixed_batch: bool = False) -> list[dict[str, Any]]:
   """A row for each parameterization and size. At the base's own size they are the same model, which is trained once."""
-  rows, base = [], measure(config_of("standard", BASE_DEPTH, BASE_WIDTH))
+  rows, base = [], measure(config_of("standard", BASE_DEPTH, BASE_WIDTH), fixed_batch=fixed_batch)
   for parameterization in PARAMETERIZATIONS:
     sizes = [("depth", depth, BASE_WIDTH) for depth in DEPTHS] + [("width", BASE_DEPTH, width) for width in WIDTHS]
     for axis, depth, width in sizes:
       is_base = (depth, width) == (BASE_DEPTH, BASE_WIDTH)
-      found = base if is_base else measure(config_of(parameterization, depth, width))
+      found = base
+      if not is_base:
+        found = measure(config_of(parameterization, depth, width), fixed_batch=fixed_batch)
       rows.append({"parameterization": parameterization, "axis": axis, "depth": depth, "width": width} | found)
       print(f"{parameterization} {depth} × {width}: {found['stream_change'][-1]:.4g}", flush=True)
   return rows
@@ -151,8 +155,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--out", default="benchmarks/results/coordinate_check.json")
   parser.add_argument("--figure", default="docs/coordinate_check.svg")
+  parser.add_argument("--fixed_batch", action="store_true")
   arguments = parser.parse_args()
-  rows = measure_all()
+  rows = measure_all(fixed_batch=arguments.fixed_batch)
   about = {"machine": platform.machine(), "jax": jax.__version__, "learning_rate": RATE, "seeds": SEEDS}
   Path(arguments.out).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
   draw(rows, Path(arguments.figure))

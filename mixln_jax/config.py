@@ -769,8 +769,10 @@ def _validate_model(model: ModelConfig) -> None:
 def _validate_length(config: Config) -> None:
   """What must fit in the run's length, and how it is said."""
   train, optimizer, profile = config.train, config.optimizer, config.profile
-  for part in ("warmup", "decay"):
-    steps, fraction = optimizer[f"{part}_steps"], optimizer[f"{part}_fraction"]
+  for part, steps, fraction in (
+    ("warmup", optimizer.warmup_steps, optimizer.warmup_fraction),
+    ("decay", optimizer.decay_steps, optimizer.decay_fraction),
+  ):
     _contradiction(
       steps >= 0 and fraction != FIELDS[f"optimizer.{part}_fraction"].default,
       f"config.optimizer.{part}_steps={steps} and {part}_fraction={fraction:g} say the same thing twice; set "
