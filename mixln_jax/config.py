@@ -24,8 +24,17 @@ from mixln_jax.version import VERSION
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+<<<<<<< HEAD
 ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash", "splash_length_minor")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+=======
+ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
+OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
+PARAMETERIZATIONS = ("standard", "depth_mup", "completep")
+COMPLETEP_READINGS = ("paper", "nanogpt_mup")
+SCHEDULES = ("cosine", "linear", "wsd", "trapezoid", "constant")
+DECAYING_AT_THE_END = ("wsd", "trapezoid")  # schedules that are constant up to a final decay
+>>>>>>> optim
 NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
 RECORD_MODES = ("pack", "pad", "instructions")
 NEWEST, BEST = "newest", "best"
@@ -162,6 +171,15 @@ class ModelConfig(Section):
   rope_original_length: Annotated[int, Field(8192, "llama3: length that the model was first trained at", minimum=1)]
   tied_embeddings: Annotated[bool, Field(False, "the head is the embedding, transposed")]
   qkv_bias: Annotated[bool, Field(False, "biases on the query, key and value projections")]
+  branch_multiplier: Annotated[
+    float,
+    Field(1.0, "every branch is times this before it is added, on top of the placement's own factors", above=0.0),
+  ]
+  attention_multiplier: Annotated[float, Field(1.0, "attention logits are q·k / √head_dim times this", above=0.0)]
+  logit_multiplier: Annotated[float, Field(1.0, "what the head reads is times this", above=0.0)]
+  matrix_std_multiplier: Annotated[
+    float, Field(1.0, "initial standard deviation of the layers' matrices is times this", above=0.0)
+  ]
   init_deviation: Annotated[
     float, Field(0.02, "standard deviation of the initial matrices and of the head", minimum=0.0)
   ]
@@ -269,7 +287,25 @@ class DataConfig(Section):
 class TrainConfig(Section):
   """Length, batch and starting point of a run."""
 
-  num_steps: Annotated[int, Field(10_000, "optimizer updates of the whole run", minimum=1, on_resume=CHECKED)]
+  num_steps: Annotated[
+    int,
+    Field(
+      10_000,
+      "optimizer updates of the whole run; 0 = as many as train.tokens_per_parameter asks for",
+      minimum=0,
+      on_resume=CHECKED,
+    ),
+  ]
+  tokens_per_parameter: Annotated[
+    float,
+    Field(
+      0.0,
+      "with train.num_steps=0: the run's length in tokens (positions of records) for each parameter of the matrices, "
+      "embedding and head, rounded up to whole updates; 0 = train.num_steps says it",
+      minimum=0.0,
+      on_resume=FREE,  # what is trained is train.num_steps, which is filled in
+    ),
+  ]
   start_from: Annotated[
     str,
     Field(
@@ -311,33 +347,123 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-  """AdamW and its learning-rate schedule."""
+  """The optimizer, its learning-rate schedule, and how both differ by group of parameters."""
 
+  name: Annotated[
+    str,
+    Field(
+      "adamw",
+      "optimizer, of optax; muon: of the layers' matrices, and Adam of all else (docs/optimizers.md)",
+      choices=OPTIMIZERS,
+    ),
+  ]
   learning_rate: Annotated[float, Field(1e-3, "peak learning rate", minimum=0.0)]
   schedule: Annotated[
     str,
     Field(
       "cosine",
-      "after the linear warm-up from 0: cosine or linear decay to the floor, "
-      "constant, or wsd (constant, then linear decay to the floor)",
+      "after the linear warm-up from 0: cosine or linear decay to the floor, constant, or constant and then a final "
+      "decay to the floor, linear (wsd) or as 1 - the square root of its time (trapezoid, arXiv 2405.18392)",
       choices=SCHEDULES,
     ),
   ]
   warmup_steps: Annotated[
-    int, Field(-1, "steps of linear warm-up; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED)
+    int, Field(-1, "steps of linear warm-up; -1 = by optimizer.warmup_fraction", minimum=-1, on_resume=CHECKED)
+  ]
+  warmup_fraction: Annotated[
+    float,
+    Field(0.1, "warm-up as a fraction of train.num_steps, rounded down", minimum=0.0, below=1.0, on_resume=CHECKED),
   ]
   decay_steps: Annotated[
-    int, Field(-1, "wsd: steps of the final decay; -1 = a tenth of train.num_steps", minimum=-1, on_resume=CHECKED)
+    int,
+    Field(
+      -1, "wsd, trapezoid: steps of the final decay; -1 = by optimizer.decay_fraction", minimum=-1, on_resume=CHECKED
+    ),
+  ]
+  decay_fraction: Annotated[
+    float,
+    Field(
+      0.1,
+      "final decay as a fraction of train.num_steps, rounded down to at least one step",
+      minimum=0.0,
+      maximum=1.0,
+      on_resume=CHECKED,
+    ),
   ]
   final_fraction: Annotated[
     float, Field(0.1, "floor of the schedule as a fraction of the peak", minimum=0.0, maximum=1.0)
   ]
-  b1: Annotated[float, Field(0.9, "Adam's decay of the first moment", minimum=0.0, below=1.0)]
-  b2: Annotated[float, Field(0.999, "Adam's decay of the second moment", minimum=0.0, below=1.0)]
+  b1: Annotated[
+    float, Field(0.9, "Adam's decay of the first moment; lion: weight of its momentum", minimum=0.0, below=1.0)
+  ]
+  b2: Annotated[
+    float,
+    Field(
+      0.999,
+      "Adam's decay of the second moment; lion: decay of its momentum (its paper: 0.99)",
+      minimum=0.0,
+      below=1.0,
+    ),
+  ]
   epsilon: Annotated[float, Field(1e-8, "Adam's epsilon, outside the root", above=0.0)]
+  momentum: Annotated[float, Field(0.95, "muon, sgd: decay of the momentum", minimum=0.0, below=1.0)]
+  muon_rms: Annotated[
+    float,
+    Field(
+      0.2,
+      "muon: a matrix's update is times this and the root of its longer side (arXiv 2502.16982), so that Adam's "
+      "learning rates suit; 0 = times sqrt(max(1, outputs / inputs)), as its first code has it",
+      minimum=0.0,
+    ),
+  ]
   weight_decay: Annotated[
     float,
-    Field(0.0, "decoupled weight decay of the matrices, embedding and head (never of gains and biases)", minimum=0.0),
+    Field(
+      0.0,
+      "decoupled weight decay of the matrices, embedding and head (of gains, biases and scalars only by "
+      "optimizer.decay_multipliers)",
+      minimum=0.0,
+    ),
+  ]
+  rate_multipliers: Annotated[
+    str,
+    Field(
+      "",
+      "the learning rate by group, as in head:0.5,mlp@0-3:2 (layers from 0): all, embedding, head, attention, mlp, "
+      "gains, input_gains, output_gains, final_norm, biases, scalars; of two entries for one parameter the later holds",
+    ),
+  ]
+  decay_multipliers: Annotated[
+    str, Field("", "the weight decay by group, in the same way, as in input_gains:1; gains, biases and scalars have 0")
+  ]
+  epsilon_multipliers: Annotated[str, Field("", "Adam's epsilon by group, in the same way")]
+  parameterization: Annotated[
+    str,
+    Field(
+      "standard",
+      "how rates, decay, epsilon, initial std, branches and logits change with width and depth: depth_mup, completep "
+      "(arXiv 2505.01618); both need optimizer.base_width or base_depth, and fill in the multipliers of config.model",
+      choices=PARAMETERIZATIONS,
+    ),
+  ]
+  base_width: Annotated[
+    int, Field(0, "embed_dim of the model that the learning rate was tuned for; 0 = this model's", minimum=0)
+  ]
+  base_depth: Annotated[
+    int, Field(0, "num_layers of the model that the learning rate was tuned for; 0 = this model's", minimum=0)
+  ]
+  base_head_dim: Annotated[
+    int,
+    Field(0, "head_dim of that model: attention logits are q·k √base / head_dim; 0 = this model's, 1/√", minimum=0),
+  ]
+  completep_reading: Annotated[
+    str,
+    Field(
+      "paper",
+      "epsilon of embedding, final norm and head under depth_mup and completep: paper, by the width alone; "
+      "nanogpt_mup, as that of the layers (the paper's code)",
+      choices=COMPLETEP_READINGS,
+    ),
   ]
   clip_norm: Annotated[float, Field(1.0, "largest global norm of the gradient; 0 = no clipping", minimum=0.0)]
   moment_dtype: Annotated[
@@ -591,6 +717,8 @@ def validate(config: Config) -> None:
       raise InputError(f"config.{name} is missing; start the config from mixln_jax.config.base()")
   _validate_places(config)
   _validate_model(config.model)
+  _validate_length(config)
+  _validate_optimizer(config.optimizer)
   _validate_training(config)
 
 
@@ -644,13 +772,24 @@ def _validate_model(model: ModelConfig) -> None:
   )
 
 
-def _validate_training(config: Config) -> None:
-  train, optimizer = config.train, config.optimizer
-  _contradiction(
-    train.batch_size % train.micro_batches != 0,
-    f"config.train.micro_batches={train.micro_batches} does not divide "
-    f"config.train.batch_size={train.batch_size}; choose a divisor",
-  )
+def _validate_length(config: Config) -> None:
+  """What must fit in the run's length, and how it is said."""
+  train, optimizer, profile = config.train, config.optimizer, config.profile
+  for part, steps, fraction in (
+    ("warmup", optimizer.warmup_steps, optimizer.warmup_fraction),
+    ("decay", optimizer.decay_steps, optimizer.decay_fraction),
+  ):
+    _contradiction(
+      steps >= 0 and fraction != FIELDS[f"optimizer.{part}_fraction"].default,
+      f"config.optimizer.{part}_steps={steps} and {part}_fraction={fraction:g} say the same thing twice; set "
+      f"{part}_steps=-1, or leave out the fraction",
+    )
+  if train.num_steps == 0:
+    _contradiction(
+      train.tokens_per_parameter == 0,
+      "config.train.num_steps=0 and tokens_per_parameter=0: the run has no length; set one of them",
+    )
+    return  # the rest is checked once they are known
   ramp_end = table(config.model).ramp_end
   _contradiction(
     ramp_end > train.num_steps,
@@ -665,9 +804,49 @@ def _validate_training(config: Config) -> None:
     f"config.train.num_steps={train.num_steps}; lower it",
   )
   _contradiction(
-    optimizer.schedule == "wsd" and warmup + decay_steps(config) > train.num_steps,
+    optimizer.schedule in DECAYING_AT_THE_END and warmup + decay_steps(config) > train.num_steps,
     f"config.optimizer.decay_steps={decay_steps(config)} and warmup_steps={warmup} don't fit in "
     f"config.train.num_steps={train.num_steps}; lower one",
+  )
+  _contradiction(
+    profile.num_steps > 0 and profile.start_step + profile.num_steps - 1 > train.num_steps,
+    f"config.profile.start_step={profile.start_step} and num_steps={profile.num_steps} end after "
+    f"config.train.num_steps={train.num_steps}; lower one",
+  )
+
+
+def _validate_optimizer(optimizer: OptimizerConfig) -> None:
+  scaled = optimizer.parameterization != "standard"
+  _contradiction(
+    scaled and optimizer.name != "adamw",
+    f"config.optimizer.parameterization={optimizer.parameterization} with name={optimizer.name}: its rules are derived "
+    "for Adam; use adamw, or standard",
+  )
+  bases = {name: optimizer[name] for name in ("base_width", "base_depth", "base_head_dim")}
+  stated = [name for name, value in bases.items() if value]
+  _contradiction(
+    scaled and not stated,
+    f"config.optimizer.parameterization={optimizer.parameterization} scales from a base; set config.optimizer."
+    "base_width or base_depth to those of the model that the learning rate was tuned for",
+  )
+  _contradiction(
+    not scaled and bool(stated),
+    f"config.optimizer.{' and '.join(stated)} mean nothing under parameterization=standard; choose depth_mup or "
+    "completep, or leave them out",
+  )
+  _contradiction(
+    bool(optimizer.epsilon_multipliers) and optimizer.name not in ("adamw", "muon"),
+    f"config.optimizer.epsilon_multipliers={optimizer.epsilon_multipliers!r}: {optimizer.name} has no epsilon of Adam; "
+    "leave them out",
+  )
+
+
+def _validate_training(config: Config) -> None:
+  train = config.train
+  _contradiction(
+    train.batch_size % train.micro_batches != 0,
+    f"config.train.micro_batches={train.micro_batches} does not divide "
+    f"config.train.batch_size={train.batch_size}; choose a divisor",
   )
   _contradiction(
     config.data.on_the_fly and config.data.mode != "pad",
@@ -690,12 +869,6 @@ def _validate_training(config: Config) -> None:
     start not in (NEWEST, BEST) and whole_number(start) is None,
     f"config.train.start_checkpoint={shown(start)}: must be {NEWEST}, {BEST}, or the step of a checkpoint",
   )
-  profile = config.profile
-  _contradiction(
-    profile.num_steps > 0 and profile.start_step + profile.num_steps - 1 > train.num_steps,
-    f"config.profile.start_step={profile.start_step} and num_steps={profile.num_steps} end after "
-    f"config.train.num_steps={train.num_steps}; lower one",
-  )
   fills = [axis for axis in config.mesh if config.mesh[axis] == -1]
   _contradiction(
     len(fills) > 1, f"config.mesh.{' and config.mesh.'.join(fills)} are all -1; only one axis can take what is left"
@@ -715,7 +888,7 @@ def table(model: ModelConfig) -> placement.Table:
   Raises:
     InputError: config.model.placement is malformed, or does not fit config.model.num_layers.
   """
-  return placement.parse(model.placement, model.num_layers)
+  return placement.parse(model.placement, model.num_layers).with_branches_times(model.branch_multiplier)
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -741,13 +914,25 @@ def residual_dtype(model: ModelConfig) -> str:
 def warmup_steps(config: Config) -> int:
   """Steps of linear warm-up."""
   steps = config.optimizer.warmup_steps
-  return steps if steps >= 0 else config.train.num_steps // 10
+  return steps if steps >= 0 else _steps_of(config.optimizer.warmup_fraction, config)
 
 
 def decay_steps(config: Config) -> int:
-  """Steps of the final decay of a wsd schedule."""
+  """Steps of the final decay of a wsd or trapezoid schedule."""
   steps = config.optimizer.decay_steps
-  return steps if steps >= 0 else max(1, config.train.num_steps // 10)
+  return steps if steps >= 0 else max(1, _steps_of(config.optimizer.decay_fraction, config))
+
+
+def decay_start(config: Config) -> int | None:
+  """The step after which the final decay begins; None for a schedule that has none."""
+  if config.optimizer.schedule not in DECAYING_AT_THE_END:
+    return None
+  return config.train.num_steps - decay_steps(config)
+
+
+def _steps_of(fraction: float, config: Config) -> int:
+  """A fraction of the run's steps, rounded down; 0.29 of 100 is 29, though their product is less as floats."""
+  return math.floor(fraction * config.train.num_steps + 1e-6)
 
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:

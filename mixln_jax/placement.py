@@ -236,6 +236,17 @@ class Table:
 
   layers: tuple[Layer, ...]
 
+  def with_branches_times(self, factor: float) -> "Table":
+    """The table with every branch times a factor (config.model.branch_multiplier)."""
+    if factor == 1.0:
+      return self
+    layers = []
+    for layer in self.layers:
+      attention = replace(layer.attention, c_out=layer.attention.c_out * factor)
+      mlp = replace(layer.mlp, c_out=layer.mlp.c_out * factor)
+      layers.append(replace(layer, attention=attention, mlp=mlp))
+    return Table(tuple(layers))
+
   @property
   def layer_list(self) -> str:
     """One word a layer, first layer first: `post post post pre …`."""

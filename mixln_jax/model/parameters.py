@@ -29,6 +29,11 @@ from mixln_jax.text import aligned
 LAYERS = "layers/"
 GAIN = "gain_"  # what the part of a norm's gain ends with
 
+# What a learning rate, weight decay or epsilon can be given for: the two ends, the matrices of the two sublayers, norms
+# inside the layers (gains, and what else a norm learns), the final norm, biases of projections, and what else a
+# placement learns.
+GROUPS = ("embedding", "head", "attention", "mlp", "gains", "final_norm", "biases", "scalars")
+
 
 @dataclasses.dataclass(frozen=True)
 class Param:
@@ -47,11 +52,14 @@ class Param:
     elsewhere: its name in LLaMA's layout, without the layer's `model.layers.0.`; of a sublayer's norm, whose name there
       depends on the placement, only what follows that name; None where it has none.
     norm: of a parameter of a sublayer's norm, the norm: the name of its gain.
+    input_L: of the same, in which layers that norm stands before its branch, and not after it, bool [L].
     input_axes: of a matrix whose stored order theirs turns around, how many of its leading dimensions are summed over;
       0 for all else.
     shape_elsewhere: of a tensor of one layer (or of the model) that is stored there as here, its shape there; None:
       flattened.
     logical_shape: the shape without columns that only pad the MLP.
+    rate, decay, epsilon: what config.optimizer's learning rate, weight decay and Adam's epsilon are times for it, one
+      number or one for each layer [L] (`training/groups.py` sets them).
   """
 
   path: str
@@ -63,13 +71,19 @@ class Param:
   part: str | None = None
   elsewhere: str | None = None
   norm: str = ""
+  input_L: np.ndarray | None = None
   input_axes: int = 0
   shape_elsewhere: tuple[int, ...] | None = None
   logical_shape: tuple[int, ...] = ()
+  rate: float | np.ndarray = 1.0
+  decay: float | np.ndarray | None = None
+  epsilon: float | np.ndarray = 1.0
 
   def __post_init__(self) -> None:
     if not self.logical_shape:
       object.__setattr__(self, "logical_shape", self.shape)
+    if self.decay is None:
+      object.__setattr__(self, "decay", float(self.drawn))  # not for gains, biases and scalars
 
   @property
   def name(self) -> str:
@@ -87,8 +101,36 @@ class Param:
 
   @property
   def decays(self) -> bool:
-    """Whether weight decay is for it: never for gains, biases and scalars."""
-    return self.drawn
+    """Whether weight decay is for it, in any layer."""
+    return bool(np.any(self.decay))
+
+  @property
+  def is_layer_matrix(self) -> bool:
+    """Whether it is one of the seven matrices of a layer, stacked."""
+    return self.in_layers and self.input_axes > 0
+
+  @property
+  def group(self) -> str:
+    """Which of GROUPS it belongs to."""
+    if self.path in ("embedding", "head"):
+      return self.path
+    if self.is_layer_matrix:
+      return str(self.part).removesuffix("/")
+    if self.part == "final_norm/":
+      return "final_norm"
+    if str(self.part).endswith(GAIN):
+      return "gains"
+    return "scalars" if self.part is None else "biases"
+
+  @property
+  def folded_axes(self) -> tuple[tuple[int, ...], ...]:
+    """Dimensions by what they are of one matrix: of the layers' matrices ((layers), (inputs), (outputs)), with the
+    heads on one side; of all else each alone."""
+    ndim = len(self.shape)
+    if not self.is_layer_matrix:
+      return tuple((axis,) for axis in range(ndim))
+    first_output = 1 + self.input_axes
+    return (0,), tuple(range(1, first_output)), tuple(range(first_output, ndim))
 
   @property
   def size(self) -> int:
@@ -157,7 +199,7 @@ def _matrices(model: ModelConfig, table: Table) -> Iterable[Param]:
     logical = more.get("logical_shape", shape)
     # Xavier's fans, of the matrix as LLaMA has it: the model's width on one side, all the rest on the other.
     xavier = math.sqrt(2 / (width + math.prod(logical) // width))
-    std_L = np.where(table.column(sublayer, "xavier"), xavier, model.init_deviation)
+    std_L = np.where(table.column(sublayer, "xavier"), xavier, model.init_deviation) * model.matrix_std_multiplier
     if name not in ("query", "key"):
       std_L = std_L * table.column(sublayer, "branch_gain")
     if name in ("output", "down"):
@@ -216,7 +258,9 @@ def _gains(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Param
     num_gains_L = np.array([row.num_gains for row in table.rows(sublayer)])
     for number in range(1, num_gains + 1):
       name = gain_name(sublayer, number - 1)
-      yield from _norm(model, name, "", f"{sublayer}/{GAIN}", norm=name, used_L=num_gains_L >= number)
+      input_L = np.array([row.gain_index("norm_in") == number - 1 for row in table.rows(sublayer)])
+      used_L = num_gains_L >= number
+      yield from _norm(model, name, "", f"{sublayer}/{GAIN}", norm=name, used_L=used_L, input_L=input_L)
 
 
 def gain_name(sublayer: str, index: int) -> str:

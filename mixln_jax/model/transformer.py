@@ -223,6 +223,8 @@ class Layer(nn.Module):
       return attention_lib.rotate(self.norm_each_head(name, x_BTHK, weights, row.qk_norm), shared.rope)
 
     q_BTHK = project_and_rotate("query", "heads")
+    if c.attention_multiplier != 1.0:
+      q_BTHK = q_BTHK * c.attention_multiplier
     k_BSGK = project_and_rotate("key", "kv_heads")
     v_BSGK = self.project_values(x_BTD, weights, row, shared)
     q_BTHK, k_BSGK, v_BSGK = constrain(q_BTHK, *QUERIES), constrain(k_BSGK, *KEYS), constrain(v_BSGK, *KEYS)
@@ -462,7 +464,10 @@ class Transformer(nn.Module):
       weight=of_model.read_out_weight,
       there=there_N if len(there_N) else (1.0,) * len(streams),
     )
-    return READ_OUTS[of_model.read_out](streams, by).astype(c.dtype)
+    read_BTD = READ_OUTS[of_model.read_out](streams, by)
+    if c.logit_multiplier != 1.0:
+      read_BTD = read_BTD * c.logit_multiplier
+    return read_BTD.astype(c.dtype)
 
   def first_values(self, streams: Streams | Sources, columns: Columns, shared: Shared) -> jax.Array | None:
     """The first layer's values, once for all layers that mix them with their own."""

@@ -17,7 +17,9 @@ from mixln_jax.parallel.devices import DEVICES, GIB, Device
 from mixln_jax.parallel.mesh import abstract_mesh, attach, make_mesh
 from mixln_jax.planning.hlo import Traffic, traffic
 from mixln_jax.planning.topology import Topology
+from mixln_jax.training.derived import with_derived
 from mixln_jax.training.loop import check_batches
+from mixln_jax.training.optimizer import update_flops
 from mixln_jax.training.program import abstract_batch, lower_train_step, program_hash
 from mixln_jax.training.step import abstract_state, state_shardings
 
@@ -84,7 +86,7 @@ class Estimate(NamedTuple):
   """Seconds of one training step, by arithmetic: nothing here was timed.
 
   Attributes:
-    compute: executed FLOPs / (devices × peak × efficiency).
+    compute: executed FLOPs / (devices × peak × efficiency), and those of the update / (peak × efficiency).
     memory: bytes that a device reads and writes / its memory's bandwidth; None where nothing was compiled.
     network: bytes that a device sends / the bandwidth of all its links to the slice; None where nothing was compiled.
   """
@@ -135,6 +137,11 @@ class Plan:
     return executed_flops_per_token(self.config.model, self.config.data.sequence_length)
 
   @property
+  def update_flops(self) -> float:
+    """FLOPs of the matrix products of one update of the optimizer: none but with muon."""
+    return update_flops(self.config)
+
+  @property
   def fits(self) -> bool | None:
     """None where it is not known: nothing was compiled, or the device's memory is not in the table."""
     if self.device is None:
@@ -161,6 +168,8 @@ class Plan:
       return None
     peak = self.topology.num_devices * self.device.peak_flops * self.efficiency
     compute = self.executed_flops_per_token * self.tokens_per_step / peak
+    # As if each device did all of the update: an upper bound where the parameters are cut.
+    compute += self.update_flops * self.topology.num_devices / peak
     moved = None if self.compiled is None else self.compiled.traffic
     if moved is None:
       return Estimate(compute, None, None)
@@ -177,6 +186,7 @@ class Plan:
       "mesh": self.mesh,
       "flops_per_token": self.model_flops_per_token,
       "executed_flops_per_token": self.executed_flops_per_token,
+      "update_flops": self.update_flops,
       "tokens_per_step": self.tokens_per_step,
       "device_memory_bytes": self.device and self.device.memory_bytes,
       "counted_bytes": self.counted._asdict(),
@@ -205,6 +215,7 @@ def arithmetic(config: Config, topology: Topology, efficiency: float = EFFICIENC
   Raises:
     InputError: config and topology contradict one another, as they would when the run starts.
   """
+  config = with_derived(config)
   config_lib.validate(config)
   mesh = abstract_mesh(config.mesh, topology.num_devices)
   abstract_sharded_params(config.model, mesh)  # for its checks

@@ -27,6 +27,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     f"FLOPs      {plan.model_flops_per_token:.4g} a token (counted); {plan.executed_flops_per_token:.4g} are executed "
     f"(masked positions, and what remat={config.model.remat} recomputes)"
   )
+  if plan.update_flops:
+    yield f"           {plan.update_flops:.4g} an update of {config.optimizer.name}, on each device (counted)"
   yield (
     f"step       {config.train.batch_size} × {config.data.sequence_length} = {plan.tokens_per_step:,} tokens in "
     f"{config.train.micro_batches} micro-batches"
@@ -104,7 +106,7 @@ def _estimate(plan: Plan) -> Iterator[str]:
 def _terms(plan: Plan, estimate: Estimate) -> Iterator[str]:
   device, made = plan.device, plan.compiled
   assert device is not None
-  flops = plan.executed_flops_per_token * plan.tokens_per_step / plan.topology.num_devices
+  flops = plan.executed_flops_per_token * plan.tokens_per_step / plan.topology.num_devices + plan.update_flops
   yield (
     f"           compute  {estimate.compute:>8.3g} s = {flops / 1e12:.4g} TFLOP a device / ({plan.efficiency:g} "
     f"(assumed) × {device.peak_flops / 1e12:g} TFLOP/s)"

@@ -15,6 +15,7 @@ from mixln_jax.files import COUNT, NUMBERS, TEXT, check_kinds, json_object, loca
 from mixln_jax.model.parameters import parameters
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
+from mixln_jax.training.derived import with_derived
 
 STUDY_PLACE = "a study lies in a folder, which several machines can share over a network file system"
 
@@ -70,7 +71,7 @@ class Study(NamedTuple):
     for values in self._points():
       values = {field: values.get(field, flat[field]) for field in fields}
       name = run_name(values)
-      config = config_lib.from_flat(flat | values | dict.fromkeys(("mesh.run", "mesh.dcn_run"), 1))
+      config = with_derived(config_lib.from_flat(flat | values | dict.fromkeys(("mesh.run", "mesh.dcn_run"), 1)))
       config_lib.validate(config)
       run = Run(name, values, config, RunFolder(folder / RUNS / name))
       if name in runs and runs[name].values != values:

@@ -29,6 +29,7 @@ from mixln_jax.runs.folder import RunFolder
 from mixln_jax.training import finetune
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.checkpoints import check_facts, facts_of, open_checkpoints, split
+from mixln_jax.training.derived import with_derived
 from mixln_jax.training.member import Member, warn
 from mixln_jax.training.optimizer import init_moments, make_optimizer
 from mixln_jax.training.program import Program
@@ -241,6 +242,7 @@ def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
   Raises:
     InputError: the folder is in use, or the mesh does not divide a tensor.
   """
+  config = with_derived(config)
   config_lib.validate(config)
   mesh = make_mesh(config.mesh)
   shardings = step_lib.state_shardings(config, mesh)

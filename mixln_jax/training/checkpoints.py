@@ -29,10 +29,9 @@ def open_checkpoints(config: Config, folder: RunFolder) -> Checkpoints:
 
 
 def decay_start(config: Config) -> tuple[int, ...]:
-  """Where a wsd schedule starts to decay: its checkpoint is kept, because a longer run resumes there."""
-  if config.optimizer.schedule != "wsd":
-    return ()
-  return (config.train.num_steps - config_lib.decay_steps(config),)
+  """Where a wsd or trapezoid schedule starts to decay: its checkpoint is kept, because a longer run resumes there."""
+  start = config_lib.decay_start(config)
+  return () if start is None else (start,)
 
 
 def facts_of(config: Config, fingerprint: str | None) -> dict[str, Any]:

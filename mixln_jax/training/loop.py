@@ -36,6 +36,7 @@ from mixln_jax.text import printable
 from mixln_jax.training import finetune
 from mixln_jax.training.begin import load_or_start, quarantine
 from mixln_jax.training.checkpoints import decay_start
+from mixln_jax.training.derived import with_derived
 from mixln_jax.training.diagnosis import is_diagnostic
 from mixln_jax.training.divergence import MEANING, STUCK
 from mixln_jax.training.dump import write_dump
@@ -57,6 +58,7 @@ def train(config: Config, workdir: str | Path) -> Outcome:
     InputError: config, data, devices and the work directory contradict one another; nothing was changed.
   """
   clock = Clock()
+  config = with_derived(config)
   setup = set_up(config)
   check_batches(config, setup.mesh)
   program = SingleProgram(setup.config, setup.mesh)

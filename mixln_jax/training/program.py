@@ -25,6 +25,7 @@ from mixln_jax.model.initial import starting_values
 from mixln_jax.parallel.mesh import attach, make_mesh
 from mixln_jax.parallel.rules import batch_sharding, on_mesh, replicated
 from mixln_jax.training import step as step_lib
+from mixln_jax.training.groups import uses_roles
 from mixln_jax.training.step import Batch, TrainState
 
 # What may differ between runs that are one program: all else is compiled into it.
@@ -264,6 +265,11 @@ def check_same_program(configs: Mapping[str, Config]) -> None:
       raise InputError(
         f"together: {first_name} and {name} differ in {fields}, which is compiled into the program; only "
         f"{', '.join(AXES)} are data: train them one by one"
+      )
+    if first.model.placement != config.model.placement and uses_roles(first):
+      raise InputError(
+        f"together: {first_name} and {name} have different placements, and config.optimizer gives multipliers to "
+        "input_gains or output_gains, which differ with them: train them one by one"
       )
   for name, config in configs.items():
     table = config_lib.table(config.model)

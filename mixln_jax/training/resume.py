@@ -52,10 +52,9 @@ def resume_point(old: Config, new: Config, steps: Sequence[int], workdir: str) -
     )
   if _rates_agree(old, new, newest):
     return ResumePoint(newest, changes)
-  if old.optimizer.schedule == "wsd":
-    decay_start = old.train.num_steps - config_lib.decay_steps(old)
-    if decay_start in steps and _rates_agree(old, new, decay_start):
-      return ResumePoint(decay_start, [*changes, f"resumes from step {decay_start}, where the decay began"])
+  decay_start = config_lib.decay_start(old)
+  if decay_start is not None and decay_start in steps and _rates_agree(old, new, decay_start):
+    return ResumePoint(decay_start, [*changes, f"resumes from step {decay_start}, where the decay began"])
   raise InputError(_why_not(old, new, newest, workdir))
 
 
@@ -79,6 +78,6 @@ def _why_not(old: Config, new: Config, newest: int, workdir: str) -> str:
   return (
     f"the run in {workdir} can't resume with {fields}: step {step + 1} of the {newest} already done had learning rate "
     f"{before[step]:.4g}, with the new {new.optimizer.schedule} schedule it would have been "
-    f"{after[step]:.4g}; only the schedules constant and wsd, with config.optimizer.warmup_steps stated, can be "
-    "extended; use another workdir"
+    f"{after[step]:.4g}; only the schedules constant, wsd and trapezoid, with config.optimizer.warmup_steps stated, "
+    "can be extended; use another workdir"
   )

@@ -19,7 +19,7 @@ from mixln_jax.model.initial import draw_params, starting_values
 from mixln_jax.model.loss import batch_loss
 from mixln_jax.model.parameters import param_shardings, parameters
 from mixln_jax.parallel import rules
-from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
+from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer, moment_shardings
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
@@ -79,13 +79,7 @@ def state_shardings(config: Config, mesh: Mesh, columns: Columns | None = None) 
   """The sharding of each tensor of the state: moments lie where their parameters do, the rest is replicated."""
   params = param_shardings(config.model, mesh, columns)
   replicated = rules.replicated(mesh)
-  opt_state = optax.tree.map_params(
-    make_optimizer(config),
-    lambda _, sharding: sharding,
-    abstract_state(config, columns).opt_state,
-    params,
-    transform_non_params=lambda _: replicated,
-  )
+  opt_state = moment_shardings(abstract_state(config, columns).opt_state, parameters(config.model, columns), mesh)
   return TrainState(replicated, params, opt_state, replicated, replicated)
 
 

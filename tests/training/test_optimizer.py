@@ -10,8 +10,10 @@ import optax
 import pytest
 
 from mixln_jax import config as config_lib
+from mixln_jax.errors import InputError
 from mixln_jax.training import optimizer as optimizer_lib
-from mixln_jax.training.optimizer import decayed, init_moments, learning_rate_schedule, make_optimizer
+from mixln_jax.training.derived import with_num_steps
+from mixln_jax.training.optimizer import init_moments, learning_rate_schedule, make_optimizer
 from mixln_jax.training.step import init_state, make_train_step
 
 # fp32: near the end the falling part of the rate is the difference of two numbers 20 times as large (1 and the cosine).
@@ -44,6 +46,42 @@ def test_linear():
 def test_warmup_stable_decay():
   expected = [2 * min(1, step / 5) - max(0, step - 80) / 20 * 1.8 for step in range(100)]
   np.testing.assert_allclose(rates(schedule="wsd", warmup_steps=5, decay_steps=20), expected, rtol=SCHEDULE)
+
+
+def test_trapezoid_cools_down_by_the_square_root():
+  """Catches a cool-down that begins elsewhere, or whose root is of what is left (which falls slowly at first)."""
+  expected = []
+  for step in range(100):
+    elapsed = max(0, step - 80) / 20
+    expected.append(2 * min(1, step / 5) - (2 - 0.2) * math.sqrt(elapsed))
+  np.testing.assert_allclose(rates(schedule="trapezoid", warmup_steps=5, decay_steps=20), expected, rtol=SCHEDULE)
+
+
+def test_warm_up_and_decay_as_fractions():
+  """Catches a fraction whose float product falls short of the whole number of steps that it means."""
+  fractions = rates(schedule="wsd", warmup_fraction=0.29, decay_fraction=0.07)
+  steps = rates(schedule="wsd", warmup_steps=29, decay_steps=7)
+  np.testing.assert_array_equal(fractions, steps)
+  config = config_lib.base()
+  for config.train.num_steps in (1, 9, 10, 19, 20, 30, 300, 999, 1_000_000, 123_456_789):
+    assert config_lib.warmup_steps(config) == config.train.num_steps // 10  # as it was before fractions
+
+
+def test_tokens_per_parameter_count_the_matrices_alone():
+  """Catches placements of one shape that would train for different lengths, and a length that is stated twice."""
+  config = config_lib.base()
+  config.model.update(vocab_size=100, embed_dim=8, mlp_dim=16, num_layers=2, num_heads=2, mlp_pad_to=32)
+  config.data.sequence_length = 16
+  config.train.update(num_steps=0, tokens_per_parameter=2.5, batch_size=3)
+  matrices = 2 * 100 * 8 + 2 * (4 * 8 * 8 + 3 * 8 * 16)
+  for config.model.placement in ("pre", "sandwich", "dhc:4"):
+    assert with_num_steps(config).train.num_steps == math.ceil(2.5 * matrices / (3 * 16))
+  assert with_num_steps(with_num_steps(config)) == with_num_steps(config)  # what config.json says is taken as it is
+  config.model.tied_embeddings = True
+  assert with_num_steps(config).train.num_steps == math.ceil(2.5 * (matrices - 800) / (3 * 16))
+  config.train.num_steps = 7
+  with pytest.raises(InputError, match=r"num_steps=7 and tokens_per_parameter=2\.5 both state"):
+    with_num_steps(config)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
@@ -80,7 +118,7 @@ def test_each_form_updates_as_optax_and_keeps_the_state_where_it_is_rejected(mon
     optax.clip_by_global_norm(0.5),
     optax.identity(),  # where the moments' type is set
     optax.scale_by_adam(c.b1, c.b2, c.epsilon),
-    optax.add_decayed_weights(0.1, mask=lambda params: decayed(config.model, params)),
+    optax.add_decayed_weights(0.1),  # the head is a matrix
   )
   ours = make_optimizer(config)
   expected_state, state = plain.init(params), init_moments(ours, params, "float32")
