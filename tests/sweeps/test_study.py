@@ -68,6 +68,56 @@ def test_axes_that_cannot_be_meant_are_refused(make_config, tmp_path, axes, mess
     study_of(make_config(), *axes).runs(tmp_path)
 
 
+def test_fields_that_move_together(make_config, tmp_path):
+  """A ladder whose shapes are a product: widths of one depth with the heads of another."""
+  config = make_config()
+  shapes = "num_layers;embed_dim;model.mlp_dim=2;16;32 4;12;24"
+  runs = study_of(config, shapes, "placement;learning_rate=pre;1e-3 lns;1e-2", "seed=0 1").runs(tmp_path)[:4]
+  assert {(run.config.model.num_layers, run.config.model.embed_dim, run.config.model.mlp_dim) for run in runs} == {
+    (2, 16, 32)
+  }
+  in_recipe = {
+    ("model.num_layers", "model.embed_dim", "model.mlp_dim"): ((2, 16, 32), (4, 12, 24)),
+    "model.placement": ("pre",),
+  }
+  study = make_study(config, [in_recipe])
+  names = [run.name for run in study.runs(tmp_path)]
+  assert names == ["num_layers2-embed_dim16-mlp_dim32-pre", "num_layers4-embed_dim12-mlp_dim24-pre"]
+  assert json.loads(study.to_json([]))["axes"]["model.embed_dim"] == [16, 12]
+
+
+@pytest.mark.parametrize(
+  ("axis", "message"),
+  [
+    ("num_layers;embed_dim=2;16 4", "'4' must have a value for each of the 2 fields"),
+    ("num_layers;num_layers=2;2", "a field stands there twice"),
+    ("num_layers;seed=2;0 2;0", r"\(2, 0\) stands there twice"),
+    ("num_layers;embed=2;16", "embed: unknown field"),
+    ("num_layers;embed_dim=2;0", "axis model.embed_dim: 0 must be"),
+  ],
+)
+def test_fields_that_do_not_move_together(make_config, axis, message):
+  """A value that is dropped, or given to another field, in silence."""
+  with pytest.raises(InputError, match=message):
+    study_of(make_config(), axis)
+
+
+def test_the_second_stage_is_the_best_of_the_first(make_config, tmp_path):
+  """Seeds at a rate that was not the best, or that diverged; a stage that begins before the first one is done."""
+  study = make_study(
+    make_config(),
+    [{"model.placement": ("pre", "post"), "optimizer.learning_rate": (1e-3, 3e-3)}],
+    then={"best": "optimizer.learning_rate", "grid": {"seed": (0, 1)}},
+  )
+  runs = study.runs(tmp_path)
+  losses = dict(zip([run.name for run in runs], (3.0, 2.0, 4.0, float("nan")), strict=True))
+  assert study.with_best(dict(list(losses.items())[:3]), runs) == study
+  added = [run.name for run in study.with_best(losses, runs).runs(tmp_path)[4:]]
+  assert added == ["pre-learning_rate0.003-seed1", "post-learning_rate0.001-seed1"]
+  with pytest.raises(InputError, match=r"then\.best='optimizer\.learning_rate' must be an axis of the grids"):
+    make_study(make_config(), [{"seed": (0,)}], then={"best": "optimizer.learning_rate", "grid": {"data.seed": (1,)}})
+
+
 def test_a_seed_without_its_section_is_that_of_the_weights(make_config, tmp_path):
   assert [run.config.seed for run in study_of(make_config(), "seed=3 4").runs(tmp_path)] == [3, 4]
 
