@@ -82,7 +82,7 @@ def test_fields_that_move_together(make_config, tmp_path):
   }
   study = make_study(config, [in_recipe])
   names = [run.name for run in study.runs(tmp_path)]
-  assert names == ["num_layers2-embed_dim16-mlp_dim32-pre", "num_layers4-embed_dim12-mlp_dim24-pre"]
+  assert names == ["embed_dim16-mlp_dim32-num_layers2-pre", "embed_dim12-mlp_dim24-num_layers4-pre"]
   assert json.loads(study.to_json([]))["axes"]["model.embed_dim"] == [16, 12]
 
 
