@@ -6,7 +6,7 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.model.parameters import parameters
+from mixln_jax.model.parameters import count_params, parameters
 from mixln_jax.sweeps.sequence import OPEN, open_study, state_of
 from mixln_jax.sweeps.study import check_initial_weights, load_study, make_study, parse_axes
 
@@ -175,11 +175,33 @@ def test_every_study_of_the_repository_can_be_meant():
   import runpy
   from pathlib import Path
 
-  recipes = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.py"))
-  assert recipes
+  configs = Path(__file__).parents[2] / "configs"
+  recipes = sorted([*(configs / "studies").glob("*.py"), *(configs / "depth").glob("*.py")])
+  assert {"depth_ladder", "depthbench"} <= {recipe.stem for recipe in recipes}
   for recipe in recipes:
     base = runpy.run_path(str(recipe))["get_config"]()
     study = load_study(str(recipe), base)
     assert len(study.runs("anywhere")) > 1
     assert all({"id", "claim", "judged_by"} == set(claim) for claim in study.claims)
     assert json.loads(study.to_json(study.runs("anywhere")))["axes"]
+
+
+def test_ladders_keep_parameters_equal():
+  """A shape that is wrong by a digit: depth would be compared with size."""
+  from configs.depth import depthbench
+  from configs.studies import depth_ladder, depth_ladder_4m
+
+  for recipe, size in ((depth_ladder, 0.55e6), (depth_ladder_4m, 3.95e6)):
+    model = recipe.get_config().model
+    model.placement = "pre"
+    for shape in recipe.SHAPES:
+      model.update(
+        {field.removeprefix("model."): value for field, value in zip(depth_ladder.SHAPE, shape, strict=True)}
+      )
+      assert count_params(model) == pytest.approx(size, rel=0.005)
+  for layers in depthbench.SHAPES:
+    config = depthbench.get_config(str(layers))
+    config.model.placement = "pre"
+    assert count_params(config.model) == pytest.approx(405e6, rel=0.03)  # as DepthBench says of them
+    tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
+    assert tokens == pytest.approx(20 * count_params(config.model), rel=2e-4)
