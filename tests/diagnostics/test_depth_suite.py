@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -145,6 +147,17 @@ def test_the_row_moves_with_its_layer_and_positions_stay():
     losses.append(float(total / count))
   expected = abs(losses[1] - losses[0]) / losses[0]
   assert found["permutation/row_moves"][0, 3] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_mesh_measures_what_one_device_does():
+  """A sum over the rows of one device; a factor or a map that lies on one of them."""
+  script = Path(__file__).parent / "suite_on_mesh.py"
+  done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+  assert done.returncode == 0, done.stderr[-2000:]
+  gaps = json.loads(done.stdout.splitlines()[-1])
+  assert len(gaps) == 22
+  assert max(gaps.values()) < 1e-4, gaps
 
 
 def test_one_program_serves_all_layers():
