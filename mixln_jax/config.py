@@ -24,17 +24,12 @@ from mixln_jax.version import VERSION
 
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
-<<<<<<< HEAD
 ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash", "splash_length_minor")
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
-=======
-ATTENTIONS = ("auto", "xla", "blocks", "cudnn", "splash")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 PARAMETERIZATIONS = ("standard", "depth_mup", "completep")
 COMPLETEP_READINGS = ("paper", "nanogpt_mup")
 SCHEDULES = ("cosine", "linear", "wsd", "trapezoid", "constant")
 DECAYING_AT_THE_END = ("wsd", "trapezoid")  # schedules that are constant up to a final decay
->>>>>>> optim
 NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
 RECORD_MODES = ("pack", "pad", "instructions")
 NEWEST, BEST = "newest", "best"

@@ -1,7 +1,11 @@
-"""Diagnose a run's checkpoint by layer: angular distance, removal, gradient norms, effective rank, logit lens."""
+"""Diagnose a run's checkpoint by layer: angular distance, removal, gradient norms, effective rank, logit lens.
+
+And the depth suite of DepthBench (arXiv 2609.32534): causal and permutation scores, layers replaced by linear maps,
+Jacobians, and how far the prediction of each depth is from the model's.
+"""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,10 @@ from tqdm import tqdm
 
 from mixln_jax.command_line import CommandLine
 from mixln_jax.config import NEWEST
-from mixln_jax.diagnostics.diagnose import diagnose, table
+from mixln_jax.diagnostics.depth_suite import MEASUREMENTS
+from mixln_jax.diagnostics.diagnose import SWAPS, diagnose, table
 from mixln_jax.diagnostics.removal import Score
+from mixln_jax.diagnostics.swaps import READINGS
 from mixln_jax.errors import InputError
 from mixln_jax.opening import OpenRun, Setup, check_batch, make_loader, open_run
 from mixln_jax.parallel import processes
@@ -25,6 +31,7 @@ from mixln_jax.training.step import state_shardings
 
 TOKENS = 262_144  # the paper's 256K
 BLOCKS = (1, 2, 4)
+SWAP_TOKENS = 32_768  # L (L - 1) / 2 forward passes over them
 FILE = "diagnose.json"
 
 
@@ -43,6 +50,21 @@ def main(argv: list[str]) -> int:
   line.integer("batch_size", "sequences a batch; by default the run's. Lower it where memory is short", minimum=1)
   line.string("tasks", "also the accuracy on tasks without each layer or block; tasks as `evaluate --tasks` has them")
   line.integer("limit", "with --tasks: only the first documents of each", minimum=1)
+  line.string(
+    "suite",
+    f"which measurements of the depth suite: some of {','.join(MEASUREMENTS)}, or none; by default all of them",
+  )
+  line.string(
+    "swaps",
+    f"what moves where two layers are exchanged: some of {','.join(READINGS)}; by default {','.join(SWAPS)}",
+  )
+  line.integer(
+    "swap_tokens",
+    "tokens to exchange layers on, as whole records: each pair of layers is a pass over them",
+    default=SWAP_TOKENS,
+    minimum=1,
+  )
+  line.integer("jacobian_vectors", "random vectors to estimate the Jacobian of each layer from", default=32, minimum=2)
   line.boolean("json", "print the JSON instead of a table")
   values = line.parse(argv)
   if values.limit is not None and values.tasks is None:
@@ -63,6 +85,7 @@ def _diagnose(run: OpenRun, values: Any) -> tuple[dict[str, Any], RunFolder, lis
   """Measures, writes and draws; returns what was measured, where it was written, and the figures."""
   config, setup = run.config, run.setup
   sizes = _sizes(values.blocks, config.model.num_layers)
+  suite = _suite(values, config.data.sequence_length)
   tasks = _tasks(values.tasks)
   check_batch(setup, "--batch_size", config.evaluate.batch_size)
   target = RunFolder(values.output or f"{run.folder.address}/{folder_lib.DIAGNOSE}/{run.step}")
@@ -79,6 +102,7 @@ def _diagnose(run: OpenRun, values: Any) -> tuple[dict[str, Any], RunFolder, lis
     setup.mesh,
     sizes=sizes,
     scores=_scores(tasks, setup, values.limit),
+    suite=suite,
     watch=_bar,
   )
   result = {
@@ -147,6 +171,28 @@ def _sizes(blocks: str | None, num_layers: int) -> list[int]:
   return sorted(sizes)
 
 
+def _suite(values: Any, length: int) -> dict[str, Any] | None:
+  """What the flags say of the depth suite; None where nothing of it is to be measured."""
+  if values.suite == "none":
+    return None
+  return {
+    "measurements": _words("--suite", values.suite, MEASUREMENTS, MEASUREMENTS),
+    "readings": _words("--swaps", values.swaps, READINGS, SWAPS),
+    "permutation_sequences": -(-values.swap_tokens // length),
+    "jacobian_vectors": values.jacobian_vectors,
+  }
+
+
+def _words(flag: str, text: str | None, known: Sequence[str], usual: Sequence[str]) -> list[str]:
+  """Words of a flag, in the order of those that are known."""
+  if text is None:
+    return list(usual)
+  words = [word.strip() for word in text.split(",")]
+  if unknown := [word for word in words if word not in known]:
+    raise InputError(f"{flag}={text}: {unknown[0]!r} is none of {', '.join(known)}")
+  return [name for name in known if name in words]
+
+
 def _bar(batches: Iterable[Any], stage: str) -> Iterable[Any]:
   """Shows in a terminal how far a stage is."""
-  return tqdm(batches, desc=f"{stage:18}", unit="batch", disable=None if processes.is_first() else True, leave=False)
+  return tqdm(batches, desc=f"{stage:20}", unit="batch", disable=None if processes.is_first() else True, leave=False)

@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
   line.string("workdir", "the study's folder", required=True)
   line.strings(
     "axis",
-    "FIELD=VALUE VALUE …, one flag an axis; the runs are their product. By default the STUDY that the recipe defines "
-    "(configs/studies/)",
+    "FIELD=VALUE VALUE …, one flag an axis; the runs are their product. Fields that move together: "
+    "'num_layers;embed_dim=8;128 16;96'. By default the STUDY that the recipe defines (configs/studies/)",
   )
   line.integer("index", "train only the run of this number (from 0), as in a job array", minimum=0)
   line.boolean("together", "train all runs as one program; --config.mesh.run cuts them over devices")
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
   base = line.config_value()
   recipe = line.config_path()
   study = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
+  study = sequence.with_second_stage(study, values.workdir)
   runs = study.runs(values.workdir)
   if values.index is not None and values.index >= len(runs):
     raise InputError(f"--index={values.index}: the study has {len(runs)} runs; the last one is {len(runs) - 1}")
@@ -66,6 +67,11 @@ def main(argv: list[str]) -> int:
   if values.together:
     return _train_together(study, runs)
   failed = _train(mine, runs)
+  more = sequence.with_second_stage(study, values.workdir)
+  if values.index is None and len(more.grids) > len(study.grids):
+    runs = mine = sequence.open_study(more, values.workdir)
+    print(f"study      its first runs are done; now those at the best {more.then.best if more.then else ''}")
+    failed += _train(mine, runs)
   _show(runs, mine)
   print(f"weights    initial, {sequence.weights_line(runs)}")
   if failed:
@@ -84,6 +90,8 @@ def _train_together(study: Study, runs: list[Run]) -> int:
         break
     processes.wait_for_all("the end of the study")
   if processes.is_first():
+    if len(sequence.with_second_stage(study, runs[0].folder.path.parents[1]).grids) > len(study.grids):
+      print("study      its first runs are done; the same command again trains the second stage")
     _show(runs, runs)
     print(f"weights    initial, {sequence.weights_line(runs)}")
   return STOPPED_STATUS if any(outcome.status == STOPPED for outcome in outcomes) else 0

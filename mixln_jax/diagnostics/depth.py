@@ -97,12 +97,8 @@ def effective_rank(triangle_EE: np.ndarray) -> float | None:
 
 def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str, jax.Array]], DepthSums]:
   """`step(params, sums, batch) -> sums`: adds a batch to the sums. Call it under jit."""
-  table = config_lib.table(model)
-  of_model = table.streams
-  # Of attention residuals alone the head reads, at a depth, what the next attention would.
-  only_sources = all(row.streams == "sources" for row in table.all_rows)
-  there = [row.read for row in table.rows("attention")] if only_sources else []
-  there_PN = np.array([*there, *[(1.0,) * of_model.num] * (len(table.layers) + 1 - len(there))])
+  of_model = config_lib.table(model).streams
+  there_PN = depths_there(model)
 
   def look(transformer: Transformer, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:
     labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
@@ -135,6 +131,17 @@ def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str
     return nn.apply(lambda transformer: look(transformer, sums, batch), Transformer(model))({"params": params})
 
   return step
+
+
+def depths_there(model: ModelConfig) -> np.ndarray:
+  """Which of the streams the head reads at each depth, [P, N] of 0 and 1.
+
+  Of attention residuals alone it reads, at a depth, what the next attention would; else all of them.
+  """
+  table = config_lib.table(model)
+  only_sources = all(row.streams == "sources" for row in table.all_rows)
+  there = [row.read for row in table.rows("attention")] if only_sources else []
+  return np.array([*there, *[(1.0,) * table.streams.num] * (len(table.layers) + 1 - len(there))])
 
 
 def all_streams(taps: Mapping[str, jax.Array], of_model: Streams) -> list[jax.Array]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mixln_jax.config import Config, ModelConfig
-from mixln_jax.diagnostics import depth, parts
+from mixln_jax.diagnostics import depth, depth_suite, parts
 from mixln_jax.diagnostics.removal import Score, make_removal_step, removal
 from mixln_jax.model import Transformer
 from mixln_jax.model.loss import batch_loss
@@ -40,8 +41,11 @@ DEFINITIONS = {
   "residual streams, here and in angular_distance, it is their sum, or the first where the head reads it alone.",
   "logit_lens_perplexity": "Perplexity of the final norm and head on the residual stream at each depth (logit lens); "
   "of several streams, of what the head reads of them.",
+  **{f"depth_suite/{name}": text for name, text in depth_suite.DEFINITIONS.items()},
 }
 Batches = Sequence[Mapping[str, jax.Array]]
+# What is measured where nothing else is asked for: what moves in an exchange is ambiguous for a mixture alone.
+SWAPS = ("row_moves", "row_stays")
 GradientNorms = Callable[[Any, Iterable[Mapping[str, jax.Array]]], dict[str, list[float]]]
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -55,6 +59,7 @@ def diagnose(
   *,
   sizes: Sequence[int] = (1,),
   scores: Mapping[str, Score] | None = None,
+  suite: Mapping[str, Any] | None = None,
   watch: Watch = lambda batches, _: batches,
 ) -> dict[str, Any]:
   """Measures a model. Call it where the model's logical axes mean something (`parallel.rules.on_mesh`).
@@ -67,6 +72,7 @@ def diagnose(
     mesh: where all of that lies.
     sizes: how many neighbouring layers to remove together.
     scores: tasks to score with layers removed, as `removal` takes them.
+    suite: what `depth_suite.depth_suite` is to measure and how (its keyword arguments); by default nothing.
     watch: wraps the batches of a stage, whose name it gets, to show how far it is.
 
   Returns:
@@ -95,7 +101,27 @@ def diagnose(
     "effective_rank": [depth.effective_rank(triangle_EE) for triangle_EE in sums.triangle_PEE],
     "logit_lens_perplexity": [perplexity(float(loss)) for loss in sums.lens_P / sums.tokens],
   }
+  if suite:
+    result["depth_suite"] = measure_suite(model, params, batches, mesh, suite, watch)
   return finite(result)
+
+
+def measure_suite(
+  model: ModelConfig, params: Any, batches: Batches, mesh: Mesh, options: Mapping[str, Any], watch: Watch
+) -> dict[str, Any]:
+  """The depth suite as JSON has it: `arrays` by name, `fractions`, and how many tokens are in each part.
+
+  Two thirds of the sample are the calibration records. The affine maps themselves are left out.
+  """
+  calibration, heldout = depth_suite.split(batches)
+  arrays = depth_suite.depth_suite(model, params, calibration, heldout, mesh=mesh, watch=watch, **options)
+  count = jax.jit(lambda batch: jnp.sum(batch["weights_BT"]), out_shardings=replicated(mesh))
+  return {
+    "calibration_tokens": sum(int(count(batch)) for batch in calibration),
+    "heldout_tokens": sum(int(count(batch)) for batch in heldout),
+    "fractions": depth_suite.fractions(arrays),
+    "arrays": {name: array.tolist() for name, array in arrays.items() if name != "usefulness/map"},
+  }
 
 
 def make_gradient_norms(model: ModelConfig, shardings: Any, mesh: Mesh) -> GradientNorms:
@@ -174,7 +200,49 @@ def table(result: Mapping[str, Any], layer_list: str) -> str:
   lines.append(f"loss with all layers {loss}, over {result['tokens']:,} tokens")
   if scores:
     lines.append(f"score with all layers {_mean_score(removed)['score']:.4f}, the mean of {', '.join(scores)}")
+  if "depth_suite" in result:
+    lines += ["", *suite_lines(result["depth_suite"], layer_list)]
   return "\n".join(lines)
+
+
+def suite_lines(suite: Mapping[str, Any], layer_list: str) -> list[str]:
+  """The depth suite by layer for a terminal, and the published fractions."""
+  arrays = {name: np.array(values, float) for name, values in suite["arrays"].items()}
+  num_layers = len(layer_list.split())
+  columns = [(("", "layer"), [*map(str, range(num_layers)), "end"]), (("", "placement"), layer_list.split())]
+
+  def add(head: tuple[str, str], name: str, form: str, read: Callable[[np.ndarray], Iterable[float]] = list) -> None:
+    if name in arrays:
+      columns.append((head, _cells((_number(value) for value in read(arrays[name])), form)))
+
+  add(("causal score", "on later ones"), "causal/mean_of_ratios", ".3f", _mean_of_rows)
+  for reading, word in (("row_moves", "row moves"), ("row_stays", "row stays")):
+    add(("exchanged with", f"next, {word}"), f"permutation/{reading}", ".4f", lambda score: np.diagonal(score, 1))
+  add(("loss as a map,", "same tokens"), "usefulness/ratio_same", ".4f")
+  add(("over the loss,", "others"), "usefulness/ratio_heldout", ".4f")
+  for name, word in (("summed", "summed"), ("same_position", "same position")):
+    add(("Jacobian", word), f"jacobian/{name}_deviation", ".3f")
+    add(("", "± "), f"jacobian/{name}_standard_error", ".3f")
+  add(("logit lens", "KL"), "lens/kl_final_to_depth", ".4f")
+  add(("", "top 5"), "lens/top5_overlap", ".3f")
+  padded = [[*head, *cells, *[""] * (num_layers + 1 - len(cells))] for head, cells in columns]
+  lines = aligned(list(zip(*padded, strict=True)), right=range(len(columns)))
+  causal, useful = depth_suite.CAUSAL_THRESHOLD, depth_suite.USEFUL_RATIO
+  for name, fraction in suite["fractions"].items():
+    what = f"late pairs above {causal if name.startswith('causal') else depth_suite.PERMUTATION_THRESHOLD}"
+    if name.startswith("usefulness"):
+      what = f"layers above {useful}"
+    lines.append(f"{name}: {_cells([fraction], '.1%')[0]} of {what}")
+  return lines
+
+
+def _mean_of_rows(score_LL: np.ndarray) -> list[float]:
+  """Of each row of a matrix over pairs, the mean of what is there; the last one has nothing."""
+  return [float(np.mean(row[index + 1 :])) for index, row in enumerate(score_LL[:-1])]
+
+
+def _number(value: float) -> float | None:
+  return float(value) if math.isfinite(value) else None
 
 
 def _mean_score(removed: Mapping[str, Any]) -> dict[str, Any]:

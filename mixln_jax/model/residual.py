@@ -116,6 +116,7 @@ class Sublayer(NamedTuple):
     kind: of the norms, config.model.norm.
     epsilon: of the norms.
     dtype: what f reads.
+    hides: whether g hides from the gradient what `gpas` takes off; else it is the function that it computes.
   """
 
   norms: Sequence[NormParams]
@@ -125,6 +126,7 @@ class Sublayer(NamedTuple):
   kind: str
   epsilon: float
   dtype: Any
+  hides: bool = True
 
   def normed(self, h_BTD: jax.Array, on: Flag, index: int | jax.Array, scale: Number = 1.0) -> jax.Array:
     """The norm number `index` of h where `on`, times `scale`, in fp32."""
@@ -136,7 +138,7 @@ class Sublayer(NamedTuple):
     if on is False:
       return h_BTD
     amount = _where(on, jax.nn.silu(self.learned["gpas"].astype(jnp.float32)), 0.0)
-    return h_BTD - amount * jax.lax.stop_gradient(h_BTD)
+    return h_BTD - amount * (jax.lax.stop_gradient(h_BTD) if self.hides else h_BTD)
 
   def branch(self, f: Branch, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
     """b = c_out N_mid(f(c_in N_in(x))) in fp32, and what else f said."""

@@ -78,6 +78,20 @@ class Varying(NamedTuple):
   keep: jax.Array | None  # 0 removes the layer
 
 
+class ByLayer(NamedTuple):
+  """A model as a function of one layer.
+
+  Attributes:
+    first: the streams before the first layer.
+    layers: what differs from layer to layer, stacked: parameters, and what `Varying` has.
+    apply: (one layer of `layers`, the streams before it) -> the streams after it.
+  """
+
+  first: Streams | Sources
+  layers: tuple[Any, Varying]
+  apply: Callable[[tuple[Any, Varying], Streams | Sources], Streams | Sources]
+
+
 class Attended(NamedTuple):
   """What attention says besides its output."""
 
@@ -94,6 +108,7 @@ class Layer(nn.Module):
     constant: the placement columns that are the same for all layers (`Columns.constant`).
     streams: the model's residual streams.
     observe: as `Transformer` has it.
+    hides: as `Sublayer` has it.
   """
 
   config: Any  # FrozenConfigDict
@@ -101,6 +116,7 @@ class Layer(nn.Module):
   constant: tuple[tuple[str, Any], ...]
   streams: StreamsOfModel = StreamsOfModel()
   observe: Observe | None = None
+  hides: bool = True
 
   @nn.compact
   def __call__(
@@ -178,6 +194,7 @@ class Layer(nn.Module):
       kind=kind,
       epsilon=self.config.norm_epsilon,
       dtype=self.config.dtype,
+      hides=self.hides,
     )
     with jax.named_scope(name):
       if isinstance(streams, Sources):
@@ -389,9 +406,38 @@ class Transformer(nn.Module):
     c = self.config
     if cache is not None:
       _check_cache(cache, tokens_BT, positions_BT, segment_ids_BT)
+    columns = Columns.of(config_lib.table(c)) if columns is None else columns
+    x_BTD, streams, shared = self.begin(tokens_BT, columns, segment_ids_BT, positions_BT, cache, weights_BT)
+    taps: dict[str, Any] = {"embedded_BTD": x_BTD}
+    run_stack = self.scan
+    if not self.is_initializing():
+      run_stack = self.loop if c.unroll == 0 else run_stack
+      run_stack = self.append_only if isinstance(streams, Sources) and cache is None and c.unroll else run_stack
+    (streams, new_cache), layer_taps = run_stack((streams, cache), columns, keep_L, shared)
+    taps |= {name.replace("_BTD", "_LBTD"): tap for name, tap in layer_taps.items()}
+    if cache is not None:
+      taps["cache"] = new_cache
+    hidden_BTD = self.read_out(separate(streams, c), columns.streams)
+    if columns.alone is not None:
+      hidden_BTD = jnp.where(columns.alone, self.read_out(separate(streams, c), StreamsOfModel()), hidden_BTD)
+    return constrain(hidden_BTD, *STREAM), taps
+
+  def begin(
+    self,
+    tokens_BT: jax.Array,
+    columns: Columns,
+    segment_ids_BT: jax.Array | None,
+    positions_BT: jax.Array | None,
+    cache: Cache | None = None,
+    weights_BT: jax.Array | None = None,
+  ) -> tuple[jax.Array, Streams | Sources, Shared]:
+    """What the stack begins with: the embedded tokens, the streams made of them, and what all layers read.
+
+    Arguments as `hidden`.
+    """
+    c = self.config
     if positions_BT is None:
       positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-    columns = Columns.of(config_lib.table(c)) if columns is None else columns
     if columns.has_ramp:
       raise ValueError(
         f"placement {c.placement!r} depends on the step: give columns=Columns.of(table).at_step(step), or a "
@@ -411,22 +457,35 @@ class Transformer(nn.Module):
     else:
       x_BTD = look_up(self.embedding, tokens_BT, dtype)
     x_BTD = constrain(x_BTD.astype(dtype), *STREAM)
-    taps: dict[str, Any] = {"embedded_BTD": x_BTD}
     streams = self.first_streams(x_BTD, columns)
     if columns.uses("attention", "value_residual") or columns.uses("attention", "value_residual_two"):
       shared = shared._replace(first_values_BSGK=self.first_values(streams, columns, shared))
-    run_stack = self.scan
-    if not self.is_initializing():
-      run_stack = self.loop if c.unroll == 0 else run_stack
-      run_stack = self.append_only if isinstance(streams, Sources) and cache is None and c.unroll else run_stack
-    (streams, new_cache), layer_taps = run_stack((streams, cache), columns, keep_L, shared)
-    taps |= {name.replace("_BTD", "_LBTD"): tap for name, tap in layer_taps.items()}
-    if cache is not None:
-      taps["cache"] = new_cache
-    hidden_BTD = self.read_out(separate(streams, c), columns.streams)
-    if columns.alone is not None:
-      hidden_BTD = jnp.where(columns.alone, self.read_out(separate(streams, c), StreamsOfModel()), hidden_BTD)
-    return constrain(hidden_BTD, *STREAM), taps
+    return x_BTD, streams, shared
+
+  def by_layer(
+    self,
+    tokens_BT: jax.Array,
+    *,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+  ) -> ByLayer:
+    """The stack as a function of one layer, for a scan that does more with a layer than apply it once.
+
+    What it computes can be differentiated as it is: `gpas`, which hides a part of its sum from the gradient, doesn't
+    hide it here.
+    """
+    columns = Columns.of(config_lib.table(self.config))
+    _, streams, shared = self.begin(tokens_BT, columns, segment_ids_BT, positions_BT)
+    layer = self.make_layer(Layer, columns, parent=None, hides=False)
+    varying_L = Varying(columns.varying, jnp.arange(self.config.num_layers), None)
+    params_L = nn.unbox(self.variables["params"]["layers"])
+
+    def apply(of_layer: tuple[Any, Varying], streams: Streams | Sources) -> Streams | Sources:
+      params, varying = of_layer
+      (after, _), _ = layer.apply({"params": params}, (streams, None), varying, shared)
+      return after
+
+    return ByLayer(streams, (params_L, varying_L), apply)
 
   def first_streams(self, x_BTD: jax.Array, columns: Columns) -> Streams | Sources:
     """The streams before the first layer, made of the embedded tokens, in the form that the scan carries."""

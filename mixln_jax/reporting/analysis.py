@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from mixln_jax.reporting import comparison, tables
+from mixln_jax.reporting import comparison, depth, tables
 from mixln_jax.reporting.comparison import Standing, baseline_of
 from mixln_jax.reporting.evidence import Absent, all_figures
 from mixln_jax.reporting.fairness import Finding, find
@@ -56,6 +56,9 @@ def analyze(material: Material, baseline: str = "pre") -> Analysis:
   best_rates = comparison.best_by_learning_rate(rows)
   if best_rates:
     made.append(tables.best_rates_table(best_rates))
+  by_depth = depth.depth_table(source)
+  if by_depth:
+    made.append(by_depth)
   made += [tables.runs_table(runs), tables.differences_table(runs), tables.environment_table(runs)]
   return Analysis(
     material=material,

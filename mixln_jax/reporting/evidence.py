@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mixln_jax.reporting import curves, layers, studies
+from mixln_jax.reporting import curves, depth, layers, studies, suite
 from mixln_jax.reporting.panels import Figure
 from mixln_jax.reporting.source import Source
 
@@ -35,6 +35,7 @@ TRAIN = _Needs("python -m mixln_jax train")
 DIAGNOSTICS = _Needs("python -m mixln_jax train", "With diagnostics.every_steps above 0 it writes diagnostics.jsonl.")
 DIAGNOSE = _Needs("python -m mixln_jax diagnose", "It writes diagnose/STEP/diagnose.json into the run's folder.")
 ALPHAS = _Needs("python -m mixln_jax sweep", "Or train them one by one: pre, post and at least one mix:α between.")
+DEPTHS = _Needs("python -m mixln_jax sweep", "Of shapes with different numbers of layers: axes that move together.")
 RATES = _Needs("python -m mixln_jax sweep", "Or train them one by one: optimizer.learning_rate at two values or more.")
 
 MAKERS: tuple[tuple[Callable[[Source], Figure], _Needs], ...] = (
@@ -43,6 +44,7 @@ MAKERS: tuple[tuple[Callable[[Source], Figure], _Needs], ...] = (
   (curves.gradient_norm_curve, TRAIN),
   (studies.alpha_ablation, ALPHAS),
   (studies.learning_rate_study, RATES),
+  (depth.loss_by_depth, DEPTHS),
   (layers.training_gradient_norms, DIAGNOSTICS),
   (layers.residual_growth, DIAGNOSTICS),
   (layers.sublayer_statistics, DIAGNOSTICS),
@@ -53,6 +55,10 @@ MAKERS: tuple[tuple[Callable[[Source], Figure], _Needs], ...] = (
   (layers.removal_drop, DIAGNOSE),
   (layers.effective_rank, DIAGNOSE),
   (layers.logit_lens, DIAGNOSE),
+  (suite.suite_by_layer, DIAGNOSE),
+  (suite.causal_maps, DIAGNOSE),
+  (suite.permutation_maps, DIAGNOSE),
+  (suite.lens_by_depth, DIAGNOSE),
 )
 
 

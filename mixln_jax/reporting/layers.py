@@ -23,7 +23,7 @@ POSITIONS = {"last": "last counted token", "all": "all counted tokens"}
 ReadLayers = Callable[[ReportedRun], np.ndarray | None]
 
 
-def _by_depth(source: Source, read: ReadLayers, first: int = 1) -> list[Series]:
+def by_depth(source: Source, read: ReadLayers, first: int = 1) -> list[Series]:
   """A line for each featured group of what `read` finds in its runs; `first` is the x of the first value."""
   lines = []
   for group in source.featured:
@@ -38,11 +38,11 @@ def _by_depth(source: Source, read: ReadLayers, first: int = 1) -> list[Series]:
     stack = np.stack(arrays)
     x = np.arange(first, first + stack.shape[1], dtype=float).tolist()
     std = stack.std(axis=0, ddof=1).tolist() if len(runs) > 1 else ()
-    lines.append(Series(_mean_label(group.label, len(runs)), x, stack.mean(axis=0).tolist(), group.style, runs, std))
+    lines.append(Series(mean_label(group.label, len(runs)), x, stack.mean(axis=0).tolist(), group.style, runs, std))
   return lines
 
 
-def _mean_label(label: str, num_runs: int) -> str:
+def mean_label(label: str, num_runs: int) -> str:
   return f"{label} (mean of {num_runs})" if num_runs > 1 else label
 
 
@@ -103,7 +103,7 @@ def _training_panels(
   when = "step 1" if at_first else _last_steps(source)
   panels = []
   for name, title in names.items():
-    lines = _by_depth(source, lambda run, name=name: _statistic(run, name, at_first=at_first))
+    lines = by_depth(source, lambda run, name=name: _statistic(run, name, at_first=at_first))
     panels.append(Panel(f"{title}, {when}", LAYER_AXIS, y_label, lines, log_y=log_y))
   return panels
 
@@ -140,8 +140,8 @@ def diagnosed_gradient_norms(source: Source) -> Figure:
   panels = []
   for when, title in (("initial", "initial weights"), ("checkpoint", "checkpoint")):
     for sublayer in SUBLAYERS:
-      read = _diagnosed(lambda found, when=when, sublayer=sublayer: found.gradient_norm.get(when, {}).get(sublayer))
-      lines = _by_depth(source, read)
+      read = diagnosed(lambda found, when=when, sublayer=sublayer: found.gradient_norm.get(when, {}).get(sublayer))
+      lines = by_depth(source, read)
       panels.append(Panel(f"{sublayer}, {title}", LAYER_AXIS, "gradient norm", lines, log_y=True))
   meaning = "Norm of the gradient of the mean loss over a sublayer's matrices, on the sample of diagnose"
   caption = f"{_definition(source, 'gradient_norm', meaning)} {SEEDS_NOTE}"
@@ -170,7 +170,7 @@ def _angular_distance(source: Source, which: str) -> Figure:
         matrices.append(diagnosis.angular_distance[which])
     if runs:
       matrix = np.mean(matrices, axis=0).T  # row n - 1, column l, as the paper draws it
-      panels.append(Panel(_mean_label(group.label, len(runs)), "layer l (1 = first)", "n", matrix=matrix, runs=runs))
+      panels.append(Panel(mean_label(group.label, len(runs)), "layer l (1 = first)", "n", matrix=matrix, runs=runs))
   meaning = (
     "arccos of the cosine, over π, between the residual stream before layer l and before layer l + n, mean over the "
     "sample; before the final norm (Gromov et al., arXiv 2403.17887; Mix-LN, arXiv 2412.13795, figure 5)"
@@ -192,7 +192,7 @@ def neighbour_distance(source: Source) -> Figure:
 
   panels = []
   for which, title in POSITIONS.items():
-    lines = _by_depth(source, _diagnosed(lambda found, which=which: across_one_layer(found, which)))
+    lines = by_depth(source, diagnosed(lambda found, which=which: across_one_layer(found, which)))
     panels.append(Panel(title, LAYER_AXIS, "angular distance", lines))
   caption = f"How far each layer turns the residual stream: the case n = 1 of the maps above. {SEEDS_NOTE}"
   return make_figure("angular_distance_by_layer", "Angular distance of neighbouring layers", caption, panels)
@@ -215,7 +215,7 @@ def removal_drop(source: Source) -> Figure:
     title, x_label = f"blocks of {size} layers", f"first of {size} layers removed"
     if size == 1:
       title, x_label = "one layer", "layer removed"
-    lines = _by_depth(source, _diagnosed(lambda found, size=size: rise(found, size)))
+    lines = by_depth(source, diagnosed(lambda found, size=size: rise(found, size)))
     panels.append(Panel(title, x_label, "rise of the loss (nats)", lines, bars=True))
   meaning = "Validation loss without the layers, nothing trained after it"
   caption = (
@@ -227,7 +227,7 @@ def removal_drop(source: Source) -> Figure:
 
 def effective_rank(source: Source) -> Figure:
   """Effective rank of the stream by depth."""
-  lines = _by_depth(source, _diagnosed(lambda found: found.effective_rank), first=0)
+  lines = by_depth(source, diagnosed(lambda found: found.effective_rank), first=0)
   meaning = "exp of the entropy of the normalised singular values (Roy and Vetterli, 2007) of the centred stream"
   caption = f"{_definition(source, 'effective_rank', meaning)} {SEEDS_NOTE}"
   panel = Panel("", DEPTH_AXIS, "effective rank", lines)
@@ -236,7 +236,7 @@ def effective_rank(source: Source) -> Figure:
 
 def logit_lens(source: Source) -> Figure:
   """Perplexity of the stream read by the final norm and the head."""
-  lines = _by_depth(source, _diagnosed(lambda found: found.logit_lens_perplexity), first=0)
+  lines = by_depth(source, diagnosed(lambda found: found.logit_lens_perplexity), first=0)
   meaning = "Perplexity of the final norm and the head on the residual stream at each depth"
   definition = _definition(source, "logit_lens_perplexity", meaning)
   caption = f"How early in depth the stream holds the prediction. {definition} {SEEDS_NOTE}"
@@ -244,7 +244,7 @@ def logit_lens(source: Source) -> Figure:
   return make_figure("logit_lens", "Logit lens by depth", caption, [panel])
 
 
-def _diagnosed(read: Callable[[ModelDiagnosis], np.ndarray | None]) -> ReadLayers:
+def diagnosed(read: Callable[[ModelDiagnosis], np.ndarray | None]) -> ReadLayers:
   """Reads something of a run's diagnosis; None where it has none."""
   return lambda run: read(run.diagnosis) if run.diagnosis else None
 

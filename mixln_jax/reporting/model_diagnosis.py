@@ -14,6 +14,9 @@ from mixln_jax.reporting.reading import DAMAGE, number_array, reason
 from mixln_jax.runs import folder as folder_lib
 
 DIAGNOSE_FILE = "diagnose.json"
+# How many more than L entries an array of the depth suite has in each of so many dimensions.
+SUITE_SHAPES = {"causal": (0, 2), "permutation": (0, 2), "removal": (0, 1), "usefulness": (0, 1), "jacobian": (0, 1)}
+SUITE_SHAPES |= {"lens": (1, 1), "angular": (1, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class ModelDiagnosis:
     gradient_norm: `initial`, `checkpoint` -> sublayer -> [L].
     effective_rank: of the residual stream at each depth, [L + 1].
     logit_lens_perplexity: of the residual stream at each depth, read by the final norm and the head, [L + 1].
+    depth_suite: the arrays of the depth suite by name, `causal/mean_of_ratios` and so on.
   """
 
   step: int
@@ -48,6 +52,7 @@ class ModelDiagnosis:
   gradient_norm: Mapping[str, Mapping[str, np.ndarray]]
   effective_rank: np.ndarray | None
   logit_lens_perplexity: np.ndarray | None
+  depth_suite: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def newest_diagnosis(run_path: Path) -> ModelDiagnosis | None:
@@ -113,4 +118,16 @@ def _diagnosis_of(value: Mapping[str, Any]) -> ModelDiagnosis:
     gradient_norm=gradient_norm,
     effective_rank=by_depth["effective_rank"],
     logit_lens_perplexity=by_depth["logit_lens_perplexity"],
+    depth_suite=_depth_suite(value.get("depth_suite") or {}, num_layers),
   )
+
+
+def _depth_suite(suite: Mapping[str, Any], num_layers: int) -> dict[str, np.ndarray]:
+  """The arrays of the depth suite that are known: over layers, pairs of layers, depths, and pairs of depths."""
+  found = {}
+  for name, values in (suite.get("arrays") or {}).items():
+    measurement = str(name).split("/")[0]
+    if measurement in SUITE_SHAPES:
+      more, dimensions = SUITE_SHAPES[measurement]
+      found[str(name)] = number_array(values, *(num_layers + more,) * dimensions)
+  return found

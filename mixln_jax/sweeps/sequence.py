@@ -1,5 +1,6 @@
 """The runs of a study in order, each in a process of its own; any number of machines divide them up."""
 
+import math
 import os
 import subprocess
 import sys
@@ -105,6 +106,18 @@ def state_of(run: Run) -> State:
     all_steps = outcome.step == run.config.train.num_steps
     done = outcome.status in ENDED_ITSELF or (outcome.status == FINISHED and all_steps)
   return State(DONE if done else OPEN, outcome)
+
+
+def with_second_stage(study: Study, workdir: str | Path) -> Study:
+  """The study with the runs that follow from how its first ones ended, where all of them are done."""
+  losses: dict[str, float] = {}
+  runs = study.runs(workdir)
+  for run in runs:
+    state = state_of(run) if run.folder.has_run else State(OPEN, None)
+    if state.state == DONE and state.outcome is not None:
+      validation = {} if state.outcome.diverged else state.outcome.validation or {}
+      losses[run.name] = float(validation.get("loss", math.nan))
+  return study.with_best(losses, runs)
 
 
 def train_run(run: Run, seen: Callable[[str], None]) -> int:

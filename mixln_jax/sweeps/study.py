@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,10 @@ STUDY_PLACE = "a study lies in a folder, which several machines can share over a
 STUDY, RUNS = "study.json", "runs"
 NAMED_BY_VALUE = {"model.placement": ""}  # fields whose value alone names them
 
-Grid = Mapping[str, Sequence[Any]]  # field -> its values; a grid is their product
+# An axis is a field and its values, or fields that move together (a tuple of them, or one string with TOGETHER between)
+# and their values together. A grid is the product of its axes.
+Grid = Mapping[Any, Sequence[Any]]
+TOGETHER = ";"
 
 
 class Run(NamedTuple):
@@ -34,6 +38,18 @@ class Run(NamedTuple):
   folder: RunFolder
 
 
+class Then(NamedTuple):
+  """A second stage of a study: more runs at the best value of a field, of all else that the first stage varies.
+
+  Attributes:
+    best: the field, as the learning rate.
+    grid: what these runs vary, as seeds.
+  """
+
+  best: str
+  grid: Grid
+
+
 class Study(NamedTuple):
   """A base config, the grids whose runs it has, and what it is to decide.
 
@@ -42,21 +58,26 @@ class Study(NamedTuple):
     grids: each the product of its axes; a study is all their runs, each once.
     question: what it is to decide, in words.
     claims: what will be judged, `{"id", "claim", "judged_by"}` each, written down before it runs.
+    then: what is run where all of that is done, at the best of the values that were tried.
   """
 
   base: Config
   grids: tuple[Grid, ...]
   question: str = ""
   claims: tuple[Mapping[str, str], ...] = ()
+  then: Then | None = None
 
   @property
   def axes(self) -> dict[str, list[Any]]:
     """Every field that runs may differ in, with all its values, in the order in which the grids name them."""
     axes: dict[str, list[Any]] = {}
-    for grid in self.grids:
-      for field, values in grid.items():
-        known = axes.setdefault(field, [])
-        known += [value for value in values if value not in known]
+    for grid in self.grids if self.then is None else (*self.grids, self.then.grid):
+      for fields, points in grid.items():
+        for field, values in zip(fields, zip(*points, strict=True), strict=True):
+          known = axes.setdefault(field, [])
+          for value in values:
+            if value not in known:
+              known.append(value)
     return axes
 
   def runs(self, workdir: str | Path) -> list[Run]:
@@ -83,8 +104,34 @@ class Study(NamedTuple):
 
   def _points(self) -> Iterator[dict[str, Any]]:
     for grid in self.grids:
-      for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
+      for points in itertools.product(*grid.values()):
+        fields = itertools.chain.from_iterable(grid)
+        yield dict(zip(fields, itertools.chain.from_iterable(points), strict=True))
+
+  def with_best(self, losses: Mapping[str, float], runs: Sequence[Run]) -> "Study":
+    """The study with its second stage, where every run of the first one has a loss.
+
+    Args:
+      losses: final loss of each run that is done, by name; one that is not finite is never the best.
+      runs: those of this study.
+    """
+    if self.then is None or any(run.name not in losses for run in runs):
+      return self
+    varied = {self.then.best, *itertools.chain.from_iterable(self.then.grid)}
+    tried: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
+    for run in runs:
+      rest = tuple((field, value) for field, value in run.values.items() if field not in varied)
+      tried.setdefault(rest, {}).setdefault(run.values[self.then.best], []).append(losses[run.name])
+    grids = []
+    for rest, by_value in tried.items():
+      means = {value: math.fsum(found) / len(found) for value, found in by_value.items()}
+      finite = {value: mean for value, mean in means.items() if math.isfinite(mean)}
+      if finite:
+        fixed = {
+          (field,): ((value,),) for field, value in (*rest, (self.then.best, min(finite, key=finite.__getitem__)))
+        }
+        grids.append(fixed | dict(self.then.grid))
+    return self._replace(grids=(*self.grids, *grids))
 
   def to_json(self, runs: Iterable[Run]) -> str:
     """What `study.json` holds."""
@@ -110,24 +157,79 @@ def run_name(values: Mapping[str, Any]) -> str:
 
 
 def make_study(
-  base: Config, grids: Sequence[Grid], question: str = "", claims: Sequence[Mapping[str, str]] = ()
+  base: Config,
+  grids: Sequence[Grid],
+  question: str = "",
+  claims: Sequence[Mapping[str, str]] = (),
+  then: Mapping[str, Any] | None = None,
 ) -> Study:
   """A checked study.
+
+  Args:
+    base: the config that every run starts from.
+    grids: each a mapping of axes, as `Grid` says.
+    question: what it is to decide.
+    claims: what will be judged.
+    then: `{"best": FIELD, "grid": GRID}`: once all those runs are done, those of the second grid at the value of FIELD
+      with the lowest final loss, for all else that was varied.
 
   Raises:
     InputError: an axis is no field, has no value, a value twice, or one that the field does not admit.
   """
-  for field, values in itertools.chain.from_iterable(grid.items() for grid in grids):
+  together = tuple(_grid(grid) for grid in grids)
+  stage = None
+  if then is not None:
+    if set(then) != {"best", "grid"}:
+      raise InputError(f"STUDY: 'then' has best and grid, not {', '.join(then) or 'nothing'}")
+    stage = Then(str(then["best"]), _grid(then["grid"]))
+    tried = set(itertools.chain.from_iterable(itertools.chain.from_iterable(together)))
+    if stage.best not in tried or stage.best in itertools.chain.from_iterable(stage.grid):
+      raise InputError(f"STUDY: then.best={stage.best!r} must be an axis of the grids, and none of then.grid")
+  return Study(base, together, question, tuple(claims), stage)
+
+
+def _grid(grid: Grid) -> Grid:
+  """A checked grid whose axes all are tuples of fields, and their values tuples."""
+  checked: dict[tuple[str, ...], tuple[tuple[Any, ...], ...]] = {}
+  for axis, values in grid.items():
+    fields = _fields_of(axis)
+    points = tuple(values) if _moves_together(axis) else tuple((value,) for value in values)
+    name = TOGETHER.join(fields)
+    if known := set(fields) & set(itertools.chain.from_iterable(checked)):
+      raise InputError(f"axis {name}: config.{known.pop()} is an axis already; give all its values at once")
+    if not points:
+      raise InputError(f"axis {name}: no values; give one or more")
+    for number, point in enumerate(points):
+      _check_point(fields, point)
+      if point in points[:number]:
+        shown = point if len(point) > 1 else point[0]
+        raise InputError(f"axis {name}: {shown!r} stands there twice; each value makes one run")
+    checked[fields] = tuple(tuple(point) for point in points)
+  return checked
+
+
+def _moves_together(axis: str | Sequence[str]) -> bool:
+  return not isinstance(axis, str) or TOGETHER in axis
+
+
+def _fields_of(axis: str | Sequence[str]) -> tuple[str, ...]:
+  """The fields of an axis; raises InputError for one that is none, or stands there twice."""
+  fields = tuple(axis.split(TOGETHER)) if isinstance(axis, str) else tuple(axis)
+  for field in fields:
     if field not in config_lib.FIELDS:
       raise config_lib.unknown_field(field)
-    if not values:
-      raise InputError(f"axis {field}: no values; give one or more")
-    for number, value in enumerate(values):
-      if not config_lib.FIELDS[field].admits(value):
-        raise InputError(f"axis {field}: {value!r} must be {config_lib.FIELDS[field].allowed()}")
-      if value in values[:number]:
-        raise InputError(f"axis {field}: {value!r} stands there twice; each value makes one run")
-  return Study(base, tuple(grids), question, tuple(claims))
+  if len(set(fields)) < len(fields) or not fields:
+    raise InputError(f"axis {TOGETHER.join(fields)}: a field stands there twice; each moves once")
+  return fields
+
+
+def _check_point(fields: tuple[str, ...], point: Any) -> None:
+  if not isinstance(point, (tuple, list)) or len(point) != len(fields):
+    name, number = TOGETHER.join(fields), len(fields)
+    raise InputError(f"axis {name}: {point!r} must have a value for each of the {number} fields that move together")
+  for field, value in zip(fields, point, strict=True):
+    if not config_lib.FIELDS[field].admits(value):
+      raise InputError(f"axis {field}: {value!r} must be {config_lib.FIELDS[field].allowed()}")
 
 
 def load_study(recipe: str, base: Config) -> Study:
@@ -143,30 +245,50 @@ def load_study(recipe: str, base: Config) -> Study:
   content = runpy.run_path(recipe).get("STUDY")
   if content is None:
     raise InputError(f"config={recipe}: defines no STUDY; give axes, as in 'model.placement=pre mix:0.25'")
-  unknown = set(content) - {"grids", "question", "claims"}
+  unknown = set(content) - {"grids", "question", "claims", "then"}
   if unknown or not content.get("grids"):
-    raise InputError(f"config={recipe}: STUDY has grids, question and claims, not {', '.join(unknown) or 'no grids'}")
+    wrong = ", ".join(unknown) or "no grids"
+    raise InputError(f"config={recipe}: STUDY has grids, question, claims and then, not {wrong}")
   return make_study(base, **content)
 
 
 def parse_axes(axes: Sequence[str]) -> Grid:
   """The grid of `FIELD=VALUE VALUE …`, one string an axis; a field without its section where it is the only one.
 
+  Fields that move together stand together, and so do their values: `num_layers;embed_dim=8;128 16;96`.
+
   Raises:
     InputError: an axis can't be read.
   """
-  grid: dict[str, Sequence[Any]] = {}
+  grid: dict[tuple[str, ...], Sequence[Any]] = {}
   for axis in axes:
-    field, equals, text = axis.partition("=")
-    matches = [name for name in config_lib.FIELDS if name.split(".")[-1] == field]
-    if field not in config_lib.FIELDS and len(matches) == 1:
-      field = matches[0]
-    if not equals or field not in config_lib.FIELDS:
-      raise config_lib.unknown_field(field) if equals else InputError(f"axes={axis!r}: write FIELD=VALUE VALUE …")
-    if field in grid:
-      raise InputError(f"axes={axis!r}: config.{field} is an axis already; give all its values at once")
-    grid[field] = [_parse(field, word) for word in text.split()]
+    names, equals, text = axis.partition("=")
+    if not equals:
+      raise InputError(f"axes={axis!r}: write FIELD=VALUE VALUE …, or FIELD;FIELD=VALUE;VALUE VALUE;VALUE …")
+    fields = tuple(_whole_name(name.strip()) for name in names.split(TOGETHER))
+    for field in fields:
+      if any(field in others for others in grid):
+        raise InputError(f"axes={axis!r}: config.{field} is an axis already; give all its values at once")
+    points = []
+    for word in text.split():
+      parts = word.split(TOGETHER) if len(fields) > 1 else [word]
+      if len(parts) != len(fields):
+        raise InputError(
+          f"axes={axis!r}: {word!r} must have a value for each of the {len(fields)} fields, with {TOGETHER!r} between"
+        )
+      points.append(tuple(_parse(field, part) for field, part in zip(fields, parts, strict=True)))
+    grid[fields] = points
   return grid
+
+
+def _whole_name(name: str) -> str:
+  """A field's name with its section."""
+  matches = [field for field in config_lib.FIELDS if field.split(".")[-1] == name]
+  if name not in config_lib.FIELDS and len(matches) == 1:
+    return matches[0]
+  if name not in config_lib.FIELDS:
+    raise config_lib.unknown_field(name)
+  return name
 
 
 def _parse(field: str, word: str) -> Any:

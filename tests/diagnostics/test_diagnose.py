@@ -13,6 +13,7 @@ from model.rounding import NETWORK
 from mixln_jax import config as config_lib
 from mixln_jax.__main__ import main
 from mixln_jax.data.prepare import prepare
+from mixln_jax.diagnostics.depth_suite import MEASUREMENTS
 from mixln_jax.diagnostics.diagnose import DEFINITIONS, table
 from mixln_jax.interop.safetensors_folder import write_folder
 
@@ -83,6 +84,20 @@ def test_diagnose_an_imported_llama(llama, capsys):
   assert norms["initial"]["mlp"] != norms["checkpoint"]["mlp"]
   assert all(1 <= rank <= 16 for rank in result["effective_rank"])
   assert len(result["effective_rank"]) == 3
+  check_depth_suite(result)
+
+
+def check_depth_suite(result):
+  """All its measurements are there, on two thirds of the tokens, and agree with what was there before it."""
+  suite = result["depth_suite"]
+  assert suite["calibration_tokens"] + suite["heldout_tokens"] == result["tokens"]
+  assert suite["calibration_tokens"] > suite["heldout_tokens"] > 0
+  arrays = suite["arrays"]
+  assert {name.split("/")[0] for name in arrays} == {*MEASUREMENTS, "loss", "removal", "angular"}
+  assert arrays["lens/cross_entropy"][2] == pytest.approx(arrays["loss/calibration"], rel=NETWORK)
+  assert arrays["permutation/row_moves"] == arrays["permutation/row_stays"]  # of one placement for all layers
+  assert arrays["causal/mean_of_ratios"][0][0] is None
+  assert suite["fractions"]["causal/mean_of_ratios"] == float(arrays["causal/mean_of_ratios"][0][1] > 0.45)
 
 
 @pytest.mark.slow
@@ -102,7 +117,7 @@ metadata: {{version: 1.0}}
 """
   )
   tasks = f"--tasks={tmp_path / 'fox.yaml'}"
-  command = ["diagnose", f"--workdir={llama}", "--tokens=60", f"--output={tmp_path / 'out'}", tasks]
+  command = ["diagnose", f"--workdir={llama}", "--tokens=60", "--suite=none", f"--output={tmp_path / 'out'}", tasks]
   assert main(command) == 0
   assert "the mean of fox" in capsys.readouterr().out
   scores = json.loads((tmp_path / "out" / "diagnose.json").read_text())["removal"]["scores"]["fox"]
@@ -114,12 +129,13 @@ metadata: {{version: 1.0}}
 
 @pytest.mark.slow
 def test_other_tokens_blocks_and_folders(llama, tmp_path, capsys):
-  command = ["diagnose", f"--workdir={llama}", "--tokens=60", "--blocks=2", "--batch_size=1", "--json"]
+  command = ["diagnose", f"--workdir={llama}", "--tokens=60", "--blocks=2", "--batch_size=1", "--suite=lens", "--json"]
   assert main([*command, f"--output={tmp_path / 'out'}"]) == 0
   printed = json.loads(capsys.readouterr().out)
   assert printed == json.loads((tmp_path / "out" / "diagnose.json").read_text())
   assert 60 <= printed["tokens"] < 60 + 32
   assert list(printed["removal"]["blocks"]) == ["2"]
+  assert {name.split("/")[0] for name in printed["depth_suite"]["arrays"]} == {"lens", "loss", "angular"}
 
 
 def test_what_can_not_be_measured_is_refused_before_anything_is(llama, tmp_path, capsys):
@@ -127,6 +143,8 @@ def test_what_can_not_be_measured_is_refused_before_anything_is(llama, tmp_path,
   for extra, words in (
     ("--blocks=1,3", "--blocks=1,3: must be whole numbers from 1 to the run's 2 layers"),
     ("--blocks=one", "--blocks=one: must be whole numbers"),
+    ("--suite=causal,lense", "--suite=causal,lense: 'lense' is none of causal, permutation"),
+    ("--swaps=rows", "--swaps=rows: 'rows' is none of row_moves"),
     ("--step=7", "has no checkpoint of that step; it has 0"),
     (f"--output={tmp_path / 'file'}", "can't be written"),
     ("--tokens=0", "tokens"),

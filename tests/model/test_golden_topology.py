@@ -33,7 +33,9 @@ FIELDS = json.loads((DATA / "golden_fields.json").read_text())
 # A variant that is another placement here.
 VARIANTS = {"mhc_init_zero_bias": "mhc_zero_bias:{n}"}
 LOGITS, LOSS, GRADIENT, FIVE_UPDATES = 5e-5, 1e-5, 1e-4, 5e-5
-NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz") if path.stem != "prores_factors")
+NAMES = sorted(
+  path.stem for path in GOLDEN.glob("*.npz") if path.stem != "prores_factors" and "depth_metrics" not in path.stem
+)
 RANDOM = [name for name in NAMES if "_init" not in name]
 INITIAL = [name for name in NAMES if "_init" in name]
 # One of each mechanism; the others have the same with a column, a norm or a number changed.

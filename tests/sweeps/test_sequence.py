@@ -15,6 +15,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.commands import sweep
 from mixln_jax.errors import InputError
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.outcome import Outcome, write_outcome
 from mixln_jax.sweeps import sequence
 from mixln_jax.training import loop
 
@@ -27,6 +28,11 @@ STUDY = {"grids": [{"model.placement": ("pre", "post"), "seed": (0, 1)}], "quest
 def get_config():
   return config.from_json(Path(%r).read_text())
 """
+
+STAGES = (
+  '{"model.placement": ("pre",), "seed": (0,), "optimizer.learning_rate": (1e-3, 3e-3)}], '
+  '"then": {"best": "optimizer.learning_rate", "grid": {"seed": (0, 1)}}, '
+)
 
 
 @pytest.fixture
@@ -107,6 +113,32 @@ def test_a_run_that_another_process_trains_is_left_to_it(arguments, in_process, 
     assert sweep.main([*arguments, "--index=1"]) == 75
   assert trained == ["pre-seed0"]
   assert "pre-seed1  busy" in capsys.readouterr().out
+
+
+def test_the_second_stage_begins_by_itself_and_is_there_the_next_time(tmp_path, make_config, monkeypatch, capsys):
+  """Seeds that have to be asked for again; a study that calls its own second stage another study."""
+  (tmp_path / "config.json").write_text(
+    config_lib.to_json(make_config(**{"train.num_steps": 2, "optimizer.warmup_steps": 0}))
+  )
+  text = RECIPE.replace('{"model.placement": ("pre", "post"), "seed": (0, 1)}], ', STAGES)
+  (tmp_path / "recipe.py").write_text(text % str(tmp_path / "config.json"))
+  losses = {"pre-learning_rate0.001-seed0": 3.0, "pre-learning_rate0.003-seed0": 2.0}
+  trained = []
+
+  def train_run(run, _):
+    trained.append(run.name)
+    run.folder.create(config_lib.to_json(run.config))
+    write_outcome(run.folder, Outcome("finished", 2, validation={"loss": losses.get(run.name, 2.5)}))
+    return 0
+
+  monkeypatch.setattr(sequence, "train_run", train_run)
+  arguments = [f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'study'}"]
+  assert sweep.main(arguments) == 0
+  assert trained == [*losses, "pre-learning_rate0.003-seed1"]
+  assert "now those at the best optimizer.learning_rate" in capsys.readouterr().out
+  assert sweep.main(arguments) == 0
+  assert len(trained) == 3
+  assert len(json.loads((tmp_path / "study" / "study.json").read_text())["runs"]) == 3
 
 
 @pytest.mark.slow

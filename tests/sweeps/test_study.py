@@ -6,7 +6,7 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
-from mixln_jax.model.parameters import parameters
+from mixln_jax.model.parameters import count_params, parameters
 from mixln_jax.sweeps.sequence import OPEN, open_study, state_of
 from mixln_jax.sweeps.study import check_initial_weights, load_study, make_study, parse_axes
 
@@ -68,6 +68,56 @@ def test_axes_that_cannot_be_meant_are_refused(make_config, tmp_path, axes, mess
     study_of(make_config(), *axes).runs(tmp_path)
 
 
+def test_fields_that_move_together(make_config, tmp_path):
+  """A ladder whose shapes are a product: widths of one depth with the heads of another."""
+  config = make_config()
+  shapes = "num_layers;embed_dim;model.mlp_dim=2;16;32 4;12;24"
+  runs = study_of(config, shapes, "placement;learning_rate=pre;1e-3 lns;1e-2", "seed=0 1").runs(tmp_path)[:4]
+  assert {(run.config.model.num_layers, run.config.model.embed_dim, run.config.model.mlp_dim) for run in runs} == {
+    (2, 16, 32)
+  }
+  in_recipe = {
+    ("model.num_layers", "model.embed_dim", "model.mlp_dim"): ((2, 16, 32), (4, 12, 24)),
+    "model.placement": ("pre",),
+  }
+  study = make_study(config, [in_recipe])
+  names = [run.name for run in study.runs(tmp_path)]
+  assert names == ["embed_dim16-mlp_dim32-num_layers2-pre", "embed_dim12-mlp_dim24-num_layers4-pre"]
+  assert json.loads(study.to_json([]))["axes"]["model.embed_dim"] == [16, 12]
+
+
+@pytest.mark.parametrize(
+  ("axis", "message"),
+  [
+    ("num_layers;embed_dim=2;16 4", "'4' must have a value for each of the 2 fields"),
+    ("num_layers;num_layers=2;2", "a field stands there twice"),
+    ("num_layers;seed=2;0 2;0", r"\(2, 0\) stands there twice"),
+    ("num_layers;embed=2;16", "embed: unknown field"),
+    ("num_layers;embed_dim=2;0", "axis model.embed_dim: 0 must be"),
+  ],
+)
+def test_fields_that_do_not_move_together(make_config, axis, message):
+  """A value that is dropped, or given to another field, in silence."""
+  with pytest.raises(InputError, match=message):
+    study_of(make_config(), axis)
+
+
+def test_the_second_stage_is_the_best_of_the_first(make_config, tmp_path):
+  """Seeds at a rate that was not the best, or that diverged; a stage that begins before the first one is done."""
+  study = make_study(
+    make_config(),
+    [{"model.placement": ("pre", "post"), "optimizer.learning_rate": (1e-3, 3e-3)}],
+    then={"best": "optimizer.learning_rate", "grid": {"seed": (0, 1)}},
+  )
+  runs = study.runs(tmp_path)
+  losses = dict(zip([run.name for run in runs], (3.0, 2.0, 4.0, float("nan")), strict=True))
+  assert study.with_best(dict(list(losses.items())[:3]), runs) == study
+  added = [run.name for run in study.with_best(losses, runs).runs(tmp_path)[4:]]
+  assert added == ["pre-learning_rate0.003-seed1", "post-learning_rate0.001-seed1"]
+  with pytest.raises(InputError, match=r"then\.best='optimizer\.learning_rate' must be an axis of the grids"):
+    make_study(make_config(), [{"seed": (0,)}], then={"best": "optimizer.learning_rate", "grid": {"data.seed": (1,)}})
+
+
 def test_a_seed_without_its_section_is_that_of_the_weights(make_config, tmp_path):
   assert [run.config.seed for run in study_of(make_config(), "seed=3 4").runs(tmp_path)] == [3, 4]
 
@@ -125,11 +175,33 @@ def test_every_study_of_the_repository_can_be_meant():
   import runpy
   from pathlib import Path
 
-  recipes = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.py"))
-  assert recipes
+  configs = Path(__file__).parents[2] / "configs"
+  recipes = sorted([*(configs / "studies").glob("*.py"), *(configs / "depth").glob("*.py")])
+  assert {"depth_ladder", "depthbench"} <= {recipe.stem for recipe in recipes}
   for recipe in recipes:
     base = runpy.run_path(str(recipe))["get_config"]()
     study = load_study(str(recipe), base)
     assert len(study.runs("anywhere")) > 1
     assert all({"id", "claim", "judged_by"} == set(claim) for claim in study.claims)
     assert json.loads(study.to_json(study.runs("anywhere")))["axes"]
+
+
+def test_ladders_keep_parameters_equal():
+  """A shape that is wrong by a digit: depth would be compared with size."""
+  from configs.depth import depthbench
+  from configs.studies import depth_ladder, depth_ladder_4m
+
+  for recipe, size in ((depth_ladder, 0.55e6), (depth_ladder_4m, 3.95e6)):
+    model = recipe.get_config().model
+    model.placement = "pre"
+    for shape in recipe.SHAPES:
+      model.update(
+        {field.removeprefix("model."): value for field, value in zip(depth_ladder.SHAPE, shape, strict=True)}
+      )
+      assert count_params(model) == pytest.approx(size, rel=0.005)
+  for layers in depthbench.SHAPES:
+    config = depthbench.get_config(str(layers))
+    config.model.placement = "pre"
+    assert count_params(config.model) == pytest.approx(405e6, rel=0.03)  # as DepthBench says of them
+    tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
+    assert tokens == pytest.approx(20 * count_params(config.model), rel=2e-4)

@@ -1,0 +1,130 @@
+"""The affine map that comes closest to each layer, in least squares over tokens.
+
+The rows (1, x, y) of all tokens, x what a layer reads and y what it writes, are kept as the triangular factor of their
+QR decomposition, one a layer, which each batch updates: it resolves singular values down to 1e-7 of the largest, where
+fp32 sums of squares resolve 3e-4. Where there is no room for all layers, some are fitted at a time.
+
+Dimensions: G layers of one pass; E = 1 + what a layer reads; F what it writes; the others as in the model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from mixln_jax.config import ModelConfig
+from mixln_jax.diagnostics.layer_io import AnyStreams, Batch, LayerIO, by_layer, present
+from mixln_jax.diagnostics.substitution import Affine
+from mixln_jax.model import Transformer
+
+MOST_NUMBERS = 2**28  # of the factors of one pass: 1 GB
+ROWS = 4  # times E, of one decomposition
+RESOLVED = 1e-6  # of the largest singular value: a direction below it is left out
+
+
+class Factors(flax.struct.PyTreeNode):
+  """R of the rows (1, x), and Qᵀ times their y; [G, E, E] and [G, E, F]."""
+
+  triangle_GEE: jax.Array
+  projected_GEF: jax.Array
+
+  @classmethod
+  def zeros(cls, model: ModelConfig) -> "Factors":
+    read, written = LayerIO(Transformer(model)).sizes()
+    num = layers_at_once(model)
+    return cls(jnp.zeros((num, read + 1, read + 1)), jnp.zeros((num, read + 1, written)))
+
+
+Step = Callable[[Any, Factors, Batch, Any], Factors]
+
+
+def layers_at_once(model: ModelConfig) -> int:
+  """G."""
+  read, written = LayerIO(Transformer(model)).sizes()
+  return max(1, min(model.num_layers, MOST_NUMBERS // ((read + 1) * (read + 1 + written))))
+
+
+def make_fit_step(model: ModelConfig) -> Step:
+  """`step(params, factors, batch, first)`: adds a batch to the factors of layers first … first + G − 1, under jit."""
+
+  def add(transformer: Transformer, factors: Factors, batch: Batch, first: Any) -> Factors:
+    io, layers, present_BT = LayerIO(transformer), by_layer(transformer, batch), present(batch)
+    num = factors.triangle_GEE.shape[0]
+
+    def body(carry: tuple[AnyStreams, Factors], inputs: Any) -> tuple[Any, None]:
+      before, factors = carry
+      of_layer, slots = inputs
+      after = layers.apply(of_layer, before)
+      place = of_layer[1].layer - first
+
+      def extend() -> Factors:
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False), factors)
+        read_BTE, written_BTF = io.read(before), io.written(before, after, slots)
+        updated = add_rows(own.triangle_GEE, own.projected_GEF, read_BTE, written_BTF, present_BT)
+        both = zip(jax.tree.leaves(factors), updated, strict=True)
+        return Factors(*[jax.lax.dynamic_update_index_in_dim(leaf, new, place, 0) for leaf, new in both])
+
+      factors = jax.lax.cond((place >= 0) & (place < num), extend, lambda: factors)
+      return (after, factors), None
+
+    (_, factors), _ = jax.lax.scan(body, (layers.first, factors), (layers.layers, io.slots()))
+    return factors
+
+  def step(params: Any, factors: Factors, batch: Batch, first: Any) -> Factors:
+    return nn.apply(lambda transformer: add(transformer, factors, batch, first), Transformer(model))({"params": params})
+
+  return step
+
+
+def add_rows(
+  triangle_EE: jax.Array, projected_EF: jax.Array, x_BTE: jax.Array, y_BTF: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The factors with the rows (1, x, y) of weight 1; some positions of all rows of the batch at a time."""
+  batch, length = weights_BT.shape
+  at_once = max(1, min(length, ROWS * len(triangle_EE) // batch))
+  pieces = -(-length // at_once)
+
+  def cut(values_BTX: jax.Array) -> jax.Array:
+    """[pieces, rows, X], filled up with rows of zeros."""
+    padded = jnp.pad(values_BTX, ((0, 0), (0, pieces * at_once - length), (0, 0)))
+    by_piece = padded.reshape(batch, pieces, at_once, -1).swapaxes(0, 1)
+    return by_piece.reshape(pieces, batch * at_once, -1)
+
+  weights_BT1 = weights_BT[..., None]
+  rows_BTE = jnp.concatenate([weights_BT1, x_BTE * weights_BT1], axis=-1)
+
+  def extend(factors: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+    triangle_EE, projected_EF = factors
+    orthogonal, triangle_EE = jnp.linalg.qr(jnp.concatenate([triangle_EE, rows[0]]))
+    written = jnp.concatenate([projected_EF, rows[1]])
+    return (triangle_EE, jnp.einsum("re,rf->ef", orthogonal, written, precision="highest")), None
+
+  with jax.default_matmul_precision("highest"):
+    factors, _ = jax.lax.scan(extend, (triangle_EE, projected_EF), (cut(rows_BTE), cut(y_BTF * weights_BT1)))
+  return factors
+
+
+def solve(factors: Factors) -> np.ndarray:
+  """The maps [G, E, F] in fp32, the offset in the first row; in float64.
+
+  Of directions that the tokens do not resolve, as of fewer tokens than E, the smallest map is taken.
+  """
+  maps = []
+  for triangle_EE, projected_EF in zip(factors.triangle_GEE, factors.projected_GEF, strict=True):
+    triangle, projected = np.asarray(triangle_EE, np.float64), np.asarray(projected_EF, np.float64)
+    if np.isfinite(triangle).all() and np.isfinite(projected).all():
+      found: Any = scipy.linalg.lstsq(triangle, projected, cond=RESOLVED, lapack_driver="gelsy")
+      maps.append(found[0])
+    else:
+      maps.append(np.full(projected.shape, np.nan))
+  return np.stack(maps).astype(np.float32)
+
+
+def affine(maps_LEF: np.ndarray) -> Affine:
+  """Maps of `solve` as a layer is replaced by them."""
+  return Affine(maps_LEF[:, 1:], maps_LEF[:, 0])
