@@ -205,7 +205,8 @@ class DataConfig(Section):
     Field(
       "sentencepiece",
       "sentencepiece (trained on the corpus; with train.start_from that of its run), bytes, the path of a "
-      "SentencePiece .model file or a tokenizer.json, hf:NAME, or records:FOLDER, that of prepared records",
+      "SentencePiece .model file, a tokenizer.json or a .gguf file, hf:NAME, or records:FOLDER, that of prepared "
+      "records",
     ),
   ]
   on_the_fly: Annotated[

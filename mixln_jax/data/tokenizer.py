@@ -24,6 +24,7 @@ BYTES = "bytes"
 SENTENCEPIECE = "sentencepiece"
 HUGGING_FACE = "tokenizers"  # a tokenizer.json
 HUB = "hf:"  # prefix of a name on the Hugging Face hub
+GGUF = ".gguf"  # how a file with a model and its tokenizer ends, llama.cpp's
 RECORDS = "records:"  # prefix of a folder of records, which has a tokenizer of its own
 # What the file of a tokenizer is called in a folder that holds one.
 FILES = {SENTENCEPIECE: "tokenizer.model", HUGGING_FACE: "tokenizer.json", BYTES: "tokenizer.bytes"}
@@ -377,13 +378,19 @@ def load_tokenizer(name: str, content: bytes, origin: str, end_token: str | None
 
 
 def read_tokenizer(path: str) -> Tokenizer:
-  """The tokenizer that `config.data.tokenizer` names: a SentencePiece .model file, a tokenizer.json, or `hf:NAME`.
+  """The tokenizer that `config.data.tokenizer` names: a SentencePiece .model file, a tokenizer.json, that of a .gguf
+  file, or `hf:NAME`.
 
   Raises:
     InputError: it can't be read or is not a tokenizer.
   """
   if path.startswith(HUB):
     return _tokenizer_of_the_hub(path)
+  if path.endswith(GGUF):
+    from mixln_jax.data.gguf_file import GgufFile  # they stand on this module
+    from mixln_jax.data.gguf_tokenizer import gguf_tokenizer
+
+    return gguf_tokenizer(GgufFile(path))
   file = local_path(path)
   try:
     content = read_regular(file, LARGEST_FILE)
@@ -393,8 +400,8 @@ def read_tokenizer(path: str) -> Tokenizer:
     stated = read_regular(beside, LARGEST_FILE) if beside.is_file() else None
   except OSError as error:
     choices = (
-      f"{SENTENCEPIECE} (trained on the corpus), {BYTES}, {HUB}NAME, {RECORDS}FOLDER, or the path of a .model or "
-      "tokenizer.json"
+      f"{SENTENCEPIECE} (trained on the corpus), {BYTES}, {HUB}NAME, {RECORDS}FOLDER, or the path of a .model, a "
+      "tokenizer.json or a .gguf"
     )
     raise InputError(f"config.data.tokenizer={path!r}: can't be read ({error.strerror}); give {choices}") from error
   return _with_stated_end(content, path, stated, str(beside))
