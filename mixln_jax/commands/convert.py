@@ -8,14 +8,12 @@ from typing import Any
 from mixln_jax import config as config_lib
 from mixln_jax.command_line import CommandLine
 from mixln_jax.config import NEWEST, Config
-from mixln_jax.data.gguf_file import GgufFile
-from mixln_jax.data.gguf_tokenizer import gguf_tokenizer
-from mixln_jax.data.tokenizer import GGUF, SENTENCEPIECE, Tokenizer
+from mixln_jax.data.tokenizer import SENTENCEPIECE, Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.interop import export, hf
 from mixln_jax.interop.check import check_export
-from mixln_jax.interop.gguf_weights import GgufWeights, describe_storage
-from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
+from mixln_jax.interop.foreign import open_foreign
+from mixln_jax.interop.safetensors_folder import write_folder
 from mixln_jax.interop.tokenizer_beside import check_tokenizer
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import OpenRun, open_run
@@ -33,8 +31,8 @@ def main(argv: list[str]) -> int:
   line.string("output", "folder to write: config.json and safetensors")
   line.string(
     "input",
-    "what to read: the folder of a LLaMA, Qwen 2 or 3, OLMo 2, or official Mix-LN checkpoint in safetensors, or a "
-    "LLaMA as a .gguf file, which brings its tokenizer (it needs requirements-gguf.txt)",
+    "what to read: the folder of a LLaMA, Qwen 2 or 3, OLMo 2, BERT, or official Mix-LN checkpoint in safetensors, or "
+    "a LLaMA as a .gguf file, which brings its tokenizer (it needs requirements-gguf.txt)",
   )
   line.string("placement", "with --input: the norm placement, where its config.json does not say it")
   line.string(
@@ -107,20 +105,12 @@ def _tokenizer(run: OpenRun) -> Tokenizer | None:
     return None
 
 
-def _tokenizer_of_file(weights: GgufWeights, config: Config) -> Tokenizer:
-  """The tokenizer of a GGUF file, which config.data names from now on unless it names another one."""
-  tokenizer = gguf_tokenizer(weights.file)
-  if config.data.tokenizer == SENTENCEPIECE:  # what nobody stated: none is trained where a model has one
-    config.data.tokenizer = str(weights.path)
-  return tokenizer
-
-
 def _read(
   config: Config, overrides: Mapping[str, Any], workdir: str, source: Path, placement_string: str | None
 ) -> None:
-  tensors = GgufWeights(GgufFile(source)) if source.suffix == GGUF else SafetensorsFolder(source)
-  fields = hf.model_fields(tensors.config(), placement_string)
-  if overrides.get("model.tied_embeddings") is False and hf.HEAD in tensors:
+  foreign = open_foreign(source, placement_string)
+  fields = foreign.fields
+  if overrides.get("model.tied_embeddings") is False and hf.HEAD in foreign.tensors:
     fields["tied_embeddings"] = False  # a head that is there may differ from the embedding, whatever config.json says
   for name, value in overrides.items():
     if name.startswith("model.") and fields.get(name.removeprefix("model."), value) != value:
@@ -129,16 +119,19 @@ def _read(
   config.model.update(fields)
   if not config.model.placement:
     raise InputError("--placement is required: the checkpoint's config.json does not say where its norms stand")
+  if foreign.tokenizer is not None and config.data.tokenizer == SENTENCEPIECE:
+    config.data.tokenizer = str(source)  # what nobody stated: none is trained where a model has one
   config_lib.validate(config)
-  origin = Origin(tensors.facts(), _tokenizer_of_file(tensors, config)) if isinstance(tensors, GgufWeights) else None
-  warning = check_tokenizer(tensors.path, config)
+  warning = check_tokenizer(source, config)
   if warning is not None:
     print(f"warning: the tokenizer is {warning}", file=sys.stderr)
-  folder = begin_from(config, hf.import_weights(tensors, config.model), workdir, origin)
+  params = hf.import_weights(foreign.tensors, config.model)
+  folder = begin_from(config, params, workdir, Origin(foreign.facts, foreign.tokenizer))
   print(f"placement  {config_lib.table(config.model).layer_list}")
-  print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {tensors.path}")
-  if origin is not None and origin.tokenizer is not None:
-    print(f"stored as  {describe_storage(origin.facts)}")
-    tokens = f"{origin.tokenizer.vocab_size:,} ids; id {origin.tokenizer.eos_id} ends a document"
-    print(f"tokenizer  {config.data.tokenizer}, {tokens}")
+  print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {source}")
+  if foreign.tokenizer is not None:
+    ids = f"{foreign.tokenizer.vocab_size:,} ids, id {foreign.tokenizer.eos_id} ends a document"
+    print(f"tokenizer  {config.data.tokenizer}: {ids}")
+  for note in foreign.notes:
+    print(f"note       {note}")
   print(f"wrote      {folder.address}, step 0; `train --workdir` resumes it")

@@ -74,8 +74,9 @@ def generate(
 
   Raises:
     ValueError: a prompt is empty.
-    InputError: `sampling` is invalid.
+    InputError: `sampling` is invalid, or the model is an encoder.
   """
+  check_decoder(config)
   sampling.check()
   if not all(map(len, prompts)):
     raise ValueError("a prompt is empty; give it at least one id, such as the end-of-document id")
@@ -104,6 +105,15 @@ def generate(
   for row, length in zip(np.asarray(tokens_BS)[: len(prompts)], lengths_B[: len(prompts)], strict=True):
     added.append(_through_stop(row[length : length + int(steps)].tolist(), stop_ids))
   return added
+
+
+def check_decoder(model: ModelConfig) -> None:
+  """Rejects an encoder, whose tokens read those after them; raises InputError."""
+  if model.bidirectional:
+    raise InputError(
+      "config.model.bidirectional=True: the run is an encoder, which predicts masked tokens; it can't generate, or "
+      "score a text from left to right; evaluate its masked-token loss, or diagnose it"
+    )
 
 
 def _through_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

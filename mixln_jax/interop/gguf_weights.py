@@ -108,6 +108,13 @@ class GgufWeights(Mapping[str, np.ndarray]):
       "tensors_by_type": types,
     }
 
+  def storage(self) -> str:
+    """How the weights are stored, in words."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in self.file.quantization().items())
+    if self.file.is_quantized:
+      return f"stored as {counts}: quantized, so that the run starts from rounded weights"
+    return f"stored as {counts}"
+
   def __getitem__(self, name: str) -> np.ndarray:
     array = self.file[self._name_in_file[name]]
     if name.endswith("q_proj.weight"):
@@ -149,11 +156,3 @@ def _halves_apart(array: np.ndarray, heads: int, name: str) -> np.ndarray:
 def _as_written(value: float) -> float:
   """A number that was stored in fp32 as somebody wrote it: 1e-05, and not 9.999999747378752e-06."""
   return float(str(np.float32(value)))
-
-
-def describe_storage(facts: Mapping[str, Any]) -> str:
-  """How the weights were stored, in words, of `GgufWeights.facts`."""
-  counts = ", ".join(f"{count} {kind}" for kind, count in facts["tensors_by_type"].items())
-  if facts["quantized"]:
-    return f"{counts}: quantized, so that this run starts from rounded weights"
-  return counts

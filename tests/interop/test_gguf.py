@@ -63,7 +63,7 @@ def test_the_run_says_how_its_weights_were_stored(run, tmp_path, capsys):
   assert main(["convert", *arguments, "--config.data.tokenizer=bytes"]) == 2
   assert "is not the tokenizer that these weights read" in capsys.readouterr().err
   assert main(["convert", *arguments]) == 0
-  assert "14 Q4_1, 5 F32, 1 Q8_0: quantized" in capsys.readouterr().out
+  assert "stored as 14 Q4_1, 5 F32, 1 Q8_0: quantized" in capsys.readouterr().out
 
 
 def copied(target, changes, without=(), architecture="llama"):
