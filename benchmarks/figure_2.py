@@ -6,10 +6,10 @@
 
 The Pre-LN model is SmolLM2-135M-Instruct (30 layers, GGUF, about 4 bits a weight). The Post-LN one is MiniLM (6
 layers), which has no head for masked tokens: its embedding becomes one in --updates of training on the embedded corpus.
-A BERT that has its head is taken as it is. Both are measured by `diagnose` on --tokens counted tokens of the embedded corpus:
-angular distance from layer to layer, what the loss that the model is trained with rises by without each layer, the
-effective rank by depth, and the causal score where this version of `diagnose` has it. Work is kept below --workdir, and
-what is there already is not done again. (docs/studies/figure_2.md)
+A BERT that has its head is taken as it is. Both are measured by `diagnose` on --tokens counted tokens of the embedded
+corpus: angular distance from layer to layer, what the loss that the model is trained with rises by without each layer,
+the effective rank by depth, and the causal score where this version of `diagnose` has it. Work is kept below --workdir,
+and what is there already is not done again. (docs/studies/figure_2.md)
 """
 
 import argparse

@@ -51,9 +51,9 @@ def score(
 
   Raises:
     ValueError: a context or a continuation is empty.
-    InputError: the model is an encoder.
+    InputError: the model is an encoder, or has no vector for a position of a pair.
   """
-  check_decoder(model)
+  check_decoder(model, max((len(context) + len(rest) - 1 for context, rest in pairs), default=0))
   if not all(len(context) and len(rest) for context, rest in pairs):
     raise ValueError("a context or a continuation is empty; give each at least one id")
   frozen = cast(ModelConfig, FrozenConfigDict(model))

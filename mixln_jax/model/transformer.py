@@ -461,7 +461,8 @@ class Transformer(nn.Module):
     if c.norm == "dyt":
       x_BTD = x_BTD * self.embedding_scale
     if c.learned_positions:
-      x_BTD = x_BTD + jnp.take(self.position_embedding, positions_BT, axis=0)
+      # Clipped: rows are padded to lengths that may have no vector; nobody reads what stands there, unless it is NaN.
+      x_BTD = x_BTD + jnp.take(self.position_embedding, positions_BT, axis=0, mode="clip")
     if c.token_types:
       types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
       x_BTD = x_BTD + jnp.take(self.token_type_embedding, types_BT, axis=0)

@@ -187,6 +187,20 @@ def test_an_encoder_does_not_generate_score_or_export():
     config_lib.validate(config)
 
 
+def test_a_decoder_with_learned_positions_stops_where_they_end():
+  """Beyond the table there is no vector: another one in its place would give a text without an error."""
+  model = small_model(learned_positions=8)
+  params = random_params(model)
+  added = generate(model, params, [[1, 2, 3]], 5)[0]
+  # In one pass without the cache, whose rows are padded beyond the table.
+  logits = jax.jit(Transformer(model).apply)({"params": params}, jnp.array([[1, 2, 3, *added]]))
+  assert added == logits[0, 2:-1].argmax(axis=-1).tolist()
+  with pytest.raises(InputError, match=r"9 tokens: there is no vector.*learned_positions=8"):
+    generate(model, params, [[1, 2, 3]], 6)
+  with pytest.raises(InputError, match="9 tokens: there is no vector"):
+    score(model, params, [([1] * 5, [2] * 5)], batch_size=1)
+
+
 def test_what_is_masked():
   """15 % are to be predicted, of which 80 % are hidden; never the frame, an end inside a record, or padding."""
   rng, length = np.random.default_rng(0), 20_000
