@@ -30,6 +30,7 @@ PARAMETERIZATIONS = ("standard", "depth_mup", "completep")
 COMPLETEP_READINGS = ("paper", "nanogpt_mup")
 SCHEDULES = ("cosine", "linear", "wsd", "trapezoid", "constant")
 DECAYING_AT_THE_END = ("wsd", "trapezoid")  # schedules that are constant up to a final decay
+ACTIVATIONS = ("swiglu", "gelu")
 NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
 RECORD_MODES = ("pack", "pad", "instructions")
 NEWEST, BEST = "newest", "best"
@@ -175,6 +176,32 @@ class ModelConfig(Section):
   matrix_std_multiplier: Annotated[
     float, Field(1.0, "initial standard deviation of the layers' matrices is times this", above=0.0)
   ]
+  bidirectional: Annotated[
+    bool,
+    Field(False, "an encoder: attention reads the whole row, and the loss is that of masked tokens (15 % of them)"),
+  ]
+  learned_positions: Annotated[
+    int, Field(0, "rows of a learned table of positions, which takes RoPE's place; 0 = RoPE", minimum=0)
+  ]
+  token_types: Annotated[
+    int, Field(0, "rows of a learned table of token types (BERT's segments), added to the embedding", minimum=0)
+  ]
+  embedding_norm: Annotated[bool, Field(False, "a norm of the embedding, before the first layer")]
+  final_norm: Annotated[bool, Field(True, "a norm after the last layer, before the head")]
+  activation: Annotated[
+    str,
+    Field(
+      "swiglu", "the MLP: swiglu, of three matrices; gelu, of two with the exact GELU between them", choices=ACTIVATIONS
+    ),
+  ]
+  biases: Annotated[bool, Field(False, "biases on attention's output projection and on the MLP's matrices")]
+  head_transform: Annotated[
+    bool,
+    Field(
+      False,
+      "the head reads norm(GELU(W x + b)) and adds a bias to each logit, as BERT's head for masked tokens does",
+    ),
+  ]
   init_deviation: Annotated[
     float, Field(0.02, "standard deviation of the initial matrices and of the head", minimum=0.0)
   ]
@@ -219,7 +246,8 @@ class DataConfig(Section):
     Field(
       "sentencepiece",
       "sentencepiece (trained on the corpus; with train.start_from that of its run), bytes, the path of a "
-      "SentencePiece .model file or a tokenizer.json, hf:NAME, or records:FOLDER, that of prepared records",
+      "SentencePiece .model file, a tokenizer.json or a .gguf file, hf:NAME, or records:FOLDER, that of prepared "
+      "records",
     ),
   ]
   on_the_fly: Annotated[
@@ -714,6 +742,7 @@ def validate(config: Config) -> None:
   _validate_model(config.model)
   _validate_length(config)
   _validate_optimizer(config.optimizer)
+  _validate_encoder(config)
   _validate_training(config)
 
 
@@ -756,6 +785,20 @@ def _validate_model(model: ModelConfig) -> None:
     f"config.model.num_heads={model.num_heads}, or set config.model.head_dim",
   )
   _contradiction(
+    model.activation == "swiglu" and model.biases,
+    "config.model.biases=True needs config.model.activation=gelu (the biases are those of BERT's two matrices)",
+  )
+  _contradiction(
+    model.norm not in ("rmsnorm", "layernorm") and (model.embedding_norm or model.head_transform),
+    f"config.model.norm={model.norm} with embedding_norm or head_transform: those are norms; use rmsnorm or layernorm",
+  )
+  several = table(model).streams.num > 1
+  _contradiction(
+    several and not model.final_norm,
+    f"config.model.final_norm=False with placement {model.placement!r}: what reads several residual streams normalises "
+    "them; set it to True",
+  )
+  _contradiction(
     model.rope_scaling != "none" and model.rope_low_frequency_factor >= model.rope_high_frequency_factor,
     f"config.model.rope_low_frequency_factor={model.rope_low_frequency_factor} must be below "
     f"config.model.rope_high_frequency_factor={model.rope_high_frequency_factor}",
@@ -764,6 +807,28 @@ def _validate_model(model: ModelConfig) -> None:
     model.num_heads % num_kv_heads(model) != 0,
     f"config.model.num_kv_heads={model.num_kv_heads} does not divide "
     f"config.model.num_heads={model.num_heads}; choose a divisor",
+  )
+
+
+def _validate_encoder(config: Config) -> None:
+  """What an encoder, or a table of positions, needs of the other fields."""
+  model, data = config.model, config.data
+  _contradiction(
+    0 < model.learned_positions < data.sequence_length,
+    f"config.data.sequence_length={data.sequence_length} is over config.model.learned_positions="
+    f"{model.learned_positions}, and there is no vector for a position beyond them; lower it",
+  )
+  if not model.bidirectional:
+    return
+  _contradiction(
+    data.document_mask or data.mode == "instructions",
+    "config.model.bidirectional=True can't be combined with config.data.document_mask or mode=instructions; use pack "
+    "or pad",
+  )
+  _contradiction(
+    config.train.sample_tokens > 0,
+    f"config.train.sample_tokens={config.train.sample_tokens}: an encoder (config.model.bidirectional) predicts masked "
+    "tokens and can't generate; set it to 0",
   )
 
 

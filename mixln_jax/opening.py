@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import BEST, NEWEST, Config
-from mixln_jax.data.loader import Data, Loader
+from mixln_jax.data.loader import Data, Loader, masking_of
 from mixln_jax.data.opening import open_data
 from mixln_jax.data.tokenizer import CONFIG as TOKENIZER_CONFIG
 from mixln_jax.data.tokenizer import FILES, Tokenizer, content_hash, read_written_tokenizer
@@ -73,7 +73,10 @@ def set_up(config: Config, data_fallback: Path | None = None) -> Setup:
   mesh = make_mesh(config.mesh)
   abstract_sharded_params(config.model, mesh)  # for its checks
   attention_of(config, mesh)
-  return Setup(config, mesh, open_data(config, data_fallback))
+  setup = Setup(config, mesh, open_data(config, data_fallback))
+  if config.model.bidirectional:
+    masking_of(setup.corpus.tokenizer)  # for its check
+  return setup
 
 
 def attention_of(config: Config, mesh: Mesh) -> str:
@@ -101,6 +104,7 @@ def make_loader(setup: Setup, batch_size: int, *, all_rows: bool = False) -> Loa
     process_count=parts,
     num_threads=data.num_threads,
     num_workers=data.num_workers,
+    masking=masking_of(setup.corpus.tokenizer) if setup.config.model.bidirectional else None,
   )
 
 

@@ -47,7 +47,7 @@ def random_params(model, seed=0, columns=None):
       return jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype)
     shape = list(leaf.shape)
     for part, axis in (("gate", 2), ("up", 2), ("down", 1)):
-      if part in name:
+      if part in name and leaf.ndim == 3:
         shape[axis] = model.mlp_dim
     values = rng.normal(size=shape) * (1.0 if "bias" in name else 0.16)
     return jnp.asarray(np.pad(values, [(0, a - b) for a, b in zip(leaf.shape, shape, strict=True)]), leaf.dtype)

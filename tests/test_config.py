@@ -31,10 +31,10 @@ def load(name):
 
 def test_every_recipe_is_counted():
   assert {path.stem for path in CONFIGS.glob("*.py")} == {*MILLIONS, "tiny"}
-  assert {path.stem for path in CONFIGS.glob("finetune/*.py")} == {"commonsense_170k", "tiny"}
+  assert {path.stem for path in CONFIGS.glob("finetune/*.py")} == {"commonsense_170k", "smollm2", "tiny"}
 
 
-@pytest.mark.parametrize("name", [*MILLIONS, "tiny", "finetune/commonsense_170k", "finetune/tiny"])
+@pytest.mark.parametrize("name", [*MILLIONS, "tiny", "finetune/commonsense_170k", "finetune/smollm2", "finetune/tiny"])
 def test_recipes_are_valid_short_and_documented(name):
   module = load(name)
   config_lib.validate(module.get_config())

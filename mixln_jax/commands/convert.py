@@ -1,4 +1,4 @@
-"""Convert weights: a run to a safetensors folder (--output), or such a folder to a run (--input)."""
+"""Convert weights: a run to a safetensors folder (--output), or such a folder or a GGUF file to a run (--input)."""
 
 import sys
 from collections.abc import Mapping
@@ -8,17 +8,18 @@ from typing import Any
 from mixln_jax import config as config_lib
 from mixln_jax.command_line import CommandLine
 from mixln_jax.config import NEWEST, Config
-from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.data.tokenizer import SENTENCEPIECE, Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.interop import export, hf
 from mixln_jax.interop.check import check_export
-from mixln_jax.interop.safetensors_folder import SafetensorsFolder, write_folder
+from mixln_jax.interop.foreign import open_foreign
+from mixln_jax.interop.safetensors_folder import write_folder
 from mixln_jax.interop.tokenizer_beside import check_tokenizer
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import OpenRun, open_run
 from mixln_jax.places import is_url
 from mixln_jax.runs.remote import readable_place, writable_place
-from mixln_jax.training.begin import begin_from, check_new
+from mixln_jax.training.begin import Origin, begin_from, check_new
 
 LAYOUTS = ("auto", "stock", "official")
 
@@ -28,7 +29,11 @@ def main(argv: list[str]) -> int:
   line.config(required=False)
   line.string("workdir", "the run: what is read with --output, what is made with --input", required=True)
   line.string("output", "folder to write: config.json and safetensors")
-  line.string("input", "folder to read: a LLaMA, Qwen 2 or 3, OLMo 2, or official Mix-LN checkpoint in safetensors")
+  line.string(
+    "input",
+    "what to read: the folder of a LLaMA, Qwen 2 or 3, OLMo 2, BERT, or official Mix-LN checkpoint in safetensors, or "
+    "a LLaMA as a .gguf file, which brings its tokenizer (it needs requirements-gguf.txt)",
+  )
   line.string("placement", "with --input: the norm placement, where its config.json does not say it")
   line.string(
     "layout",
@@ -40,7 +45,9 @@ def main(argv: list[str]) -> int:
   line.number("shard_gb", "with --output: largest file", default=5.0, minimum=1e-6)
   values = line.parse(argv)
   if (values.input is None) == (values.output is None):
-    raise InputError("give --output=FOLDER to write a run's weights, or --input=FOLDER to make a run of a checkpoint")
+    raise InputError(
+      "give --output=FOLDER to write a run's weights, or --input=FOLDER (or FILE.gguf) to make a run of a checkpoint"
+    )
   if values.layout not in LAYOUTS:
     raise InputError(f"--layout={values.layout!r}: must be one of {', '.join(LAYOUTS)}")
   _refuse_flags_of_the_other_direction(line, values)
@@ -101,9 +108,9 @@ def _tokenizer(run: OpenRun) -> Tokenizer | None:
 def _read(
   config: Config, overrides: Mapping[str, Any], workdir: str, source: Path, placement_string: str | None
 ) -> None:
-  tensors = SafetensorsFolder(source)
-  fields = hf.model_fields(tensors.config(), placement_string)
-  if overrides.get("model.tied_embeddings") is False and hf.HEAD in tensors:
+  foreign = open_foreign(source, placement_string)
+  fields = foreign.fields
+  if overrides.get("model.tied_embeddings") is False and hf.HEAD in foreign.tensors:
     fields["tied_embeddings"] = False  # a head that is there may differ from the embedding, whatever config.json says
   for name, value in overrides.items():
     if name.startswith("model.") and fields.get(name.removeprefix("model."), value) != value:
@@ -112,11 +119,19 @@ def _read(
   config.model.update(fields)
   if not config.model.placement:
     raise InputError("--placement is required: the checkpoint's config.json does not say where its norms stand")
+  if foreign.tokenizer is not None and config.data.tokenizer == SENTENCEPIECE:
+    config.data.tokenizer = str(source)  # what nobody stated: none is trained where a model has one
   config_lib.validate(config)
-  warning = check_tokenizer(tensors.path, config)
+  warning = check_tokenizer(source, config)
   if warning is not None:
     print(f"warning: the tokenizer is {warning}", file=sys.stderr)
-  folder = begin_from(config, hf.import_weights(tensors, config.model), workdir)
+  params = hf.import_weights(foreign.tensors, config.model)
+  folder = begin_from(config, params, workdir, Origin(foreign.facts, foreign.tokenizer))
   print(f"placement  {config_lib.table(config.model).layer_list}")
-  print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {tensors.path}")
+  print(f"model      {count_params(config.model) / 1e6:.2f} M parameters, from {source}")
+  if foreign.tokenizer is not None:
+    ids = f"{foreign.tokenizer.vocab_size:,} ids, id {foreign.tokenizer.eos_id} ends a document"
+    print(f"tokenizer  {config.data.tokenizer}: {ids}")
+  for note in foreign.notes:
+    print(f"note       {note}")
   print(f"wrote      {folder.address}, step 0; `train --workdir` resumes it")

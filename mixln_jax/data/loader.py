@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -19,9 +19,10 @@ from scipy.special import entr
 from mixln_jax import signals
 from mixln_jax.data.records import Manifest, Record, unreadable
 from mixln_jax.data.tokenizer import Tokenizer
-from mixln_jax.errors import one_line
+from mixln_jax.errors import InputError, one_line
 
 Batch = dict[str, np.ndarray]
+VALIDATION_SEED = 0  # of what is masked of the validation set, which is the same for all runs
 
 
 class Data(Protocol):
@@ -75,6 +76,65 @@ def example(record: Record, sequence_length: int, *, document_mask: bool) -> Bat
   return row
 
 
+MASKED_FRACTION = 0.15
+HIDDEN_FRACTION, REPLACED_FRACTION = 0.8, 0.1  # of the masked ones
+
+
+class Masking(NamedTuple):
+  """How tokens are hidden from an encoder (BERT, arXiv 1810.04805, §3.1).
+
+  Attributes:
+    mask_id: what is read in a hidden token's place.
+    vocab_size: ids that a token is replaced by are below it.
+    frame: ids before and after a row's text, or None.
+  """
+
+  mask_id: int
+  vocab_size: int
+  frame: tuple[int | None, ...]
+
+
+def masking_of(tokenizer: Tokenizer) -> Masking:
+  """Raises InputError where the tokenizer has no token that can hide another."""
+  if tokenizer.mask_id is None:
+    raise InputError(
+      "config.model.bidirectional=True: the tokenizer of config.data has no [MASK] or <mask>, and an encoder learns "
+      "from masked tokens; choose another tokenizer"
+    )
+  return Masking(tokenizer.mask_id, tokenizer.vocab_size, tokenizer.frame)
+
+
+def masked_example(record: Record, rng: np.random.Generator, *, sequence_length: int, masking: Masking) -> Batch:
+  """One row of an encoder's batch: each of its tokens is chosen with probability 0.15 and is to be predicted.
+
+  Of the chosen ones 80 % are read as the mask, 10 % as a random token, 10 % as they are. A row is the frame's first
+  token, the record's tokens, and the frame's last one: those of the record that have no room are not read.
+
+  Returns:
+    `tokens_BT`, `labels_BT`, `weights_BT` and `segment_ids_BT` (1; 0 at padding, which nothing else reads), each [T].
+  """
+  first, last = ([] if index is None else [index] for index in masking.frame)
+  room = sequence_length - len(first) - len(last)
+  text = record.tokens[: min(record.length, room)]
+  row_T = np.zeros(sequence_length, np.int32)
+  length = len(first) + len(text) + len(last)
+  row_T[:length] = [*first, *text, *last]
+  position_T = np.arange(sequence_length)
+  is_text_T = (position_T >= len(first)) & (position_T < len(first) + len(text))
+  is_text_T &= ~np.isin(row_T, [index for index in masking.frame if index is not None])  # an end inside a record
+  chosen_T = is_text_T & (rng.random(sequence_length) < MASKED_FRACTION)
+  fate_T = rng.random(sequence_length)
+  random_T = rng.integers(0, masking.vocab_size, sequence_length, np.int32)
+  read_T = np.where(chosen_T & (fate_T < HIDDEN_FRACTION), masking.mask_id, row_T)
+  replaced_T = chosen_T & (fate_T >= HIDDEN_FRACTION) & (fate_T < HIDDEN_FRACTION + REPLACED_FRACTION)
+  return {
+    "tokens_BT": np.where(replaced_T, random_T, read_T).astype(np.int32),
+    "labels_BT": row_T,
+    "segment_ids_BT": (position_T < length).astype(np.int32),
+    "weights_BT": chosen_T.astype(np.float32),
+  }
+
+
 class Loader:
   """Reads one split of a corpus as batches."""
 
@@ -90,6 +150,7 @@ class Loader:
     process_count: int = 1,
     num_threads: int = 2,
     num_workers: int = 0,
+    masking: Masking | None = None,
   ):
     """Prepares to read; nothing is read yet.
 
@@ -103,6 +164,7 @@ class Loader:
       process_count: processes that share a global batch.
       num_threads: threads that read records, in each reading process.
       num_workers: processes that read ahead; 0 = only this one.
+      masking: how tokens are hidden from an encoder; by default each position is to predict the next token.
     """
     if batch_size % process_count:
       raise ValueError(f"batch_size={batch_size} is not a multiple of process_count={process_count}")
@@ -114,10 +176,13 @@ class Loader:
     self._read_options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4)
     self._num_workers = num_workers
     self._example = functools.partial(example, sequence_length=sequence_length, document_mask=document_mask)
+    self._masked = None
+    if masking is not None:
+      self._masked = functools.partial(masked_example, sequence_length=sequence_length, masking=masking)
 
   def train(self, start_step: int = 0) -> Generator[Batch]:
     """Endless training batches from step `start_step` on, this process's rows; a new global order each epoch."""
-    rows = self._data.training(self._seed)[self._process_index :: self._process_count].map(self._example)
+    rows = self._examples(self._data.training(self._seed))[self._process_index :: self._process_count]
     batches = rows.batch(self._batch_size // self._process_count, drop_remainder=True)
     dataset: Any = batches[start_step:].to_iter_dataset(self._read_options)
     if self._num_workers:
@@ -140,7 +205,7 @@ class Loader:
       max_tokens: stop after the record that brings the counted tokens to this number; 0 = never. The cut is at a
         record, not at a batch, so that the set does not depend on the batch size.
     """
-    rows = self._data.rows("validation").map(self._example)
+    rows = self._examples(self._data.rows("validation"), VALIDATION_SEED)
     pending: list[Batch] = []
     counted = 0
     for row in self._readable(iter(rows)):
@@ -154,6 +219,17 @@ class Loader:
         return
     if pending:
       yield self._local_rows(pending)
+
+  def _examples(self, records: grain.MapDataset[Record], seed: int | None = None) -> grain.MapDataset[Batch]:
+    """The row of each record of a whole split; what is masked in it depends on its number and the seed alone.
+
+    Args:
+      records: all of them, before a process takes its own.
+      seed: of what is masked; by default that of their order.
+    """
+    if self._masked is None:
+      return records.map(self._example)
+    return (records if seed is None else records.seed(seed)).random_map(self._masked)
 
   def _readable(self, rows: Iterator[Batch]) -> Iterator[Batch]:
     """The same rows or batches; raises InputError, which says what to do, for one that can't be read."""

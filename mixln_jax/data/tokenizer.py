@@ -24,6 +24,7 @@ BYTES = "bytes"
 SENTENCEPIECE = "sentencepiece"
 HUGGING_FACE = "tokenizers"  # a tokenizer.json
 HUB = "hf:"  # prefix of a name on the Hugging Face hub
+GGUF = ".gguf"  # how a file with a model and its tokenizer ends, llama.cpp's
 RECORDS = "records:"  # prefix of a folder of records, which has a tokenizer of its own
 # What the file of a tokenizer is called in a folder that holds one.
 FILES = {SENTENCEPIECE: "tokenizer.model", HUGGING_FACE: "tokenizer.json", BYTES: "tokenizer.bytes"}
@@ -33,6 +34,8 @@ MOST_TOKENS = 64  # of a character, on average: the longest of Unicode's compati
 MOST_GROWTH = 1000  # of a text by a tokenizer.json's replacements, at the worst
 TRAINING_BYTES = 256 << 20  # text that a tokenizer is trained on, from the beginning of the corpus
 # What tokenizers on the hub call the token that ends a document, likeliest first.
+# What encoders' tokenizers call the token that hides another, and those around a text.
+MASK_TOKENS, FIRST_TOKENS, LAST_TOKENS = ("[MASK]", "<mask>"), ("[CLS]", "<s>"), ("[SEP]", "</s>")
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 
 
@@ -44,6 +47,8 @@ class Tokenizer(Protocol):
   vocab_size: int
   eos_id: int
   end_token: str | None  # what ends a document, where that is stated beside `content` and not told from it
+  mask_id: int | None  # what an encoder reads in a masked token's place; None where there is none
+  frame: tuple[int | None, ...]  # what an encoder reads before and after a text, where there is something
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without the end-of-document id."""
@@ -66,6 +71,8 @@ class ByteTokenizer:
   vocab_size = 3 + 256
   eos_id = EOS
   end_token: str | None = None
+  mask_id: int | None = UNKNOWN  # which stands in no text
+  frame: tuple[int | None, ...] = (None, None)
 
   def encode(self, text: str) -> list[int]:
     with _named(BYTES):
@@ -113,6 +120,7 @@ class SentencePieceTokenizer:
 
   name = SENTENCEPIECE
   end_token: str | None = None
+  frame: tuple[int | None, ...] = (None, None)
 
   def __init__(self, content: bytes, origin: str):
     """Raises InputError if `content`, read from `origin`, is not a model with an end-of-sentence piece."""
@@ -124,6 +132,7 @@ class SentencePieceTokenizer:
       raise InputError(f"tokenizer {origin}: not a SentencePiece model; give a .model file") from error
     self.vocab_size = self._model.vocab_size()
     self.eos_id = self._model.eos_id()
+    self.mask_id: int | None = self._model.unk_id()  # in no text, where each byte has a piece
     if self.eos_id < 0:
       raise InputError(f"tokenizer {origin}: it has no end-of-sentence piece, which ends a document; choose another")
 
@@ -149,9 +158,16 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-  """A tokenizer.json of the `tokenizers` library, byte-level or SentencePiece-like."""
+  """A tokenizer.json of the `tokenizers` library: byte-level, SentencePiece-like, or WordPiece (BERT's).
+
+  Attributes:
+    mask_id: what stands for a masked token; None where it has none.
+    frame: what an encoder reads before and after a text, ids or None.
+  """
 
   name = HUGGING_FACE
+  mask_id: int | None
+  frame: tuple[int | None, ...]
 
   def __init__(self, content: bytes, origin: str, end_token: str | None = None):
     """
@@ -189,12 +205,14 @@ class HuggingFaceTokenizer:
     self.eos_token = str(self._model.id_to_token(self.eos_id))
     self._byte_level = '"ByteLevel"' in json.dumps(self._description.get("decoder"))
     kind = (self._description.get("model") or {}).get("type")
-    sentencepiece_like = kind != "WordPiece" and "▁" in json.dumps(self._description, ensure_ascii=False)
-    if not self._byte_level and not sentencepiece_like:
+    self._pieces = kind == "WordPiece"
+    if not self._byte_level and not self._pieces and "▁" not in json.dumps(self._description, ensure_ascii=False):
       raise InputError(
-        f"tokenizer {origin}: neither byte-level nor SentencePiece-like, so the bytes that a token stands for are not "
-        "known; choose another"
+        f"tokenizer {origin}: neither byte-level nor SentencePiece-like nor WordPiece, so the bytes that a token "
+        "stands for are not known; choose another"
       )
+    self.frame = tuple(_first_of(ids, names) for names in (FIRST_TOKENS, LAST_TOKENS))
+    self.mask_id = _first_of(ids, MASK_TOKENS)
 
   def _end(self, ids: Mapping[str, int]) -> int:
     """The id that ends a document."""
@@ -228,9 +246,16 @@ class HuggingFaceTokenizer:
       return len(token.encode())
     if self._byte_level:  # its alphabet has one character a byte
       return len(token)
+    if self._pieces:  # of words that it has made lower case; the blanks between them are nobody's
+      return len(token.removeprefix("##").encode())
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
       return 1
     return len(token.replace("▁", " ").encode())
+
+
+def _first_of(ids: Mapping[str, int], names: Sequence[str]) -> int | None:
+  """The id of the first of several tokens that there is; None where there is none of them."""
+  return next((ids[name] for name in names if name in ids), None)
 
 
 def _check_growth(description: Mapping[str, Any], origin: str) -> None:
@@ -377,13 +402,19 @@ def load_tokenizer(name: str, content: bytes, origin: str, end_token: str | None
 
 
 def read_tokenizer(path: str) -> Tokenizer:
-  """The tokenizer that `config.data.tokenizer` names: a SentencePiece .model file, a tokenizer.json, or `hf:NAME`.
+  """The tokenizer that `config.data.tokenizer` names: a SentencePiece .model file, a tokenizer.json, that of a .gguf
+  file, or `hf:NAME`.
 
   Raises:
     InputError: it can't be read or is not a tokenizer.
   """
   if path.startswith(HUB):
     return _tokenizer_of_the_hub(path)
+  if path.endswith(GGUF):
+    from mixln_jax.data.gguf_file import GgufFile  # they stand on this module
+    from mixln_jax.data.gguf_tokenizer import gguf_tokenizer
+
+    return gguf_tokenizer(GgufFile(path))
   file = local_path(path)
   try:
     content = read_regular(file, LARGEST_FILE)
@@ -393,8 +424,8 @@ def read_tokenizer(path: str) -> Tokenizer:
     stated = read_regular(beside, LARGEST_FILE) if beside.is_file() else None
   except OSError as error:
     choices = (
-      f"{SENTENCEPIECE} (trained on the corpus), {BYTES}, {HUB}NAME, {RECORDS}FOLDER, or the path of a .model or "
-      "tokenizer.json"
+      f"{SENTENCEPIECE} (trained on the corpus), {BYTES}, {HUB}NAME, {RECORDS}FOLDER, or the path of a .model, a "
+      "tokenizer.json or a .gguf"
     )
     raise InputError(f"config.data.tokenizer={path!r}: can't be read ({error.strerror}); give {choices}") from error
   return _with_stated_end(content, path, stated, str(beside))

@@ -22,7 +22,8 @@ from mixln_jax.text import aligned, perplexity
 DEFINITIONS = {
   "data": "The first records of the run's validation set, up to the one with which `tokens` counted tokens are "
   "reached, each in a row of its own at the run's sequence length. A token counts where the loss counts the token "
-  "after it: padding, the last token of a record and, with document masks, the last token of a document do not.",
+  "after it: padding, the last token of a record and, with document masks, the last token of a document do not. Of an "
+  "encoder the masked tokens count, the same ones for every model with that tokenizer, and the loss is theirs.",
   "angular_distance": "arccos(cosine) / pi between the residual stream at the input of layer l and n layers later, at "
   "[l][n - 1], l from 0; the last depth is taken before the final norm. Of each token by itself, in fp32, the cosine "
   "clipped to [-1, 1], then the mean: `last` over the last counted token of each record (Gromov et al., arXiv "

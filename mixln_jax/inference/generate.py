@@ -74,8 +74,9 @@ def generate(
 
   Raises:
     ValueError: a prompt is empty.
-    InputError: `sampling` is invalid.
+    InputError: `sampling` is invalid, or the model is an encoder.
   """
+  check_decoder(config, max(map(len, prompts), default=0) + num_tokens)
   sampling.check()
   if not all(map(len, prompts)):
     raise ValueError("a prompt is empty; give it at least one id, such as the end-of-document id")
@@ -104,6 +105,28 @@ def generate(
   for row, length in zip(np.asarray(tokens_BS)[: len(prompts)], lengths_B[: len(prompts)], strict=True):
     added.append(_through_stop(row[length : length + int(steps)].tolist(), stop_ids))
   return added
+
+
+def check_decoder(model: ModelConfig, length: int = 0) -> None:
+  """Rejects an encoder, whose tokens read those after them, and rows beyond a table of positions.
+
+  Args:
+    model: config.model.
+    length: tokens of the longest row, those that are to be added among them.
+
+  Raises:
+    InputError: the model can't read such rows from left to right.
+  """
+  if 0 < model.learned_positions < length:
+    raise InputError(
+      f"{length} tokens: there is no vector for a position beyond config.model.learned_positions="
+      f"{model.learned_positions}; shorten the text, or add fewer tokens"
+    )
+  if model.bidirectional:
+    raise InputError(
+      "config.model.bidirectional=True: the run is an encoder, which predicts masked tokens; it can't generate, or "
+      "score a text from left to right; evaluate its masked-token loss, or diagnose it"
+    )
 
 
 def _through_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mixln_jax.config import ModelConfig
 from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
-from mixln_jax.inference.generate import continue_rows
+from mixln_jax.inference.generate import check_decoder, continue_rows
 from mixln_jax.inference.sampling import Sampling
 from mixln_jax.inference.scoring import score
 
@@ -44,6 +44,7 @@ class HarnessModel(TemplateLM):
       batch_size: rows at a time.
     """
     super().__init__()
+    check_decoder(model)
     self.keep_L: Any = None
     self._model, self._params, self._text = model, params, tokenizer
     self._max_length, self._batch_size = max_length, batch_size

@@ -13,6 +13,7 @@ from ml_collections import FrozenConfigDict
 
 from mixln_jax.config import ModelConfig
 from mixln_jax.inference import batching
+from mixln_jax.inference.generate import check_decoder
 from mixln_jax.model import Transformer
 from mixln_jax.model.transformer import project_to_logits
 
@@ -50,7 +51,9 @@ def score(
 
   Raises:
     ValueError: a context or a continuation is empty.
+    InputError: the model is an encoder, or has no vector for a position of a pair.
   """
+  check_decoder(model, max((len(context) + len(rest) - 1 for context, rest in pairs), default=0))
   if not all(len(context) and len(rest) for context, rest in pairs):
     raise ValueError("a context or a continuation is empty; give each at least one id")
   frozen = cast(ModelConfig, FrozenConfigDict(model))

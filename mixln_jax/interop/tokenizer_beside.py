@@ -9,17 +9,17 @@ from pathlib import Path
 from mixln_jax.config import Config
 from mixln_jax.data.checks import data_directory
 from mixln_jax.data.records import has_records, named_tokenizer, open_corpus
-from mixln_jax.data.tokenizer import FILES, HUGGING_FACE, SENTENCEPIECE, Tokenizer, are_same, read_tokenizer
+from mixln_jax.data.tokenizer import FILES, GGUF, HUGGING_FACE, SENTENCEPIECE, Tokenizer, are_same, read_tokenizer
 from mixln_jax.errors import InputError
 
 NAMES = (FILES[HUGGING_FACE], FILES[SENTENCEPIECE], "spiece.model")  # the last one is T5's
 
 
-def check_tokenizer(folder: Path, config: Config) -> str | None:
-  """Rejects a config whose tokenizer is not the one that lies beside the weights.
+def check_tokenizer(place: Path, config: Config) -> str | None:
+  """Rejects a config whose tokenizer is not the one that lies beside the weights, or in their file.
 
   Args:
-    folder: of the weights.
+    place: the folder of the weights, or a GGUF file, which brings its tokenizer.
     config: the recipe that the imported run is to be trained with.
 
   Returns:
@@ -28,7 +28,9 @@ def check_tokenizer(folder: Path, config: Config) -> str | None:
   Raises:
     InputError: config.data.tokenizer is another one than the folder's, or can't be read.
   """
-  files = [folder / name for name in NAMES if (folder / name).is_file()]
+  files = [place / name for name in NAMES if (place / name).is_file()]
+  if place.suffix == GGUF:
+    files = [place]
   theirs: dict[Path, Tokenizer] = {}
   problem = ""
   for file in files:

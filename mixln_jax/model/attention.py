@@ -89,9 +89,15 @@ def attention_statistics(q_BTHK: jax.Array, k_BSGK: jax.Array, mask_BTS: jax.Arr
 
 
 def attention_mask(
-  positions_BT: jax.Array, segment_ids_BT: jax.Array | None, cache: dict[str, jax.Array] | None
+  positions_BT: jax.Array,
+  segment_ids_BT: jax.Array | None,
+  cache: dict[str, jax.Array] | None,
+  *,
+  bidirectional: bool = False,
 ) -> jax.Array | None:
-  """What each query may read, [B, T, S]; None = causal over the row itself.
+  """What each query may read, [B, T, S] (or [1, T, S] for all rows); None = causal over the row itself.
+
+  An encoder's query reads the whole row, or with segment ids all of its own segment.
 
   With a cache, keys lie at the slot of their position, so a query reads the slots up to its own position: whatever lies
   behind (padding of a shorter prompt) is overwritten before its turn comes.
@@ -99,11 +105,20 @@ def attention_mask(
   if cache is not None:
     num_slots = cache["k"].shape[2]
     return jnp.arange(num_slots)[None, None, :] <= positions_BT[:, :, None]
+  if bidirectional:
+    return _whole_rows(positions_BT, segment_ids_BT)
   if segment_ids_BT is None:
     return None
   length = segment_ids_BT.shape[1]
   causal_TS = jnp.tril(jnp.ones((length, length), bool))
   return causal_TS[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+
+
+def _whole_rows(positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+  if segment_ids_BT is None:
+    length = positions_BT.shape[1]
+    return jnp.ones((1, length, length), bool)
+  return segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
 
 
 def init_cache(

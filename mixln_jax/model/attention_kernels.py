@@ -1,9 +1,10 @@
-"""Causal self-attention behind one door, each platform with the implementation that does best there.
+"""Self-attention behind one door, each platform with the implementation that does best there.
 
 All compute softmax(q·k / √K) · v with fp32 logits and softmax, H query heads sharing G key-value heads; query t reads
 the keys up to t, and with segment ids those of its own segment:
 
-  xla      the plain form, `jax.nn.dot_product_attention` with all logits [B, H, T, T] as one array: runs everywhere
+  xla      the plain form, `jax.nn.dot_product_attention` with all logits [B, H, T, T] as one array: runs everywhere,
+           and is the only one that is not causal, for encoders
   blocks   the same arithmetic, blocks of queries against the keys up to their end, for a CPU
            (`tuned/attention_blocks.py`)
   cudnn    cuDNN's fused attention by `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16, no segment ids
@@ -57,9 +58,11 @@ def choose_attention(model: ModelConfig, length: int, *, segments: bool = False)
 def _obstacles(implementation: str, model: ModelConfig, length: int, segments: bool) -> list[str]:
   """What keeps an implementation from running this model, in the words of an error message."""
   width = config_lib.head_dim(model)
+  encoder = {"config.model.bidirectional": model.bidirectional}
   conditions = {
-    "blocks": {"config.mesh.sequence > 1": shards("length") > 1},
+    "blocks": {"config.mesh.sequence > 1": shards("length") > 1, **encoder},
     "cudnn": {
+      **encoder,
       "config.mesh.sequence > 1": shards("length") > 1,
       "config.model.dtype other than bfloat16": model.dtype != "bfloat16",
       "config.data.document_mask": segments,
@@ -67,6 +70,7 @@ def _obstacles(implementation: str, model: ModelConfig, length: int, segments: b
       f"platform {platform()}": platform() != "gpu",
     },
     "splash": {
+      **encoder,
       "config.mesh.sequence > 1": shards("length") > 1,
       f"length {length}, no multiple of {attention_splash.LANES}": length % attention_splash.LANES != 0,
     },

@@ -7,6 +7,8 @@ from mixln_jax.config import ModelConfig, head_dim
 from mixln_jax.model.columns import Columns
 from mixln_jax.model.parameters import parameters
 
+LOOKED_UP = ("position_embedding", "token_type_embedding")
+
 
 def matmul_params(model: ModelConfig) -> int:
   """Parameters that take part in a matrix product for every token: all but the embedding's rows and the gains.
@@ -15,7 +17,8 @@ def matmul_params(model: ModelConfig) -> int:
   """
   count = 0
   for path, param in parameters(model).items():
-    if param.drawn and (path != "embedding" or model.tied_embeddings):
+    looked_up = path in LOOKED_UP or (path == "embedding" and not model.tied_embeddings)
+    if param.drawn and not looked_up:
       count += param.size
   return count
 
@@ -24,9 +27,10 @@ def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   """Model FLOPs of one token, forward and backward, without recomputation.
 
   6 × matmul parameters, and for attention 6 × 2 × L × H × K × (T + 1) / 2: a token of a causal row reads (T + 1) / 2
-  positions on average (the PaLM definition, arXiv 2204.02311 appendix B, counts all T).
+  positions on average (the PaLM definition, arXiv 2204.02311 appendix B, counts all T); one of an encoder reads all T.
   """
-  attention = model.num_layers * model.num_heads * head_dim(model) * (sequence_length + 1)
+  read = 2 * sequence_length if model.bidirectional else sequence_length + 1  # twice the positions that a token reads
+  attention = model.num_layers * model.num_heads * head_dim(model) * read
   return 6.0 * matmul_params(model) + 6.0 * attention
 
 

@@ -162,8 +162,10 @@ def parameters(model: ModelConfig, columns: Columns | None = None) -> dict[str, 
       elsewhere="model.embed_tokens.weight",
       shape_elsewhere=(vocab, width),
     ),
-    *_norm(model, "final_norm", "model.norm.", "final_norm/"),
   ]
+  if model.final_norm:
+    declared += _norm(model, "final_norm", "model.norm.", "final_norm/")
+  declared += _of_embedding(model)
   if model.norm == "dyt":
     declared.append(Param("embedding_scale", (1,), ("norm",), value=math.sqrt(width), elsewhere="model.embed_scale"))
   declared += _of_read_out(model, columns)
@@ -172,11 +174,42 @@ def parameters(model: ModelConfig, columns: Columns | None = None) -> dict[str, 
       "head", (width, vocab), ("embed", "vocab"), std, part="head/", elsewhere="lm_head.weight", input_axes=1
     )
     declared.append(head)
+  declared += _of_head(model)
   stacked = [*_matrices(model, table), *_biases(model), *_gains(model, table, columns)]
   stacked += [*_head_norms(model, table, columns), *_learned(model, table, columns), *_wired(model, table, columns)]
   for param in stacked:
     declared.append(_stack(param, model.num_layers))
   return {param.path: param for param in declared}
+
+
+def _of_embedding(model: ModelConfig) -> list[Param]:
+  """What is added to the embedding, and its norm (BERT, arXiv 1810.04805)."""
+  width, std = model.embed_dim, model.embedding_deviation
+  params = []
+  for name, rows in (("position", model.learned_positions), ("token_type", model.token_types)):
+    if rows:
+      shape, elsewhere = (rows, width), f"model.embed_{name}s.weight"
+      axes = ("norm", "embed")
+      params.append(
+        Param(f"{name}_embedding", shape, axes, std, part="embedding/", elsewhere=elsewhere, shape_elsewhere=shape)
+      )
+  if model.embedding_norm:
+    params += _norm(model, "embedding_norm", "model.embed_norm.", "embedding/")
+  return params
+
+
+def _of_head(model: ModelConfig) -> list[Param]:
+  """What BERT's head for masked tokens has besides its matrix: a layer of its own, and a bias for each logit."""
+  if not model.head_transform:
+    return []
+  width, part = model.embed_dim, "head/"
+  matrix = Param("head_dense", (width, width), ("embed", "norm"), model.init_deviation, part=part, input_axes=1)
+  return [
+    dataclasses.replace(matrix, elsewhere="head_transform.weight"),
+    Param("head_dense_bias", (width,), ("norm",), value=0.0, part=part, elsewhere="head_transform.bias"),
+    *_norm(model, "head_norm", "head_norm.", part),
+    Param("head_bias", (model.vocab_size,), ("vocab",), value=0.0, part=part, elsewhere="lm_head.bias"),
+  ]
 
 
 def _stack(param: Param, num_layers: int) -> Param:
@@ -191,7 +224,8 @@ def _stack(param: Param, num_layers: int) -> Param:
 
 
 def _matrices(model: ModelConfig, table: Table) -> Iterable[Param]:
-  """The seven matrices of a layer. Only the MLP's width may be stored wider than it is."""
+  """The matrices of a layer: seven, or six with `activation=gelu`. Only the MLP's width may be stored wider than it
+  is."""
   width, heads, kv_heads = model.embed_dim, model.num_heads, config_lib.num_kv_heads(model)
   head, hidden, stored = config_lib.head_dim(model), model.mlp_dim, config_lib.stored_mlp_dim(model)
 
@@ -213,15 +247,26 @@ def _matrices(model: ModelConfig, table: Table) -> Iterable[Param]:
   output_axes = ("heads", "head_dim", "embed")
   yield matrix("output", "attention", (heads, head, width), output_axes, "self_attn.o_proj.weight", input_axes=2)
   wide = {"logical_shape": (width, hidden)}
-  yield matrix("gate", "mlp", (width, stored), ("embed", "mlp"), "mlp.gate_proj.weight", **wide)
+  if model.activation == "swiglu":
+    yield matrix("gate", "mlp", (width, stored), ("embed", "mlp"), "mlp.gate_proj.weight", **wide)
   yield matrix("up", "mlp", (width, stored), ("embed", "mlp"), "mlp.up_proj.weight", **wide)
   narrow = {"logical_shape": (hidden, width)}
   yield matrix("down", "mlp", (stored, width), ("mlp", "embed"), "mlp.down_proj.weight", **narrow)
 
 
 def _biases(model: ModelConfig) -> Iterable[Param]:
-  if not model.qkv_bias:
-    return
+  if model.qkv_bias:
+    yield from _qkv_biases(model)
+  if model.biases:
+    out = Param("output_bias", (model.embed_dim,), ("norm",), value=0.0, part="attention/")
+    yield dataclasses.replace(out, elsewhere="self_attn.o_proj.bias")
+    up = Param("up_bias", (config_lib.stored_mlp_dim(model),), ("mlp",), value=0.0, part="mlp/")
+    yield dataclasses.replace(up, elsewhere="mlp.up_proj.bias", logical_shape=(model.mlp_dim,))
+    down = Param("down_bias", (model.embed_dim,), ("norm",), value=0.0, part="mlp/")
+    yield dataclasses.replace(down, elsewhere="mlp.down_proj.bias")
+
+
+def _qkv_biases(model: ModelConfig) -> Iterable[Param]:
   kv_heads, head = config_lib.num_kv_heads(model), config_lib.head_dim(model)
   for name, heads, axis in (
     ("query", model.num_heads, "heads"),

@@ -14,7 +14,7 @@ from mixln_jax.model.tuned.product import multiply_narrow_first
 from mixln_jax.parallel.rules import constrain, gathered, platform, shards
 
 # The logical axis of each letter of a weight's dimensions, which are those of the legend in `transformer.py`.
-AXES = {"d": "embed", "f": "mlp", "h": "heads", "k": "head_dim"}
+AXES = {"d": "embed", "e": "norm", "f": "mlp", "h": "heads", "k": "head_dim"}
 
 
 def multiply(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:

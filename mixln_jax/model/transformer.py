@@ -63,7 +63,7 @@ class Shared(NamedTuple):
 
   mask_BTS: jax.Array | None
   positions_BT: jax.Array
-  rope: tuple[jax.Array, jax.Array]
+  rope: tuple[jax.Array, jax.Array] | None  # None: positions are learned
   segment_ids_BT: jax.Array | None
   weights_BT: jax.Array | None  # which positions count; read by `observe` alone
   first_values_BSGK: jax.Array | None = None  # of the first layer, where others mix them with their own
@@ -140,7 +140,7 @@ class Layer(nn.Module):
       return self.attend(h_BTD, weights, rows.attention, cache, varying.layer, shared)
 
     def mlp(h_BTD: jax.Array) -> tuple[jax.Array, None]:
-      return swiglu(h_BTD, weights, self.config.dtype), None
+      return MLPS[self.config.activation](h_BTD, weights, self.config.dtype), None
 
     inputs = self.values(before)
     middle, attended, attention_taps = self.sublayer("attention", attend, inputs, weights, rows.attention)
@@ -237,7 +237,8 @@ class Layer(nn.Module):
 
     def project_and_rotate(name: str, axis: str) -> jax.Array:
       x_BTHK = norm_all_heads(name, self.project(name, axis, x_BTD, weights), row.qk_norm_full)
-      return attention_lib.rotate(self.norm_each_head(name, x_BTHK, weights, row.qk_norm), shared.rope)
+      x_BTHK = self.norm_each_head(name, x_BTHK, weights, row.qk_norm)
+      return x_BTHK if shared.rope is None else attention_lib.rotate(x_BTHK, shared.rope)
 
     q_BTHK = project_and_rotate("query", "heads")
     if c.attention_multiplier != 1.0:
@@ -258,6 +259,8 @@ class Layer(nn.Module):
       for name, value in attention_lib.attention_statistics(q_BTHK, k_BSGK, shared.mask_BTS).items():
         statistics[f"attention_{name}"] = value
     out_BTD = multiply("bthk,hkd->btd", constrain(out_BTHK, *QUERIES), weights["output"].astype(c.dtype))
+    if c.biases:
+      out_BTD = out_BTD + weights["output_bias"].astype(c.dtype)
     return constrain(out_BTD, *STREAM), Attended(cache, statistics)
 
   def project(self, name: str, axis: str, x_BTD: jax.Array, weights: Weights) -> jax.Array:
@@ -321,6 +324,21 @@ def swiglu(x_BTD: jax.Array, weights: Weights, dtype: Any) -> jax.Array:
   return constrain(multiply("btf,fd->btd", hidden_BTF, weights["down"].astype(dtype)), *STREAM)
 
 
+def gelu_mlp(x_BTD: jax.Array, weights: Weights, dtype: Any) -> jax.Array:
+  """The MLP of BERT: down(gelu(up(x))), with the exact GELU (arXiv 1606.08415) and biases where there are any."""
+
+  def biased(name: str, out: jax.Array) -> jax.Array:
+    return out + weights[f"{name}_bias"].astype(dtype) if f"{name}_bias" in weights else out
+
+  hidden_BTF = biased("up", multiply("btd,df->btf", x_BTD, weights["up"].astype(dtype)))
+  hidden_BTF = nn.gelu(constrain(hidden_BTF, *HIDDEN), approximate=False)
+  out_BTD = biased("down", multiply("btf,fd->btd", hidden_BTF, weights["down"].astype(dtype)))
+  return constrain(out_BTD, *STREAM)
+
+
+MLPS = {"swiglu": swiglu, "gelu": gelu_mlp}  # by config.model.activation
+
+
 def declare(module: nn.Module, config: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
   """Declares a parameter to linen. As zeros: initial weights are drawn by name and layer (`model/initial.py`)."""
   zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
@@ -328,7 +346,7 @@ def declare(module: nn.Module, config: Any, name: str, shape: tuple[int, ...], a
 
 
 class Transformer(nn.Module):
-  """A decoder-only LLaMA.
+  """A decoder-only LLaMA; with the fields from `bidirectional` to `head_transform` an encoder, BERT.
 
   `Transformer(config.model).apply({"params": params}, tokens_BT) -> logits_BTV`. The config is frozen, so that the
   module hashes and can be a static argument.
@@ -352,8 +370,14 @@ class Transformer(nn.Module):
         setattr(self, param.name, declare(self, self.config, param.name, param.shape, param.axes))
 
   def head_weights(self) -> jax.Array:
-    """The output projection [D, V]: the head, or the embedding transposed."""
-    return self.embedding.T if self.config.tied_embeddings else self.head
+    """The output projection [D, V]: the head, or the embedding transposed.
+
+    With `head_transform` it has one row more, the bias of each logit: `read_out` gives a 1 for it.
+    """
+    head_DV = self.embedding.T if self.config.tied_embeddings else self.head
+    if self.config.head_transform:
+      head_DV = jnp.concatenate([head_DV, self.head_bias[None].astype(head_DV.dtype)])
+    return head_DV
 
   def __call__(
     self,
@@ -383,6 +407,7 @@ class Transformer(nn.Module):
     positions_BT: jax.Array | None = None,
     cache: Cache | None = None,
     weights_BT: jax.Array | None = None,
+    token_types_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, Any]]:
     """The stack without its head.
 
@@ -394,11 +419,12 @@ class Transformer(nn.Module):
       positions_BT: position of each token; by default 0 … T-1.
       cache: keys and values of earlier positions (`empty_cache`); needs positions_BT.
       weights_BT: which positions count; read by `observe` alone.
+      token_types_BT: of a model with token types; by default all 0.
 
     Returns:
-      The final hidden states [B, T, D] in config.model.dtype, after the final norm; and the taps: `embedded_BTD`, the
-      residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm), of several the
-      sum or the first (`placement.StreamSet.sums`), and `stream_0_LBTD`, … each of several; for attention
+      The final hidden states [B, T, D] in config.model.dtype, as `read_out` gives them; and the taps: `embedded_BTD`,
+      the residual stream before the first layer; `stream_LBTD`, after each layer (before the final norm), of several
+      the sum or the first (`placement.StreamSet.sums`), and `stream_0_LBTD`, … each of several; for attention
       and MLP the two terms of the sublayer rule's sum, `attention_residual_LBTD`, `attention_branch_LBTD`,
       `mlp_residual_LBTD`, `mlp_branch_LBTD`; `cache`, where one was given. What nobody reads is not computed. With
       `observe`, `embedded_BTD`, and of the layers what that returns, stacked [L, …].
@@ -407,7 +433,9 @@ class Transformer(nn.Module):
     if cache is not None:
       _check_cache(cache, tokens_BT, positions_BT, segment_ids_BT)
     columns = Columns.of(config_lib.table(c)) if columns is None else columns
-    x_BTD, streams, shared = self.begin(tokens_BT, columns, segment_ids_BT, positions_BT, cache, weights_BT)
+    x_BTD, streams, shared = self.begin(
+      tokens_BT, columns, segment_ids_BT, positions_BT, cache, weights_BT, token_types_BT
+    )
     taps: dict[str, Any] = {"embedded_BTD": x_BTD}
     run_stack = self.scan
     if not self.is_initializing():
@@ -430,6 +458,7 @@ class Transformer(nn.Module):
     positions_BT: jax.Array | None,
     cache: Cache | None = None,
     weights_BT: jax.Array | None = None,
+    token_types_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, Streams | Sources, Shared]:
     """What the stack begins with: the embedded tokens, the streams made of them, and what all layers read.
 
@@ -444,19 +473,14 @@ class Transformer(nn.Module):
         "config.model whose placement is `placement.at_step(…)`"
       )
     shared = Shared(
-      rope=attention_lib.rope_table(positions_BT, attention_lib.rope_frequencies(c)),
-      mask_BTS=attention_lib.attention_mask(positions_BT, segment_ids_BT, cache),
+      rope=self.rope(positions_BT),
+      mask_BTS=attention_lib.attention_mask(positions_BT, segment_ids_BT, cache, bidirectional=c.bidirectional),
       segment_ids_BT=segment_ids_BT,
       positions_BT=positions_BT,
       weights_BT=weights_BT,
       alone=columns.alone,
     )
-    dtype = config_lib.residual_dtype(c)
-    if c.norm == "dyt":
-      x_BTD = look_up(self.embedding, tokens_BT, self.embedding.dtype) * self.embedding_scale
-    else:
-      x_BTD = look_up(self.embedding, tokens_BT, dtype)
-    x_BTD = constrain(x_BTD.astype(dtype), *STREAM)
+    x_BTD = constrain(self.embed(tokens_BT, positions_BT, token_types_BT), *STREAM)
     streams = self.first_streams(x_BTD, columns)
     if columns.uses("attention", "value_residual") or columns.uses("attention", "value_residual_two"):
       shared = shared._replace(first_values_BSGK=self.first_values(streams, columns, shared))
@@ -487,6 +511,43 @@ class Transformer(nn.Module):
 
     return ByLayer(streams, (params_L, varying_L), apply)
 
+  def rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    """The cosines and sines that queries and keys are rotated by; None where positions are learned."""
+    if self.config.learned_positions:
+      return None
+    return attention_lib.rope_table(positions_BT, attention_lib.rope_frequencies(self.config))
+
+  def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, token_types_BT: jax.Array | None) -> jax.Array:
+    """The residual stream before the first layer, [B, T, D] in its type."""
+    c = self.config
+    dtype = config_lib.residual_dtype(c)
+    adds_to_it = c.norm == "dyt" or c.learned_positions or c.token_types or c.embedding_norm
+    # What is added to it, or done with it, is in the table's own type, and the sum is rounded once.
+    x_BTD = look_up(self.embedding, tokens_BT, self.embedding.dtype if adds_to_it else dtype)
+    if c.norm == "dyt":
+      x_BTD = x_BTD * self.embedding_scale
+    if c.learned_positions:
+      # Clipped: rows are padded to lengths that may have no vector; nobody reads what stands there, unless it is NaN.
+      x_BTD = x_BTD + jnp.take(self.position_embedding, positions_BT, axis=0, mode="clip")
+    if c.token_types:
+      types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
+      x_BTD = x_BTD + jnp.take(self.token_type_embedding, types_BT, axis=0)
+    if c.embedding_norm:
+      x_BTD = self.normed("embedding_norm", x_BTD)
+    return x_BTD.astype(dtype)
+
+  def normed(self, name: str, x_BTD: jax.Array) -> jax.Array:
+    """A norm outside the layers, in fp32."""
+    c = self.config
+    return norm(c.norm, x_BTD, norm_params(self.weights_outside(), name, c.norm), epsilon=c.norm_epsilon)
+
+  def weights_outside(self) -> Weights:
+    """The parameters outside the layers.
+
+    As they are, and not by the table: of runs that share a tree, another one's read-out may learn more.
+    """
+    return nn.unbox({name: leaf for name, leaf in self.variables["params"].items() if name != "layers"})
+
   def first_streams(self, x_BTD: jax.Array, columns: Columns) -> Streams | Sources:
     """The streams before the first layer, made of the embedded tokens, in the form that the scan carries."""
     if columns.only_sources:
@@ -501,7 +562,8 @@ class Transformer(nn.Module):
   def read_out(
     self, streams: list[jax.Array], of_model: StreamsOfModel, there_N: Sequence[float] | jax.Array = ()
   ) -> jax.Array:
-    """What the head reads, after the final norm: [B, T, D] in config.model.dtype.
+    """What the head reads, after the final norm: [B, T, D] in config.model.dtype; with `head_transform` [B, T, D + 1],
+    the last of which are 1.
 
     Args:
       streams: each [B, T, D].
@@ -509,24 +571,30 @@ class Transformer(nn.Module):
       there_N: of attention residuals, 0 for a source that is not there yet; by default all are.
     """
     c = self.config
-    # As they are, and not by the table: of runs that share a tree, another one's read-out may learn more.
-    weights = nn.unbox({name: leaf for name, leaf in self.variables["params"].items() if name != "layers"})
 
-    def normed(name: str, x_BTD: jax.Array) -> jax.Array:
-      return norm(c.norm, x_BTD, norm_params(weights, name, c.norm), epsilon=c.norm_epsilon)
+    def final_norm(x_BTD: jax.Array) -> jax.Array:
+      return self.normed("final_norm", x_BTD) if c.final_norm else x_BTD
 
     by = ReadOut(
-      weights,
-      final_norm=lambda x_BTD: normed("final_norm", x_BTD),
-      stream_norm=lambda index, x_BTD: normed(f"stream_norm_{index}", x_BTD),
+      self.weights_outside(),
+      final_norm=final_norm,
+      stream_norm=lambda index, x_BTD: self.normed(f"stream_norm_{index}", x_BTD),
       epsilon=c.norm_epsilon,
       weight=of_model.read_out_weight,
       there=there_N if len(there_N) else (1.0,) * len(streams),
     )
-    read_BTD = READ_OUTS[of_model.read_out](streams, by)
+    out_BTD = READ_OUTS[of_model.read_out](streams, by)
     if c.logit_multiplier != 1.0:
-      read_BTD = read_BTD * c.logit_multiplier
-    return read_BTD.astype(c.dtype)
+      out_BTD = out_BTD * c.logit_multiplier
+    out_BTD = out_BTD.astype(c.dtype)
+    return self.transformed(out_BTD) if c.head_transform else out_BTD
+
+  def transformed(self, x_BTD: jax.Array) -> jax.Array:
+    """BERT's head for masked tokens before its matrix: norm(GELU(W x + b)), and a 1 that its bias is multiplied by."""
+    dtype = self.config.dtype
+    hidden_BTD = multiply("btd,de->bte", x_BTD, self.head_dense.astype(dtype)) + self.head_dense_bias.astype(dtype)
+    hidden_BTD = self.normed("head_norm", nn.gelu(hidden_BTD, approximate=False)).astype(dtype)
+    return jnp.concatenate([hidden_BTD, jnp.ones((*hidden_BTD.shape[:-1], 1), dtype)], axis=-1)
 
   def first_values(self, streams: Streams | Sources, columns: Columns, shared: Shared) -> jax.Array | None:
     """The first layer's values, once for all layers that mix them with their own."""

@@ -30,7 +30,10 @@ LEVELS: tuple[Level, ...] = ("unfair", "caution", "note")  # the gravest first
 # start from constants that a placement chooses, and hyper-connections draw matrices of a size that it chooses, so that
 # a difference there says nothing. The names are stated again, because a report reads folders and builds no model; a
 # test compares them with the model's own table.
-DRAWN = ("embedding", "head", "query", "key", "value", "output", "gate", "up", "down")
+DRAWN = (
+  *("embedding", "head", "query", "key", "value", "output", "gate", "up", "down"),
+  *("position_embedding", "token_type_embedding", "head_dense"),  # of encoders
+)
 IN_LAYERS = "layers/"  # what the names of parameters in layers begin with
 
 

@@ -6,6 +6,7 @@ parameters.txt     name, shape, type and size of each tensor, how it is sharded,
 data.json          the records that it is trained on: their fingerprint, folder (absolute) and tokenizer
 tokenizer/         the tokenizer in its own format, so that a copied run generates anywhere
 start.json         of a fine-tuned run: the run and checkpoint that it started from, a hash of its weights' bits
+imported.json      of a run that `convert` made: where its weights come from, and how they were stored there
 environment.json   versions, devices, git revision, command, hash of the training step's program
 initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
 metrics.jsonl      the truth: one object a line, each (split, step) once
@@ -53,7 +54,7 @@ from mixln_jax.runs.remote_lock import Lock
 CONFIG, PLACEMENT, PARAMETERS = "config.json", "placement.txt", "parameters.txt"
 ENVIRONMENT, METRICS, OUTCOME = "environment.json", "metrics.jsonl", "outcome.json"
 INITIAL_WEIGHTS, CHANGES, DATA, START = "initial_weights.json", "changes.jsonl", "data.json", "start.json"
-DIAGNOSTICS = "diagnostics.jsonl"
+DIAGNOSTICS, IMPORTED = "diagnostics.jsonl", "imported.json"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
 DIAGNOSE, TASKS, TOKENIZER = "diagnose", "tasks", "tokenizer"
 

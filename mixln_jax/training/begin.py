@@ -4,16 +4,19 @@ Weights that come from elsewhere become the run's checkpoint of step 0 (`write_f
 is like any other: `load_or_start` is the one place where "load or start?" is answered.
 """
 
+import json
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
+from mixln_jax.data.tokenizer import Tokenizer, write_tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.files import is_partial, settle, work_folder
 from mixln_jax.model import admin
@@ -231,13 +234,21 @@ def _start_from_another(member: Member) -> None:
     print(f"start      {start.describe()}")
 
 
-def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
+class Origin(NamedTuple):
+  """Where imported weights come from, for the run's folder."""
+
+  facts: Mapping[str, Any]  # what imported.json says
+  tokenizer: Tokenizer | None = None  # the one that the weights read, where they bring it
+
+
+def begin_from(config: Config, params: Any, workdir: str | Path, origin: Origin | None = None) -> RunFolder:
   """Makes a run whose checkpoint of step 0 holds the given parameters and a fresh optimizer; `train` resumes it.
 
   Args:
     config: the run's config.
     params: a tree of arrays of the shapes of config.model, on the host.
     workdir: where to make the run; absent or empty.
+    origin: where the parameters come from; by default nothing is said of it.
 
   Raises:
     InputError: the folder is in use, or the mesh does not divide a tensor.
@@ -253,21 +264,38 @@ def begin_from(config: Config, params: Any, workdir: str | Path) -> RunFolder:
   try:
     if folder.remote is not None:  # its config comes last: it is what makes the folder a run
       _make_first_checkpoint(config, folder, state)
+      for name, content in _files_of(origin).items():
+        folder.remote.write(name, content)
       folder.remote.write(folder_lib.CONFIG, config_lib.to_json(config).encode())
       return folder
-    _make_beside(config, folder, state)
+    _make_beside(config, folder, state, origin)
   except (OSError, ValueError) as error:
     raise InputError(f"workdir={folder.address}: can't be written ({error}); nothing was made of it") from error
   return folder
 
 
-def _make_beside(config: Config, folder: RunFolder, state: TrainState) -> None:
+def _files_of(origin: Origin | None) -> dict[str, bytes]:
+  """What a run's folder holds of an origin: content by name."""
+  if origin is None:
+    return {}
+  files = {folder_lib.IMPORTED: (json.dumps(origin.facts, indent=1) + "\n").encode()}
+  if origin.tokenizer is not None:
+    with tempfile.TemporaryDirectory() as temporary:
+      written = write_tokenizer(origin.tokenizer, Path(temporary)).parent
+      files |= {f"{folder_lib.TOKENIZER}/{path.name}": path.read_bytes() for path in written.iterdir()}
+  return files
+
+
+def _make_beside(config: Config, folder: RunFolder, state: TrainState, origin: Origin | None) -> None:
   """Makes the run aside: one that was cut off before it had its weights would start from random ones."""
   partial = RunFolder(work_folder(folder.path))
   shutil.rmtree(partial.path, ignore_errors=True)
   try:
     partial.create(config_lib.to_json(config))
     _make_first_checkpoint(config, partial, state)
+    for name, content in _files_of(origin).items():
+      (partial / name).parent.mkdir(exist_ok=True)
+      (partial / name).write_bytes(content)
     settle(partial.path, folder.path, last=folder_lib.CONFIG)
   except (OSError, ValueError):
     shutil.rmtree(partial.path, ignore_errors=True)

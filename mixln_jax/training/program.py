@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.config import Config, MeshConfig
-from mixln_jax.data.loader import example
+from mixln_jax.data.loader import Masking, example, masked_example
 from mixln_jax.data.records import Record
 from mixln_jax.errors import InputError
 from mixln_jax.model.columns import Columns
@@ -42,7 +42,11 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
   """Shapes, types and shardings of a training batch; no data is needed."""
   length = config.data.sequence_length
   record = Record(np.zeros(length, np.int32), length, np.zeros(length, bool))
-  row = example(record, length, document_mask=config.data.document_mask)
+  if config.model.bidirectional:
+    masking = Masking(0, config.model.vocab_size, (None, None))
+    row = masked_example(record, np.random.default_rng(0), sequence_length=length, masking=masking)
+  else:
+    row = example(record, length, document_mask=config.data.document_mask)
   shape, sharding = (config.train.batch_size, length), batch_sharding(mesh)
   return {name: jax.ShapeDtypeStruct(shape, column.dtype, sharding=sharding) for name, column in row.items()}
 

