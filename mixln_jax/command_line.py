@@ -23,12 +23,18 @@ class CommandLine:
     self._values = flags.FlagValues()
     self._with_config = False
     self._required: list[str] = []
+    self._rest: tuple[str, str] | None = None
+    self.rest: list[str] = []
 
   def config(self, *, required: bool = True) -> None:
     """Adds --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE."""
     self._with_config = True
     if required:
       self._required.append("config")
+
+  def positional(self, name: str, meaning: str) -> None:
+    """Allows arguments without a flag, any number of them; `rest` has them after `parse`."""
+    self._rest = (name, meaning)
 
   def string(self, name: str, meaning: str, *, default: str | None = None, required: bool = False) -> None:
     flags.DEFINE_string(name, default, meaning, flag_values=self._values)
@@ -76,8 +82,12 @@ class CommandLine:
       rest = self._values(["", *argv])[1:]
     except Exception as error:  # the parser runs the recipe
       raise _flag_error(error) from error
-    if rest:
+    if rest and self._rest is None:
       raise InputError(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
+    self.rest = list(rest)
+    for text in self.rest:
+      if not _is_text(text):
+        raise InputError(f"{text!r}: not valid UTF-8")
     for name, value in self._values.flag_values_dict().items():
       if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"--{name}={value}: must be a finite number")
