@@ -145,7 +145,7 @@ def make_canvas(figure: Figure, tags: Tags | None = None, width: float | None = 
   handles, legend_columns = ([], 1) if tags is not None or estimates else _legend(figure, width)
   canvas = Canvas(
     figsize=(width, _height(figure, rows, columns, handles, legend_columns)),
-    layout="constrained" if to_lay_out else "none",
+    layout="constrained" if to_lay_out else None,
   )
   if estimates:
     canvas.set_layout_engine("constrained", w_pad=0.12)  # names in the font of a page may be wider
@@ -301,8 +301,8 @@ def _legend(figure: Figure, width: float) -> tuple[list[Any], int]:
   handles: list[Any] = []
   for style, name in figure.looks.items():
     if bars:
-      look = {"facecolor": LIGHT[style.colour], "hatch": HATCHES[style.dash], "edgecolor": PAPER}
-      handles.append(Rectangle((0, 0), 1, 1, label=plain(name), **look))
+      colour, hatch = LIGHT[style.colour], HATCHES[style.dash]
+      handles.append(Rectangle((0, 0), 1, 1, label=plain(name), facecolor=colour, hatch=hatch, edgecolor=PAPER))
     else:
       handles.append(Line2D([], [], label=plain(name), **_line_style(style)))
   longest = max((len(name) for name in figure.looks.values()), default=0)

@@ -15,6 +15,7 @@ from mixln_jax.files import COUNT, NUMBERS, TEXT, check_kinds, json_object, loca
 from mixln_jax.model.parameters import parameters
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
+from mixln_jax.text import integer_of
 
 STUDY_PLACE = "a study lies in a folder, which several machines can share over a network file system"
 
@@ -40,6 +41,7 @@ class Study(NamedTuple):
     base: the config that every run starts from.
     grids: each the product of its axes; a study is all their runs, each once.
     question: what it is to decide, in words.
+    title: what its report is called; by default its axes.
     claims: what will be judged, `{"id", "claim", "judged_by"}` each, written down before it runs.
   """
 
@@ -47,6 +49,7 @@ class Study(NamedTuple):
   grids: tuple[Grid, ...]
   question: str = ""
   claims: tuple[Mapping[str, str], ...] = ()
+  title: str = ""
 
   @property
   def axes(self) -> dict[str, list[Any]]:
@@ -88,6 +91,7 @@ class Study(NamedTuple):
   def to_json(self, runs: Iterable[Run]) -> str:
     """What `study.json` holds."""
     value = {
+      "title": self.title,
       "question": self.question,
       "claims": [dict(claim) for claim in self.claims],
       "axes": self.axes,
@@ -109,7 +113,11 @@ def run_name(values: Mapping[str, Any]) -> str:
 
 
 def make_study(
-  base: Config, grids: Sequence[Grid], question: str = "", claims: Sequence[Mapping[str, str]] = ()
+  base: Config,
+  grids: Sequence[Grid],
+  question: str = "",
+  claims: Sequence[Mapping[str, str]] = (),
+  title: str = "",
 ) -> Study:
   """A checked study.
 
@@ -126,11 +134,11 @@ def make_study(
         raise InputError(f"axis {field}: {value!r} must be {config_lib.FIELDS[field].allowed()}")
       if value in values[:number]:
         raise InputError(f"axis {field}: {value!r} stands there twice; each value makes one run")
-  return Study(base, tuple(grids), question, tuple(claims))
+  return Study(base, tuple(grids), question, tuple(claims), title)
 
 
 def load_study(recipe: str, base: Config) -> Study:
-  """The study that a recipe defines beside its `get_config`, as `STUDY = {"grids": [...], "question": …, "claims": …}`.
+  """The study that a recipe defines beside its `get_config`, as `STUDY = {"grids": [...], "title": …, …}`.
 
   Args:
     recipe: path of the recipe.
@@ -142,9 +150,11 @@ def load_study(recipe: str, base: Config) -> Study:
   content = runpy.run_path(recipe).get("STUDY")
   if content is None:
     raise InputError(f"config={recipe}: defines no STUDY; give axes, as in 'model.placement=pre mix:0.25'")
-  unknown = set(content) - {"grids", "question", "claims"}
+  unknown = set(content) - {"grids", "title", "question", "claims"}
   if unknown or not content.get("grids"):
-    raise InputError(f"config={recipe}: STUDY has grids, question and claims, not {', '.join(unknown) or 'no grids'}")
+    raise InputError(
+      f"config={recipe}: STUDY has grids, title, question and claims, not {', '.join(unknown) or 'no grids'}"
+    )
   return make_study(base, **content)
 
 
@@ -177,7 +187,8 @@ def _parse(field: str, word: str) -> Any:
       raise InputError(f"axis {field}: {word!r} must be true or false")
     return choices[word.lower()]
   try:
-    return type(default)(word)
+    whole = integer_of(word) if isinstance(default, int) else None
+    return type(default)(word) if whole is None else whole
   except ValueError as error:
     raise InputError(f"axis {field}: {word!r} must be {config_lib.FIELDS[field].allowed()}") from error
 

@@ -78,7 +78,7 @@ def test_seeds_are_compared_by_group(tmp_path):
   assert findings == [
     (
       "caution",
-      "seed does not have the same values in each group (0 in pre, lr 0.001 and in post, learning_rate "
+      "seed does not have the same values in each group (0 in pre, lr 0.001 and in post, lr "
       "0.001; 0, 1 in pre, lr 0.003 and in post, lr 0.003); "
       "means are over different seeds, differences only over equal ones",
     )
