@@ -16,8 +16,11 @@ import numpy as np
 from benchmarks import process_memory
 from benchmarks.recipes import load
 from mixln_jax import config as config_lib
+from mixln_jax.model.attention_kernels import choose_attention
 from mixln_jax.model.flops import train_flops_per_token
+from mixln_jax.parallel.devices import peak_flops
 from mixln_jax.parallel.mesh import global_batch, make_mesh
+from mixln_jax.parallel.rules import on_mesh
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.program import lower_train_step
 
@@ -62,6 +65,8 @@ def main() -> None:
   started = time.perf_counter()
   step = lower_train_step(config, mesh, shardings).compile()
   compile_seconds = time.perf_counter() - started
+  with on_mesh(mesh):
+    attention = choose_attention(config.model, config.data.sequence_length)
   state, metrics = step(state, batch)
   jax.block_until_ready((state, metrics))
   process_memory.forget_peak()
@@ -71,6 +76,8 @@ def main() -> None:
     versions={"jax": jax.__version__, "jaxlib": jax.lib.__version__},
     tokens=batch["tokens_BT"].size,
     flops_per_token=train_flops_per_token(config.model, config.data.sequence_length),
+    peak_flops=peak_flops(jax.devices()[0]),
+    attention=attention,
     parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     config=config_lib.flatten(config.model),
   )

@@ -15,6 +15,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 
 from configs import tiny
+from mixln_jax.config import Config
 from mixln_jax.parallel.mesh import global_batch, make_mesh
 from mixln_jax.sweeps.study import make_study
 from mixln_jax.training import step as step_lib
@@ -30,11 +32,11 @@ from mixln_jax.training.program import JointProgram, lower_train_step
 PLACEMENTS, SEEDS = ("pre", "post", "mix:0.25", "lns", "sandwich"), (0, 1)
 
 
-def measure(num_layers: int, repeats: int) -> dict[str, Any]:
+def measure(
+  base: Config, repeats: int, placements: Sequence[str] = PLACEMENTS, seeds: Sequence[int] = SEEDS
+) -> dict[str, Any]:
   """Seconds of the joint step and of all separate ones, and of their compilation."""
-  base = tiny.get_config()
-  base.model.num_layers = num_layers
-  runs = make_study(base, [{"model.placement": PLACEMENTS, "seed": SEEDS}]).runs(tempfile.gettempdir())
+  runs = make_study(base, [{"model.placement": placements, "seed": seeds}]).runs(tempfile.gettempdir())
   program = JointProgram({run.name: run.config for run in runs}, base.mesh)
   mesh = make_mesh(base.mesh)
   started = time.perf_counter()
@@ -78,7 +80,9 @@ def main() -> None:
   parser.add_argument("--layers", type=int, default=4)
   parser.add_argument("--out", type=Path)
   arguments = parser.parse_args()
-  seconds = measure(arguments.layers, arguments.repeats)
+  base = tiny.get_config()
+  base.model.num_layers = arguments.layers
+  seconds = measure(base, arguments.repeats)
   for name, value in seconds.items():
     print(f"{name:<22}{value:9.3f} s")
   ratio = seconds["together, processor"] / seconds["apart, processor"]

@@ -21,14 +21,16 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.recipes import RECIPES, load
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 
 WORKERS = Path(__file__).parent
+ROOT = WORKERS.parent
 PEERS = ("torch eager", "torch compile", "flax")
 PLACEMENTS = ("pre", "post", "mix:0.25")
 CASES = (*PLACEMENTS, *(f"{name}/remat=dots_no_batch" for name in PLACEMENTS))
@@ -37,14 +39,37 @@ CASES = (*PLACEMENTS, *(f"{name}/remat=dots_no_batch" for name in PLACEMENTS))
 class Worker:
   """A trainer in its own process, that works when it is asked and sleeps else."""
 
-  def __init__(self, command: list[str], request: dict[str, Any], environment: dict[str, str] | None = None):
+  def __init__(
+    self,
+    command: list[str],
+    request: dict[str, Any],
+    environment: dict[str, str] | None = None,
+    *,
+    stderr: IO[str] | None = None,
+    seconds: float | None = None,
+  ):
+    """Starts it and waits until it is ready.
+
+    Args:
+      command: what starts it.
+      request: its last argument, as JSON.
+      environment: what it has besides this process's.
+      stderr: where its complaints go; None = where this process's go.
+      seconds: it is killed after them; None = never.
+    """
     self.process = subprocess.Popen(
       [*command, json.dumps(request)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
+      stderr=stderr,
       text=True,
       env=os.environ | (environment or {}),
+      cwd=ROOT,
     )
+    self._limit = threading.Timer(seconds or 0.0, self.process.kill)
+    if seconds is not None:
+      self._limit.daemon = True
+      self._limit.start()
     self.facts = self.read()
     self.seconds: list[float] = []
     self.peak_gb = 0.0
@@ -52,6 +77,7 @@ class Worker:
   def read(self) -> dict[str, Any]:
     assert self.process.stdout
     if not (line := self.process.stdout.readline()):
+      self._limit.cancel()
       raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
     return json.loads(line)
 
@@ -70,6 +96,7 @@ class Worker:
     assert self.process.stdin
     self.process.stdin.close()
     self.process.wait()
+    self._limit.cancel()
 
 
 def fields_of(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -96,9 +123,10 @@ def fields_of(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
   return fields
 
 
-def llama_shape(recipe: str, length: int) -> dict[str, Any]:
-  """The recipe's shape as `transformers.LlamaConfig` names it."""
+def llama_shape(recipe: str, length: int, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
+  """The recipe's shape, with other `sizes` where some are given, as `transformers.LlamaConfig` names it."""
   model = load(recipe).model
+  model.update(sizes or {})
   return {
     "vocab_size": model.vocab_size,
     "hidden_size": model.embed_dim,
