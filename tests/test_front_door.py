@@ -399,3 +399,20 @@ def test_an_error_of_a_recipe_names_file_and_line(line, words, tmp_path, capsys)
   text = f"from mixln_jax.config import base\n\n\ndef get_config():\n  c = base()\n  {line}\n  return c\n"
   (tmp_path / "recipe.py").write_text(text)
   assert words in refused(["prepare", f"--config={tmp_path / 'recipe.py'}"], capsys)
+
+
+def test_a_file_that_grows_beyond_a_limit_ends_in_one_line(recipe, tmp_path):
+  """Would catch the hundreds of lines of a library's tracebacks around the one that says what is wrong."""
+  code = (
+    "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000));"
+    "sys.argv = ['mixln_jax', 'train', *sys.argv[1:]];"
+    "from mixln_jax.__main__ import front_door; front_door()"
+  )
+  command = [sys.executable, "-c", code, f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
+  wide = ["--config.model.mlp_dim=2048", "--config.logging.tensorboard=false"]
+  result = subprocess.run([*command, *wide], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert result.returncode == 1, result.stderr
+  assert "Traceback" not in result.stderr
+  (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+  assert "File too large" in line
+  assert line.endswith("and run the same command again")

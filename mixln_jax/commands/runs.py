@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     print("comparable: the runs of one set differ in placement, learning rate and seeds alone")
   for text in found.sets:
     print(printable(f"  {text}"))
-  for name in material.not_started:
-    print(printable(f"  not started: {name}"))
+  if material.not_started:
+    print(printable(f"not started: {len(material.not_started)} runs, {material.not_started[0]} the first"))
   for problem in [*material.problems, *(text for run in material.runs for text in run.problems)]:
     print(printable(f"warning: {problem}"), file=sys.stderr)
   return 0

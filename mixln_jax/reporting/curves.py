@@ -21,7 +21,7 @@ def loss_curves(source: Source) -> Figure:
   """Training and validation loss."""
   caption = (
     "Cross-entropy in nats a counted token (metrics.jsonl): of each training batch before its update, and over the "
-    f"fixed validation set. {BAND} {THINNED} {DIVERGED}"
+    f"fixed validation set.{_notes(source)}"
   )
   train = _curves(source, _train, "loss")
   validation = _curves(source, _validation, "loss")
@@ -37,12 +37,24 @@ def gradient_norm_curve(source: Source) -> Figure:
   """Global gradient norm by step."""
   caption = (
     "Global norm of the gradient of the mean loss, all parameters, before clipping (metrics.jsonl). The table of runs "
-    f"counts the updates that were skipped because their loss or gradient was not finite. {BAND} {THINNED}"
+    f"counts the updates that were skipped because their loss or gradient was not finite.{_notes(source)}"
   )
   series = _curves(source, _train, "gradient_norm")
   steps = sorted({float(step) for run in source.runs for step in run.validation["step"]})
   panel = Panel("", "step", "gradient norm", series, log_y=True, show_markers=False, x_ticks=steps)
   return make_figure("gradient_norm", "Gradient norm by step", caption, [panel])
+
+
+def _notes(source: Source) -> str:
+  """How the curves of these runs are to be read."""
+  notes = []
+  if any(len(group.runs) > 1 for group in source.featured):
+    notes.append(BAND)
+  if any(len(run.train) > MAX_POINTS for run in source.runs):
+    notes.append(THINNED)
+  if any(run.diverged for run in source.runs):
+    notes.append(DIVERGED)
+  return "".join(f" {note}" for note in notes)
 
 
 def _train(run: ReportedRun) -> pd.DataFrame:
