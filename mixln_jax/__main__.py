@@ -66,6 +66,7 @@ def front_door() -> None:
   """Runs the command of this process's arguments, and ends the process with its status."""
   printing.use_utf8()
   printing.never_fail()
+  printing.hush_libraries()
   signals.watch_to_the_end()
   signals.end_with_named_parent()
   status: Any

@@ -1,9 +1,12 @@
 """Command-line flags: absl and ml_collections, with errors that a person can act on."""
 
 import math
+import os
 import re
 import sys
-from collections.abc import Sequence
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from absl import flags, logging
@@ -12,6 +15,11 @@ from ml_collections import ConfigDict, config_flags
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 from mixln_jax.files import local_path
+from mixln_jax.text import integer_of
+
+HELP = ("--help", "-h", "-help")
+OWN, ALL = "seed", "all"  # fields outside a section; a word for all sections
+SECTIONS = tuple(dict.fromkeys(name.split(".")[0] if "." in name else OWN for name in config_lib.FIELDS))
 
 
 class CommandLine:
@@ -23,12 +31,34 @@ class CommandLine:
     self._values = flags.FlagValues()
     self._with_config = False
     self._required: list[str] = []
+    self._rest: tuple[str, str] | None = None
+    self.rest: list[str] = []
+    self._of_run: Callable[[str], config_lib.Config | None] | None = None
+    self._sections: tuple[str, ...] = ()
+    self.run_config: config_lib.Config | None = None  # of --workdir, where no recipe is named
 
-  def config(self, *, required: bool = True) -> None:
-    """Adds --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE."""
-    self._with_config = True
+  def config(
+    self,
+    *,
+    required: bool = True,
+    of_run: Callable[[str], config_lib.Config | None] | None = None,
+    sections: Sequence[str] = SECTIONS,
+  ) -> None:
+    """Adds --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE.
+
+    Args:
+      required: whether a recipe must be named.
+      of_run: the config of the run in the folder that --workdir names, None where it holds none; the fields given on
+        the command line then change that config where no recipe is named.
+      sections: of the fields that the command reads, for --help.
+    """
+    self._with_config, self._of_run, self._sections = True, of_run, tuple(sections)
     if required:
       self._required.append("config")
+
+  def positional(self, name: str, meaning: str) -> None:
+    """Allows arguments without a flag, any number of them; `rest` has them after `parse`."""
+    self._rest = (name, meaning)
 
   def string(self, name: str, meaning: str, *, default: str | None = None, required: bool = False) -> None:
     flags.DEFINE_string(name, default, meaning, flag_values=self._values)
@@ -61,23 +91,22 @@ class CommandLine:
       SystemExit: for --help, after printing it.
     """
     logging.set_verbosity(logging.FATAL)  # orbax warns of options that are meant, and shows what it also raises
-    if any(argument in ("--help", "-h", "-help") for argument in argv):
-      print(self._help())
+    if any(argument in HELP for argument in argv):
+      print(self._help([argument for argument in argv if argument not in HELP]))
       sys.exit(0)
+    argv = [self._normalized(argument) for argument in argv]
     if self._with_config:
-      _check_overrides(argv)
-      # Overrides become flags only where the parser can see them: hence sys_argv.
-      config_flags.DEFINE_config_file("config", flag_values=self._values, sys_argv=["", *argv])
-      if not self._values["config"].present and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
-        override = next((argument for argument in argv if argument.startswith("--config.")), None)
-        if override:
-          raise InputError(f"{override}: fields can be overridden only where --config=FILE.py names the recipe")
+      self._define_config(argv)
     try:
       rest = self._values(["", *argv])[1:]
     except Exception as error:  # the parser runs the recipe
-      raise _flag_error(error) from error
-    if rest:
+      raise _flag_error(error, self._recipe(argv)) from error
+    if rest and self._rest is None:
       raise InputError(f"unexpected argument {rest[0]!r}; flags start with --, see --help")
+    self.rest = list(rest)
+    for text in self.rest:
+      if not _is_text(text):
+        raise InputError(f"{text!r}: not valid UTF-8")
     for name, value in self._values.flag_values_dict().items():
       if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"--{name}={value}: must be a finite number")
@@ -89,9 +118,42 @@ class CommandLine:
         raise InputError(f"--{name} is required; see --help")
     return self._values
 
+  def _normalized(self, argument: str) -> str:
+    """An argument whose value is a whole number written as 1e3, as digits, where its flag takes one."""
+    name, equals, value = argument.lstrip("-").partition("=")
+    field = config_lib.FIELDS.get(name.removeprefix("config.")) if name.startswith("config.") else None
+    is_whole = field is not None and type(field.default) is int
+    if field is None and name in self._values:
+      is_whole = self._values[name].flag_type() == "int"
+    whole = integer_of(value) if equals and is_whole else None
+    return argument if whole is None else f"--{name}={whole}"
+
+  def _define_config(self, argv: Sequence[str]) -> None:
+    """Makes flags of --config and of the fields that are given; of a run's config where no recipe is named."""
+    _check_overrides(argv)
+    with_recipe = any(re.match(r"--?config(=|$)", argument) for argument in argv)
+    override = next((argument for argument in argv if argument.startswith("--config.")), None)
+    workdirs = [argument.partition("=")[2] for argument in argv if re.match(r"--?workdir=", argument)]
+    # Overrides become flags only where the parser can see them: hence sys_argv.
+    sys_argv = ["", *argv]
+    if not with_recipe and self._of_run is not None and workdirs:
+      self.run_config = self._of_run(workdirs[-1])
+    if self.run_config is not None:
+      config_flags.DEFINE_config_dict("config", self.run_config, flag_values=self._values, sys_argv=sys_argv)
+      return
+    config_flags.DEFINE_config_file("config", flag_values=self._values, sys_argv=sys_argv)
+    if not with_recipe and override:
+      where = " or --workdir a run" if self._of_run is not None else ""
+      raise InputError(f"{override}: fields can be overridden only where --config=FILE.py names the recipe{where}")
+
   def was_given(self, name: str) -> bool:
     """Whether a flag was given."""
     return bool(self._values[name].present)
+
+  def _recipe(self, argv: Sequence[str]) -> str:
+    """The file that --config names; empty where it names none."""
+    given = [argument.partition("=")[2] for argument in argv if re.match(r"--?config=", argument)]
+    return given[-1].split(":")[0] if given else ""
 
   def overrides(self) -> dict[str, Any]:
     """The config fields that were given, by name."""
@@ -108,6 +170,9 @@ class CommandLine:
       InputError: it can't be read, or is invalid.
     """
     flag: Any = self._values["config"]
+    if self.run_config is not None:
+      config_lib.validate(flag.value)
+      return flag.value
     # ml_collections hands out an object that raises at its first use where there is no such file.
     path = self.config_path()
     if not local_path(path, "--config", "copy the recipe to this machine").is_file():
@@ -115,7 +180,7 @@ class CommandLine:
     try:
       config = flag.value
     except Exception as error:  # the recipe is somebody's Python: it can raise anything
-      raise _flag_error(error) from error
+      raise _flag_error(error, path) from error
     if not isinstance(config, ConfigDict):
       raise InputError(
         "--config: the file's get_config() does not return a config; start it from mixln_jax.config.base()"
@@ -123,19 +188,37 @@ class CommandLine:
     config_lib.validate(cast(config_lib.Config, config))
     return cast(config_lib.Config, config)
 
-  def _help(self) -> str:
+  def _help(self, sections: Sequence[str]) -> str:
+    """The help: flags, and the fields of the sections that are asked for; of none, their names alone."""
+    for name in sections:
+      if not self._with_config or name not in (*SECTIONS, ALL):
+        return f"no section {name!r}; choices: {', '.join((*SECTIONS, ALL))}"
+    if sections:
+      chosen = SECTIONS if ALL in sections else sections
+      return f"config fields, with their defaults before the recipe:\n{describe_fields(chosen)}"
     lines = [self._doc.strip(), "", "flags:"]
+    if self._rest is not None:
+      name, meaning = self._rest
+      lines.append(f"  {name}\n      {meaning}")
     if self._with_config:
       need = " (required)" if "config" in self._required else ""
       lines.append("  --config=FILE.py[:VARIANT]\n      the recipe, for instance configs/tiny.py" + need)
-    for name, flag in self._values.flags_by_module_dict().items():
-      del name
-      for one in flag:
-        default = "" if one.default is None else f" (default: {one.default})"
+    for flags_of_module in self._values.flags_by_module_dict().values():
+      for one in flags_of_module:
+        is_switch = one.flag_type() == "bool"
+        default = "" if one.default is None or is_switch else f" (default: {one.default})"
         need = " (required)" if one.name in self._required else ""
-        lines.append(f"  --{one.name}=…\n      {one.help}{default}{need}")
+        shown = f"--{one.name}" if is_switch else f"--{one.name}=…"
+        lines.append(f"  {shown}\n      {one.help}{default}{need}")
     if self._with_config:
-      lines += ["", "config fields, with their defaults before the recipe:", describe_fields()]
+      lines += [
+        "",
+        "config fields that this command reads, as --config.FIELD=VALUE; `--help SECTION` says what each is:",
+      ]
+      for section in self._sections:
+        names = [name for name in config_lib.FIELDS if section_of(name) == section]
+        lines.append(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="      "))
+      lines.append(f"sections: {', '.join(self._sections)}; `--help {ALL}` lists the fields of all")
     return "\n".join(lines)
 
 
@@ -147,29 +230,63 @@ def _is_text(value: str) -> bool:
   return True
 
 
-def _flag_error(error: Exception) -> InputError:
+def _flag_error(error: Exception, recipe: str = "") -> InputError:
+  """The error for a person; of one that a recipe's code raised, with the file and the line."""
   if isinstance(error, InputError):
     return error
+  line = _line_of(error, recipe)
+  where = f"{recipe}, line {line}: " if line else ""
   unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', str(error))
   if unknown:
-    return config_lib.unknown_field(unknown.group(1))
+    return InputError(f"{where}{config_lib.unknown_field(unknown.group(1))}")
   # ml_collections puts whole tracebacks into some messages; the last line says what is wrong.
   text = (str(error).strip().splitlines() or [""])[-1].strip()
-  return InputError(f"{text or type(error).__name__}; see --help")
+  return InputError(f"{where}{text or type(error).__name__}; see --help")
+
+
+def _line_of(error: BaseException | None, recipe: str) -> int | None:
+  """The line of a recipe at which an error was raised, or one that it came from; None where it was not there."""
+  name = os.path.realpath(recipe) if recipe else ""
+  while error is not None and name:
+    if isinstance(error, SyntaxError) and error.filename and os.path.realpath(error.filename) == name:
+      return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == name]
+    if lines:
+      return lines[-1]
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
-  """Refuses `--config.x=…` for an unknown x, before absl's parser answers with a traceback."""
+  """Rejects `--config.x=…` of an unknown x or of no value of its type, before absl's parser does in its words."""
   for argument in argv:
-    match = re.match(r"--config\.([\w.]+)", argument)
-    if match and match.group(1) not in config_lib.FIELDS:
-      raise config_lib.unknown_field(match.group(1))
+    match = re.match(r"--config\.([\w.]+)(?:=(.*))?$", argument, re.DOTALL)
+    if not match:
+      continue
+    name, text = match.groups()
+    if name not in config_lib.FIELDS:
+      raise config_lib.unknown_field(name)
+    field = config_lib.FIELDS[name]
+    if text is None or isinstance(field.default, (bool, str)):
+      continue
+    try:
+      type(field.default)(text)
+    except ValueError as error:
+      raise InputError(f"config.{name}={text!r}: must be {field.allowed()}") from error
 
 
-def describe_fields() -> str:
-  """All config fields for --help: default, meaning, what is allowed."""
+def section_of(name: str) -> str:
+  """The section of a field."""
+  return name.split(".")[0] if "." in name else OWN
+
+
+def describe_fields(sections: Sequence[str]) -> str:
+  """The config fields of some sections: default, meaning, what is allowed."""
   lines = []
   for name, field in config_lib.FIELDS.items():
+    if section_of(name) not in sections:
+      continue
     default = repr(field.default)
     if isinstance(field.default, float):
       default = f"{field.default:g}"

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import locale
+import logging
 import os
 import sys
 from typing import Any, TextIO
@@ -70,6 +71,22 @@ def _lossy(stream: TextIO | None) -> TextIO:
     line_buffering=getattr(stream, "line_buffering", False),
     write_through=getattr(stream, "write_through", False),
   )
+
+
+def hush_libraries() -> None:
+  """Keeps back what libraries print of a failure that they also raise, or that follows from one.
+
+  Where a checkpoint can't be written (a full disk, a quota), Orbax loses one task a tensor, each of which asyncio would
+  log, and TensorStore tells a loop that is closed already: hundreds of lines around the one that says what is wrong.
+  """
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  usual = sys.unraisablehook  # of what is raised where nobody can catch it, as in a callback from C++
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      usual(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def lost_output() -> OSError | None:

@@ -68,6 +68,19 @@ def whole_number(text: str, maximum: int = 2**31 - 1) -> int | None:
   return value if value <= maximum else None
 
 
+def integer_of(text: str) -> int | None:
+  """The whole number that a text writes, also as `1e3`, `1_000` or `-1`; None where it is none."""
+  try:
+    return int(text)
+  except ValueError:
+    pass
+  try:
+    value = float(text)
+  except ValueError:
+    return None
+  return int(value) if math.isfinite(value) and value.is_integer() else None
+
+
 def shown(value: Any, limit: int = 200) -> str:
   """A value of a file as an error shows it: on one line, without control characters, and not all of a large one."""
   try:

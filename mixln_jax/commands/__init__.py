@@ -9,6 +9,7 @@ COMMANDS = (
   "evaluate",
   "diagnose",
   "report",
+  "runs",
   "sweep",
   "plan",
   "prepare",

@@ -13,13 +13,17 @@ from mixln_jax.opening import open_run
 from mixln_jax.parallel import processes
 from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.facts import read_config
-from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.folder import PROFILE, RunFolder
 from mixln_jax.runs.outcome import DIVERGED, FINISHED, NON_FINITE, STOPPED, Outcome
 from mixln_jax.signals import STOPPED_STATUS
 from mixln_jax.text import printable
 from mixln_jax.training import finetune, loop
 from mixln_jax.training.divergence import MEANING, NOT_YET, is_below
 
+PROFILE_HINT = (
+  "pip install tensorboard-plugin-profile; tensorboard --logdir={folder}/profile; or open its .trace.json.gz in "
+  "ui.perfetto.dev"
+)
 STATUSES = {FINISHED: 0, DIVERGED: 0, STOPPED: STOPPED_STATUS, NON_FINITE: 1}
 
 
@@ -35,19 +39,29 @@ def train_command(doc: str, argv: list[str], *, needs_start: bool = False) -> in
     InputError: as `finetune.resolve` and `loop.train`, or an argument is missing.
   """
   line = CommandLine(doc)
-  line.config(required=False)
-  line.string("workdir", "the run's folder; a run that is there is resumed, without --config as it was", required=True)
+  line.config(required=False, of_run=config_of_run)
+  line.string(
+    "workdir",
+    "the run's folder; a run that is there is resumed, without --config as it was but for the fields that are given",
+    required=True,
+  )
   values = line.parse(argv)
   folder = RunFolder(values.workdir)
-  if values.config is None and not folder.has_run:
+  if values.config is None:
     raise InputError("--config is required for a new run, and --workdir holds none; see --help")
-  config, overrides = (read_config(folder), {}) if values.config is None else (line.config_value(), line.overrides())
+  config, overrides = line.config_value(), line.overrides()
   if needs_start and not config.train.start_from:
     raise InputError(
       "config.train.start_from is required: the folder of the run whose weights are fine-tuned (of `train`, or of "
       "`convert --input`)"
     )
   return train_here(config, overrides, folder)
+
+
+def config_of_run(workdir: str) -> Config | None:
+  """The config of the run in a folder; None where it holds none."""
+  folder = RunFolder(workdir)
+  return read_config(folder) if folder.has_run else None
 
 
 def train_here(config: Config, overrides: Mapping[str, Any], folder: RunFolder) -> int:
@@ -76,6 +90,8 @@ def train_here(config: Config, overrides: Mapping[str, Any], folder: RunFolder) 
       print(f"sample     {text!r}")
   if processes.is_first():
     print(printable(f"files      {folder.address}"))
+    if config.profile.num_steps and (folder / PROFILE).is_dir():
+      print(printable(f"profile    {PROFILE_HINT.format(folder=folder.address)}"))
   return STATUSES[outcome.status]
 
 

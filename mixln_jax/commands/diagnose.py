@@ -5,7 +5,10 @@ Jacobians, and how far the prediction of each depth is from the model's.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ TOKENS = 262_144  # the paper's 256K
 BLOCKS = (1, 2, 4)
 SWAP_TOKENS = 32_768  # L (L - 1) / 2 forward passes over them
 FILE = "diagnose.json"
+EVERY = 30.0  # seconds between lines in a log
 
 
 def main(argv: list[str]) -> int:
@@ -77,6 +81,8 @@ def main(argv: list[str]) -> int:
   if processes.is_first():
     print(json.dumps(result) if values.json else for_stdout(table(result, run.setup.table.layer_list)))
     if not values.json:
+      if run.step == 0 or run.config.train.start_from:  # a run of drawn weights has no checkpoint of step 0
+        print("initial    this run started from imported weights, or another run's; “initial” above is a fresh draw")
       print(f"wrote      {target.address}: {FILE} and {len(drawn)} figures")
   return 0
 
@@ -194,5 +200,22 @@ def _words(flag: str, text: str | None, known: Sequence[str], usual: Sequence[st
 
 
 def _bar(batches: Iterable[Any], stage: str) -> Iterable[Any]:
-  """Shows in a terminal how far a stage is."""
-  return tqdm(batches, desc=f"{stage:20}", unit="batch", disable=None if processes.is_first() else True, leave=False)
+  """Shows how far a stage is, and the time left of it: a bar in a terminal, now and then a line in a log."""
+  if not processes.is_first():
+    return batches
+  if sys.stderr.isatty():
+    return tqdm(batches, desc=f"{stage:20}", unit="batch", leave=False)
+  return _logged(list(batches), stage)
+
+
+def _logged(batches: list[Any], stage: str) -> Iterator[Any]:
+  """The batches; prints a line at the first, the last, and every half a minute between."""
+  started = said = time.monotonic()
+  for number, batch in enumerate(batches):
+    now = time.monotonic()
+    if number == 0 or now - said >= EVERY:
+      left = "?" if number == 0 else str(timedelta(seconds=round((now - started) / number * (len(batches) - number))))
+      print(f"{stage:20} {number}/{len(batches)} batches  left {left}", file=sys.stderr, flush=True)
+      said = now
+    yield batch
+  print(f"{stage:20} done in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)

@@ -53,12 +53,13 @@ def _on_validation(run: OpenRun) -> list[str]:
   entropy = unigram_entropy(rows)
   distance = evaluation.loss - entropy
   side = "above" if distance > 0 else "below"
-  metrics = evaluation.metrics(official_compat=True)
+  compat = config.evaluate.official_compat  # two perplexities that nobody asked for would be taken for one another
+  metrics = evaluation.metrics(official_compat=compat)
   divergence = Divergence(config, run.metrics(), run.step - 1)
   divergence.evaluated(run.step, evaluation.loss, entropy)
   word = "diverged" if divergence.diverged else "learning"
   return [
-    f"validation step {run.step}  {evaluation.describe(official_compat=True)}",
+    f"validation step {run.step}  {evaluation.describe(official_compat=compat)}",
     f"{word:<10} {MEANING[divergence.state or NOT_YET]}",
     f"unigram entropy of the same labels {entropy:.4f}; the model is {abs(distance):.4f} nats {side} it",
     json.dumps({"step": run.step, "unigram_entropy": entropy, "diverged": divergence.diverged, **metrics}),

@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 
+from mixln_jax import signals
 from mixln_jax.command_line import CommandLine
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.planning import plan as planning
 from mixln_jax.planning import text, topology
-from mixln_jax.planning.search import search
+from mixln_jax.planning.search import Tried, ranked, search
 from mixln_jax.planning.topology import MissingLibtpuError
 from mixln_jax.training.finetune import follow_model, pin
 
@@ -77,15 +78,28 @@ def _show(plan: planning.Plan, *, as_json: bool) -> None:
 
 
 def _search(config: Config, shape: topology.Topology, devices: list[Any], values: Any) -> int:
-  tried = search(
-    config,
-    shape,
-    devices,
-    max_compilations=values.search_compilations,
-    efficiency=values.efficiency,
-    report=lambda one: print(one, file=sys.stderr, flush=True),
-  )
-  if values.json:
+  found: list[Tried] = []
+  try:
+    tried = search(
+      config,
+      shape,
+      devices,
+      max_compilations=values.search_compilations,
+      efficiency=values.efficiency,
+      report=lambda one: print(one, file=sys.stderr, flush=True),
+      tried=found,
+    )
+  except (signals.Stopped, KeyboardInterrupt):
+    if found:
+      print("stopped: the ranking of what was compiled so far", file=sys.stderr)
+      _show_ranking(ranked(found), as_json=values.json)
+    raise
+  _show_ranking(tried, as_json=values.json)
+  return FITS if tried and not tried[0].reason else DOES_NOT_FIT
+
+
+def _show_ranking(tried: list[Tried], *, as_json: bool) -> None:
+  if as_json:
     rows = [
       {**one.candidate._asdict(), "mesh": dict(one.candidate.mesh), "flags": one.candidate.flags, "reason": one.reason}
       | {"plan": one.plan and one.plan.to_json()}
@@ -94,4 +108,3 @@ def _search(config: Config, shape: topology.Topology, devices: list[Any], values
     print(json.dumps(rows, indent=1))
   else:
     print(text.describe_search(tried))
-  return FITS if tried and not tried[0].reason else DOES_NOT_FIT

@@ -1,6 +1,7 @@
 """Turn text into records of tokens: tokenizer, shards and a manifest; what is there is reused."""
 
 from mixln_jax.command_line import CommandLine
+from mixln_jax.commands._training import config_of_run
 from mixln_jax.data.prepare import prepare, train_tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.runs.remote import writable_place
@@ -9,7 +10,8 @@ from mixln_jax.training.finetune import follow
 
 def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
-  line.config()
+  line.config(required=False, of_run=config_of_run, sections=("data", "model", "train"))
+  line.string("workdir", "instead of --config: a run's folder, for the data that its config names")
   line.integer("workers", "processes; by default one a core", minimum=1)
   line.string(
     "train_tokenizer",
@@ -17,6 +19,8 @@ def main(argv: list[str]) -> int:
   )
   line.integer("tokenizer_size", "its vocabulary", default=32_000, minimum=259)
   values = line.parse(argv)
+  if values.config is None:
+    raise InputError("--config is required, or --workdir=RUN of a run that is there; see --help")
   config = line.config_value()
   if values.train_tokenizer is not None:
     with writable_place(values.train_tokenizer, "train_tokenizer") as path:

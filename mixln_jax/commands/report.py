@@ -18,26 +18,30 @@ WEIGHTS = r"checkpoints/\d+/(params|rest)/"  # what a report does not read
 
 def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
-  line.strings("workdir", "a run's folder, once for each run; or the folder of a study", required=True)
+  line.positional("FOLDER …", "folders, each of a run, of a study, or of runs and studies: work/runs/*, or work/runs")
+  line.strings("workdir", "such a folder too; the flag may be given several times")
   line.string("output", "the folder to write report.html, figures/ and tables/ to", required=True)
-  line.string("baseline", "the placement that the others are compared with", default="pre")
+  line.string("baseline", "the placement that the others are compared with; by default pre, else the first one")
   values = line.parse(argv)
+  places = [*line.rest, *(values.workdir or ())]
+  if not places:
+    raise InputError("no folder is given: name those of the runs, as in `report work/runs/*`, or --workdir; see --help")
   # Reading checkpoints' facts must not take an accelerator from a run that trains on this machine.
   jax.config.update("jax_platforms", "cpu")
   with contextlib.ExitStack() as stack:
-    workdirs = [stack.enter_context(readable_place(workdir, "workdir", skip=WEIGHTS)) for workdir in values.workdir]
+    workdirs = [stack.enter_context(readable_place(workdir, "workdir", skip=WEIGHTS)) for workdir in places]
     output = stack.enter_context(writable_place(values.output, "output"))
-    return _report(workdirs, output, values, line.was_given("baseline"))
+    return _report(workdirs, output, values)
 
 
-def _report(workdirs: list[Path], output: Path, values: Any, baseline_given: bool) -> int:
+def _report(workdirs: list[Path], output: Path, values: Any) -> int:
   # Here, since the drawing libraries take seconds and nothing else needs them.
   from mixln_jax.reporting.loading import load
   from mixln_jax.reporting.page import write_report
 
   material = load([str(workdir) for workdir in workdirs])
   placements = list(dict.fromkeys(run.placement for run in material.runs))
-  if baseline_given and values.baseline not in placements:
+  if values.baseline is not None and values.baseline not in placements:
     raise InputError(f"--baseline={values.baseline}: no run has this placement; choices: {', '.join(placements)}")
   report = write_report(material, output, values.baseline)
   for problem in [*material.problems, *(text for run in material.runs for text in run.problems)]:

@@ -4,6 +4,7 @@ The same command again resumes it, with what is missing; more machines may run i
 Exit status: 0 all runs are done; 1 a run failed; 75 stopped by a signal, or others still train.
 """
 
+import shlex
 import sys
 
 import jax
@@ -18,6 +19,7 @@ from mixln_jax.runs.outcome import STOPPED
 from mixln_jax.signals import STOPPED_STATUS
 from mixln_jax.sweeps import sequence
 from mixln_jax.sweeps.joint import joint_set, train_together
+from mixln_jax.sweeps.progress import StudyProgress
 from mixln_jax.sweeps.record import Held, hold_against, write_curves
 from mixln_jax.sweeps.study import Run, Study, load_study, make_study, parse_axes
 from mixln_jax.text import printable
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> int:
     "FIELD=VALUE VALUE …, one flag an axis; the runs are their product. Fields that move together: "
     "'num_layers;embed_dim=8;128 16;96'. By default the STUDY that the recipe defines (configs/studies/)",
   )
-  line.integer("index", "train only the run of this number (from 0), as in a job array", minimum=0)
+  line.integer("index", "train only the run of this number (from 1, as --list shows it), as in a job array", minimum=1)
   line.boolean("together", "train all runs as one program; --config.mesh.run cuts them over devices")
   line.boolean("list", "only show the runs and how they stand")
   line.string("export", "only write the curves of the runs to this CSV file")
@@ -44,8 +46,8 @@ def main(argv: list[str]) -> int:
   study = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
   study = sequence.with_second_stage(study, values.workdir)
   runs = study.runs(values.workdir)
-  if values.index is not None and values.index >= len(runs):
-    raise InputError(f"--index={values.index}: the study has {len(runs)} runs; the last one is {len(runs) - 1}")
+  if values.index is not None and values.index > len(runs):
+    raise InputError(f"--index={values.index}: the study has {len(runs)} runs; the last one is {len(runs)}")
   if values.index is not None and values.together:
     raise InputError("--index and --together exclude one another: together all runs are one program")
   if not values.together:
@@ -63,9 +65,9 @@ def main(argv: list[str]) -> int:
   for config in {run.config.data.to_json(): run.config for run in runs}.values():
     open_data(config)  # what is not prepared is said before anything is trained
   runs = sequence.open_study(study, values.workdir, write=not values.together or processes.is_first())
-  mine = runs if values.index is None else [runs[values.index]]
+  mine = runs if values.index is None else [runs[values.index - 1]]
   if values.together:
-    return _train_together(study, runs)
+    return _train_together(study, runs, values.workdir)
   failed = _train(mine, runs)
   more = sequence.with_second_stage(study, values.workdir)
   if values.index is None and len(more.grids) > len(study.grids):
@@ -74,13 +76,14 @@ def main(argv: list[str]) -> int:
     failed += _train(mine, runs)
   _show(runs, mine)
   print(f"weights    initial, {sequence.weights_line(runs)}")
+  _say_how_to_report(values.workdir)
   if failed:
     print(f"error: {len(failed)} runs failed: {', '.join(failed)}; see their {sequence.LOG}", file=sys.stderr)
     return 1
   return 0 if all(sequence.state_of(run).state == sequence.DONE for run in mine) else STOPPED_STATUS
 
 
-def _train_together(study: Study, runs: list[Run]) -> int:
+def _train_together(study: Study, runs: list[Run], workdir: str) -> int:
   use_compile_cache()
   with processes.failing_together():
     outcomes = []
@@ -94,6 +97,7 @@ def _train_together(study: Study, runs: list[Run]) -> int:
       print("study      its first runs are done; the same command again trains the second stage")
     _show(runs, runs)
     print(f"weights    initial, {sequence.weights_line(runs)}")
+    _say_how_to_report(workdir)
   return STOPPED_STATUS if any(outcome.status == STOPPED for outcome in outcomes) else 0
 
 
@@ -101,16 +105,23 @@ def _train(mine: list[Run], runs: list[Run]) -> list[str]:
   """Trains what is open; returns the names of the runs that failed."""
   tried: set[str] = set()
   failed = []
+  progress = StudyProgress(sum(sequence.steps_left(run) for run in mine))
   while (run := sequence.next_run(mine, tried)) is not None:
     tried.add(run.name)
     print(f"run        {runs.index(run) + 1}/{len(runs)} {run.name}", flush=True)
+    progress.start_run()
     with tqdm(total=run.config.train.num_steps, unit="step", dynamic_ncols=True, disable=None) as bar:
 
       def seen(text: str, bar: tqdm = bar) -> None:
-        words = text.split(maxsplit=2)
-        if words[:1] == ["step"] and len(words) == 3:
-          bar.set_postfix_str(words[2][:60], refresh=False)
-          bar.update(int(words[1].split("/")[0]) - bar.n)
+        stands = progress.seen(text)
+        if stands is None:
+          return
+        step, _, rest = stands.partition("  ")
+        if not bar.disable:
+          bar.set_postfix_str(rest, refresh=False)
+          bar.update(int(step.removeprefix("step ").split("/")[0]) - bar.n)
+        elif progress.is_due():
+          print(f"           {printable(stands)}", flush=True)
 
       status = sequence.train_run(run, seen)
     print(f"           {sequence.state_of(run).describe()}", flush=True)
@@ -119,6 +130,12 @@ def _train(mine: list[Run], runs: list[Run]) -> list[str]:
       print(f"           exit status {status}: {printable(_last_line(run))}", flush=True)
     sequence.weights_line(runs)
   return failed
+
+
+def _say_how_to_report(workdir: str) -> None:
+  folder = workdir.rstrip("/")
+  command = shlex.join(["python", "-m", "mixln_jax", "report", folder, f"--output={folder}/report"])
+  print(printable(f"report     {command}"))
 
 
 def _compare(held: list[Held], tolerance: float) -> int:
@@ -139,5 +156,5 @@ def _show(runs: list[Run], shown: list[Run]) -> None:
   """Prints how runs of a study ended, each with its number in the study."""
   width = max(len(run.name) for run in shown)
   for run in shown:
-    number = runs.index(run)
+    number = runs.index(run) + 1
     print(f"{number:>4}  {run.name:<{width}}  {sequence.state_of(run).describe()}")

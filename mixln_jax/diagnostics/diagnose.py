@@ -181,7 +181,7 @@ def table(result: Mapping[str, Any], layer_list: str) -> str:
   distance, removed, norms = result["angular_distance"], result["removal"], result["gradient_norm"]
   num_layers, scores = len(layer_list.split()), removed.get("scores")
   columns = [
-    (("", "layer"), [*map(str, range(num_layers)), "end"]),
+    (("", "layer"), [*map(str, range(1, num_layers + 1)), "end"]),
     (("", "placement"), layer_list.split()),
     (("angular dist.", "last token"), _cells((row[0] for row in distance["last"]), ".4f")),
     (("to the next,", "all tokens"), _cells((row[0] for row in distance["all"]), ".4f")),

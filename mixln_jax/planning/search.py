@@ -74,6 +74,7 @@ def search(
   max_compilations: int,
   efficiency: float,
   report: Callable[[str], None],
+  tried: list[Tried] | None = None,
 ) -> list[Tried]:
   """Compiles up to `max_compilations` candidates, the config as it is first, then the most promising.
 
@@ -87,11 +88,12 @@ def search(
     max_compilations: how many candidates are compiled.
     efficiency: fraction of the peak that is assumed.
     report: gets a line for each compilation.
+    tried: an empty list that gets each candidate when it is known; a search that is stopped leaves them there.
 
   Returns:
-    All candidates; first those that fit, the fastest by estimate before the others.
+    All candidates, `ranked`.
   """
-  tried: list[Tried] = []
+  tried = [] if tried is None else tried
   compilations = 0
   own = _own(config, topology)
   for candidate, plan, reason in _ordered(config, topology, efficiency, own):
@@ -107,6 +109,11 @@ def search(
       result = _try(candidate, plan, devices)
       report(f"[{compilations}/{max_compilations}] {candidate.label}: {_outcome(result)}")
     tried.append(result)
+  return ranked(tried)
+
+
+def ranked(tried: Sequence[Tried]) -> list[Tried]:
+  """First those that fit, the fastest by estimate before the others; then all others."""
   fitting = sorted((one for one in tried if _fits(one)), key=lambda one: one.rank)
   return fitting + [one for one in tried if not _fits(one)]
 

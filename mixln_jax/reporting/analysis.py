@@ -1,18 +1,20 @@
 """All that a report says, before it is drawn."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mixln_jax.reporting import comparison, depth, tables
-from mixln_jax.reporting.comparison import Standing, baseline_of
+from mixln_jax.reporting.comparison import Standing
 from mixln_jax.reporting.evidence import Absent, all_figures
 from mixln_jax.reporting.fairness import Finding, find
 from mixln_jax.reporting.groups import Group, make_groups
+from mixln_jax.reporting.headline import Headline, difference_figure, make_headline
 from mixln_jax.reporting.loading import Material
 from mixln_jax.reporting.panels import Figure
 from mixln_jax.reporting.source import Source
-from mixln_jax.reporting.tables import TextTable, difference_and_interval, mean_and_std
+from mixln_jax.reporting.tables import TextTable
+
+DEFAULT_BASELINE = "pre"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +27,12 @@ class Analysis:
     groups: of the runs.
     rows: a row of the perplexity table for each group.
     source: what the figures are made of.
-    figures: those that the runs have the inputs for.
+    difference: the one picture of the answer; None where nothing can be compared.
+    sections: the figures that the runs have the inputs for, by section.
     absent: all others.
     findings: whether the runs are comparable.
     tables: all of them.
-    headline: the result in a sentence or two.
+    headline: the answer.
   """
 
   material: Material
@@ -37,27 +40,50 @@ class Analysis:
   groups: Sequence[Group]
   rows: Sequence[Standing]
   source: Source
-  figures: Sequence[Figure]
+  difference: Figure | None
+  sections: Mapping[str, Sequence[Figure]]
   absent: Sequence[Absent]
   findings: Sequence[Finding]
   tables: Sequence[TextTable]
-  headline: str
+  headline: Headline
+
+  @property
+  def figures(self) -> list[Figure]:
+    """All of them, in the order of the page."""
+    first = [] if self.difference is None else [self.difference]
+    return first + [figure for figures in self.sections.values() for figure in figures]
+
+  @property
+  def comparable(self) -> bool:
+    return not any(finding.level == "unfair" for finding in self.findings)
+
+  @property
+  def answer(self) -> str:
+    """The headline in one line. Of runs that are not comparable it says so first."""
+    return self.headline.text if self.comparable else f"NOT COMPARABLE, see why: {self.headline.text}"
 
 
-def analyze(material: Material, baseline: str = "pre") -> Analysis:
-  """Compares the runs; `baseline` is the placement that the others are compared with."""
+def analyze(material: Material, baseline: str | None = None) -> Analysis:
+  """Compares the runs.
+
+  Args:
+    material: what was read.
+    baseline: the placement that the others are compared with; by default `pre`, or the first one where no run has it.
+  """
   material = _by_group(material)
   runs = material.runs
   groups = make_groups(material)
+  if baseline is None:
+    placements = [group.placement for group in groups]
+    baseline = DEFAULT_BASELINE if DEFAULT_BASELINE in placements else placements[0]
   rows = comparison.standings(runs, groups, baseline)
   source = Source(runs, groups, rows, comparison.featured(groups, rows))
-  figures, absent = all_figures(source)
-  made = [tables.perplexity_table(rows, baseline)]
-  best_rates = comparison.best_by_learning_rate(rows)
-  if best_rates:
-    made.append(tables.best_rates_table(best_rates))
+  headline = make_headline(rows, baseline)
+  sections, absent = all_figures(source)
+  difference = difference_figure(source, headline)
+  made = [tables.summary_table(headline), tables.perplexity_table(rows, baseline)]
   by_depth = depth.depth_table(source)
-  if by_depth:
+  if by_depth is not None:
     made.append(by_depth)
   made += [tables.runs_table(runs), tables.differences_table(runs), tables.environment_table(runs)]
   return Analysis(
@@ -66,11 +92,12 @@ def analyze(material: Material, baseline: str = "pre") -> Analysis:
     groups=groups,
     rows=rows,
     source=source,
-    figures=figures,
+    difference=difference if difference.panels else None,
+    sections=sections,
     absent=absent,
     findings=find(material, groups),
     tables=made,
-    headline=summarize(rows, baseline),
+    headline=headline,
   )
 
 
@@ -78,39 +105,3 @@ def _by_group(material: Material) -> Material:
   """The runs in the order of their groups."""
   order = [index for group in make_groups(material) for index in group.runs]
   return dataclasses.replace(material, runs=[material.runs[index] for index in order])
-
-
-def summarize(rows: Sequence[Standing], baseline: str) -> str:
-  """The lowest mean perplexity, and whether the seeds tell it from the baseline."""
-  evaluated = [row for row in rows if row.counted]
-  if not evaluated:
-    return "No run has been evaluated after its last step yet."
-  best = min(evaluated, key=lambda row: row.loss.mean if row.loss else math.inf)
-  seeds = "one seed" if best.counted == 1 else f"{best.counted} seeds"
-  text = f"Lowest validation perplexity: {best.group.label}, {mean_and_std(best.perplexity, 2)} ({seeds})."
-  if best.group.placement == baseline:
-    return f"{text} It is the baseline.{_not_counted(best)}"
-
-  not_counted = _not_counted(best)
-  base_group = baseline_of(best.group, [row.group for row in rows], baseline)
-  for row in rows:
-    if row.group is base_group:
-      not_counted += _not_counted(row)
-  difference = best.perplexity_difference
-  if difference is None:
-    return f"{text} There is no {baseline} run of equal settings and seeds to compare it with.{not_counted}"
-  text += f" Against {best.baseline}: {difference_and_interval(difference, 2)}"
-  if difference.interval is None:
-    return f"{text}.{not_counted}"
-  low, high = difference.interval
-  verdict = "the interval excludes 0"
-  if low <= 0 <= high:
-    verdict = "the interval contains 0, so these seeds do not tell them apart"
-  return f"{text}, {comparison.CONFIDENCE:.0%} interval of {difference.n} paired runs; {verdict}.{not_counted}"
-
-
-def _not_counted(row: Standing) -> str:
-  """What a mean does not show: the runs of a group that did not count, or diverged."""
-  if row.counted == row.planned and not row.diverged:
-    return ""
-  return f" {row.counted} of {row.planned} runs of {row.group.label} counted; {row.diverged} diverged."

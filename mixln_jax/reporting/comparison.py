@@ -18,6 +18,8 @@ from mixln_jax.reporting.loading import ReportedRun
 from mixln_jax.text import perplexity
 
 CONFIDENCE = 0.95
+POWER = 0.8  # the usual one, of which numbers of seeds are computed
+MOST_SEEDS = 1000  # more than so many are not counted
 ROUNDING = 1e-12  # relative; losses that differ by less are equal: far above fp64's rounding, far below any effect
 
 
@@ -32,11 +34,12 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Mean of n paired differences and Student's confidence interval, None where n < 2 or where all are equal."""
+  """Mean of n paired differences, and where n > 1 and they are not all equal Student's interval and their std."""
 
   n: int
   mean: float
   interval: tuple[float, float] | None
+  std: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Standing:
     diverged: how many of them stopped at numbers that are not finite, or are at the unigram entropy.
     losses: final validation loss in nats a token, indexed by the seeds, of the runs that did all their steps and have a
       finite loss.
+    bits: bits a byte of the same runs; of those that have it.
     loss: their mean and std; None where there are none.
     perplexity: of exp(loss), run by run.
     baseline: label of the group that it is compared with, or None.
@@ -59,6 +63,7 @@ class Standing:
   planned: int
   diverged: int
   losses: pd.Series
+  bits: pd.Series = dataclasses.field(default_factory=lambda: pd.Series(dtype=float))
   loss: Spread | None = None
   perplexity: Spread | None = None
   baseline: str | None = None
@@ -103,18 +108,51 @@ def paired_difference(ours: Any, baseline: Any, confidence: float = CONFIDENCE) 
   if len(differences) < 2 or np.ptp(differences) <= rounding:
     return Difference(len(differences), mean, None)
   interval = stats.ttest_rel(ours, baseline).confidence_interval(confidence)
-  return Difference(len(differences), mean, (float(interval.low), float(interval.high)))
+  return Difference(len(differences), mean, (float(interval.low), float(interval.high)), float(differences.std(ddof=1)))
+
+
+def seeds_needed(mean: float, std: float, power: float = POWER, most: int = MOST_SEEDS) -> int | None:
+  """The pairs with which a paired t-test shows a difference of this mean and std with this power.
+
+  Args:
+    mean: of the differences, if it is what it seems.
+    std: of the differences.
+    power: the probability that the interval excludes 0.
+    most: None is returned where more than so many are needed.
+  """
+  if mean == 0:
+    return None
+
+  def power_of(n: int) -> float:
+    limit = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    noncentrality = abs(mean) * math.sqrt(n) / std
+    return float(stats.nct.sf(limit, n - 1, noncentrality))
+
+  low, high = 1, 2  # power rises with n: the smallest n is found by halving
+  while power_of(high) < power:
+    if high >= most:
+      return None
+    low, high = high, min(2 * high, most)
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if power_of(middle) < power else (low, middle)
+  return high
 
 
 def final_losses(runs: Sequence[ReportedRun], group: Group) -> pd.Series:
   """Final validation losses of a group's runs, indexed by their seeds; of runs with equal seeds the first counts."""
-  losses: dict[tuple[Any, ...], float] = {}
+  return final_values(runs, group, "loss")
+
+
+def final_values(runs: Sequence[ReportedRun], group: Group, name: str) -> pd.Series:
+  """As `final_losses`, of any metric of the last validation."""
+  values: dict[tuple[Any, ...], float] = {}
   for index in group.runs:
-    loss = runs[index].final_loss
-    if loss is not None:
-      losses.setdefault(seeds_of(runs[index]), loss)
-  index = pd.MultiIndex.from_tuples(list(losses), names=SEED_FIELDS)
-  return pd.Series(list(losses.values()), index, dtype=float)
+    value = runs[index].at_end(name)
+    if value is not None:
+      values.setdefault(seeds_of(runs[index]), value)
+  index = pd.MultiIndex.from_tuples(list(values), names=SEED_FIELDS)
+  return pd.Series(list(values.values()), index, dtype=float)
 
 
 def standings(runs: Sequence[ReportedRun], groups: Sequence[Group], baseline: str) -> list[Standing]:
@@ -122,7 +160,8 @@ def standings(runs: Sequence[ReportedRun], groups: Sequence[Group], baseline: st
   rows = []
   for group in groups:
     diverged = sum(runs[index].diverged for index in group.runs)
-    row = Standing(group, len(group.runs), diverged, final_losses(runs, group))
+    bits = final_values(runs, group, "bits_per_byte")
+    row = Standing(group, len(group.runs), diverged, final_losses(runs, group), bits)
     rows.append(_compared(row, baseline_of(group, groups, baseline), runs))
   return rows
 
@@ -158,14 +197,30 @@ def best_by_learning_rate(rows: Sequence[Standing]) -> list[BestRate]:
 
   Placements whose rates share no seed with a loss have no best rate.
   """
-  tried = [row for row in rows if LEARNING_RATE_FIELD in row.group.setting and (row.counted or row.diverged)]
-  families = grouped(tried, lambda row: (row.group.placement, *row.group.setting_but(LEARNING_RATE_FIELD).items()))
-  best = [_best_rate(family) for family in families.values()]
+  tried = [row for row in rows if LEARNING_RATE_FIELD in row.group.setting]
+  best = [best_rate(family) for family in families(tried)]
   return [one for one in best if one is not None]
 
 
-def _best_rate(family: Sequence[Standing]) -> BestRate | None:
-  by_rate = sorted(family, key=lambda row: sort_key(row.group.setting[LEARNING_RATE_FIELD]))
+def families(rows: Sequence[Standing]) -> list[list[Standing]]:
+  """The rows that differ only in the learning rate."""
+
+  def but_the_rate(row: Standing) -> tuple[Any, ...]:
+    return row.group.placement, *row.group.setting_but(LEARNING_RATE_FIELD).items()
+
+  return list(grouped(rows, but_the_rate).values())
+
+
+def tried_rates(family: Sequence[Standing]) -> list[Any]:
+  """The learning rates at which something was trained to an end, sorted; a family without rates has none."""
+  rates = {row.group.setting.get(LEARNING_RATE_FIELD) for row in family if row.counted or row.diverged}
+  return sorted(rates - {None}, key=sort_key)
+
+
+def best_rate(family: Sequence[Standing]) -> BestRate | None:
+  """The best of rows that differ only in the learning rate, or not at all; None where they share no seed."""
+  tried = [row for row in family if row.counted or row.diverged]
+  by_rate = sorted(tried, key=lambda row: sort_key(row.group.setting.get(LEARNING_RATE_FIELD, 0)))
   losses = {number: row.losses for number, row in enumerate(by_rate) if row.counted}
   if not losses:
     return None
@@ -186,7 +241,7 @@ def _best_rate(family: Sequence[Standing]) -> BestRate | None:
 
 
 def featured(groups: Sequence[Group], rows: Sequence[Standing], most: int = 8) -> list[Group]:
-  """The groups whose layers are drawn: all, or if there are more than `most` the best one of each placement."""
+  """The groups whose curves and layers are drawn: all, or of more than `most` the best one of each placement."""
   if len(groups) <= most:
     return list(groups)
   mean_loss = {row.group.label: row.loss.mean if row.loss else math.inf for row in rows}

@@ -1,58 +1,60 @@
-"""Curves over steps, from metrics.jsonl."""
+"""Curves over steps, from metrics.jsonl: the mean of each group, with a band, and its single seeds on demand."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
+from mixln_jax.reporting.groups import Group
 from mixln_jax.reporting.loading import ReportedRun
 from mixln_jax.reporting.panels import Figure, Panel, Series
-from mixln_jax.reporting.source import Source, make_figure
-from mixln_jax.text import perplexity
+from mixln_jax.reporting.source import Source, make_figure, mean_label
 
 MAX_POINTS = 250  # of a curve; more would only make the page heavy
-THINNED = f"Each point of a curve of more than {MAX_POINTS} steps is the mean of several neighbouring steps."
+THINNED = f"A curve of more than {MAX_POINTS} steps is drawn as means over pieces of equally many steps."
 DIVERGED = "A cross ends a run that diverged."
+BAND = "Lines are means over seeds, up to the last step that all of them have; bands are one standard deviation."
 
 
 def loss_curves(source: Source) -> Figure:
   """Training and validation loss."""
   caption = (
     "Cross-entropy in nats a counted token (metrics.jsonl): of each training batch before its update, and over the "
-    f"fixed validation set. {THINNED} {DIVERGED}"
+    f"fixed validation set.{_notes(source)}"
   )
   train = _curves(source, _train, "loss")
   validation = _curves(source, _validation, "loss")
+  steps = sorted({x for line in validation for x in line.x})
   panels = [
-    Panel("training", "step", "loss (nats)", train, show_markers=False),
-    Panel("validation", "step", "loss (nats)", validation),
+    Panel("training", "step", "loss (nats)", train, show_markers=False, x_ticks=steps),
+    Panel("validation", "step", "loss (nats)", validation, x_ticks=steps),
   ]
-  return _legend_of_groups(source, make_figure("loss", "Loss", caption, panels))
-
-
-def perplexity_curves(source: Source) -> Figure:
-  """The exponential of the loss."""
-  caption = f"exp(loss), on a logarithmic scale: of the training batch, and of the validation set. {THINNED} {DIVERGED}"
-  train = _curves(source, _train, "loss", perplexity)
-  validation = _curves(source, _validation, "loss", perplexity)
-  panels = [
-    Panel("training", "step", "perplexity", train, log_y=True, show_markers=False),
-    Panel("validation", "step", "perplexity", validation, log_y=True),
-  ]
-  return _legend_of_groups(source, make_figure("perplexity", "Perplexity", caption, panels))
+  return make_figure("loss", "Loss", caption, panels)
 
 
 def gradient_norm_curve(source: Source) -> Figure:
   """Global gradient norm by step."""
   caption = (
     "Global norm of the gradient of the mean loss, all parameters, before clipping (metrics.jsonl). The table of runs "
-    f"counts the updates that were skipped because their loss or gradient was not finite. {THINNED}"
+    f"counts the updates that were skipped because their loss or gradient was not finite.{_notes(source)}"
   )
   series = _curves(source, _train, "gradient_norm")
-  panel = Panel("all parameters", "step", "gradient norm", series, log_y=True, show_markers=False)
-  return _legend_of_groups(source, make_figure("gradient_norm", "Gradient norm by step", caption, [panel]))
+  steps = sorted({float(step) for run in source.runs for step in run.validation["step"]})
+  panel = Panel("", "step", "gradient norm", series, log_y=True, show_markers=False, x_ticks=steps)
+  return make_figure("gradient_norm", "Gradient norm by step", caption, [panel])
+
+
+def _notes(source: Source) -> str:
+  """How the curves of these runs are to be read."""
+  notes = []
+  if any(len(group.runs) > 1 for group in source.featured):
+    notes.append(BAND)
+  if any(len(run.train) > MAX_POINTS for run in source.runs):
+    notes.append(THINNED)
+  if any(run.diverged for run in source.runs):
+    notes.append(DIVERGED)
+  return "".join(f" {note}" for note in notes)
 
 
 def _train(run: ReportedRun) -> pd.DataFrame:
@@ -64,45 +66,59 @@ def _validation(run: ReportedRun) -> pd.DataFrame:
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[list[float], list[float]]:
-  """At most `most` points: means of neighbouring ones, without values that are not finite; NaN where none is finite."""
-  if len(x) <= most:
+  """At most `most` points, each the mean of equally many neighbours; NaN where none of them is finite.
+
+  Pieces of unequal size would change the noise of a curve in the middle. A rest that fills no piece is left out where
+  it is less than half of one, since its mean would be noisier than all others.
+  """
+  size = math.ceil(len(x) / most)
+  if size <= 1:
     return x.tolist(), y.tolist()
+  pieces = len(x) // size + (1 if len(x) % size > size / 2 else 0)
   thin_x, thin_y = [], []
-  for some_x, some_y in zip(np.array_split(x, most), np.array_split(y, most), strict=True):
+  for piece in range(pieces):
+    some_x, some_y = x[piece * size : (piece + 1) * size], y[piece * size : (piece + 1) * size]
     finite = some_y[np.isfinite(some_y)]
     thin_x.append(float(some_x.mean()))
     thin_y.append(float(finite.mean()) if finite.size else math.nan)
   return thin_x, thin_y
 
 
-def _curves(
-  source: Source,
-  metrics_of: Callable[[ReportedRun], pd.DataFrame],
-  name: str,
-  change: Callable[[float], float] | None = None,
-) -> list[Series]:
-  """One line a run of the metric `name`; the last point of a run that diverged is marked."""
-  curves = []
-  for index, run in enumerate(source.runs):
-    metrics = metrics_of(run)
-    if name not in metrics or metrics.empty:
-      continue
-    values = metrics[name] if change is None else metrics[name].map(change)
-    x, y = thin(metrics["step"].to_numpy(), values.to_numpy())
-    finite = [position for position, value in enumerate(y) if math.isfinite(value)]
-    if not finite:
-      continue
-    marked: Sequence[int] = ()
-    notes: Sequence[str] = ()
-    if run.diverged:
-      last = finite[-1]
-      marked = [last]
-      notes = ["diverged" if position == last else "" for position in range(len(x))]
-    style = source.group_of(index).style
-    curves.append(Series(source.run_label(index), x, y, style, (index,), notes=notes, marked=marked))
-  return curves
+def _curves(source: Source, metrics_of: Callable[[ReportedRun], pd.DataFrame], name: str) -> list[Series]:
+  """The curves of the metric `name`: a line for each featured group, and of one of several runs also one for each."""
+  means, details = [], []
+  for group in source.featured:
+    curves: dict[int, pd.Series] = {}
+    for index in group.runs:
+      metrics = metrics_of(source.runs[index])
+      if name in metrics and np.isfinite(metrics[name]).any():
+        curves[index] = pd.Series(metrics[name].to_numpy(), metrics["step"].to_numpy())
+    if len(curves) == 1:
+      means += [_single(source, index, curve) for index, curve in curves.items()]
+    elif curves:
+      means.append(_mean(group, curves))
+      details += [_single(source, index, curve, detail=True) for index, curve in curves.items()]
+  return [*means, *details]
 
 
-def _legend_of_groups(source: Source, figure: Figure) -> Figure:
-  """The figure with a legend that names groups, not each of their runs."""
-  return dataclasses.replace(figure, group_names={group.style: group.label for group in source.groups})
+def _mean(group: Group, curves: dict[int, pd.Series]) -> Series:
+  """Mean and standard deviation over runs, at the steps that all of them have."""
+  together = pd.concat(curves, axis="columns", join="inner").sort_index()
+  steps = together.index.to_numpy(float)
+  x, y = thin(steps, together.mean(axis="columns", skipna=False).to_numpy(float))
+  _, std = thin(steps, together.std(axis="columns", skipna=False).to_numpy(float))
+  return Series(mean_label(group.label, len(curves)), x, y, group.style, list(curves), std, band=True)
+
+
+def _single(source: Source, index: int, curve: pd.Series, *, detail: bool = False) -> Series:
+  """One run; the last point of one that diverged is marked."""
+  x, y = thin(curve.index.to_numpy(float), curve.to_numpy(float))
+  finite = [position for position, value in enumerate(y) if math.isfinite(value)]
+  marked: Sequence[int] = ()
+  notes: Sequence[str] = ()
+  if source.runs[index].diverged and finite:
+    last = finite[-1]
+    marked = [last]
+    notes = ["diverged" if position == last else "" for position in range(len(x))]
+  style = source.group_of(index).style
+  return Series(source.run_label(index), x, y, style, (index,), notes=notes, marked=marked, detail=detail)

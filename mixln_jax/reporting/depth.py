@@ -180,8 +180,9 @@ def depth_table(source: Source) -> TextTable | None:
   if not found:
     return None
   depths = sorted({rung.depth for ladder in found for rung in ladder.rungs})
-  rows = []
+  rows, data = [], []
   for ladder in found:
+    data += [_numbers(ladder, rung) for rung in ladder.rungs]
     by_depth: Mapping[int, Rung] = {rung.depth: rung for rung in ladder.rungs}
     cells = [_cell(by_depth[depth]) if depth in by_depth else "" for depth in depths]
     rows.append([ladder.name, *cells, describe(ladder.slope)])
@@ -191,7 +192,25 @@ def depth_table(source: Source) -> TextTable | None:
     "grid, the slope may be that of the grid."
   )
   headers = ("placement", *(f"{depth} layers" for depth in depths), "slope")
-  return TextTable("depth", "Loss against depth", headers, rows, note)
+  return TextTable("depth", "Loss against depth", headers, rows, data, note)
+
+
+def _numbers(ladder: Ladder, rung: Rung) -> dict[str, Any]:
+  """A rung in full precision, with the slope of its ladder."""
+  over_seeds, slope = spread(rung.losses), ladder.slope
+  low, high = (None, None) if slope is None or slope.interval is None else slope.interval
+  return {
+    "placement": ladder.name,
+    "layers": rung.depth,
+    "loss_mean": over_seeds.mean,
+    "loss_sd": over_seeds.std,
+    "seeds": len(rung.losses),
+    "learning_rate": rung.rate,
+    "rate_at_edge": rung.at_edge,
+    "slope": None if slope is None else slope.value,
+    "slope_low": low,
+    "slope_high": high,
+  }
 
 
 def _cell(rung: Rung) -> str:

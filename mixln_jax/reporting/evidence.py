@@ -38,37 +38,55 @@ ALPHAS = _Needs("python -m mixln_jax sweep", "Or train them one by one: pre, pos
 DEPTHS = _Needs("python -m mixln_jax sweep", "Of shapes with different numbers of layers: axes that move together.")
 RATES = _Needs("python -m mixln_jax sweep", "Or train them one by one: optimizer.learning_rate at two values or more.")
 
-MAKERS: tuple[tuple[Callable[[Source], Figure], _Needs], ...] = (
-  (curves.loss_curves, TRAIN),
-  (curves.perplexity_curves, TRAIN),
-  (curves.gradient_norm_curve, TRAIN),
-  (studies.alpha_ablation, ALPHAS),
-  (studies.learning_rate_study, RATES),
-  (depth.loss_by_depth, DEPTHS),
-  (layers.training_gradient_norms, DIAGNOSTICS),
-  (layers.residual_growth, DIAGNOSTICS),
-  (layers.sublayer_statistics, DIAGNOSTICS),
-  (layers.diagnosed_gradient_norms, DIAGNOSE),
-  (layers.angular_distance_last, DIAGNOSE),
-  (layers.angular_distance_all, DIAGNOSE),
-  (layers.neighbour_distance, DIAGNOSE),
-  (layers.removal_drop, DIAGNOSE),
-  (layers.effective_rank, DIAGNOSE),
-  (layers.logit_lens, DIAGNOSE),
-  (suite.suite_by_layer, DIAGNOSE),
-  (suite.causal_maps, DIAGNOSE),
-  (suite.permutation_maps, DIAGNOSE),
-  (suite.lens_by_depth, DIAGNOSE),
-)
+Maker = tuple[Callable[[Source], Figure], _Needs]
+
+TRAINED_MODEL = "Layers of the trained model"
+
+# The sections of a report. A new figure is a function of the runs in a module of its own, and a line here.
+SECTIONS: dict[str, tuple[Maker, ...]] = {
+  "Training": (
+    (curves.loss_curves, TRAIN),
+    (curves.gradient_norm_curve, TRAIN),
+  ),
+  "Studies": (
+    (studies.learning_rate_study, RATES),
+    (studies.alpha_ablation, ALPHAS),
+    (depth.loss_by_depth, DEPTHS),
+  ),
+  "Layers while training": (
+    (layers.training_gradient_norms, DIAGNOSTICS),
+    (layers.residual_growth, DIAGNOSTICS),
+    (layers.update_ratio, DIAGNOSTICS),
+    (layers.branch_ratio, DIAGNOSTICS),
+    (layers.norm_gains, DIAGNOSTICS),
+    (layers.attention_statistics, DIAGNOSTICS),
+    (layers.turning, DIAGNOSTICS),
+  ),
+  TRAINED_MODEL: (
+    (layers.diagnosed_gradient_norms, DIAGNOSE),
+    (layers.angular_distance_last, DIAGNOSE),
+    (layers.angular_distance_all, DIAGNOSE),
+    (layers.neighbour_distance, DIAGNOSE),
+    (layers.removal_drop, DIAGNOSE),
+    (layers.effective_rank, DIAGNOSE),
+    (layers.logit_lens, DIAGNOSE),
+    (suite.suite_by_layer, DIAGNOSE),
+    (suite.causal_maps, DIAGNOSE),
+    (suite.permutation_maps, DIAGNOSE),
+    (suite.lens_by_depth, DIAGNOSE),
+  ),
+}
 
 
-def all_figures(source: Source) -> tuple[list[Figure], list[Absent]]:
-  """Every figure that the runs have the inputs for, and those that they have not."""
-  figures, absent = [], []
-  for make, needs in MAKERS:
-    figure = make(source)
-    if figure.panels:
-      figures.append(figure)
-    else:
-      absent.append(Absent(figure.title, *needs))
+def all_figures(source: Source) -> tuple[dict[str, list[Figure]], list[Absent]]:
+  """By section, every figure that the runs have the inputs for; and those that they have not."""
+  figures: dict[str, list[Figure]] = {}
+  absent = []
+  for section, makers in SECTIONS.items():
+    for make, needs in makers:
+      figure = make(source)
+      if figure.panels:
+        figures.setdefault(section, []).append(figure)
+      else:
+        absent.append(Absent(figure.title, *needs))
   return figures, absent

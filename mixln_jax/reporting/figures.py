@@ -1,8 +1,13 @@
-"""Figures for papers: matplotlib, in vector form, as wide as a column or a page of two columns."""
+"""The figures, drawn: vector files for a paper, as wide as a column or a page, and the same as SVG within the page.
 
+One figure as data (`panels.Figure`) is drawn by one renderer; what a new kind of panel needs is a function beside
+`_draw_series`, and a line in `_draw`.
+"""
+
+import dataclasses
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,21 +16,26 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from mixln_jax.files import write_whole
 from mixln_jax.reporting.evidence import all_figures
 from mixln_jax.reporting.groups import Group
+from mixln_jax.reporting.inline_svg import Tags, inline
 from mixln_jax.reporting.loading import ReportedRun
 from mixln_jax.reporting.model_diagnosis import read_diagnosis
-from mixln_jax.reporting.panels import LIGHT, NUM_COLOURS, NUM_DASHES, Figure, Panel, Series, Style
+from mixln_jax.reporting.panels import LIGHT, NUM_MARKERS, Estimate, Figure, Panel, Series, Style
 from mixln_jax.reporting.source import Source
+from mixln_jax.reporting.ticks import chosen, linear_ticks, log_ticks, tick_text
 
-COLUMN_WIDTH, TEXT_WIDTH = 3.3, 6.8  # inches: one column, and both, of a page of two columns
+COLUMN_WIDTH, TEXT_WIDTH, TEXT_HEIGHT = 3.3, 6.8, 9.0  # inches: a column, and both, of a page of two columns
+PAGE_WIDTH, WIDE_PAGE_WIDTH = 4.2, 5.4  # inches of a panel on the HTML page, where the browser scales it
 FORMATS = ("svg", "pdf", "png")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 HATCHES = ("", "////", "....", "xxxx")
+TEXT, QUIET, GRID, PAPER = "#1b1f24", "#57606a", "#d5d9de", "#ffffff"  # inks that the page replaces in the dark
 RC_PARAMS: dict[Any, Any] = {
   "font.size": 8,
   "axes.titlesize": 8,
@@ -38,14 +48,25 @@ RC_PARAMS: dict[Any, Any] = {
   "axes.spines.top": False,
   "axes.spines.right": False,
   "axes.grid": True,
+  "axes.axisbelow": True,  # a grid over bars would cut them
   "grid.linewidth": 0.4,
-  "grid.color": "#d8d8d8",
+  "grid.color": GRID,
+  "text.color": TEXT,
+  "axes.labelcolor": TEXT,
+  "axes.edgecolor": QUIET,
+  "xtick.color": TEXT,
+  "ytick.color": TEXT,
+  "figure.facecolor": PAPER,
+  "axes.facecolor": "none",
+  "axes.unicode_minus": True,
   "legend.frameon": False,
   "svg.fonttype": "none",  # text stays text
   "svg.hashsalt": "mixln_jax",  # equal runs give equal bytes
   "pdf.fonttype": 42,  # fonts embedded as TrueType
   "savefig.dpi": 200,
 }
+PAGE_PARAMS: dict[Any, Any] = {"axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8}  # for a phone
+PAGE_MARGINS = {"left": 0.15, "right": 0.98, "bottom": 0.19, "top": 0.97}  # of a panel with a label at each axis
 NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
@@ -53,14 +74,9 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
   """Writes a figure as SVG, PDF and PNG into a folder; returns their paths."""
   paths = [folder / f"{figure.name}.{form}" for form in FORMATS]
   with _style():
-    canvas = _canvas(figure)
-    canvas.draw_without_rendering()
-    canvas.set_layout_engine("none")  # laid out once, not once a format
+    canvas = make_canvas(figure)
     for path in paths:
-      form = path.suffix[1:]
-      content = io.BytesIO()
-      canvas.savefig(content, format=form, metadata=NO_DATE[form])
-      write_whole(path, content.getvalue())
+      write_whole(path, _saved(canvas, path.suffix[1:]))
   return paths
 
 
@@ -77,8 +93,22 @@ def draw_diagnose(json_path: str | Path, output_folder: str | Path) -> list[Path
   group = Group(label, label, {}, (0,), Style())
   folder = Path(output_folder)
   folder.mkdir(parents=True, exist_ok=True)
-  figures, _ = all_figures(Source([run], [group], [], [group]))
-  return [path for figure in figures for path in draw(figure, folder)]
+  sections, _ = all_figures(Source([run], [group], [], [group]))
+  return [path for figures in sections.values() for figure in figures for path in draw(figure, folder)]
+
+
+def page_svgs(figure: Figure) -> list[str]:
+  """Each panel as an SVG element for the page: of the page's colours, its series tagged with their runs."""
+  elements = []
+  with _style():
+    mpl.rcParams.update(PAGE_PARAMS)
+    for number, panel in enumerate(figure.panels):
+      tags = Tags()
+      alone = dataclasses.replace(figure, panels=[dataclasses.replace(panel, title="")])
+      canvas = make_canvas(alone, tags, width=WIDE_PAGE_WIDTH if panel.estimates else PAGE_WIDTH)
+      title = ", ".join(filter(None, (figure.title, panel.title)))
+      elements.append(inline(_saved(canvas, "svg").decode(), f"{figure.name}-{number}", tags, title))
+  return elements
 
 
 @contextmanager
@@ -90,36 +120,68 @@ def _style() -> Iterator[None]:
     yield
 
 
+def _saved(canvas: Canvas, form: str) -> bytes:
+  content = io.BytesIO()
+  canvas.savefig(content, format=form, metadata=NO_DATE[form])
+  return content.getvalue()
+
+
 def plain(text: str) -> str:
   """Text of a file, escaped: matplotlib would read mathematics between dollar signs."""
   return text.replace("$", r"\$")
 
 
-def _canvas(figure: Figure) -> Canvas:
-  maps = figure.panels[0].matrix is not None
+def make_canvas(figure: Figure, tags: Tags | None = None, width: float | None = None) -> Canvas:
+  """A figure, laid out. With `tags` it is for the page: single seeds are drawn too, and there is no legend."""
   count = len(figure.panels)
+  maps = figure.panels[0].matrix is not None
   columns = min(count, 4 if maps else 2)
   rows = math.ceil(count / columns)
-  width = COLUMN_WIDTH if count == 1 else TEXT_WIDTH
-  handles, legend_columns = _legend(figure, width)
-  row_height = 1.75 if maps and columns > 2 else 2.1
-  height = rows * row_height + 0.16 * math.ceil(len(handles) / legend_columns)
-  canvas = Canvas(figsize=(width, height), layout="constrained")
-  axes = canvas.subplots(rows, columns, squeeze=False).flat
-  image = None
-  for ax, panel in zip(axes, figure.panels, strict=False):
-    ax.set(title=plain(panel.title), xlabel=panel.x_label, ylabel=panel.y_label)
-    if panel.matrix is not None:
-      image = _draw_matrix(ax, panel, figure.colour_range)
-    else:
-      _draw_series(ax, panel)
-  for ax in axes:  # a flat iterator: these are the axes that no panel was drawn on
-    ax.set_visible(False)
-  if image is not None:
-    canvas.colorbar(image, ax=canvas.axes[:count], label=figure.colour_label, shrink=0.9)
+  estimates = figure.panels[0].estimates
+  if width is None:
+    width = TEXT_WIDTH if count > 1 or estimates else COLUMN_WIDTH
+  # A layout takes most of the time of a drawing, and the panels of series on the page are all of one kind.
+  to_lay_out = tags is None or maps or bool(estimates)
+  handles, legend_columns = ([], 1) if tags is not None or estimates else _legend(figure, width)
+  canvas = Canvas(
+    figsize=(width, _height(figure, rows, columns, handles, legend_columns)),
+    layout="constrained" if to_lay_out else None,
+  )
+  if estimates:
+    canvas.set_layout_engine("constrained", w_pad=0.12)  # names in the font of a page may be wider
+    _draw_estimates(canvas, figure.panels[0], tags)
+  else:
+    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    for left_over in axes[count:]:
+      left_over.remove()
+    images = [_draw(ax, panel, figure, tags) for ax, panel in zip(axes[:count], figure.panels, strict=True)]
+    if maps:
+      canvas.colorbar(images[-1], ax=axes[:count], label=figure.colour_label, shrink=0.9)
   if handles:
     canvas.legend(handles=handles, loc="outside lower center", ncols=legend_columns)
+  if not to_lay_out:
+    canvas.subplots_adjust(**PAGE_MARGINS)
+    return canvas
+  canvas.draw_without_rendering()
+  canvas.set_layout_engine("none")  # laid out once, not once a format
   return canvas
+
+
+def _height(figure: Figure, rows: int, columns: int, handles: Sequence[Any], legend_columns: int) -> float:
+  """In inches."""
+  estimates = figure.panels[0].estimates
+  if estimates:
+    return 0.75 + 0.4 * len(estimates)
+  row_height = 1.75 if figure.panels[0].matrix is not None and columns > 2 else 2.1
+  return rows * row_height + 0.16 * math.ceil(len(handles) / legend_columns)
+
+
+def _draw(ax: Any, panel: Panel, figure: Figure, tags: Tags | None) -> Any:
+  """One panel on its axes; returns the image of a heat map."""
+  ax.set(title=plain(panel.title), xlabel=panel.x_label, ylabel=panel.y_label)
+  if panel.matrix is not None:
+    return _draw_matrix(ax, panel, figure.colour_range)
+  return _draw_series(ax, panel, tags)
 
 
 def _draw_matrix(ax: Any, panel: Panel, colour_range: tuple[float, float]) -> Any:
@@ -127,68 +189,200 @@ def _draw_matrix(ax: Any, panel: Panel, colour_range: tuple[float, float]) -> An
   rows, columns = matrix.shape
   extent = (0.5, columns + 0.5, 0.5, rows + 0.5)
   ax.grid(visible=False)
-  for axis in (ax.xaxis, ax.yaxis):
-    axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=2))
+  for axis, last in ((ax.xaxis, columns), (ax.yaxis, rows)):
+    _set_ticks(axis, _layer_ticks(last))
   low, high = colour_range
   return ax.imshow(matrix, origin="lower", extent=extent, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
 
 
-def _draw_series(ax: Any, panel: Panel) -> None:
+def _layer_ticks(last: int) -> list[float]:
+  """Layers from the first to the last, few enough."""
+  if last <= 6:
+    return [float(layer) for layer in range(1, last + 1)]
+  return [1.0, *linear_ticks(2, last, 5)]
+
+
+def _draw_series(ax: Any, panel: Panel, tags: Tags | None) -> None:
+  shown = [series for series in panel.series if tags is not None or not series.detail]
+  positive = any(y > 0 for series in shown for y in series.y)
   if panel.log_x:
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-  if panel.log_y and any(y > 0 for series in panel.series for y in series.y):
+  if panel.log_y and positive:
     ax.set_yscale("log")
-    for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-      set_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-  for number, series in enumerate(panel.series):
+  for number, series in enumerate(shown):
+    tag = "" if tags is None else tags.add(series)
     if panel.bars:
-      _draw_bars(ax, series, number, len(panel.series))
+      _draw_bars(ax, series, number, len(shown), tag)
     else:
-      _draw_line(ax, panel, series)
-  whole = all(float(x).is_integer() for series in panel.series for x in series.x)
-  if whole and not panel.log_x:
+      _draw_line(ax, panel, series, tag)
+  _tick_x(ax, panel)
+  if ax.get_yscale() == "log":
+    low, high = ax.get_ylim()
+    _set_ticks(ax.yaxis, log_ticks(low, high))
+
+
+def _tick_x(ax: Any, panel: Panel) -> None:
+  """What was measured at, else layers from the first one on, else round numbers."""
+  values = sorted({x for series in panel.series for x in series.x})
+  if panel.x_ticks:
+    _set_ticks(ax.xaxis, chosen(panel.x_ticks))
+  elif panel.log_x:
+    _set_ticks(ax.xaxis, chosen(values))
+  elif values and all(float(x).is_integer() for x in values):
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if len(values) <= 6:
+      _set_ticks(ax.xaxis, values)
 
 
-def _draw_bars(ax: Any, series: Series, number: int, count: int) -> None:
+def _set_ticks(axis: Any, values: Sequence[float]) -> None:
+  axis.set_major_locator(FixedLocator(list(values)))
+  axis.set_major_formatter(FixedFormatter([tick_text(value) for value in values]))
+  axis.set_minor_locator(NullLocator())
+
+
+def _draw_bars(ax: Any, series: Series, number: int, count: int, tag: str) -> None:
   width = 0.85 / count
   x = np.asarray(series.x) + (number - (count - 1) / 2) * width
-  colour = LIGHT[series.style.kind % NUM_COLOURS]
-  hatch = HATCHES[series.style.variant % NUM_DASHES]
-  error = {"yerr": series.std, "error_kw": {"elinewidth": 0.6}} if series.std else {}
-  ax.bar(x, series.y, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3, **error)
+  colour, hatch = LIGHT[series.style.colour], HATCHES[series.style.dash]
+  bars = ax.bar(x, series.y, width, color=colour, hatch=hatch, edgecolor=PAPER, linewidth=0.3)
+  if series.std:
+    error = ax.errorbar(x, series.y, series.std, fmt="none", ecolor=TEXT, elinewidth=0.6)
+    _tag([error], tag)
+  _tag(bars, tag)
 
 
-def _draw_line(ax: Any, panel: Panel, series: Series) -> None:
+def _draw_line(ax: Any, panel: Panel, series: Series, tag: str) -> None:
   drawn = _line_style(series.style)
   if not panel.show_markers and len(series.x) > 1:
-    drawn |= {"marker": "", "linewidth": 0.8}
+    drawn |= {"marker": "", "linewidth": 0.9}
+  if series.detail:
+    drawn |= {"marker": "", "linewidth": 0.5, "alpha": 0.8}
   drawn["markevery"] = max(1, len(series.x) // 12)
-  if series.std:
-    ax.errorbar(series.x, series.y, series.std, elinewidth=0.6, capsize=1.5, **drawn)
+  made: list[Any] = []
+  if series.std and series.band:
+    y, std = np.asarray(series.y), np.nan_to_num(np.asarray(series.std))
+    made.append(ax.fill_between(series.x, y - std, y + std, color=drawn["color"], alpha=0.18, linewidth=0))
+    made += ax.plot(series.x, series.y, **drawn)
+  elif series.std:
+    made.append(ax.errorbar(series.x, series.y, series.std, elinewidth=0.6, capsize=1.5, **drawn))
   else:
-    ax.plot(series.x, series.y, **drawn)
+    made += ax.plot(series.x, series.y, **drawn)
   for point in series.marked:
     x, y = [series.x[point]], [series.y[point]]
     if series.is_end_of_diverged(point):
-      ax.scatter(x, y, marker="x", s=26, linewidths=1.2, zorder=3, color=drawn["color"])
+      made.append(ax.scatter(x, y, marker="x", s=26, linewidths=1.2, zorder=3, color=drawn["color"]))
     else:
-      ax.scatter(x, y, marker="o", s=60, linewidths=1.2, zorder=3, facecolors="none", edgecolors=drawn["color"])
+      edge = {"facecolors": "none", "edgecolors": drawn["color"]}
+      made.append(ax.scatter(x, y, marker="o", s=60, linewidths=1.2, zorder=3, **edge))
+  _tag(made, tag)
+
+
+def _tag(artists: Any, tag: str) -> None:
+  """Marks what a series is drawn as; of an error bar its parts."""
+  if not tag:
+    return
+  for artist in artists:
+    children = artist.get_children() if hasattr(artist, "get_children") else []
+    for part in children or [artist]:
+      part.set_gid(tag)
 
 
 def _line_style(style: Style) -> dict[str, Any]:
   return {
-    "color": LIGHT[style.kind % NUM_COLOURS],
-    "marker": MARKERS[style.kind % len(MARKERS)],
-    "linestyle": DASHES[style.variant % NUM_DASHES],
+    "color": LIGHT[style.colour],
+    "marker": MARKERS[style.kind % NUM_MARKERS],
+    "linestyle": DASHES[style.dash],
   }
 
 
-def _legend(figure: Figure, width: float) -> tuple[list[Line2D], int]:
+def _legend(figure: Figure, width: float) -> tuple[list[Any], int]:
   """One handle a look (runs of one group share theirs), and how many columns of them fit a width in inches."""
-  handles = [Line2D([], [], label=plain(name), **_line_style(style)) for style, name in figure.looks.items()]
+  bars = figure.panels[0].bars
+  handles: list[Any] = []
+  for style, name in figure.looks.items():
+    if bars:
+      colour, hatch = LIGHT[style.colour], HATCHES[style.dash]
+      handles.append(Rectangle((0, 0), 1, 1, label=plain(name), facecolor=colour, hatch=hatch, edgecolor=PAPER))
+    else:
+      handles.append(Line2D([], [], label=plain(name), **_line_style(style)))
   longest = max((len(name) for name in figure.looks.values()), default=0)
   entry_width = 0.5 + 0.055 * longest  # the handle, and so much a character
   columns = max(1, min(len(handles), int(width / entry_width)))
   return (handles if len(handles) > 1 else []), columns
+
+
+def _draw_estimates(canvas: Canvas, panel: Panel, tags: Tags | None) -> None:
+  """Names and layers on the left, the estimates with their intervals beside a line at 0 on the right."""
+  left, right = canvas.subplots(1, 2, width_ratios=(1.0, 2.2), sharey=True)
+  places = range(len(panel.estimates), 0, -1)  # the first row on top
+  left.set_yticks(list(places), [plain(f"{row.label}\n{row.note}") for row in panel.estimates])
+  for text in left.get_yticklabels():
+    text.set_linespacing(1.35)
+  left.tick_params(length=0)
+  right.tick_params(axis="y", length=0, labelleft=False)
+  left.set_ylim(0.4, len(panel.estimates) + 0.6)
+  left.set_xticks([])
+  left.grid(visible=False)
+  right.grid(visible=False, axis="y")
+  for side in ("left", "bottom"):
+    left.spines[side].set_visible(False)
+  right.spines["left"].set_visible(False)
+  right.axvline(0, color=QUIET, linewidth=0.9, zorder=1)
+  _draw_layer_lists(left, panel.estimates, list(places))
+  for row, place in zip(panel.estimates, places, strict=True):
+    _draw_estimate(right, row, place, "" if tags is None else tags.add(row))
+  low, high = _symmetric_enough(panel.estimates)
+  right.set_xlim(low, high)
+  _set_ticks(right.xaxis, linear_ticks(low, high, 5))
+  right.set_xlabel(panel.x_label)
+
+
+def _symmetric_enough(estimates: Sequence[Estimate]) -> tuple[float, float]:
+  """The limits of x: all intervals and pairs, 0, and some air."""
+  values = [0.0]
+  for row in estimates:
+    values += [row.value or 0.0, *(row.interval or ()), *row.points]
+  low, high = min(values), max(values)
+  air = 0.06 * (high - low) or 1.0
+  return low - air, high + air
+
+
+def _draw_layer_lists(ax: Any, estimates: Sequence[Estimate], places: Sequence[int]) -> None:
+  """A square a layer: filled for post, empty for pre, in a colour for any other."""
+  most = max(len(row.layer_list) for row in estimates)
+  ax.set_xlim(0, max(most, 6))
+  names = dict.fromkeys(name for row in estimates for name in row.layer_list)
+  looks = cell_looks(list(names))
+  fills = {"post": TEXT, "pre": "none"}
+  size = min(0.8, 4.8 / max(most, 6))
+  for row, place in zip(estimates, places, strict=True):
+    for layer, name in enumerate(row.layer_list):
+      fill = fills.get(looks[name]) or LIGHT[int(looks[name].removeprefix("c"))]
+      box = (layer + 0.1, place - size * 0.35)
+      ax.add_patch(Rectangle(box, 0.8, size * 0.7, facecolor=fill, edgecolor=TEXT, linewidth=0.6))
+
+
+def cell_looks(names: Sequence[str]) -> dict[str, str]:
+  """How a layer of each name looks: `pre`, `post`, or a colour of the palette, `c2` to `c7`."""
+  looks = {"pre": "pre", "post": "post"}
+  others = [name for name in names if name not in looks]
+  for number, name in enumerate(others):
+    looks[name] = f"c{2 + number % 6}"
+  return looks
+
+
+def _draw_estimate(ax: Any, row: Estimate, place: int, tag: str) -> None:
+  colour = LIGHT[row.style.colour]
+  if row.value is None:
+    return
+  made: list[Any] = []
+  if row.interval is not None:
+    made += ax.plot(row.interval, [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
+    made += ax.plot(row.interval, [place, place], color=colour, linestyle="none", marker="|", markersize=6)
+  filled = colour if row.interval is not None else "none"
+  mark = {"marker": MARKERS[row.style.kind % NUM_MARKERS], "markersize": 5.5, "markeredgecolor": colour}
+  made += ax.plot([row.value], [place], linestyle="none", markerfacecolor=filled, **mark)
+  if row.points and len(row.points) > 1:
+    below = [place - 0.25] * len(row.points)
+    made += ax.plot(row.points, below, linestyle="none", marker="o", markersize=1.8, color=colour, alpha=0.7)
+  _tag(made, tag)

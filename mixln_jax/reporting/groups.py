@@ -10,6 +10,8 @@ from mixln_jax.reporting.panels import Style
 
 PLACEMENT_FIELD, LEARNING_RATE_FIELD = "model.placement", "optimizer.learning_rate"
 SEED_FIELDS = ("seed", "data.seed")
+TELLING_FIELDS = ("data.source", "model.num_layers", "train.num_steps")  # these name a setting where any field would
+SHORT_NAMES = {LEARNING_RATE_FIELD: "lr", "model.num_layers": "layers", "train.num_steps": "steps"}
 ABSENT = "absent"
 
 Item = TypeVar("Item")
@@ -21,11 +23,12 @@ class Group:
   """Runs that differ only in their seeds.
 
   Attributes:
-    label: unique in the report.
+    label: unique in the report, and as short as it can be: see `named_fields`.
     placement: their placement.
     setting: the other fields in which the report's groups differ, with this group's values.
     runs: indices into the report's runs.
     style: how they are drawn.
+    named: the fields of the setting that labels name.
   """
 
   label: str
@@ -33,10 +36,16 @@ class Group:
   setting: Mapping[str, Any]
   runs: Sequence[int]
   style: Style
+  named: Sequence[str] = ()
 
   def setting_but(self, without: str) -> dict[str, Any]:
     """The setting without one field."""
     return {field: value for field, value in self.setting.items() if field != without}
+
+  def label_but(self, without: str) -> str:
+    """The label without one field: what groups that differ only in it have in common."""
+    named = {field: self.setting[field] for field in self.named if field != without}
+    return ", ".join([self.placement, *words(named)])
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
@@ -106,20 +115,44 @@ def make_groups(material: Material) -> list[Group]:
 
   placements = _ordered_placements(material)
   settings = sorted({setting_of(run) for run in runs}, key=sort_keys)
+  named = named_fields(fields, settings, material.study.axes if material.study else ())
   members = grouped(range(len(runs)), lambda index: (runs[index].placement, setting_of(runs[index])))
   groups = []
   for kind, placement in enumerate(placements):
     for variant, values in enumerate(settings):
       if (placement, values) in members:
         setting = dict(zip(fields, values, strict=True))
-        label = ", ".join([placement, *words(setting)])
-        groups.append(Group(label, placement, setting, members[placement, values], Style(kind, variant)))
+        label = ", ".join([placement, *words({field: setting[field] for field in named})])
+        groups.append(Group(label, placement, setting, members[placement, values], Style(kind, variant), named))
   return groups
 
 
+def named_fields(fields: Sequence[str], settings: Sequence[tuple[Any, ...]], axes: Iterable[str] = ()) -> list[str]:
+  """The fields that tell settings apart: a study's axes and the learning rate, and as few more as will do.
+
+  Runs of two corpora differ in vocabulary, tokenizer and budget too, but the name of the corpus says which is which;
+  the table of what differs has the others.
+
+  Args:
+    fields: in which the settings differ.
+    settings: all different, each the values of the fields.
+    axes: of the study that the runs belong to.
+  """
+  named = [field for field in fields if field in axes or field == LEARNING_RATE_FIELD]
+
+  def num_apart(chosen: Sequence[str]) -> int:
+    places = [number for number, field in enumerate(fields) if field in chosen]
+    return len({tuple(setting[place] for place in places) for setting in settings})
+
+  while num_apart(named) < len(settings):
+    left = [field for field in (*TELLING_FIELDS, *fields) if field in fields and field not in named]
+    named.append(max(left, key=lambda field: num_apart([*named, field])))  # of equal ones the first
+  return [field for field in fields if field in named]
+
+
 def words(setting: Mapping[str, Any]) -> list[str]:
-  """A setting in words, `learning_rate 0.001` each."""
-  return [f"{field.split('.')[-1]} {show(value)}" for field, value in setting.items()]
+  """A setting in words, `lr 0.001` each."""
+  return [f"{SHORT_NAMES.get(field, field.split('.')[-1])} {show(value)}" for field, value in setting.items()]
 
 
 def _ordered_placements(material: Material) -> list[str]:

@@ -13,7 +13,7 @@ from mixln_jax.placement import SUBLAYERS
 from mixln_jax.reporting.loading import ReportedRun
 from mixln_jax.reporting.model_diagnosis import ModelDiagnosis
 from mixln_jax.reporting.panels import Figure, Panel, Series
-from mixln_jax.reporting.source import SEEDS_NOTE, Source, make_figure
+from mixln_jax.reporting.source import SEEDS_NOTE, Source, make_figure, mean_label
 
 LAYER_AXIS = "layer (1 = first)"
 DEPTH_AXIS = "layers that the stream has passed"
@@ -42,10 +42,6 @@ def by_depth(source: Source, read: ReadLayers, first: int = 1) -> list[Series]:
   return lines
 
 
-def mean_label(label: str, num_runs: int) -> str:
-  return f"{label} (mean of {num_runs})" if num_runs > 1 else label
-
-
 # While training.
 
 
@@ -64,36 +60,60 @@ def training_gradient_norms(source: Source) -> Figure:
 
 
 def residual_growth(source: Source) -> Figure:
-  """Root mean square and variance of the stream by depth."""
+  """Root mean square of the stream by depth; its variance, the square of it where the mean is 0, would add nothing."""
   caption = (
-    "Root mean square and variance of the residual stream after each layer, on the training batch of that step "
+    "Root mean square of the residual stream after each layer, on the training batch of that step "
     f"(diagnostics.jsonl); Pre-LN lets it grow with depth (arXiv 2502.05795). {SEEDS_NOTE}"
   )
   panels = []
-  for name, label in (("stream_rms", "RMS"), ("stream_variance", "variance")):
-    for at_first in (True, False):
-      panels += _training_panels(source, {name: label}, label, log_y=True, at_first=at_first)
+  for at_first in (True, False):
+    panels += _training_panels(source, {"stream_rms": "RMS"}, "RMS", log_y=True, at_first=at_first)
   return make_figure("residual_growth", "Residual stream by depth", caption, panels)
 
 
-def sublayer_statistics(source: Source) -> Figure:
-  """What the sublayers add, how much they are updated, and what attention looks like."""
-  panels = []
-  for name, label in (("update_ratio", "update ratio"), ("branch_ratio", "branch ratio")):
-    names = {f"{sublayer}/{name}": f"{label}, {sublayer}" for sublayer in SUBLAYERS}
-    panels += _training_panels(source, names, label, log_y=True)
-  cosine = "cosine of layer input and output"
-  panels += _training_panels(source, {"cosine": cosine}, cosine)
-  gains = {f"{sublayer}/norm_gain_rms": f"norm gain RMS, {sublayer}" for sublayer in SUBLAYERS}
-  panels += _training_panels(source, gains, "norm gain RMS")
-  panels += _training_panels(source, {"attention/largest_logit": "largest attention logit"}, "logit")
-  panels += _training_panels(source, {"attention/entropy": "attention entropy"}, "entropy (nats)")
-  caption = (
-    "At the last step in diagnostics.jsonl. Update ratio: norm of the update over norm of the weights. Branch ratio: "
-    "RMS of what a sublayer adds over RMS of what it adds to. Entropy: of the attention weights, mean over "
-    f"heads and positions. {SEEDS_NOTE}"
-  )
-  return make_figure("sublayers", "Sublayers by depth", caption, panels)
+# What sublayers do: a figure, and so a file, for each group of panels.
+AT_LAST_STEP = "At the last step in diagnostics.jsonl."
+
+
+def update_ratio(source: Source) -> Figure:
+  """How much the sublayers' weights are updated."""
+  caption = f"Norm of the update over norm of the weights. {AT_LAST_STEP} {SEEDS_NOTE}"
+  panels = _sublayer_panels(source, "update_ratio", "update ratio", log_y=True)
+  return make_figure("update_ratio", "Update ratio by layer", caption, panels)
+
+
+def branch_ratio(source: Source) -> Figure:
+  """What the sublayers add to the stream."""
+  caption = f"RMS of what a sublayer adds over RMS of what it adds to. {AT_LAST_STEP} {SEEDS_NOTE}"
+  panels = _sublayer_panels(source, "branch_ratio", "branch ratio", log_y=True)
+  return make_figure("branch_ratio", "What sublayers add, by layer", caption, panels)
+
+
+def norm_gains(source: Source) -> Figure:
+  """The norms' gains."""
+  caption = f"Root mean square of a norm's gains. {AT_LAST_STEP} {SEEDS_NOTE}"
+  panels = _sublayer_panels(source, "norm_gain_rms", "norm gain RMS")
+  return make_figure("norm_gain", "Norm gains by layer", caption, panels)
+
+
+def attention_statistics(source: Source) -> Figure:
+  """What attention looks like."""
+  panels = _training_panels(source, {"attention/largest_logit": "largest logit"}, "logit")
+  panels += _training_panels(source, {"attention/entropy": "entropy"}, "entropy (nats)")
+  caption = f"Entropy: of the attention weights, mean over heads and positions. {AT_LAST_STEP} {SEEDS_NOTE}"
+  return make_figure("attention", "Attention by layer", caption, panels)
+
+
+def turning(source: Source) -> Figure:
+  """How much a layer turns the stream, while training."""
+  panels = _training_panels(source, {"cosine": ""}, "cosine of layer input and output")
+  caption = f"Cosine between the residual stream before and after each layer. {AT_LAST_STEP} {SEEDS_NOTE}"
+  return make_figure("cosine", "Cosine of a layer's input and output", caption, panels)
+
+
+def _sublayer_panels(source: Source, name: str, label: str, *, log_y: bool = False) -> list[Panel]:
+  names = {f"{sublayer}/{name}": sublayer for sublayer in SUBLAYERS}
+  return _training_panels(source, names, label, log_y=log_y)
 
 
 def _training_panels(
@@ -104,7 +124,7 @@ def _training_panels(
   panels = []
   for name, title in names.items():
     lines = by_depth(source, lambda run, name=name: _statistic(run, name, at_first=at_first))
-    panels.append(Panel(f"{title}, {when}", LAYER_AXIS, y_label, lines, log_y=log_y))
+    panels.append(Panel(", ".join(filter(None, (title, when))), LAYER_AXIS, y_label, lines, log_y=log_y))
   return panels
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
@@ -118,11 +118,17 @@ class ReportedRun:
   @property
   def final_loss(self) -> float | None:
     """Validation loss after the last step of its budget, in nats a token; None before it, or where it is not finite."""
-    at_end = self.validation.loc[self.validation["step"] == self.num_steps, "loss"]
-    if at_end.empty:
+    return self.at_end("loss")
+
+  def at_end(self, name: str) -> float | None:
+    """A metric of the validation after the last step of its budget; None before it, or where it is not finite."""
+    if name not in self.validation:
       return None
-    loss = float(at_end.iloc[-1])
-    return loss if math.isfinite(loss) else None
+    found = self.validation.loc[self.validation["step"] == self.num_steps, name]
+    if found.empty:
+      return None
+    value = float(found.iloc[-1])
+    return value if math.isfinite(value) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,42 +149,72 @@ class Material:
 
 
 def load(workdirs: Sequence[str]) -> Material:
-  """Reads run folders, or the folder of one study.
+  """Reads what the folders hold: each is a run, a study, or a folder of runs and studies.
 
   Raises:
-    InputError: a folder holds neither, the study is damaged, or no run can be read.
+    InputError: a folder holds none of them, a study is damaged, or no run can be read.
   """
-  absolute = [local_path(workdir).absolute() for workdir in workdirs]
-  paths = list(dict.fromkeys(absolute))
-  studies = [path for path in paths if (path / STUDY_FILE).is_file()]
-  if studies and len(paths) > 1:
-    raise InputError(f"workdir={studies[0]}: holds a study, which is reported alone; give no other workdir")
-
-  study, not_started = None, []
-  if studies:
-    study = read_study_plan(studies[0] / STUDY_FILE)
-    paths = []
-    for name in study.planned:
-      path = studies[0] / RUNS_FOLDER / name
-      if RunFolder(path).has_run:
-        paths.append(path)
-      else:
-        not_started.append(name)
-
-  for path in paths:
-    if not RunFolder(path).has_run:
-      raise InputError(
-        f"workdir={path}: holds neither a run ({folder_lib.CONFIG}) nor a study ({STUDY_FILE}); give the folder of one"
-      )
+  found = [_find(local_path(workdir).absolute()) for workdir in workdirs]
+  paths = list(dict.fromkeys(path for one in found for path in one.paths))
+  studies = {path: plan for one in found for path, plan in one.studies.items()}
   runs, problems = [], []
   for name, path in zip(_unique_names(paths), paths, strict=True):
     try:
       runs.append(read_run(name, path))
     except InputError as error:
       problems.append(str(error))
+  not_started = list(dict.fromkeys(name for one in found for name in one.not_started))
   if not runs:
     raise InputError("; ".join(problems) or f"workdir={workdirs[0]}: no run of the study has started yet")
+  # Several studies, or runs beside one, are no study: their axes are not those of all runs.
+  in_studies = sum(len(one.paths) for one in found if one.studies)
+  is_one_study = len(studies) == 1 and in_studies == len(paths)
+  study = next(iter(studies.values())) if is_one_study else None
   return Material(study, runs, problems, not_started)
+
+
+class _Found(NamedTuple):
+  """What a folder holds.
+
+  Attributes:
+    paths: of the runs.
+    studies: path -> plan of the studies.
+    not_started: names of planned runs that do not exist yet.
+  """
+
+  paths: Sequence[Path]
+  studies: Mapping[Path, StudyPlan]
+  not_started: Sequence[str]
+
+
+def _find(path: Path) -> _Found:
+  """The runs in a folder: itself, those of a study, or those of the runs and studies that lie in it."""
+  if RunFolder(path).has_run:
+    return _Found([path], {}, [])
+  if (path / STUDY_FILE).is_file():
+    plan = read_study_plan(path / STUDY_FILE)
+    planned = {name: path / RUNS_FOLDER / name for name in plan.planned}
+    begun = {name: folder for name, folder in planned.items() if RunFolder(folder).has_run}
+    return _Found(list(begun.values()), {path: plan}, [name for name in planned if name not in begun])
+  inside = [_find(child) for child in _children(path) if RunFolder(child).has_run or (child / STUDY_FILE).is_file()]
+  if not inside:
+    raise InputError(
+      f"workdir={path}: holds neither a run ({folder_lib.CONFIG}) nor a study ({STUDY_FILE}) nor folders of them; give "
+      "the folder of one"
+    )
+  studies: dict[Path, StudyPlan] = {}
+  for one in inside:
+    studies.update(one.studies)
+  paths = [run for one in inside for run in one.paths]
+  return _Found(paths, studies, [name for one in inside for name in one.not_started])
+
+
+def _children(path: Path) -> list[Path]:
+  """The folders in a folder, sorted; none where it can't be read."""
+  try:
+    return sorted(child for child in path.iterdir() if child.is_dir())
+  except OSError:
+    return []
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:

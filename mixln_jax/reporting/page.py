@@ -1,6 +1,5 @@
-"""The report as files: one HTML page that needs no network, the figures alone, and the tables as CSV."""
+"""The report as files: one HTML page that needs no network, the figures alone, and the tables as CSV and LaTeX."""
 
-import base64
 import dataclasses
 import datetime
 import itertools
@@ -13,8 +12,9 @@ import jinja2
 
 from mixln_jax.errors import InputError
 from mixln_jax.files import is_partial, local_path, partial_of, remove_partials_of_the_dead, write_whole
-from mixln_jax.reporting import charts, figures
+from mixln_jax.reporting import figures, tables
 from mixln_jax.reporting.analysis import Analysis, analyze
+from mixln_jax.reporting.evidence import TRAINED_MODEL
 from mixln_jax.reporting.fairness import Finding
 from mixln_jax.reporting.groups import (
   PLACEMENT_FIELD,
@@ -26,30 +26,16 @@ from mixln_jax.reporting.groups import (
   value_of,
 )
 from mixln_jax.reporting.loading import Material
-from mixln_jax.reporting.panels import DARK, LIGHT, NUM_COLOURS, NUM_DASHES, NUM_MARKERS, Figure, Panel, Series, Style
-from mixln_jax.reporting.source import Source
+from mixln_jax.reporting.numbers import typographic
+from mixln_jax.reporting.panels import DARK, LIGHT, NUM_COLOURS, NUM_MARKERS, Figure, Panel, Series, Style
 from mixln_jax.reporting.tables import write_csv
 from mixln_jax.version import VERSION
 
 PAGE_FILE, FIGURES_FOLDER, TABLES_FOLDER = "report.html", "figures", "tables"
+TABLE_FORMATS = ("csv", "tex")
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_COLUMNS, FEW_COLUMNS = 40, 12  # of numbers beside a figure: one for each x, or a few of them; the CSV has all
-DIAGNOSED = (
-  "diagnosed_gradient_norm",
-  "angular_distance_last",
-  "angular_distance_all",
-  "angular_distance_by_layer",
-  "removal",
-  "effective_rank",
-  "logit_lens",
-)
-SECTIONS = {
-  "Training": ("loss", "perplexity", "gradient_norm"),
-  "Studies": ("alpha", "learning_rate"),
-  "Layers while training": ("layer_gradient_norm", "residual_growth", "sublayers"),
-  "Layers of the trained model": DIAGNOSED,
-}
-OTHER_LOOKS = ("c2", "c3", "c4", "c5", "c6", "c7")  # of the cells of layers that are neither pre nor post
+MANY_GROUPS = 12  # of more groups the full grid is folded away below the best of each placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +56,7 @@ class Report:
   headline: str
 
 
-def write_report(material: Material, output: str | Path, baseline: str = "pre") -> Report:
+def write_report(material: Material, output: str | Path, baseline: str | None = None) -> Report:
   """Writes report.html, figures/ and tables/ into the folder `output`; replaces what an earlier report wrote there.
 
   All is written aside first, within that folder (which may be a mount, or a link to one): where that fails or is cut
@@ -91,9 +77,12 @@ def write_report(material: Material, output: str | Path, baseline: str = "pre") 
       figure_names += [path.name for path in figures.draw(figure, aside / FIGURES_FOLDER)]
       contents[figure.name] = figure.rows()
     for table in analysis.tables:
-      contents[table.name] = table.records()
+      contents[table.name] = table.data
     table_names = [write_csv(aside / TABLES_FOLDER / f"{name}.csv", rows).name for name, rows in contents.items()]
-    write_whole(aside / PAGE_FILE, _render(analysis, aside))
+    summary = analysis.tables[0]
+    write_whole(aside / TABLES_FOLDER / f"{summary.name}.tex", tables.latex(summary))
+    table_names.append(f"{summary.name}.tex")
+    write_whole(aside / PAGE_FILE, _render(analysis))
     _publish(aside, folder)
   finally:
     shutil.rmtree(aside, ignore_errors=True)
@@ -102,7 +91,7 @@ def write_report(material: Material, output: str | Path, baseline: str = "pre") 
     [folder / FIGURES_FOLDER / name for name in figure_names],
     [folder / TABLES_FOLDER / name for name in table_names],
     analysis.findings,
-    analysis.headline,
+    analysis.answer,
   )
 
 
@@ -127,7 +116,7 @@ def _make_folders(folder: Path, aside: Path) -> None:
 def _publish(aside: Path, folder: Path) -> None:
   """Moves a whole report to its place. The page comes first: it is what makes the folder that of a report."""
   (aside / PAGE_FILE).replace(folder / PAGE_FILE)
-  for name, formats in ((FIGURES_FOLDER, figures.FORMATS), (TABLES_FOLDER, ("csv",))):
+  for name, formats in ((FIGURES_FOLDER, figures.FORMATS), (TABLES_FOLDER, TABLE_FORMATS)):
     (folder / name).mkdir(exist_ok=True)
     written = {path.name for path in (aside / name).iterdir()}
     for ending in formats:
@@ -138,24 +127,11 @@ def _publish(aside: Path, folder: Path) -> None:
       (aside / name / new).replace(folder / name / new)
 
 
-def _render(analysis: Analysis, folder: Path) -> str:
-  """The page; the figures lie in the folder already."""
+def _render(analysis: Analysis) -> str:
+  """The page."""
   material = analysis.material
-  runs, study = material.runs, material.study
-  title = "Comparison of placements"
-  if study:
-    title = study.name
-  elif len(runs) == 1:
-    title = runs[0].name
-  figure_views = {figure.name: _figure_view(figure, folder) for figure in analysis.figures}
-  sections = {}
-  for section, names in SECTIONS.items():
-    views = [figure_views[name] for name in names if name in figure_views]
-    if views:
-      sections[section] = views
-  chart_by_id = {chart["id"]: chart["plotly"] for view in figure_views.values() for chart in view["charts"]}
+  runs = material.runs
   samples = [run.diagnosis.definitions.get("data", "") for run in runs if run.diagnosis]
-  filters = _filters(analysis)
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),
     autoescape=True,
@@ -163,56 +139,81 @@ def _render(analysis: Analysis, folder: Path) -> str:
     trim_blocks=True,
     lstrip_blocks=True,
   )
+  environment.filters["typographic"] = typographic
+  filters = _filters(analysis)
   return environment.get_template("report.html").render(
     analysis=analysis,
     material=material,
     runs=runs,
-    study=study,
-    title=title,
+    study=material.study,
+    title=_title(material),
     time=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     version=VERSION,
-    comparable=not any(finding.level == "unfair" for finding in analysis.findings),
+    comparable=analysis.comparable,
     differing=[field for field in differing_fields(runs) if changes_the_run(field)],
     tables={table.name: table for table in analysis.tables},
-    sections=sections,
+    difference=_figure_view(analysis.difference) if analysis.difference else None,
+    sections={name: [_figure_view(figure) for figure in some] for name, some in analysis.sections.items()},
+    trained_model=TRAINED_MODEL,
     some_groups=len(analysis.source.featured) < len(analysis.groups),
+    many_groups=len(analysis.groups) > MANY_GROUPS,
+    has_grid=len(analysis.groups) > len(analysis.headline.contenders),
     sample=next((sample for sample in samples if sample), ""),
-    layer_lists=_layer_lists(analysis.source),
+    layer_lists=_layer_lists(analysis),
     filters=filters,
     light=LIGHT,
     dark=DARK,
     css=(TEMPLATES / "report.css").read_text(),
     script=(TEMPLATES / "report.js").read_text(),
-    library=charts.library(),
-    data={"charts": chart_by_id, "filters": filters, "palettes": {"light": LIGHT, "dark": DARK}},
+    data={"filters": filters},
   )
 
 
-def _layer_lists(source: Source) -> dict[str, Any]:
-  """Each run's placement as cells and in words (`post ×3, pre ×9`), and what the looks of the cells mean."""
-  names = dict.fromkeys(name for run in source.runs for name in run.layer_list)
-  looks = {"pre": "pre", "post": "post"}
-  others = [name for name in names if name not in looks]
-  for name, look in zip(others, itertools.cycle(OTHER_LOOKS), strict=False):
-    looks[name] = look
-  lists = []
-  for index, run in enumerate(source.runs):
+def _title(material: Material) -> str:
+  """What the report is of: a study's title, or its axes; else the placements."""
+  study = material.study
+  if study is not None and study.title:
+    return study.title
+  if study is not None and study.axes:
+    words = [field.split(".")[-1].replace("_", " ") for field in study.axes]
+    return " × ".join(words).capitalize()
+  placements = list(dict.fromkeys(run.placement for run in material.runs))
+  if len(material.runs) == 1:
+    return f"One run of {placements[0]}"
+  if len(placements) == 1:
+    return f"{len(material.runs)} runs of {placements[0]}"
+  if len(placements) <= 3:
+    return f"{', '.join(placements[:-1])} and {placements[-1]}"
+  return f"{len(placements)} placements"
+
+
+def _layer_lists(analysis: Analysis) -> dict[str, Any]:
+  """Each placement's layers as cells and in words (`post ×3, pre ×9`), and what the looks of the cells mean."""
+  runs = analysis.material.runs
+  looks = figures.cell_looks(list(dict.fromkeys(name for run in runs for name in run.layer_list)))
+  lists: dict[tuple[str, ...], dict[str, Any]] = {}
+  for index, run in enumerate(runs):
+    key = (run.placement, *run.layer_list)
     counts = [f"{name} ×{len(list(same))}" for name, same in itertools.groupby(run.layer_list)]
-    lists.append(
+    entry = lists.setdefault(
+      key,
       {
-        "run": run.name,
-        "label": source.run_label(index),
+        "label": run.placement,
+        "colour": analysis.source.group_of(index).style.colour,
         "cells": [{"look": looks[name], "name": name} for name in run.layer_list],
         "text": ", ".join(counts) or "placement.txt is not there yet",
-      }
+        "runs": [],
+      },
     )
-  return {"runs": lists, "looks": {name: looks[name] for name in names}}
+    entry["runs"].append(index)
+  used = dict.fromkeys(name for run in runs for name in run.layer_list)
+  return {"placements": list(lists.values()), "looks": {name: looks[name] for name in used}}
 
 
 def _filters(analysis: Analysis) -> list[dict[str, Any]]:
   """Buttons that show and hide runs: for each field in which runs differ, its values and the runs that have them."""
   runs = analysis.material.runs
-  setting_fields = [field for group in analysis.groups for field in group.setting]
+  setting_fields = [field for group in analysis.groups for field in group.named]
   colours = {group.placement: group.style.kind % NUM_COLOURS for group in analysis.groups}
   filters = []
   for field in dict.fromkeys((PLACEMENT_FIELD, *setting_fields, *SEED_FIELDS)):
@@ -224,43 +225,45 @@ def _filters(analysis: Analysis) -> list[dict[str, Any]]:
     for value, members in runs_by_value.items():
       colour = colours[value] if field == PLACEMENT_FIELD else None
       options.append({"text": show(value), "colour": colour, "runs": members})
-    filters.append({"field": field, "options": options})
+    filters.append({"field": field.split(".")[-1].replace("_", " "), "options": options})
   return filters
 
 
-def _figure_view(figure: Figure, folder: Path) -> dict[str, Any]:
-  """A figure with what the page needs of it. Its SVG, drawn already, is for paper and for a page without scripts."""
+def _figure_view(figure: Figure) -> dict[str, Any]:
+  """A figure with what the page needs of it."""
   stem = f"{FIGURES_FOLDER}/{figure.name}"
   files = [f"{stem}.{ending}" for ending in figures.FORMATS]
   files.append(f"{TABLES_FOLDER}/{figure.name}.csv")
-  panel_charts = []
-  for index, (panel, chart) in enumerate(zip(figure.panels, charts.charts(figure), strict=True)):
-    panel_charts.append({"id": f"{figure.name}-{index}", "title": panel.title, "plotly": chart})
+  panels = []
+  for panel, svg in zip(figure.panels, figures.page_svgs(figure), strict=True):
+    panels.append({"title": panel.title, "svg": svg})
   return {
     "name": figure.name,
     "title": figure.title,
     "caption": figure.caption,
-    "svg": base64.b64encode((folder / f"{stem}.svg").read_bytes()).decode(),
     "description": figure.description,
     "files": files,
-    "charts": panel_charts,
-    "diagnosed": figure.name in DIAGNOSED,
+    "panels": panels,
     "maps": figure.panels[0].matrix is not None,
     "bars": figure.panels[0].bars,
+    "has_seeds": any(series.detail for panel in figure.panels for series in panel.series),
     "legend": [_legend_entry(style, name) for style, name in figure.looks.items()],
-    "tables": [
-      _matrix_numbers(panel) if panel.matrix is not None else _series_numbers(panel) for panel in figure.panels
-    ],
+    "tables": [_numbers(panel) for panel in figure.panels if not panel.estimates],
   }
 
 
 def _legend_entry(style: Style, name: str) -> dict[str, Any]:
   return {
     "text": name,
-    "colour": style.kind % NUM_COLOURS,
+    "colour": style.colour,
     "marker": style.kind % NUM_MARKERS,
-    "dash": style.variant % NUM_DASHES,
+    "dash": style.dash,
   }
+
+
+def _numbers(panel: Panel) -> dict[str, Any]:
+  """What a panel draws, as a table."""
+  return _series_numbers(panel) if panel.matrix is None else _matrix_numbers(panel)
 
 
 def _matrix_numbers(panel: Panel) -> dict[str, Any]:

@@ -2,24 +2,37 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-# Two palettes of one order: each colour has a contrast of 3 to 1 (WCAG 2.2, 1.4.11) with the page it is drawn on, and
-# neighbours differ in lightness for those who see no hue. Markers repeat what the colours say.
-LIGHT = ("#0065a8", "#cc5200", "#00805c", "#a0307a", "#8a6d00", "#5f5f5f", "#7a3b10", "#2a8fb5")
-DARK = ("#6cb8f0", "#ff9a5c", "#3fd0a4", "#f09ad0", "#e8c840", "#c2c2c2", "#d8a880", "#8fe3ee")
+# Two palettes of one order: each colour has a contrast of 3 to 1 (WCAG 2.2, 1.4.11) with the page it is drawn on. The
+# first four of the light one, which a paper prints, differ by 10 in CIE lightness (grey) and by 13 in CIE Lab as people
+# without red or green cones see them (Machado et al., 2009). Markers and dashes repeat what the colours say.
+LIGHT = ("#12336e", "#e06a00", "#00795c", "#8f1d63", "#947800", "#000000", "#4f8fd6", "#6b6b6b")
+DARK = ("#6ea8ff", "#ff9a4d", "#3fd0a4", "#e88fd0", "#e0c23c", "#ffffff", "#a9cdf7", "#b4b4b4")
 LIGHT_PAGE, DARK_PAGE = "#ffffff", "#14171c"
 NUM_COLOURS, NUM_MARKERS, NUM_DASHES = len(LIGHT), 8, 4  # of looks, before they repeat
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """How a series looks: `kind` (placement) picks colour and marker, `variant` (other settings) the dashes."""
+  """How a series looks: `kind` (placement) picks colour and marker, both together the dashes.
+
+  Two kinds of one variant have other dashes, so that they are told apart in grey too.
+  """
 
   kind: int = 0
   variant: int = 0
+
+  @property
+  def colour(self) -> int:
+    """An index of the palettes."""
+    return self.kind % NUM_COLOURS
+
+  @property
+  def dash(self) -> int:
+    return (self.kind + self.variant) % NUM_DASHES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +47,8 @@ class Series:
     std: standard deviation of each y, or empty.
     notes: a word on each point, shown with its values, or empty.
     marked: indices of the points that stand out.
+    band: whether `std` is drawn as a band around the line, and not as bars.
+    detail: whether it is one seed of a mean that is drawn too: the page shows it on demand, a paper does not.
   """
 
   name: str
@@ -44,6 +59,8 @@ class Series:
   std: Sequence[float] = ()
   notes: Sequence[str] = ()
   marked: Sequence[int] = ()
+  band: bool = False
+  detail: bool = False
 
   def is_end_of_diverged(self, point: int) -> bool:
     """Whether a marked point is where a single run diverged; the points of means, which have an std, never are."""
@@ -51,8 +68,35 @@ class Series:
 
 
 @dataclasses.dataclass(frozen=True)
+class Estimate:
+  """One row of a panel that compares: an estimate with its interval beside 0.
+
+  Attributes:
+    label: on the left.
+    note: below it, in small.
+    layer_list: one word a layer, first layer first.
+    value: the estimate; None where there is none, and `note` says why.
+    interval: around it, or None.
+    points: the single pairs.
+    style: how it looks.
+    runs: indices of the report's runs that it shows.
+    marked: whether it stands out, since its best learning rate is at an edge of its grid.
+  """
+
+  label: str
+  note: str
+  layer_list: Sequence[str] = ()
+  value: float | None = None
+  interval: tuple[float, float] | None = None
+  points: Sequence[float] = ()
+  style: Style = Style()
+  runs: Sequence[int] = ()
+  marked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Panel:
-  """One pair of axes: either series, or a matrix.
+  """One pair of axes: series, or a matrix, or estimates.
 
   Attributes:
     title: above the axes.
@@ -63,6 +107,8 @@ class Panel:
     log_x, log_y: whether an axis is logarithmic at first.
     bars: whether the series are sets of bars.
     show_markers: whether each point of a line has a marker.
+    x_ticks: what was measured at (learning rates, steps of evaluations), sorted: the ticks are some of them.
+    estimates: a row each.
   """
 
   title: str
@@ -75,6 +121,12 @@ class Panel:
   log_y: bool = False
   bars: bool = False
   show_markers: bool = True
+  x_ticks: Sequence[float] = ()
+  estimates: Sequence[Estimate] = ()
+
+  @property
+  def is_empty(self) -> bool:
+    return not self.series and self.matrix is None and not self.estimates
 
   @property
   def finite_entries(self) -> np.ndarray:
@@ -92,7 +144,6 @@ class Figure:
     caption: definition and source of what is drawn.
     panels: at least one in a figure that is drawn.
     colour_label: of the colour scale of heat maps.
-    group_names: what the legend calls the lines of each look, where a line is one run of a group.
   """
 
   name: str
@@ -100,7 +151,6 @@ class Figure:
   caption: str
   panels: Sequence[Panel]
   colour_label: str = ""
-  group_names: Mapping[Style, str] = dataclasses.field(default_factory=dict)
 
   @property
   def looks(self) -> dict[Style, str]:
@@ -108,7 +158,8 @@ class Figure:
     names: dict[Style, str] = {}
     for panel in self.panels:
       for series in panel.series:
-        names.setdefault(series.style, self.group_names.get(series.style, series.name))
+        if not series.detail:
+          names.setdefault(series.style, series.name)
     return {style: names[style] for style in sorted(names, key=lambda style: (style.kind, style.variant))}
 
   @property
@@ -129,6 +180,7 @@ class Figure:
           row["standard_deviation"] = series.std[index] if series.std else ""
           row["note"] = series.notes[index] if series.notes else ""
           rows.append(row)
+      rows += [_estimate_row(panel, estimate) for estimate in panel.estimates]
       if panel.matrix is not None:
         for (row_index, column), value in np.ndenumerate(panel.matrix):
           if math.isfinite(value):
@@ -140,7 +192,9 @@ class Figure:
     """For readers who can't see it: what the axes are, and where each series begins and ends."""
     sentences = [self.title]
     for panel in self.panels:
-      if panel.matrix is None:
+      if panel.estimates:
+        sentences.append(_describe_estimates(panel))
+      elif panel.matrix is None:
         sentences.append(_describe_series(panel))
       elif panel.finite_entries.size:
         low, high = panel.finite_entries.min(), panel.finite_entries.max()
@@ -148,9 +202,36 @@ class Figure:
     return ". ".join(sentences)
 
 
+def _estimate_row(panel: Panel, estimate: Estimate) -> dict[str, object]:
+  low, high = estimate.interval or ("", "")
+  value = "" if estimate.value is None else estimate.value
+  return {
+    "panel": panel.title,
+    "row": estimate.label,
+    "value": value,
+    "low": low,
+    "high": high,
+    "note": estimate.note,
+    "layers": " ".join(estimate.layer_list),
+  }
+
+
+def _describe_estimates(panel: Panel) -> str:
+  words = []
+  for estimate in panel.estimates:
+    text = "none" if estimate.value is None else f"{estimate.value:+.4g}"
+    if estimate.interval is not None:
+      low, high = estimate.interval
+      text += f" ({low:+.4g} to {high:+.4g})"
+    words.append(f"{estimate.label}: {text}")
+  return f"{panel.x_label}. {'; '.join(words)}"
+
+
 def _describe_series(panel: Panel, most: int = 8) -> str:
   ends = []
   for series in panel.series:
+    if series.detail:
+      continue
     points = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
     if points:
       (first_x, first), (last_x, last) = points[0], points[-1]

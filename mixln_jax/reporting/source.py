@@ -19,7 +19,7 @@ class Source:
     runs: all runs of the report.
     groups: of these runs.
     rows: a row of the perplexity table for each group.
-    featured: the groups whose layers are drawn.
+    featured: the groups whose curves and layers are drawn.
   """
 
   runs: Sequence[ReportedRun]
@@ -45,5 +45,10 @@ class Source:
 
 def make_figure(name: str, title: str, caption: str, panels: Sequence[Panel]) -> Figure:
   """A figure of those panels that show something, perhaps of none. The arguments are those of Figure."""
-  shown = [panel for panel in panels if panel.series or panel.matrix is not None]
+  shown = [panel for panel in panels if not panel.is_empty]
   return Figure(name, title, caption, shown)
+
+
+def mean_label(label: str, num_runs: int) -> str:
+  """What a line over the runs of a group is called."""
+  return f"{label} (mean of {num_runs})" if num_runs > 1 else label

@@ -25,7 +25,8 @@ def alpha_ablation(source: Source) -> Figure:
     found = post_fraction(source.runs[group.runs[0]])
     if found is not None:
       fraction, modifiers = found
-      points.append(_Point(fraction, group, (modifiers, *words(group.setting))))
+      named = {field: group.setting[field] for field in group.named}
+      points.append(_Point(fraction, group, (modifiers, *words(named))))
   mean_loss = {row.group.label: row.loss.mean for row in source.rows if row.loss}
 
   lines = []
@@ -41,7 +42,8 @@ def alpha_ablation(source: Source) -> Figure:
     "mix:α, 0 for pre, 1 for post (arXiv 2412.13795, table 5). Mean over seeds, bars one standard deviation (none: one "
     "seed); the lowest is marked."
   )
-  panel = Panel("", "fraction of Post-LN layers", "validation loss (nats)", lines)
+  fractions = sorted({x for line in lines for x in line.x})
+  panel = Panel("", "fraction of Post-LN layers", "validation loss (nats)", lines, x_ticks=fractions)
   return make_figure("alpha", "Fraction of Post-LN layers (α)", caption, [panel])
 
 
@@ -51,7 +53,7 @@ def learning_rate_study(source: Source) -> Figure:
   for group in source.groups:
     rate = group.setting.get(LEARNING_RATE_FIELD)
     if isinstance(rate, (int, float)) and rate > 0:
-      points.append(_Point(float(rate), group, (group.placement, *words(group.setting_but(LEARNING_RATE_FIELD)))))
+      points.append(_Point(float(rate), group, (group.label_but(LEARNING_RATE_FIELD),)))
 
   marks = {}
   for best in best_by_learning_rate(source.rows):
@@ -73,7 +75,8 @@ def learning_rate_study(source: Source) -> Figure:
     "(none: one seed). The best rate of each placement is marked: that of the lowest mean over the seeds that all its "
     "rates share. If it is at an edge of its grid, the true best may lie beyond."
   )
-  panel = Panel("", "peak learning rate", "validation loss (nats)", lines, log_x=True)
+  rates = sorted({x for line in lines for x in line.x})
+  panel = Panel("", "peak learning rate", "validation loss (nats)", lines, log_x=True, x_ticks=rates)
   return make_figure("learning_rate", "Learning rate", caption, [panel])
 
 

@@ -19,6 +19,7 @@ class StudyPlan:
 
   Attributes:
     name: of the study.
+    title: what it is called; empty where it has none.
     question: what it is to decide.
     base: config field -> value, of the config that every run starts from.
     axes: field -> its values, of the fields in which the runs may differ.
@@ -27,6 +28,7 @@ class StudyPlan:
   """
 
   name: str
+  title: str = ""
   question: str = ""
   base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   axes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
@@ -48,6 +50,7 @@ def read_study_plan(path: Path) -> StudyPlan:
     planned = {run["name"]: dict(run["values"]) for run in value["runs"]}
     return StudyPlan(
       name=str(value.get("name") or path.parent.name),
+      title=str(value.get("title") or value.get("name") or ""),
       question=str(value.get("question", "")),
       base=dict(value["base"]),
       axes={str(field): list(values) for field, values in value["axes"].items()},

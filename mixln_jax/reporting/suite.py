@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mixln_jax.reporting.layers import DEPTH_AXIS, LAYER_AXIS, by_depth, diagnosed, mean_label
+from mixln_jax.reporting.layers import DEPTH_AXIS, LAYER_AXIS, by_depth, diagnosed
 from mixln_jax.reporting.model_diagnosis import ModelDiagnosis
 from mixln_jax.reporting.panels import Figure, Panel
-from mixln_jax.reporting.source import SEEDS_NOTE, Source, make_figure
+from mixln_jax.reporting.source import SEEDS_NOTE, Source, make_figure, mean_label
 
 NOTE = "Definitions of DepthBench (arXiv 2609.32534); diagnose.json has ours in full."
 

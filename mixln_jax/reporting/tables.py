@@ -1,4 +1,4 @@
-"""The tables of a report, as text: the same for the page and for CSV."""
+"""The tables of a report: as text for the page, and as numbers, each in a column of its own, for CSV and LaTeX."""
 
 import csv
 import dataclasses
@@ -11,22 +11,24 @@ import numpy as np
 
 from mixln_jax.files import write_whole
 from mixln_jax.reporting import comparison, groups
-from mixln_jax.reporting.comparison import BestRate, Difference, Spread, Standing
+from mixln_jax.reporting.comparison import Difference, Spread, Standing, spread
+from mixln_jax.reporting.headline import Headline
 from mixln_jax.reporting.loading import ReportedRun
+from mixln_jax.reporting.numbers import NOTHING, fixed, signed
 from mixln_jax.reporting.reading import as_mapping
-
-NOTHING = "–"  # the cell of a value that there is not
+from mixln_jax.text import perplexity
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
-  """A table of text.
+  """A table.
 
   Attributes:
     name: of its CSV file.
     title: above it.
     headers: of its columns.
     rows: as many cells each as there are headers.
+    data: what CSV has, a mapping a row: numbers in full precision, each under its name.
     note: below it.
   """
 
@@ -34,11 +36,8 @@ class TextTable:
   title: str
   headers: Sequence[str]
   rows: Sequence[Sequence[str]]
+  data: Sequence[Mapping[str, Any]]
   note: str = ""
-
-  def records(self) -> list[dict[str, str]]:
-    """The rows, each by header."""
-    return [dict(zip(self.headers, row, strict=True)) for row in self.rows]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -56,102 +55,198 @@ def mean_and_std(value: Spread | None, digits: int = 4) -> str:
   """`5.0500 ± 0.0707`, or the mean alone where there is no std."""
   if value is None:
     return NOTHING
-  mean = f"{value.mean:.{digits}f}"
-  return mean if value.std is None else f"{mean} ± {value.std:.{digits}f}"
+  mean = fixed(value.mean, digits)
+  return mean if value.std is None else f"{mean} ± {fixed(value.std, digits)}"
 
 
-def difference_and_interval(value: Difference | None, digits: int = 4) -> str:
-  """`-0.51 [-0.69, -0.34]`; where there is no interval, why."""
+def difference_cells(value: Difference | None, digits: int = 4) -> tuple[str, str]:
+  """`−0.5123` and `−0.6912 to −0.3370`; where there is no interval, why."""
   if value is None:
-    return NOTHING
-  mean = f"{value.mean:+.{digits}f}"
+    return NOTHING, NOTHING
+  mean = signed(value.mean, digits)
   if value.interval is not None:
     low, high = value.interval
-    return f"{mean} [{low:+.{digits}f}, {high:+.{digits}f}]"
-  reason = "one seed" if value.n == 1 else "all pairs equal"
-  return f"{mean} ({reason}: no interval)"
+    return mean, f"{signed(low, digits)} to {signed(high, digits)}"
+  return mean, "one seed" if value.n == 1 else "all pairs equal"
+
+
+def _spread_data(name: str, value: Spread | None) -> dict[str, Any]:
+  """Mean and standard deviation, in columns of their own."""
+  if value is None:
+    return {f"{name}_mean": None, f"{name}_std": None}
+  return {f"{name}_mean": value.mean, f"{name}_std": value.std}
+
+
+def _difference_data(name: str, value: Difference | None) -> dict[str, Any]:
+  """A difference and the ends of its interval, in columns of their own."""
+  names = (f"{name}_difference", f"{name}_low", f"{name}_high")
+  if value is None:
+    return dict.fromkeys(names)
+  return dict(zip(names, (value.mean, *(value.interval or (None, None))), strict=True))
+
+
+PLACES = {"only rate": "only one", "inside": "inside", "lower edge": "◂ edge", "upper edge": "edge ▸"}
+
+
+def summary_table(headline: Headline) -> TextTable:
+  """Each placement at its best learning rate: its difference to the baseline, then its loss, then perplexity."""
+  with_rates = any(one.rate for one in headline.contenders)
+  rate_headers = ("learning rate", "in its grid") if with_rates else ()
+  headers = (
+    "placement",
+    "loss − baseline’s",
+    "95 % interval",
+    "verdict",
+    *rate_headers,
+    "loss (nats)",
+    "bits a byte",
+    "perplexity",
+    "seeds",
+    "diverged",
+  )
+  body, data = [], []
+  for contender in headline.contenders:
+    best, match = contender.best, headline.matchup_of(contender)
+    is_baseline = any(one.baseline is contender for one in headline.matchups)
+    row = best.row if best else None
+    bits = spread(row.bits) if row is not None and len(row.bits) else None
+    verdict = match.verdict if match else NOTHING
+    if is_baseline:
+      verdict = "baseline"
+    rate_cells = (contender.rate or NOTHING, PLACES[best.place] if best and contender.rate else NOTHING)
+    cells = (
+      contender.label,
+      *difference_cells(match.loss if match else None),
+      verdict,
+      *(rate_cells if with_rates else ()),
+      mean_and_std(row.loss if row else None),
+      fixed(bits.mean if bits else None, 4),
+      fixed(row.perplexity.mean if row and row.perplexity else None, 2),
+      str(row.counted if row else 0),
+      str(row.diverged if row else contender.diverged),
+    )
+    body.append(cells)
+    data.append(
+      {
+        "placement": contender.placement,
+        **contender.setting,
+        groups.LEARNING_RATE_FIELD: contender.rate or None,
+        "place_in_grid": best.place if best and contender.rate else None,
+        "verdict": verdict,
+        "pairs": match.loss.n if match else None,
+        "seeds_needed": match.needed if match else None,
+        **_difference_data("loss", match.loss if match else None),
+        **_difference_data("bits_per_byte", match.bits if match else None),
+        **_difference_data("perplexity", match.perplexity if match else None),
+        **_spread_data("loss", row.loss if row else None),
+        **_spread_data("bits_per_byte", bits),
+        **_spread_data("perplexity", row.perplexity if row else None),
+        "seeds": row.counted if row else 0,
+        "planned": row.planned if row else 0,
+        "diverged": row.diverged if row else contender.diverged,
+      }
+    )
+  note = (
+    f"{_MEANING} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen by the "
+    "losses that are reported, they are a little optimistic, and more so for placements with more rates."
+  )
+  if not with_rates:
+    note = _MEANING
+  return TextTable("summary", "Each placement at its best", headers, body, data, note)
+
+
+_MEANING = (
+  "Validation after the last step of the whole budget, in nats a token; mean ± standard deviation over seeds (n − 1). "
+  f"Differences are paired by seed, with Student’s t interval ({comparison.CONFIDENCE:.0%}, n − 1 degrees of freedom, "
+  "not corrected for the number of comparisons). Below 0: lower than the baseline."
+)
 
 
 def perplexity_table(rows: Sequence[Standing], baseline: str) -> TextTable:
-  """Final loss and perplexity by group, and the paired differences."""
+  """Final loss and perplexity by group, and the paired differences at equal settings."""
   headers = (
     "group",
-    "perplexity",
-    f"perplexity minus {baseline}'s",
-    "loss (nats)",
-    f"loss minus {baseline}'s",
+    f"loss − {baseline}’s",
+    "95 % interval",
     "pairs",
-    "runs counted",
+    "loss (nats)",
+    "perplexity",
+    "counted",
     "diverged",
   )
-  body = []
+  body, data = [], []
   for row in rows:
     cells = (
       row.group.label,
-      mean_and_std(row.perplexity, 2),
-      difference_and_interval(row.perplexity_difference, 2),
-      mean_and_std(row.loss),
-      difference_and_interval(row.loss_difference),
+      *difference_cells(row.loss_difference),
       str(row.loss_difference.n) if row.loss_difference else NOTHING,
+      mean_and_std(row.loss),
+      mean_and_std(row.perplexity, 2),
       f"{row.counted} of {row.planned}",
       str(row.diverged),
     )
     body.append(cells)
-  note = (
-    "Validation after the last step of the whole budget; mean ± standard deviation over seeds (n − 1). Differences are "
-    "paired: same seed of the initial weights, same order of samples, all other settings equal. In brackets: Student's "
-    f"t interval ({comparison.CONFIDENCE:.0%}) of the mean difference, n − 1 degrees of freedom, not corrected for the "
-    "number of comparisons. Below 0: lower than the baseline. Runs that have not reached their last step do not count."
-  )
-  return TextTable("perplexity_by_group", "Perplexity", headers, body, note)
-
-
-def best_rates_table(best_rates: Sequence[BestRate]) -> TextTable:
-  """The best learning rate of each placement and setting."""
-  places = {"inside": "inside its grid", "only rate": "the only rate so far"}
-  body = []
-  for best in best_rates:
-    row = best.row
-    cells = (
-      row.group.label,
-      groups.show(row.group.setting[groups.LEARNING_RATE_FIELD]),
-      places.get(best.place, f"at the {best.place}: the best may lie beyond"),
-      str(best.seeds),
-      mean_and_std(row.perplexity, 2),
-      mean_and_std(row.loss),
-      f"{row.counted} of {row.planned}",
+    data.append(
+      {
+        "group": row.group.label,
+        "placement": row.group.placement,
+        **row.group.setting,
+        "baseline": row.baseline,
+        "pairs": row.loss_difference.n if row.loss_difference else None,
+        **_difference_data("loss", row.loss_difference),
+        **_difference_data("perplexity", row.perplexity_difference),
+        **_spread_data("loss", row.loss),
+        **_spread_data("perplexity", row.perplexity),
+        "counted": row.counted,
+        "planned": row.planned,
+        "diverged": row.diverged,
+      }
     )
-    body.append(cells)
-  note = (
-    "The rate with the lowest mean validation loss over the seeds that all rates of its grid share; only rates that "
-    "have a loss can be chosen, and none is where they share no seed. Rates that diverged belong to the grid. "
-    "Perplexity and loss are those of all its seeds. The rate is chosen by the losses that are reported, on the same "
-    "seeds: they are a little optimistic, and more so for placements with more rates."
-  )
-  headers = (
-    "group",
-    "learning rate",
-    "where in its grid",
-    "seeds compared",
-    "perplexity",
-    "loss (nats)",
-    "runs counted",
-  )
-  return TextTable("best_learning_rate", "Best learning rate", headers, body, note)
+  note = f"{_MEANING} Only equal settings are compared. Runs that have not reached their last step do not count."
+  return TextTable("perplexity_by_group", "All groups", headers, body, data, note)
+
+
+def latex(table: TextTable) -> str:
+  """A table for LaTeX, with \\usepackage{booktabs}."""
+  lines = [
+    f"% {table.title}. Needs \\usepackage{{booktabs}}.",
+    f"\\begin{{tabular}}{{l{'r' * (len(table.headers) - 1)}}}",
+    "\\toprule",
+  ]
+  lines += [_latex_row(table.headers), "\\midrule"]
+  lines += [_latex_row(row) for row in table.rows]
+  return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+LATEX_SPECIAL = {
+  "\\": r"\textbackslash{}",
+  **{character: f"\\{character}" for character in "&%$#_{}"},
+  "~": r"\textasciitilde{}",
+  "^": r"\textasciicircum{}",
+  "−": "$-$",
+  "±": r"$\pm$",
+  "–": "--",
+  "’": "'",
+  "◂": r"$\triangleleft$",
+  "▸": r"$\triangleright$",
+}
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+  escaped = ["".join(LATEX_SPECIAL.get(character, character) for character in cell) for cell in cells]
+  return f"{' & '.join(escaped)} \\\\"
 
 
 RUN_HEADERS = (
   "run",
-  "placement",
-  "seed",
-  "data seed",
   "status",
   "step",
+  "loss",
+  "best loss (step)",
   "tokens",
-  "validation loss",
-  "best (step)",
-  "skipped updates",
   "minutes",
+  "skipped",
+  "seeds",
   "initial weights",
   "data",
 )
@@ -160,34 +255,60 @@ RUN_HEADERS = (
 def runs_table(runs: Sequence[ReportedRun]) -> TextTable:
   """How each run went."""
   note = (
-    "Validation loss: after the last step. Minutes: of the process that ended the run (outcome.json). Initial weights "
-    "and data: hash and fingerprint; equal ones mean equal numbers."
+    "Loss: of the validation after the last step. Minutes: of the process that ended the run (outcome.json). Skipped: "
+    "updates whose loss or gradient was not finite. Seeds: of the initial weights / of the data. Initial weights and "
+    "data: hash and fingerprint; equal ones mean equal numbers."
   )
-  return TextTable("runs", "Runs", RUN_HEADERS, [_run_row(run) for run in runs], note)
+  data = [_run_data(run) for run in runs]
+  return TextTable("runs", "Runs", RUN_HEADERS, [_run_row(one) for one in data], data, note)
 
 
-def _run_row(run: ReportedRun) -> tuple[str, ...]:
+def _run_data(run: ReportedRun) -> dict[str, Any]:
   best = as_mapping(run.outcome.get("best_validation"))
-  best_loss = _number_or_none(best.get("loss"))
   seconds = _number_or_none(as_mapping(run.outcome.get("seconds")).get("total"))
-  tokens = NOTHING
-  if "tokens" in run.train:
-    tokens = f"{np.nansum(run.train['tokens']):,.0f}"
+  return {
+    "run": run.name,
+    "placement": run.placement,
+    "seed": run.config["seed"],
+    "data_seed": run.config.get("data.seed"),
+    "status": run.status,
+    "step": run.step,
+    "num_steps": run.num_steps,
+    "loss": run.final_loss,
+    "perplexity": None if run.final_loss is None else perplexity(run.final_loss),
+    "bits_per_byte": run.at_end("bits_per_byte"),
+    "best_loss": _number_or_none(best.get("loss")),
+    "best_step": best.get("step"),
+    "tokens": int(np.nansum(run.train["tokens"])) if "tokens" in run.train else None,
+    "minutes": None if seconds is None else seconds / 60,
+    "skipped_updates": run.outcome.get("skipped_updates"),
+    "initial_weights": run.initial_weights.get("hash"),
+    "data": run.fingerprint,
+  }
+
+
+def _run_row(run: Mapping[str, Any]) -> tuple[str, ...]:
+  """A run's data as text."""
+  best = NOTHING
+  if run["best_loss"] is not None:
+    best = f"{fixed(run['best_loss'], 4)} ({run['best_step']})"
   return (
-    run.name,
-    run.placement,
-    str(run.config["seed"]),
-    str(run.config.get("data.seed", "")),
-    run.status,
-    f"{run.step} / {run.num_steps}",
-    tokens,
-    NOTHING if run.final_loss is None else f"{run.final_loss:.4f}",
-    NOTHING if best_loss is None else f"{best_loss:.4f} ({best.get('step')})",
-    str(run.outcome.get("skipped_updates", NOTHING)),
-    NOTHING if seconds is None else f"{seconds / 60:.1f}",
-    str(run.initial_weights.get("hash", NOTHING)),
-    str(run.fingerprint or NOTHING)[:12],
+    run["run"],
+    run["status"],
+    f"{run['step']} / {run['num_steps']}",
+    fixed(run["loss"], 4),
+    best,
+    NOTHING if run["tokens"] is None else f"{run['tokens']:,}",
+    fixed(run["minutes"], 1),
+    _or_dash(run["skipped_updates"]),
+    f"{run['seed']} / {run['data_seed']}",
+    _or_dash(run["initial_weights"])[:12],
+    _or_dash(run["data"])[:12],
   )
+
+
+def _or_dash(value: Any) -> str:
+  return NOTHING if value is None else str(value)
 
 
 def _number_or_none(value: Any) -> float | None:
@@ -206,7 +327,8 @@ def differences_table(runs: Sequence[ReportedRun]) -> TextTable:
     values = [groups.show(groups.value_of(run, field)) for field in fields]
     body.append((run.name, *values))
   note = "All other fields are equal." if fields else "All fields are equal."
-  return TextTable("config_differences", "What differs", ("run", *fields), body, note)
+  headers = ("run", *fields)
+  return TextTable("config_differences", "What differs", headers, body, _as_data(headers, body), note)
 
 
 def environment_table(runs: Sequence[ReportedRun]) -> TextTable:
@@ -217,7 +339,12 @@ def environment_table(runs: Sequence[ReportedRun]) -> TextTable:
     body.append((*cells, ", ".join(run.name for run in members)))
   headers = ("revision", "code", "devices", "processes", "Python", "jax", "flax", "optax", "platform", "runs")
   note = "Code: a hash of the package's source files; equal ones mean equal code, whatever the revision."
-  return TextTable("environment", "Environment", headers, body, note)
+  return TextTable("environment", "Environment", headers, body, _as_data(headers, body), note)
+
+
+def _as_data(headers: Sequence[str], body: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+  """Rows of text, each cell by its header."""
+  return [dict(zip(headers, row, strict=True)) for row in body]
 
 
 def _environment_row(run: ReportedRun) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from mixln_jax.errors import InputError
 from mixln_jax.files import COUNT, NUMBER, TEXT, Kinds, json_number, read_json_lines, write_whole
 from mixln_jax.parallel.processes import is_first
@@ -21,6 +23,8 @@ class Mirror(Protocol):
   """Somewhere else that metrics go."""
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None: ...
+
+  def picture(self, step: int, name: str, pixels_HWC: np.ndarray) -> None: ...
 
   def flush(self) -> None: ...
 
@@ -40,6 +44,9 @@ class TensorBoardMirror:
     for name, value in values.items():
       self._writer.add_scalar(f"{split}/{name}", value, step)
 
+  def picture(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
+    self._writer.add_image(name, pixels_HWC, step, dataformats="HWC")
+
   def flush(self) -> None:
     self._writer.flush()
 
@@ -57,6 +64,7 @@ class WandbMirror:
     path = folder / "wandb_id.txt"
     if not path.exists():
       path.write_text(uuid.uuid4().hex[:16])
+    self._image = wandb.Image
     self._run = wandb.init(
       project=project,
       name=name,
@@ -68,6 +76,9 @@ class WandbMirror:
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+  def picture(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
+    self._run.log({name: self._image(pixels_HWC)}, step=step)
 
   def flush(self) -> None:
     """It sends by itself."""
@@ -139,6 +150,18 @@ class Metrics:
       return
     self._lines.write({"step": step, "split": split} | {name: json_number(value) for name, value in values.items()})
     self._tell_mirrors(lambda mirror: mirror.write(step, split, values), f"from step {step} on")
+
+  def picture(self, step: int, name: str, draw: Callable[[], np.ndarray | None]) -> None:
+    """Gives the mirrors a picture, uint8 [height, width, 3], of a step; it is drawn only where there are any."""
+    if not self._mirrors:
+      return
+    try:
+      pixels_HWC = draw()
+    except Exception as error:  # a picture never stops a run
+      print(f"warning: the picture {name} of step {step} can't be drawn: {error}", file=sys.stderr)
+      return
+    if pixels_HWC is not None:
+      self._tell_mirrors(lambda mirror: mirror.picture(step, name, pixels_HWC), f"from step {step} on")
 
   def flush(self) -> None:
     """Puts all that was written into the files."""

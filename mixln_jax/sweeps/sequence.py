@@ -22,8 +22,9 @@ from mixln_jax.files import (
   read_json,
   write_whole,
 )
-from mixln_jax.runs.folder import LOCK
+from mixln_jax.runs.folder import LOCK, METRICS
 from mixln_jax.runs.lock import Liveness, describe_holder, is_held, is_held_elsewhere, read_holder
+from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.runs.outcome import ENDED_ITSELF, FINISHED, Outcome, read_outcome
 from mixln_jax.sweeps.study import STUDY, STUDY_PLACE, Run, Study, check_comparable, check_initial_weights
 
@@ -38,14 +39,17 @@ class State(NamedTuple):
   state: str  # open, busy (another process trains it), or done
   outcome: Outcome | None
   holder: str = ""  # the process that trains it, in words
+  step: int = 0  # the last one in its metrics
+  num_steps: int = 0
 
   def describe(self) -> str:
     """In a few words, for a table."""
     outcome = self.outcome
     if self.state == BUSY:
-      return f"{BUSY}: a process trains it ({self.holder or 'one that does not say who it is'})"
+      who = self.holder or "one that does not say who it is"
+      return f"{BUSY}: a process trains it ({who}), step {self.step} of {self.num_steps}"
     if outcome is None:
-      return self.state
+      return f"{self.state}, step {self.step} of {self.num_steps}" if self.step else self.state
     loss = f"  loss {float(outcome.validation['loss']):.4f}" if outcome.validation else ""
     diverged = "  diverged" if outcome.diverged else ""
     return f"{outcome.status} at step {outcome.step}{loss}{diverged}"
@@ -99,13 +103,31 @@ def _check_same(study: Study, old: dict[str, Any], folder: Path) -> None:
 def state_of(run: Run) -> State:
   """How a run stands."""
   outcome = read_outcome(run.folder)
+  num_steps = run.config.train.num_steps
   if is_held(run.folder / LOCK, _liveness):
-    return State(BUSY, outcome, describe_holder(read_holder(run.folder / LOCK)))
+    return State(BUSY, outcome, describe_holder(read_holder(run.folder / LOCK)), _last_step(run), num_steps)
   done = False
   if outcome is not None:
-    all_steps = outcome.step == run.config.train.num_steps
+    all_steps = outcome.step == num_steps
     done = outcome.status in ENDED_ITSELF or (outcome.status == FINISHED and all_steps)
-  return State(DONE if done else OPEN, outcome)
+  return State(DONE if done else OPEN, outcome, step=_last_step(run) if outcome is None else 0, num_steps=num_steps)
+
+
+def _last_step(run: Run) -> int:
+  """The last step in a run's metrics; 0 before the first, or where another process is writing them anew."""
+  try:
+    return max((line["step"] for line in read_metrics(run.folder / METRICS)), default=0)
+  except (InputError, OSError):
+    return 0
+
+
+def steps_left(run: Run) -> int:
+  """Updates that a run still needs; none of one that is done, or that another process trains."""
+  state = state_of(run)
+  if state.state != OPEN:
+    return 0
+  done = state.step if state.outcome is None else state.outcome.step
+  return max(0, run.config.train.num_steps - done)
 
 
 def with_second_stage(study: Study, workdir: str | Path) -> Study:

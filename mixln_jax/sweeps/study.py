@@ -16,6 +16,7 @@ from mixln_jax.files import COUNT, NUMBERS, TEXT, check_kinds, json_object, loca
 from mixln_jax.model.parameters import parameters
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
+from mixln_jax.text import integer_of
 from mixln_jax.training.derived import with_derived
 
 STUDY_PLACE = "a study lies in a folder, which several machines can share over a network file system"
@@ -57,6 +58,7 @@ class Study(NamedTuple):
     base: the config that every run starts from.
     grids: each the product of its axes; a study is all their runs, each once.
     question: what it is to decide, in words.
+    title: what its report is called; by default its axes.
     claims: what will be judged, `{"id", "claim", "judged_by"}` each, written down before it runs.
     then: what is run where all of that is done, at the best of the values that were tried.
   """
@@ -65,6 +67,7 @@ class Study(NamedTuple):
   grids: tuple[Grid, ...]
   question: str = ""
   claims: tuple[Mapping[str, str], ...] = ()
+  title: str = ""
   then: Then | None = None
 
   @property
@@ -136,6 +139,7 @@ class Study(NamedTuple):
   def to_json(self, runs: Iterable[Run]) -> str:
     """What `study.json` holds."""
     value = {
+      "title": self.title,
       "question": self.question,
       "claims": [dict(claim) for claim in self.claims],
       "axes": self.axes,
@@ -162,6 +166,7 @@ def make_study(
   question: str = "",
   claims: Sequence[Mapping[str, str]] = (),
   then: Mapping[str, Any] | None = None,
+  title: str = "",
 ) -> Study:
   """A checked study.
 
@@ -185,7 +190,7 @@ def make_study(
     tried = set(itertools.chain.from_iterable(itertools.chain.from_iterable(together)))
     if stage.best not in tried or stage.best in itertools.chain.from_iterable(stage.grid):
       raise InputError(f"STUDY: then.best={stage.best!r} must be an axis of the grids, and none of then.grid")
-  return Study(base, together, question, tuple(claims), stage)
+  return Study(base, together, question, tuple(claims), title, stage)
 
 
 def _grid(grid: Grid) -> Grid:
@@ -233,7 +238,7 @@ def _check_point(fields: tuple[str, ...], point: Any) -> None:
 
 
 def load_study(recipe: str, base: Config) -> Study:
-  """The study that a recipe defines beside its `get_config`, as `STUDY = {"grids": [...], "question": …, "claims": …}`.
+  """The study that a recipe defines beside its `get_config`, as `STUDY = {"grids": [...], "title": …, …}`.
 
   Args:
     recipe: path of the recipe.
@@ -245,10 +250,10 @@ def load_study(recipe: str, base: Config) -> Study:
   content = runpy.run_path(recipe).get("STUDY")
   if content is None:
     raise InputError(f"config={recipe}: defines no STUDY; give axes, as in 'model.placement=pre mix:0.25'")
-  unknown = set(content) - {"grids", "question", "claims", "then"}
+  unknown = set(content) - {"grids", "title", "question", "claims", "then"}
   if unknown or not content.get("grids"):
     wrong = ", ".join(unknown) or "no grids"
-    raise InputError(f"config={recipe}: STUDY has grids, question, claims and then, not {wrong}")
+    raise InputError(f"config={recipe}: STUDY has grids, title, question, claims and then, not {wrong}")
   return make_study(base, **content)
 
 
@@ -300,7 +305,8 @@ def _parse(field: str, word: str) -> Any:
       raise InputError(f"axis {field}: {word!r} must be true or false")
     return choices[word.lower()]
   try:
-    return type(default)(word)
+    whole = integer_of(word) if isinstance(default, int) else None
+    return type(default)(word) if whole is None else whole
   except ValueError as error:
     raise InputError(f"axis {field}: {word!r} must be {config_lib.FIELDS[field].allowed()}") from error
 

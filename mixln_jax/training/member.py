@@ -12,6 +12,7 @@ import jax
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.data.tokenizer import write_tokenizer
+from mixln_jax.diagnostics.picture import layer_picture
 from mixln_jax.errors import InputError
 from mixln_jax.model.parameters import count_params
 from mixln_jax.opening import Setup
@@ -156,6 +157,8 @@ class Member:
     self._metrics.write(step, "train", values)
     self.divergence.trained(values["loss"])
     self._diagnosis.seen(step, values["loss"], statistics)
+    if statistics is not None:
+      self._metrics.picture(step, "layers", lambda: layer_picture(statistics, f"{self.name}, step {step}"))
 
   def evaluated(self, step: int, evaluation: Evaluation) -> float:
     """Writes an evaluation; returns the unigram entropy, in nats, of the labels that it is over."""

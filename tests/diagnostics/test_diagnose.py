@@ -55,11 +55,12 @@ def numbers_of(value):
 def test_diagnose_an_imported_llama(llama, capsys):
   assert main(["diagnose", f"--workdir={llama}"]) == 0
   lines = capsys.readouterr().out.splitlines()
+  assert "started from imported weights" in lines[-2]  # "initial" in the table is a fresh draw
   result = json.loads((llama / "diagnose" / "0" / "diagnose.json").read_text())
   figures = {path.suffix for path in (llama / "diagnose" / "0").iterdir()}
   assert lines[-1].startswith(f"wrote      {llama / 'diagnose' / '0'}: diagnose.json and ")
   assert figures >= {".json", ".png", ".svg"}
-  assert [line.split()[:2] for line in lines[2:4]] == [["0", "pre"], ["1", "pre"]]
+  assert [line.split()[:2] for line in lines[2:4]] == [["1", "pre"], ["2", "pre"]]
   assert (result["step"], result["placement"], result["num_layers"]) == (0, "pre", 2)
   assert result["definitions"] == DEFINITIONS
   assert all(math.isfinite(number) for number in numbers_of(result))
@@ -169,5 +170,5 @@ def test_what_is_not_finite_is_none_in_the_json_and_said_in_the_table():
   assert result["removal"]["blocks"]["1"] == result["angular_distance"]["all"][0] == [None]
   assert result["logit_lens_perplexity"] == [5.0, None]
   layer, end = table(result, "post").splitlines()[2:4]
-  assert layer.split() == ["0", "post", "0.2500", "n/a", "n/a", *["1.000e+00", "2.000e+00"] * 2, "1.0", "5"]
+  assert layer.split() == ["1", "post", "0.2500", "n/a", "n/a", *["1.000e+00", "2.000e+00"] * 2, "1.0", "5"]
   assert end.split() == ["end", "n/a", "n/a"]

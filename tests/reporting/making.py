@@ -8,6 +8,7 @@ from mixln_jax import placement as placement_lib
 
 NUM_LAYERS = 4
 NUM_STEPS = 20
+BITS_PER_NAT = 0.144  # a byte, in these made runs
 TENSORS = ("embedding", "head", "final_norm", "layers/query", "layers/output", "layers/down")
 
 
@@ -27,13 +28,14 @@ def metrics_lines(loss, num_steps):
     lines.append(line | {"skipped_in_a_row": 0.0, "learning_rate": 1e-3, "tokens_per_second": 10.0})
     if step % 10 == 0:
       value = loss if step == num_steps else loss + 1
-      lines.append({"step": step, "split": "validation", "loss": value, "perplexity": math.exp(value)})
+      validation = {"loss": value, "perplexity": math.exp(value), "bits_per_byte": value * BITS_PER_NAT}
+      lines.append({"step": step, "split": "validation", **validation})
   return lines
 
 
 def make_run(
   folder,
-  loss=5.0,
+  loss: float | None = 5.0,
   *,
   diagnosed=False,
   diagnosis=None,
@@ -53,7 +55,9 @@ def make_run(
   config = config_of(**changes)
   write = lambda name, value: (folder / name).write_text(json.dumps(value))  # noqa: E731
   write("config.json", config)
-  (folder / "placement.txt").write_text(placement_lib.parse(config["model.placement"], NUM_LAYERS).layer_list + "\n")
+  (folder / "placement.txt").write_text(
+    placement_lib.parse(config["model.placement"], config["model.num_layers"]).layer_list + "\n"
+  )
   lines = metrics_lines(loss, config["train.num_steps"]) if loss is not None else []
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   sums = {name: 1000 * config["seed"] + index for index, name in enumerate(TENSORS)} | (weights or {})

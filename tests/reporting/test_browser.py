@@ -52,7 +52,7 @@ def visit(browser, whole_report):
     )
     page.add_init_script("window.pwned = () => console.error('a name from a file was run')")
     page.goto((whole_report / "report.html").as_uri())
-    page.wait_for_selector("html[data-drawn]", timeout=DRAWN)
+    page.wait_for_selector("html.interactive", timeout=DRAWN)
     return page, wrong
 
   yield visit
@@ -68,59 +68,80 @@ def wait_until(page, expression):
     page.wait_for_timeout(50)
 
 
-def colours(page, chart):
-  return page.evaluate("id => document.getElementById(id).data.map(trace => trace.marker.color)", chart)
+FIRST_CURVE = "document.querySelector('#loss .series path[style*=stroke]')"
+
+
+def ink(page):
+  """The colour of the first curve."""
+  return page.evaluate(f"getComputedStyle({FIRST_CURVE}).stroke")
+
+
+def rgb(colour):
+  return f"rgb({', '.join(str(int(colour[at : at + 2], 16)) for at in (1, 3, 5))})"
+
+
+SHOWN = """name => [...document.querySelectorAll(`#${name} .panel:first-child .series`)]
+  .filter(part => part.getBoundingClientRect().height > 0).length"""
 
 
 def test_all_is_drawn_without_a_fault_and_works_by_keyboard(visit):
-  page, wrong = visit(viewport={"width": 1280, "height": 900})
-  assert page.get_attribute("html", "data-drawn") == "charts"
-  empty = """() => [...document.querySelectorAll('.chart')].filter(chart => chart.getBoundingClientRect().height < 100
-    || chart.querySelectorAll('.trace path, .heatmaplayer image, .bars path').length === 0).map(chart => chart.id)"""
-  assert page.evaluate(empty) == []
-  assert page.locator(".chart").count() > 30
-  assert set(colours(page, "loss-0")) <= set(LIGHT)
+  page, wrong = visit(viewport={"width": 1400, "height": 900})
+  empty = """() => [...document.querySelectorAll('.panel svg')].filter(drawing =>
+    drawing.getBoundingClientRect().height < 60 || drawing.querySelectorAll('path, image').length < 2).length"""
+  assert page.evaluate(empty) == 0
+  assert page.locator(".panel svg").count() > 30
+  assert ink(page) == rgb(LIGHT[0])
 
-  count = "id => document.getElementById(id).data.filter(trace => trace.visible !== false).length"
-  assert page.evaluate(count, "loss-0") == 9
+  groups = page.evaluate(SHOWN, "removal")
+  assert groups > 0
+  page.locator(".filters summary").focus()
+  page.keyboard.press("Enter")
   page.locator("button", has_text="pre").first.focus()
   page.keyboard.press("Enter")
-  wait_until(page, f"({count})('loss-0') === 6")
-  assert page.locator("#shown").text_content() == "(6 of 9 shown)"
+  wait_until(page, f"({SHOWN})('removal') < {groups}")
+  assert page.locator("#shown").text_content() == "6 of 9 runs shown"
   page.keyboard.press("Enter")
-  wait_until(page, f"({count})('loss-0') === 9")
+  wait_until(page, f"({SHOWN})('removal') === {groups}")
 
-  page.locator("button[data-figure=loss][data-log=yaxis]").focus()
+  seed = page.locator("#loss .seed").first
+  assert not seed.is_visible()
+  page.locator("button[data-seeds=loss]").focus()
   page.keyboard.press("Space")
-  wait_until(page, "document.getElementById('loss-0').layout.yaxis.type === 'log'")
+  assert seed.is_visible()
   page.locator("#loss summary").focus()
   page.keyboard.press("Enter")
   assert page.locator("#loss table").first.is_visible()
-
-  page.evaluate("document.getElementById('effective_rank-0').scrollIntoView({block: 'center', behavior: 'instant'})")
-  box = page.locator("#effective_rank-0 .nsewdrag").bounding_box()
-  page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-  page.wait_for_selector("#effective_rank-0 .hoverlayer .hovertext")
   assert wrong == []
+
+
+def test_the_answer_is_on_the_first_screen(visit):
+  """Would catch a headline or its picture that has slipped below what a laptop shows."""
+  page, _ = visit(viewport={"width": 1400, "height": 900})
+  assert page.locator(".headline").first.bounding_box()["y"] < 250
+  assert page.locator("#difference svg").bounding_box()["y"] < 600
+  cut = "[...document.querySelectorAll('#summary .scroll')].filter(box => box.scrollWidth > box.clientWidth + 1).length"
+  assert page.evaluate(cut) == 0  # its tables fit
 
 
 def test_dark_and_on_a_phone(visit):
   phone = {"width": 390, "height": 844}
   page, wrong = visit(viewport=phone, color_scheme="dark", is_mobile=True, has_touch=True)
   assert page.evaluate("document.documentElement.scrollWidth") <= phone["width"]  # only tables scroll sideways
-  assert set(colours(page, "loss-0")) <= set(DARK)
+  assert ink(page) == rgb(DARK[0])
   assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
+  # A table that is cut says so, and the difference and its interval come before it is.
+  assert page.locator(".scroll.cut + .more").first.is_visible()
+  interval = page.locator("#summary table").first.locator("th", has_text="interval").bounding_box()
+  assert interval["x"] + interval["width"] <= phone["width"]
   page.emulate_media(color_scheme="light")
-  wait_until(page, f"document.getElementById('loss-0').data[0].marker.color === '{LIGHT[0]}'")
+  wait_until(page, f"getComputedStyle({FIRST_CURVE}).stroke === '{rgb(LIGHT[0])}'")
   assert wrong == []
 
 
-def test_without_scripts_there_are_still_pictures(visit, browser, whole_report):
+def test_without_scripts_there_are_the_same_pictures(visit, browser, whole_report):
   context = browser.new_context(java_script_enabled=False)
   page = context.new_page()
   page.goto((whole_report / "report.html").as_uri())
-  assert page.locator(".still").first.is_visible()
-  assert page.locator(".still").count() == page.locator("figure").count()
-  assert not page.locator(".chart").first.is_visible()
+  assert page.locator(".panel svg").first.is_visible()
   assert not page.locator(".filters").is_visible()
   context.close()

@@ -5,9 +5,8 @@ import math
 
 import pytest
 
-from mixln_jax.reporting.analysis import summarize
 from mixln_jax.reporting.comparison import best_by_learning_rate, featured, paired_difference, spread, standings
-from mixln_jax.reporting.groups import make_groups, post_fraction
+from mixln_jax.reporting.groups import make_groups, named_fields, post_fraction
 from mixln_jax.reporting.loading import ReportedRun, load
 from mixln_jax.reporting.source import Source
 from mixln_jax.reporting.studies import alpha_ablation, learning_rate_study
@@ -63,16 +62,16 @@ def test_the_table_pairs_equal_seeds_and_counts_only_whole_runs(tmp_path):
   table = perplexity_table(rows, "pre")
   cells = {row[0]: row[1:] for row in table.rows}
   assert list(cells) == ["pre", "mix:0.5", "post"]
-  assert cells["pre"][:2] == ("11.00 ± 1.41", "–")
-  assert cells["mix:0.5"][0] == "6.00 ± 2.00"
+  assert cells["pre"][:3] == ("–", "–", "–")
+  assert cells["pre"][4] == "11.00 ± 1.41"
+  assert cells["mix:0.5"][4] == "6.00 ± 2.00"
+  assert cells["mix:0.5"][2::3] == ("2", "3 of 4")
+  assert cells["post"][1:3] == ("one seed", "1")
   # Pairs: 8 - 10 = -2 and 6 - 12 = -6; mean -4, s = 2√2, t(1; 0.975) = 12.7062, half-width 12.7062 · 2.
-  assert cells["mix:0.5"][1] == "-4.00 [-29.41, +21.41]"
-  assert cells["mix:0.5"][4:] == ("2", "3 of 4", "0")
-  assert cells["post"][1] == "-1.00 (one seed: no interval)"
-  assert cells["post"][4:] == ("1", "1 of 1", "0")
-  assert summarize(rows, "pre").endswith(
-    "so these seeds do not tell them apart. 3 of 4 runs of mix:0.5 counted; 0 diverged."
-  )
+  data = {row["group"]: row for row in table.data}
+  ends = [data["mix:0.5"][f"perplexity_{name}"] for name in ("difference", "low", "high")]
+  assert ends == pytest.approx([-4, -4 - 2 * 12.7062, -4 + 2 * 12.7062], rel=1e-5)
+  assert (data["post"]["perplexity_difference"], data["post"]["perplexity_low"]) == (pytest.approx(-1), None)
 
 
 def test_groups_are_compared_only_at_equal_settings(tmp_path):
@@ -83,7 +82,6 @@ def test_groups_are_compared_only_at_equal_settings(tmp_path):
   material = load_runs(tmp_path, runs)
   rows = standings(material.runs, make_groups(material), "pre")
   assert [row.loss_difference for row in rows] == [None, None]
-  assert "no pre run of equal settings" in summarize(rows, "pre")
 
 
 def test_the_best_learning_rate_and_an_edge_of_the_grid_are_marked(tmp_path):
@@ -97,7 +95,7 @@ def test_the_best_learning_rate_and_an_edge_of_the_grid_are_marked(tmp_path):
   groups = make_groups(material)
   rows = standings(material.runs, groups, "pre")
   best = [(one.row.group.label, one.place) for one in best_by_learning_rate(rows)]
-  assert best == [("pre, learning_rate 0.003", "inside"), ("post, learning_rate 0.001", "lower edge")]
+  assert best == [("pre, lr 0.003", "inside"), ("post, lr 0.001", "lower edge")]
   figure = learning_rate_study(Source(material.runs, groups, rows, groups))
   pre, post = figure.panels[0].series
   assert (list(pre.x), list(pre.y)) == ([1e-3, 3e-3, 1e-2], [5.0, 4.0, 6.0])
@@ -138,40 +136,13 @@ def test_rates_are_compared_on_the_seeds_that_they_share(tmp_path):
   assert rates_of(tmp_path / "c", losses, status="non_finite") == []
 
 
-DEAD = {"status": "non_finite"}
-
-
-@pytest.mark.parametrize(
-  ("losses", "words"),
-  [
-    (  # the winner is no baseline, with one pair left
-      {"pre": [3.0, 3.1, 3.2], "mix:0.5": [2.9, None, None]},
-      " (one seed: no interval). 1 of 3 runs of mix:0.5 counted; 2 diverged.",
-    ),
-    (  # two pairs, and an interval
-      {"pre": [3.0, 3.1, None], "mix:0.5": [2.9, 2.8, None]},
-      " apart. 2 of 3 runs of mix:0.5 counted; 1 diverged. 2 of 3 runs of pre counted; 1 diverged.",
-    ),
-    (  # the winner is the baseline
-      {"pre": [2.9, None], "mix:0.5": [3.0, 3.1]},
-      " It is the baseline. 1 of 2 runs of pre counted; 1 diverged.",
-    ),
-    (  # no baseline is left
-      {"pre": [None, None], "mix:0.5": [3.0, 3.1]},
-      "to compare it with. 0 of 2 runs of pre counted; 2 diverged.",
-    ),
-  ],
-  ids=["one_pair", "interval", "baseline", "no_baseline"],
-)
-def test_the_headline_counts_the_dead(losses, words, tmp_path):
-  runs = [
-    (f"{number}_{seed}", loss, {"model__placement": name, "seed": seed} | (DEAD if loss is None else {}))
-    for number, (name, by_seed) in enumerate(losses.items())
-    for seed, loss in enumerate(by_seed)
-  ]
-  material = load_runs(tmp_path, runs)
-  headline = summarize(standings(material.runs, make_groups(material), "pre"), "pre")
-  assert headline.endswith(words), headline
+def test_labels_name_as_few_fields_as_tell_groups_apart():
+  """Would catch "vocab_size 2048, source sotu, tokenizer …, batch_size 16" where the corpus alone says which."""
+  fields = ["model.vocab_size", "optimizer.learning_rate", "data.source", "data.tokenizer"]
+  settings = [(2048, rate, "sotu", "a") for rate in (1e-3, 3e-3)] + [(4096, 1e-3, "own", "b")]
+  assert named_fields(fields, settings) == ["optimizer.learning_rate", "data.source"]
+  assert named_fields(fields, settings, axes=["model.vocab_size"]) == ["model.vocab_size", "optimizer.learning_rate"]
+  assert named_fields([], [()]) == []
 
 
 def test_alpha_ablation_has_pre_at_0_and_post_at_1(tmp_path):
@@ -214,5 +185,5 @@ def test_sixty_runs_stay_legible(tmp_path):
   rows = standings(material.runs, groups, "pre")
   assert len(groups) == 20
   assert len({(group.style.kind % 8, group.style.variant % 4) for group in groups}) == 20  # all look different
-  best = [f"{name}, learning_rate 0.1" for name in ("pre", "mix:0.25", "mix:0.5", "post", "lns")]
+  best = [f"{name}, lr 0.1" for name in ("pre", "mix:0.25", "mix:0.5", "post", "lns")]
   assert [group.label for group in featured(groups, rows)] == best

@@ -78,8 +78,8 @@ def test_seeds_are_compared_by_group(tmp_path):
   assert findings == [
     (
       "caution",
-      "seed does not have the same values in each group (0 in pre, learning_rate 0.001 and in post, learning_rate "
-      "0.001; 0, 1 in pre, learning_rate 0.003 and in post, learning_rate 0.003); "
+      "seed does not have the same values in each group (0 in pre, lr 0.001 and in post, lr "
+      "0.001; 0, 1 in pre, lr 0.003 and in post, lr 0.003); "
       "means are over different seeds, differences only over equal ones",
     )
   ]
@@ -104,7 +104,7 @@ def test_what_weakens_a_comparison_is_a_caution(tmp_path):
   for words in (
     "run2, run3 repeat one run",
     "optimizer.learning_rate does not have the same values for each placement (pre: 0.001, 0.003; post: 0.003)",
-    "seed does not have the same values in each group (0 in pre, learning_rate 0.001 and in pre, learning_rate 0.003;",
+    "seed does not have the same values in each group (0 in pre, lr 0.001 and in pre, lr 0.003;",
     "no evaluation at their last step: run4 (running or killed, step 0 of 20)",
     "the training data of run4 is not known yet",
   ):

@@ -74,7 +74,7 @@ def test_a_run_without_a_readable_config_is_left_out_and_named(tmp_path):
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
   with pytest.raises(InputError, match="holds neither a run"):
-    load([str(make_run(tmp_path / "run")), str(tmp_path)])
+    load([str(make_run(tmp_path / "run")), str(tmp_path / "none")])
 
 
 def test_names_are_as_short_as_they_can_be(tmp_path):
@@ -83,20 +83,37 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
   assert [run.name for run in load([str(folders[0])] * 2).runs] == ["pre"]  # given twice, read once
 
 
-def test_a_study_is_reported_alone_and_says_what_has_not_started(tmp_path):
+def test_a_study_says_what_has_not_started_and_runs_beside_it_make_it_none(tmp_path):
   losses = {name: ({"model.placement": name}, 5.0) for name in ("pre", "post")}
   folder = make_study(tmp_path / "study", losses)
   (folder / "runs" / "post").rename(tmp_path / "post")
   material = load([str(folder)])
   assert [run.name for run in material.runs] == ["pre"]
   assert material.not_started == ["post"]
-  with pytest.raises(InputError, match="reported alone"):
-    load([str(folder), str(tmp_path / "post")])
+  assert material.study.question == "Which?"
+  both = load([str(folder), str(tmp_path / "post")])
+  assert ([run.name for run in both.runs], both.study) == (["pre", "post"], None)
   study = json.loads((folder / "study.json").read_text())
   for change in ({"axes": 3}, {"runs": [{"name": "../../post", "values": {}}]}, {"runs": "x"}):
     (folder / "study.json").write_text(json.dumps(study | change))
     with pytest.raises(InputError, match=r"study\.json: .*damaged"):
       load([str(folder)])
+
+
+def test_folders_of_runs_and_several_studies(tmp_path):
+  """Would catch ten runs that need ten flags, and runs of two studies whose names are the same."""
+  losses = {name: ({"model.placement": name}, 5.0) for name in ("pre", "post")}
+  for name in ("a", "b"):
+    make_study(tmp_path / "studies" / name, losses)
+  make_run(tmp_path / "studies" / "alone")
+  (tmp_path / "studies" / "notes").mkdir()  # neither: not asked for by name
+  expected = ["runs/pre", "runs/post"]
+  material = load([str(tmp_path / "studies")])
+  assert len(material.runs) == 5
+  assert material.study is None
+  assert len({run.name for run in material.runs}) == 5
+  assert [run.path.parent.parent.name for run in load([str(tmp_path / "studies" / "a")]).runs] == ["a", "a"]
+  assert [f"runs/{run.name}" for run in load([str(tmp_path / "studies" / "a" / "runs")]).runs] == sorted(expected)
 
 
 def test_null_is_nan_in_a_diagnosis(tmp_path):
@@ -150,6 +167,7 @@ def test_a_run_of_an_earlier_version_is_reported(tmp_path, monkeypatch):
   assert run.layer_list == ["post+gpas", "pre", "layerscale+qk_norm", "lns"]
   report = write_report(material, tmp_path / "report")
   drawn = {path.stem for path in report.figures}
-  assert drawn == {"loss", "perplexity", "gradient_norm", "layer_gradient_norm", "residual_growth", "sublayers"}
-  assert "19.87 (one seed)" in report.headline
+  while_training = {"layer_gradient_norm", "residual_growth", "update_ratio", "branch_ratio", "norm_gain", "attention"}
+  assert drawn == {"loss", "gradient_norm", "cosine"} | while_training
+  assert "(perplexity 19.87); there is nothing to compare it with" in report.headline
   assert "19.87" in report.page.read_text()

@@ -69,13 +69,17 @@ def test_what_is_done_is_skipped_and_what_failed_is_said_and_tried_again(argumen
   trained, failing = in_process
   assert sweep.main([*arguments, "--list"]) == 0
   assert trained == []
-  assert sweep.main([*arguments, "--index=2"]) == 0
+  assert sweep.main([*arguments, "--index=3"]) == 0
   assert trained == ["post-seed0"]
-  assert re.search(r"^ +2  post-seed0 ", capsys.readouterr().out, re.MULTILINE)  # its number in the study, not 0
+  assert re.search(r"^ +3  post-seed0 ", capsys.readouterr().out, re.MULTILINE)  # its number in the study, not 1
+  with pytest.raises(InputError, match="the last one is 4"):
+    sweep.main([*arguments, "--index=5"])
   failing.add("pre-seed1")
   assert sweep.main(arguments) == 1
   assert trained[1:] == ["pre-seed0", "pre-seed1", "post-seed1"]
   output = capsys.readouterr()
+  assert re.search(r"report     python -m mixln_jax report \S+study --output=\S+study/report", output.out)
+  assert "run        1/4 pre-seed0\n           step 1/2  loss 5.0  left ?  study ?" in output.out
   assert "MemoryError: no more" in output.out
   assert "1 runs failed: pre-seed1" in output.err
   failing.clear()
@@ -107,10 +111,10 @@ def test_a_run_that_another_process_trains_is_left_to_it(arguments, in_process, 
   config = config_lib.from_json((tmp_path / "config.json").read_text())
   config.model.placement, config.seed, config.mesh.run = "pre", 1, 1
   folder = RunFolder(tmp_path / "study" / "runs" / "pre-seed1")
-  sweep.main([*arguments, "--index=0"])
+  sweep.main([*arguments, "--index=1"])
   folder.create(config_lib.to_json(config))
   with folder.lock():
-    assert sweep.main([*arguments, "--index=1"]) == 75
+    assert sweep.main([*arguments, "--index=2"]) == 75
   assert trained == ["pre-seed0"]
   assert "pre-seed1  busy" in capsys.readouterr().out
 

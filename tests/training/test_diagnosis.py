@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from helpers import EXACT, random_params
 from model.rounding import NETWORK
-from training.test_loop import assert_same_run
-from training.test_step import state_of, unequal_batch
 
 from mixln_jax.diagnostics.spikes import FEWEST, WINDOW, LossWindow
 from mixln_jax.model import Transformer
@@ -21,6 +19,8 @@ from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.training import loop
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.program import lower_train_step
+from training.test_loop import assert_same_run
+from training.test_step import state_of, unequal_batch
 
 
 def lines_of(workdir):
