@@ -190,7 +190,8 @@ class DataConfig(Section):
     str,
     Field(
       "sotu",
-      "corpus: sotu or sotu:paragraphs (embedded); a path, folder or glob, local or gs://, of text, JSON lines (plain, "
+      "corpus: sotu or sotu:paragraphs (embedded); text:botocore, text:google-api or text:technical "
+      "(requirements-text.txt); a path, folder or glob, local or gs://, of text, JSON lines (plain, "
       ".gz, .zst, .xz, .bz2) or Parquet files; tfds:NAME:SPLIT; hf:NAME:SPLIT (train, train[:50%], train+test)",
     ),
   ]

