@@ -118,7 +118,7 @@ def test_each_form_updates_as_optax_and_keeps_the_state_where_it_is_rejected(mon
     optax.clip_by_global_norm(0.5),
     optax.identity(),  # where the moments' type is set
     optax.scale_by_adam(c.b1, c.b2, c.epsilon),
-    optax.add_decayed_weights(0.1),  # the head is a matrix
+    optax.add_decayed_weights(0.1, mask={"head": True}),
   )
   ours = make_optimizer(config)
   expected_state, state = plain.init(params), init_moments(ours, params, "float32")
