@@ -4,7 +4,11 @@
 
 One layer's program is compiled once under the scan, so its time should hardly depend on the depth. Depths are
 interleaved and repeated; the table quotes medians and ratios to the smallest depth of the same kind. Processor seconds
-stand beside: they hold on a machine that does other work too, where the time by the clock says nothing.
+stand beside: they hold on a machine that does other work too, where the time by the clock says little.
+
+--optimization_level=1 saves about a seventh of a compilation on a CPU: that of configs/tiny.py took 7.4 and 6.8
+processor seconds for 8.4 and 8.1, its steps 0.89 for 0.85 s, and three steps left every parameter bit-equal (on a busy
+machine).
 """
 
 import argparse

@@ -47,6 +47,7 @@ def all_logits_loss(
   hidden_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
   """The weighted sum of the losses, with all logits [B, T, V] at once; arguments as `chunked_loss`."""
+  head_DV = constrain(head_DV, "activation_embed", "vocab")
   logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
   logits_BTV = constrain(logits_BTV, "batch", "length", "vocab")
   losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, labels_BT)
