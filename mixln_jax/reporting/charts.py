@@ -70,7 +70,7 @@ def _matrix(figure: Figure, panel: Panel) -> go.Heatmap:
     zmax=high,
     colorscale="Viridis",
     colorbar={"thickness": 10, "outlinewidth": 0},
-    hovertemplate="layer %{x}, n = %{y}<br>%{z:.4f}<extra></extra>",
+    hovertemplate=f"{panel.x_label} %{{x}}, {panel.y_label} %{{y}}<br>%{{z:.4f}}<extra></extra>",
     meta={"colour": None, "runs": list(panel.runs)},
   )
 
