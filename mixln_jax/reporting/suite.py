@@ -26,7 +26,7 @@ def causal_maps(source: Source) -> Figure:
     "Causal score, mean of ratios: how much of the change that layer l makes to the stream is another one where layer "
     f"s is removed. At 0, layer l does not depend on layer s. All maps have one colour scale. {NOTE}"
   )
-  panels = _maps(source, "causal/mean_of_ratios", "layer s removed", "layer l, its change")
+  panels = _maps(source, "causal/mean_of_ratios", "layer s removed (1 = first)", "later layer l")
   figure = make_figure("causal_score", "Causal score", caption, panels)
   return dataclasses.replace(figure, colour_label="causal score")
 
@@ -37,13 +37,13 @@ def permutation_maps(source: Source) -> Figure:
     "Permutation score: |loss with two layers exchanged − loss| / loss; the row of the placement moves with its layer. "
     f"At 0, the order of the two does not matter. All maps have one colour scale. {NOTE}"
   )
-  panels = _maps(source, "permutation/row_moves", "layer i", "layer j")
+  panels = _maps(source, "permutation/row_moves", "layer i (1 = first)", "layer j")
   figure = make_figure("permutation_score", "Permutation score", caption, panels)
   return dataclasses.replace(figure, colour_label="permutation score")
 
 
 def suite_by_layer(source: Source) -> Figure:
-  """What each layer is worth, by five measures, a panel each."""
+  """What each layer is worth, by four measures, a panel each."""
   panels = []
   measures: tuple[tuple[str, str, Read | None], ...] = (
     ("causal score, mean over later layers", "causal/mean_of_ratios", _mean_of_rows),

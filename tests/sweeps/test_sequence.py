@@ -132,7 +132,7 @@ def test_the_second_stage_begins_by_itself_and_is_there_the_next_time(tmp_path, 
   def train_run(run, _):
     trained.append(run.name)
     run.folder.create(config_lib.to_json(run.config))
-    write_outcome(run.folder, Outcome("finished", 2, validation={"loss": losses.get(run.name, 2.5)}))
+    write_outcome(run.folder, Outcome("finished", 2, validation={"step": 2, "loss": losses.get(run.name, 2.5)}))
     return 0
 
   monkeypatch.setattr(sequence, "train_run", train_run)
