@@ -107,7 +107,7 @@ def _canvas(figure: Figure) -> Canvas:
   canvas = Canvas(figsize=(width, height), layout="constrained")
   axes = canvas.subplots(rows, columns, squeeze=False).flat
   image = None
-  for ax, panel in zip(axes, figure.panels, strict=False):
+  for panel, ax in zip(figure.panels, axes, strict=False):  # panels first: the one that ends takes no axes
     ax.set(title=plain(panel.title), xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.matrix is not None:
       image = _draw_matrix(ax, panel, figure.colour_range)
