@@ -38,6 +38,11 @@ CAPTION = (
 )
 
 
+ANGLE, RISE, RANK = "angular distance to the next layer", "loss without the layer, its rise", "effective rank"
+CAUSAL = "causal score on later layers"
+UNITS = {ANGLE: "angle / π", RISE: "nats", RANK: "rank", CAUSAL: "score"}  # what is drawn, and its unit
+
+
 class Side(NamedTuple):
   """One of the two models, as a run."""
 
@@ -125,14 +130,14 @@ def curves(found: dict[str, Any]) -> dict[str, list[float]]:
   """What is drawn of one model, by name: a value for each layer, or for each depth."""
   removal = found["removal"]
   lines = {
-    "angular distance to the next layer": [row[0] for row in found["angular_distance"]["all"]],
-    "loss without the layer, rise in nats": [loss - removal["loss"] for loss in removal["blocks"]["1"]],
-    "effective rank": found["effective_rank"],
+    ANGLE: [row[0] for row in found["angular_distance"]["all"]],
+    RISE: [loss - removal["loss"] for loss in removal["blocks"]["1"]],
+    RANK: found["effective_rank"],
   }
   causal = found.get("depth_suite", {}).get("arrays", {}).get("causal/mean_of_ratios")
   if causal is not None:
     rows = [np.array(row[index + 1 :], float) for index, row in enumerate(causal[:-1])]
-    lines["causal score on later layers"] = [float(row.mean()) for row in rows]
+    lines[CAUSAL] = [float(row.mean()) for row in rows]
   return lines
 
 
@@ -146,7 +151,7 @@ def figure(found: dict[str, dict[str, Any]]) -> Figure:
     for kind, (side, lines) in enumerate(by_side.items()):
       depth = np.linspace(0.0, 1.0, len(lines[name]))
       series.append(Series(side, depth.tolist(), lines[name], Style(kind)))
-    panels.append(Panel(name, "relative depth", name, series))
+    panels.append(Panel(name, "relative depth", UNITS[name], series))
   return Figure("figure_2", "Pre-LN and Post-LN, released weights", CAPTION, panels)
 
 

@@ -37,7 +37,7 @@ def test_the_causal_score_is_drawn_where_both_have_it():
   causal = [[0.0, 1.0, 3.0], [0.0, 0.0, 5.0], [0.0, 0.0, 0.0]]
   suite = {"depth_suite": {"arrays": {"causal/mean_of_ratios": causal}}}
   with_score = diagnosis(3, **suite)
-  assert figure_2.curves(with_score)["causal score on later layers"] == [2.0, 5.0]
+  assert figure_2.curves(with_score)[figure_2.CAUSAL] == [2.0, 5.0]
   assert len(figure_2.figure({"one": with_score, "other": diagnosis(3)}).panels) == 3
   assert len(figure_2.figure({"one": with_score, "other": with_score}).panels) == 4
 
