@@ -13,6 +13,7 @@ PLACEMENTS = ("pre", "mix:0.25")
 DEVIATIONS = (0.02, 0.632)  # ours, and the released code's √(2/5)
 
 STUDY = {
+  "title": "The first norm: Mix-LN and Pre-LN at two embedding stds",
   "question": "Does mix:0.25 reach a lower validation loss than pre in 12 thin layers, and does the scale of the "
   "embedding, which is the input of the first norm, decide it?",
   "grids": [

@@ -19,6 +19,7 @@ RAMPED = ("pre+prores:linear:100", "post+prores:linear:100")
 PLACEMENTS = (*BASELINES, *ONE_AND_TWO_STREAMS, *COPIES, *SOURCES, *RAMPED)
 
 STUDY = {
+  "title": "Wirings of the residual stream",
   "question": "Which wiring of the residual stream reaches the lowest validation loss after 300 steps of "
   "configs/tiny.py, each at its best of three learning rates?",
   "grids": [{"seed": (0,), "model.placement": PLACEMENTS, "optimizer.learning_rate": (1e-3, 3e-3, 1e-2)}],

@@ -67,6 +67,7 @@ RC_PARAMS: dict[Any, Any] = {
 }
 PAGE_PARAMS: dict[Any, Any] = {"axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8}  # for a phone
 PAGE_MARGINS = {"left": 0.15, "right": 0.98, "bottom": 0.19, "top": 0.97}  # of a panel with a label at each axis
+CELL_COLOURS = (2, 3, 4, 6, 7)  # of layers that are neither pre nor post, which is filled with the text's ink
 NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
@@ -363,11 +364,11 @@ def _draw_layer_lists(ax: Any, estimates: Sequence[Estimate], places: Sequence[i
 
 
 def cell_looks(names: Sequence[str]) -> dict[str, str]:
-  """How a layer of each name looks: `pre`, `post`, or a colour of the palette, `c2` to `c7`."""
+  """How a layer of each name looks: `pre`, `post`, or a colour of the palette that is not nearly black, as `c2`."""
   looks = {"pre": "pre", "post": "post"}
   others = [name for name in names if name not in looks]
   for number, name in enumerate(others):
-    looks[name] = f"c{2 + number % 6}"
+    looks[name] = f"c{CELL_COLOURS[number % len(CELL_COLOURS)]}"
   return looks
 
 

@@ -254,9 +254,8 @@ def _beaten(matchups: Sequence[Matchup], *, also: bool) -> str:
     return ""
   words = []
   for match in matchups[:MOST_BEATEN]:
-    words.append(
-      f"{match.ours.placement} by {fixed(match.loss.mean, 4)} ({_interval(match.loss)}, {_seeds(match.loss.n)})"
-    )
+    evidence = "" if also else f" ({_interval(match.loss)}, {_seeds(match.loss.n)})"
+    words.append(f"{match.ours.placement} by {fixed(match.loss.mean, 4)}{evidence}")
   if len(matchups) > MOST_BEATEN:
     words.append(f"{len(matchups) - MOST_BEATEN} more")
   base = matchups[0].baseline.placement

@@ -139,6 +139,9 @@ def test_what_is_shipped_is_what_was_committed_unless_asked(tmp_path, clone):
   assert (there / "REVISION").read_text() == revision.stdout
 
   (cloud.clone / "configs/mine.py").write_text("new")
+  # Which git does not know, so it is not shipped: to be told what would be done is no mistake, to do it may be one.
+  assert cloud.run("tpu.sh", "setup", *tpu, "--print")[0] == 0
+  assert cloud.run("tpu.sh", "setup", *tpu)[0] == 2
   (cloud.clone / "configs/tiny.py").write_text("changed")
   status, output = cloud.run("tpu.sh", "setup", *tpu)
   assert status == 2, output

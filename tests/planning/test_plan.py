@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import compile_for_tpu
 from mixln_jax import config as config_lib
+from mixln_jax import signals
 from mixln_jax.__main__ import main
 from mixln_jax.commands import plan as command
 from mixln_jax.model.flops import executed_flops_per_token
@@ -269,3 +270,27 @@ def test_a_tpu_slice_is_compiled_for(recipe):
   assert made["unknown_loops"] == []
   assert plan["estimate"]["network"] > 0
   assert plan["estimate"]["by_the_compiler"] > 0
+
+
+def test_a_search_that_is_stopped_shows_the_ranking_so_far(config, tmp_path, monkeypatch, capsys):
+  """Would catch minutes of compilation that a signal throws away."""
+  compiled = []
+
+  def plan_or_stop(arithmetic, devices):
+    if len(compiled) == 2:
+      raise signals.Stopped("SIGTERM")
+    compiled.append(arithmetic)
+    return fake_plan(arithmetic, devices)
+
+  monkeypatch.setattr(search_lib, "compile_plan", plan_or_stop)
+  monkeypatch.setattr(topology, "devices", lambda shape: [])
+  monkeypatch.setattr(command, "_only_compile", lambda: None)
+  text_of = (
+    f"from mixln_jax.config import from_json\n\n\ndef get_config():\n  return from_json({config_lib.to_json(config)!r})"
+  )
+  (tmp_path / "recipe.py").write_text(text_of + "\n")
+  with pytest.raises(signals.Stopped):
+    command.main([f"--config={tmp_path / 'recipe.py'}", "--topology=v5e:2x2", "--search"])
+  output = capsys.readouterr()
+  assert "stopped: the ranking of what was compiled so far" in output.err
+  assert output.out.startswith("rank ")

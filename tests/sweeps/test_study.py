@@ -183,6 +183,7 @@ def test_every_study_of_the_repository_can_be_meant():
     base = runpy.run_path(str(recipe))["get_config"]()
     study = load_study(str(recipe), base)
     assert len(study.runs("anywhere")) > 1
+    assert study.title
     assert all({"id", "claim", "judged_by"} == set(claim) for claim in study.claims)
     assert json.loads(study.to_json(study.runs("anywhere")))["axes"]
 
