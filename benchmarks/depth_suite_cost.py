@@ -114,7 +114,7 @@ def measure_time(repeats: int) -> dict[str, Any]:
   return {"rows": rows, "length": length, "vectors": VECTORS, "programs": found}
 
 
-def measure_memory(recipe: str, slice_: str) -> dict[str, Any]:
+def measure_memory(recipe: str, slice_: str, only: list[str]) -> dict[str, Any]:
   config = load(recipe)
   shape = topology.parse(slice_, config)
   mesh = make_mesh(config.mesh, topology.devices(shape))
@@ -129,6 +129,8 @@ def measure_memory(recipe: str, slice_: str) -> dict[str, Any]:
   with on_mesh(mesh):
     params = attach(abstract_params(config.model), param_shardings(config.model, mesh))
     for name, (program, more) in programs(config, rows).items():
+      if only and name not in only:
+        continue
 
       def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf), sharding=everywhere)
@@ -153,12 +155,13 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--recipe", default="1b")
   parser.add_argument("--topology", default="v5e:4x4")
+  parser.add_argument("--only", nargs="+", default=[], help="tpu: these programs, by the names that the table has")
   parser.add_argument("--out", type=Path)
   arguments = parser.parse_args()
   if arguments.what == "time":
     result = measure_time(arguments.repeats)
   else:
-    result = measure_memory(arguments.recipe, arguments.topology)
+    result = measure_memory(arguments.recipe, arguments.topology, arguments.only)
   if arguments.out:
     stored = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     stored[arguments.what] = {"platform": platform.platform(), "jax": jax.__version__, **result}
