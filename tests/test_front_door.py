@@ -246,7 +246,7 @@ def test_weights_go_out_and_come_back_as_a_run_that_trains_on(recipe, tmp_path, 
   both = ["convert", f"--workdir={run}", f"--output={tmp_path / 'x'}"]
   assert "--placement has no meaning with --output" in refused([*both, "--placement=pre"], capsys)
   override = refused(["train", f"--workdir={back}", "--config.train.num_steps=8"], capsys)
-  assert "only the schedules constant and wsd" in override  # the run's own recipe is meant
+  assert "only the schedules constant, wsd and trapezoid" in override  # the run's own recipe is meant
   missing = ["train", f"--workdir={tmp_path / 'none'}"]
   assert "--config is required for a new run" in refused(missing, capsys)
 

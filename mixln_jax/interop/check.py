@@ -50,6 +50,7 @@ KNOWN_FIELDS = {
   "qkv_bias": "the family, or qkv_bias",
   "init_deviation": "initial weights alone",
   "embedding_deviation": "initial weights alone",
+  "matrix_std_multiplier": "initial weights alone",
 }
 
 SEED = 0

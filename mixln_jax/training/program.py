@@ -57,7 +57,7 @@ def program_hash(lowered: jax.stages.Lowered) -> str:
 
 
 def lower_train_step(
-  config: Config, mesh: Mesh, shardings: TrainState, *, diagnose: bool = False
+  config: Config, mesh: Mesh, shardings: TrainState, *, diagnose: bool = False, rate_is_data: bool = False
 ) -> jax.stages.Lowered:
   """The step of one run as it will run on the mesh: state donated, everything sharded. `.compile()` it.
 
@@ -66,14 +66,27 @@ def lower_train_step(
     mesh: its devices; those of a topology that is not here will do, since only shapes are needed.
     shardings: `step.state_shardings` of the two.
     diagnose: the diagnostic step, which also gives statistics by layer.
+    rate_is_data: the step takes the peak learning rate as a third argument, an fp32 scalar, as `SingleProgram` runs it:
+      runs of a study that differ in nothing else are one program, which the compile cache then has.
   """
+  rates = ()
+  if rate_is_data:
+    rates = (None, jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh)))
+    config = _at_rate_one(config)
   state = attach(step_lib.abstract_state(config), shardings)
   # What the host reads of the layers must be whole on every process.
   metrics = replicated(mesh) if diagnose else None
   step = step_lib.make_train_step(config, diagnose=diagnose)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics))
   with on_mesh(mesh):
-    return jitted.lower(state, abstract_batch(config, mesh))
+    return jitted.lower(state, abstract_batch(config, mesh), *rates)
+
+
+def _at_rate_one(config: Config) -> Config:
+  """A copy whose schedule peaks at 1, for a step that gets the peak as data."""
+  config = config.copy_and_resolve_references()
+  config.optimizer.learning_rate = 1.0
+  return config
 
 
 class Program(Protocol):
@@ -121,19 +134,20 @@ class Program(Protocol):
 
 
 class SingleProgram:
-  """One run: the plain step, and the joint state is its own."""
+  """One run: the plain step, and the joint state is its own. Its learning rate is data, as that of several runs is."""
 
   num_members = 1
 
   def __init__(self, config: Config, mesh: Mesh):
     self.config, self.mesh = config, mesh
     self._shardings = step_lib.state_shardings(config, mesh)
+    self._rate = jax.device_put(np.float32(config.optimizer.learning_rate), replicated(mesh))
 
   def lower_step(self, *, diagnose: bool = False) -> jax.stages.Lowered:
-    return lower_train_step(self.config, self.mesh, self._shardings, diagnose=diagnose)
+    return lower_train_step(self.config, self.mesh, self._shardings, diagnose=diagnose, rate_is_data=True)
 
   def run_step(self, step: jax.stages.Compiled, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-    return step(state, batch)
+    return step(state, batch, None, self._rate)
 
   def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch, Any], Any]:
     return jax.jit(step_lib.make_evaluate_step(self.config, bytes_per_token_V))
@@ -182,8 +196,7 @@ class JointProgram:
     check_same_program(configs)
     runs = list(configs.values())
     self.num_members = len(runs)
-    self.config = runs[0].copy_and_resolve_references()
-    self.config.optimizer.learning_rate = 1.0  # theirs are data
+    self.config = _at_rate_one(runs[0])  # theirs are data
     self.config.mesh.update(mesh_sizes)
     self.mesh = make_mesh(self.config.mesh)
     ways = self.mesh.shape["run"]

@@ -9,7 +9,9 @@ from helpers import random_params, random_tokens
 from model.rounding import NETWORK
 
 from mixln_jax.model import Columns
+from mixln_jax.parallel.mesh import global_batch, make_mesh
 from mixln_jax.placement import parse
+from mixln_jax.training.program import SingleProgram, program_hash
 from mixln_jax.training.step import (
   TrainState,
   init_moments,
@@ -156,3 +158,19 @@ def test_parameters_and_moments_keep_their_types(make_config, param_dtype, momen
   assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {param_dtype}
   adam = optax.tree.get(state.opt_state, "ScaleByAdamState")
   assert {str(x.dtype) for x in jax.tree.leaves((adam.mu, adam.nu))} == {moment_dtype}
+
+
+def test_runs_of_two_rates_are_one_program_that_takes_the_rate(make_config):
+  """Would catch a rate that is compiled in, which a study pays for once a rate, and one that is not the config's."""
+  hashes, rates = set(), {}
+  for rate in (1e-3, 3e-2):
+    config = make_config(**{"optimizer.learning_rate": rate, "optimizer.schedule": "constant"})
+    program = SingleProgram(config, make_mesh(config.mesh))
+    lowered = program.lower_step()
+    hashes.add(program_hash(lowered))
+    state = program.initial_state().replace(step=jnp.int32(5))
+    batch = {name: np.asarray(column) for name, column in unequal_batch(config, length=32).items()}
+    _, metrics = program.run_step(lowered.compile(), state, global_batch(batch, program.mesh))
+    rates[rate] = float(metrics["learning_rate"])
+  assert len(hashes) == 1
+  assert rates == {rate: pytest.approx(rate, rel=1e-7) for rate in rates}
