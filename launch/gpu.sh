@@ -31,8 +31,12 @@ if [ -n "$gpus" ]; then
 elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
   gpus=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .)
 else
-  gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') ||
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ') || "$print" ||
     refuse "nvidia-smi lists no GPU; install NVIDIA's driver, pass --gpus=N, or train on the CPU with launch/local.sh"
+  if [ "$gpus" = 0 ]; then
+    gpus=1
+    echo "nvidia-smi lists no GPU here: this is what runs where it lists one" >&2
+  fi
 fi
 
 set_up_environment requirements-gpu.txt

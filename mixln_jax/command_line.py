@@ -234,6 +234,10 @@ def _flag_error(error: Exception, recipe: str = "") -> InputError:
   """The error for a person; of one that a recipe's code raised, with the file and the line."""
   if isinstance(error, InputError):
     return error
+  if isinstance(error, flags.UnrecognizedFlagError):
+    fields = [f"--config.{field}" for field in config_lib.FIELDS if field.rpartition(".")[2] == error.flagname]
+    if fields:
+      return InputError(f"--{error.flagname}: unknown flag; did you mean {' or '.join(fields)}? see --help")
   line = _line_of(error, recipe)
   where = f"{recipe}, line {line}: " if line else ""
   unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', str(error))

@@ -416,3 +416,10 @@ def test_a_file_that_grows_beyond_a_limit_ends_in_one_line(recipe, tmp_path):
   (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
   assert "File too large" in line
   assert line.endswith("and run the same command again")
+
+
+def test_a_field_that_is_given_as_a_flag_is_recognised(capsys):
+  """Would catch an error that leaves a reader of the paper, who types --placement=pre, without the way on."""
+  assert main(["train", "--config=configs/tiny.py", "--workdir=/nowhere", "--placement=pre"]) == 2
+  expected = "error: --placement: unknown flag; did you mean --config.model.placement? see --help\n"
+  assert capsys.readouterr().err == expected

@@ -293,6 +293,14 @@ def test_a_bucket_elsewhere_is_refused(cloud):
   assert len(cloud.calls) == 1
 
 
+def test_what_a_box_with_gpus_would_run_is_printed_without_one(cloud):
+  """Would catch a look at the commands that needs the machine which they are for."""
+  status, output = cloud.run("gpu.sh", *SLURM[:2], "--print")
+  assert status == 0, output
+  assert "nvidia-smi lists no GPU here" in output
+  assert "--config.parallel.expect_devices=1" in output
+
+
 @pytest.mark.parametrize("script", ["tpu.sh", "mig.sh", "gke.sh", "slurm.sh", "gpu.sh", "local.sh", "on_host.sh"])
 def test_help(cloud, script):
   status, output = cloud.run(script, "--help")
