@@ -30,6 +30,7 @@ def num_steps(layers):
 SHAPE = ("model.num_layers", "model.embed_dim", "model.mlp_dim", "train.num_steps")
 POINTS = tuple((layers, *shape, num_steps(layers)) for layers, shape in SHAPES.items())
 STUDY = {
+  "title": "Loss against depth at 405 M parameters",
   "question": "Does depth pay at 405 M parameters, for placements that DepthBench has and for those that it lacks?",
   "grids": [
     {"seed": (42,), SHAPE: POINTS, "model.placement": (name,), "optimizer.learning_rate": rates}

@@ -25,6 +25,7 @@ JUDGED = "slope of the mean loss over the logarithm of depth, least squares over
 JUDGED += "shape (three depths, three seeds), with its 95 % Student interval; 'falls' means an interval below 0"
 
 STUDY = {
+  "title": "Loss against depth at 0.55 M parameters",
   "question": "At 0.55 M parameters and 0.92 M tokens, does the final validation loss rise or fall with depth, and for "
   "which placements, each at its best of three learning rates?",
   "grids": [{"seed": (0,), SHAPE: SHAPES, "model.placement": PLACEMENTS, "optimizer.learning_rate": RATES}],

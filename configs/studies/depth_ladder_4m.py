@@ -12,6 +12,7 @@ from configs.studies import depth_ladder
 # 10, 20 and 46 layers: 3.95, 3.95 and 3.94 M parameters; width over depth falls by 9.2.
 SHAPES = ((10, 160, 472, 4), (20, 120, 320, 4), (46, 80, 220, 4))
 STUDY = {
+  "title": "Loss against depth at 3.9 M parameters",
   "question": "Are the slopes of loss with depth at 3.9 M parameters and 4.1 M tokens those at 0.55 M?",
   "grids": [
     {

@@ -43,6 +43,7 @@ _AT_ITS_BEST = (
 )
 
 STUDY = {
+  "title": "Placements under a modern recipe",
   "question": "Do the differences of mix:0.25, lns, peri and hc:4 from pre keep their sign under weight decay 0.1, "
   "Muon, T = 512, grouped queries and CompleteP, one at a time?",
   "grids": [grid for changes in CONDITIONS.values() for grid in _grids(changes)],

@@ -73,8 +73,12 @@ def find(material: Material, groups: Sequence[Group]) -> list[Finding]:
 
 
 def _names(runs: Sequence[ReportedRun], most: int = 4) -> str:
-  shown = ", ".join(run.name for run in runs[:most])
-  return f"{shown} and {len(runs) - most} more" if len(runs) > most else shown
+  return _some([run.name for run in runs], most)
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+  shown = ", ".join(names[:most])
+  return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _label_list(labels: Sequence[str], most: int = 4) -> str:
@@ -242,7 +246,7 @@ def _unfinished(material: Material) -> Iterator[Finding]:
     listed = ", ".join(f"{run.name} ({run.status}, step {run.step} of {run.num_steps})" for run in waiting)
     yield Finding("caution", f"not counted, because they have no evaluation at their last step: {listed}")
   if material.not_started:
-    yield Finding("caution", f"planned but not started: {', '.join(material.not_started)}")
+    yield Finding("caution", f"planned but not started: {_some(material.not_started)}")
   diverged = [run for run in material.runs if run.diverged]
   if diverged:
     yield Finding("caution", f"diverged, and counted where they reached the last step: {_names(diverged, most=12)}")
