@@ -107,6 +107,23 @@ def make_diagnosis(config):
     "gradient_norm": {"initial": norms, "checkpoint": norms},
     "effective_rank": [1.0, 2.0, 3.0, 4.0, 5.0],
     "logit_lens_perplexity": [50.0, 40.0, 30.0, 20.0, 10.0],
+    "depth_suite": {"arrays": make_suite()},
+  }
+
+
+def make_suite(causal=0.5):
+  """Arrays of the depth suite: the first layer changes all later ones by `causal`, each other one nothing."""
+  later = [[causal if layer > 0 else None for layer in range(NUM_LAYERS)]]
+  scores = later + [[None] * NUM_LAYERS] * (NUM_LAYERS - 1)
+  tenths = [[None if score is None else score / 10 for score in row] for row in scores]
+  return {
+    "causal/mean_of_ratios": scores,
+    "permutation/row_moves": tenths,
+    "usefulness/ratio_heldout": list(range(NUM_LAYERS)),
+    "jacobian/same_position_deviation": [1.0] * NUM_LAYERS,
+    "lens/kl_final_to_depth": list(range(NUM_LAYERS + 1)),
+    "lens/top5_overlap": [1.0] * (NUM_LAYERS + 1),
+    "another/measure": [1.0, 1.0],
   }
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mixln_jax.reporting import figures
+from mixln_jax.reporting.loading import load
+from mixln_jax.reporting.page import write_report
 from mixln_jax.reporting.panels import DARK, LIGHT
+from reporting.making import make_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "headless_shell")
 CACHED = ("chromium-*/chrome-linux*/chrome", "chromium_headless_shell-*/*/*headless*shell")
@@ -144,4 +148,18 @@ def test_without_scripts_there_are_the_same_pictures(visit, browser, whole_repor
   page.goto((whole_report / "report.html").as_uri())
   assert page.locator(".panel svg").first.is_visible()
   assert not page.locator(".filters").is_visible()
+  context.close()
+
+
+def test_the_page_of_one_run_shows_its_curves(browser, tmp_path, monkeypatch):
+  """Would catch a page with nothing to choose from that hides everything."""
+  monkeypatch.setattr(figures, "FORMATS", ("svg",))
+  write_report(load([str(make_run(tmp_path / "run"))]), tmp_path / "report")
+  context = browser.new_context()
+  page = context.new_page()
+  page.goto((tmp_path / "report" / "report.html").as_uri())
+  page.wait_for_selector("html.interactive", timeout=DRAWN)
+  hidden = "[...document.querySelectorAll('.series, .layer-lists li')].filter(e => !e.getClientRects().length).length"
+  assert page.evaluate("document.querySelectorAll('.series').length") > 0
+  assert page.evaluate(hidden) == 0
   context.close()

@@ -1,7 +1,6 @@
 """Loss against depth with slopes known beforehand, and the figures of the depth suite."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from mixln_jax.reporting.depth import Rung, ladders, loss_by_depth, slope_of
 from mixln_jax.reporting.groups import Group
 from mixln_jax.reporting.loading import load
 from mixln_jax.reporting.panels import Style
-from reporting.making import NUM_LAYERS, config_of, make_diagnosis, make_run
+from reporting.making import make_run, make_suite
 
 # placement, layers, rate -> losses of seeds. The best rates lie on 6 − 0.5 log2(layers) for pre, whose grid ends there
 # at 4 layers; post is flat and has one rate of each shape.
@@ -78,23 +77,8 @@ def test_the_suite_is_drawn_side_by_side(tmp_path):
   """A map that is turned around: what was removed belongs on the horizontal axis; depths beside layers."""
   folders = []
   for number, placement in enumerate(("pre", "post")):
-    causal = np.full((NUM_LAYERS, NUM_LAYERS), np.nan)
-    causal[0, 1:] = 0.5 + number
-    arrays = {
-      "causal/mean_of_ratios": causal,
-      "permutation/row_moves": causal / 10,
-      "usefulness/ratio_heldout": np.arange(NUM_LAYERS),
-      "jacobian/same_position_deviation": np.ones(NUM_LAYERS),
-      "lens/kl_final_to_depth": np.arange(NUM_LAYERS + 1),
-      "lens/top5_overlap": np.ones(NUM_LAYERS + 1),
-      "another/measure": np.ones(2),
-    }
-    lists = {name: [None if x != x else x for x in np.ravel(array)] for name, array in arrays.items()}
-    for name in ("causal/mean_of_ratios", "permutation/row_moves"):
-      lists[name] = np.reshape(np.array(lists[name], object), (NUM_LAYERS, NUM_LAYERS)).tolist()
     values = {"model__placement": placement}
-    found = {"depth_suite": {"arrays": json.loads(json.dumps(lists, default=float))}}
-    diagnosis = make_diagnosis(config_of(**values)) | found
+    diagnosis = {"depth_suite": {"arrays": make_suite(0.5 + number)}}
     folders.append(str(make_run(tmp_path / placement, 5.0, diagnosed=True, diagnosis=diagnosis, **values)))
   source = analyze(load(folders)).source
   maps = suite.causal_maps(source)

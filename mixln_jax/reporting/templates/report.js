@@ -10,12 +10,12 @@
       filter.options.every((option, inner) => !hiddenOptions.has(`${outer}/${inner}`) || !option.runs.includes(run)));
 
   function showRuns() {
-    const all = new Set(filters.flatMap((filter) => filter.options.flatMap((option) => option.runs)));
-    const shown = [...all].filter(isShown);
     for (const part of document.querySelectorAll("[data-runs]")) {
       const runs = part.dataset.runs.split(" ").filter(Boolean).map(Number);
-      part.classList.toggle("off", runs.length > 0 && !runs.some((run) => shown.includes(run)));
+      part.classList.toggle("off", runs.length > 0 && !runs.some(isShown));
     }
+    const all = new Set(filters.flatMap((filter) => filter.options.flatMap((option) => option.runs)));
+    const shown = [...all].filter(isShown);
     const status = document.getElementById("shown");
     if (status) status.textContent = `${shown.length} of ${all.size} runs shown`;
   }
