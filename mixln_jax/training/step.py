@@ -60,7 +60,7 @@ def init_state(
   """
   start = starting_values(config.model, columns) if start is None else start
   params = draw_params(config.model, config.seed if seed is None else seed, start, columns)
-  opt_state = init_moments(make_optimizer(config), params, config.optimizer.moment_dtype)
+  opt_state = init_moments(make_optimizer(config, columns), params, config.optimizer.moment_dtype)
   return start_state(params, opt_state)
 
 
