@@ -452,7 +452,7 @@ class OptimizerConfig(Section):
     str,
     Field(
       "",
-      "the learning rate by group, as in head:0.5,mlp@0-3:2 (layers from 0): all, embedding, head, attention, mlp, "
+      "the learning rate by group, as in head:0.5,mlp@1-4:2 (layers from 1): all, embedding, head, attention, mlp, "
       "gains, input_gains, output_gains, final_norm, biases, scalars; of two entries for one parameter the later holds",
     ),
   ]

@@ -25,7 +25,13 @@ EXPONENTS = {"depth_mup": 0.5, "completep": 1.0}  # a: a branch is times m_L^-a
 
 
 class Entry(NamedTuple):
-  """`mlp@0-3:2`: a group, the layers (the last one included; None: all of it), and the factor."""
+  """`mlp@1-4:2`: a group, the layers (counted from 1; None: all of it), and the factor.
+
+  Attributes:
+    group: its name.
+    layers: the first and the last index, counted from 0.
+    factor: what they are multiplied by.
+  """
 
   group: str
   layers: tuple[int, int] | None
@@ -46,17 +52,17 @@ def parse_multipliers(text: str, field: str, num_layers: int) -> list[Entry]:
     except ValueError:
       factor = math.nan
     if match is None or not (math.isfinite(factor) and factor >= 0):
-      raise InputError(f"config.optimizer.{field}={shown(text)}: {word!r} is not GROUP:FACTOR or GROUP@0-3:FACTOR")
+      raise InputError(f"config.optimizer.{field}={shown(text)}: {word!r} is not GROUP:FACTOR or GROUP@1-4:FACTOR")
     group, first, last = match.group(1), match.group(2), match.group(3)
     if group not in NAMES:
       raise InputError(f"config.optimizer.{field}={shown(text)}: no group {group!r}; there are {', '.join(NAMES)}")
     layers = None
     if first is not None:
-      layers = int(first), int(last or first)
-      if not layers[0] <= layers[1] < num_layers or group in ("embedding", "head", "final_norm"):
+      layers = int(first) - 1, int(last or first) - 1
+      if not 0 <= layers[0] <= layers[1] < num_layers or group in ("embedding", "head", "final_norm"):
         raise InputError(
-          f"config.optimizer.{field}={shown(text)}: {word!r} names layers that {group} has not; they are numbered 0 to "
-          f"{num_layers - 1}"
+          f"config.optimizer.{field}={shown(text)}: {word!r} names layers that {group} has not; they are numbered 1 to "
+          f"{num_layers}"
         )
     entries.append(Entry(group, layers, factor))
   return entries

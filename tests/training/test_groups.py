@@ -116,7 +116,7 @@ def test_roles_of_gains_follow_the_placement_and_layers_their_numbers():
   """Catches weight decay of a norm after the branch where that of one before it is meant, in a mixture of both."""
   config = config_lib.base()
   config.model.update(num_layers=4, placement="post*1,sandwich*1,pre*2", num_heads=8)
-  config.optimizer.update(decay_multipliers="input_gains:0.5,output_gains:2", rate_multipliers="mlp@1-2:3,head:0.5")
+  config.optimizer.update(decay_multipliers="input_gains:0.5,output_gains:2", rate_multipliers="mlp@2-3:3,head:0.5")
   table = optimizer_table(config)
   np.testing.assert_array_equal(table["layers/attention_norm"].decay, [2, 0.5, 0.5, 0.5])
   np.testing.assert_array_equal(table["layers/attention_norm_2"].decay, [2, 2, 2, 2])  # of the sandwich alone
@@ -132,9 +132,10 @@ def test_roles_of_gains_follow_the_placement_and_layers_their_numbers():
     ("mlp=2", "'mlp=2' is not GROUP:FACTOR"),
     ("mlp:-1", "'mlp:-1' is not GROUP:FACTOR"),
     ("mlp:1e999", "is not GROUP:FACTOR"),
-    ("mlp@2-9:1", "names layers that mlp has not; they are numbered 0 to 3"),
-    ("mlp@3-2:1", "names layers that mlp has not"),
-    ("head@1:1", "names layers that head has not"),
+    ("mlp@0:1", "they are numbered 1 to 4"),
+    ("mlp@3-9:1", "names layers that mlp has not; they are numbered 1 to 4"),
+    ("mlp@4-3:1", "names layers that mlp has not"),
+    ("head@2:1", "names layers that head has not"),
   ],
 )
 def test_what_can_not_be_read_is_named(text, words):
@@ -150,7 +151,7 @@ def test_multipliers_are_those_of_the_update():
   config.model.update(vocab_size=8, embed_dim=4, mlp_dim=4, num_layers=2, num_heads=2, placement="pre")
   config.optimizer.update(clip_norm=0.0, weight_decay=0.1, epsilon=0.01)
   config.optimizer.update(
-    rate_multipliers="attention@1:4", decay_multipliers="attention@0:3", epsilon_multipliers="attention@1:2"
+    rate_multipliers="attention@2:4", decay_multipliers="attention@1:3", epsilon_multipliers="attention@2:2"
   )
   rng = np.random.default_rng(0)
   params, first, second = ({"layers": {"query": jnp.asarray(rng.normal(size=(2, 4, 2, 2)))}} for _ in range(3))
