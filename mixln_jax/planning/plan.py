@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
@@ -31,7 +32,7 @@ class Counted(NamedTuple):
 
   parameters: int
   moments: int
-  counters: int  # of steps and of skipped updates
+  counters: int  # of steps and of skipped updates; and the learning rate, which is data of the step
   batch: int
 
 
@@ -223,10 +224,12 @@ def arithmetic(config: Config, topology: Topology, efficiency: float = EFFICIENC
   state = attach(abstract_state(config), state_shardings(config, mesh))
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
   parameters = jax.tree.leaves(state.params)
+  learning_rate = np.dtype(np.float32).itemsize
+  counters = _bytes_of_one_device(jax.tree.leaves(state)) - _bytes_of_one_device([*parameters, *moments])
   counted = Counted(
     parameters=_bytes_of_one_device(parameters),
     moments=_bytes_of_one_device(moments),
-    counters=_bytes_of_one_device(jax.tree.leaves(state)) - _bytes_of_one_device([*parameters, *moments]),
+    counters=counters + learning_rate,
     batch=_bytes_of_one_device(list(abstract_batch(config, mesh).values())),
   )
   return Plan(config, topology, dict(mesh.shape), count_params(config.model), counted, efficiency, None)
