@@ -243,8 +243,8 @@ def _unequal_seeds(runs: Sequence[ReportedRun], groups: Sequence[Group]) -> Iter
 def _unfinished(material: Material) -> Iterator[Finding]:
   waiting = [run for run in material.runs if run.final_loss is None]
   if waiting:
-    listed = ", ".join(f"{run.name} ({run.status}, step {run.step} of {run.num_steps})" for run in waiting)
-    yield Finding("caution", f"not counted, because they have no evaluation at their last step: {listed}")
+    listed = _some([f"{run.name} ({run.status}, step {run.step} of {run.num_steps})" for run in waiting], most=12)
+    yield Finding("caution", f"not counted, because they have no finite loss at their last step: {listed}")
   if material.not_started:
     yield Finding("caution", f"planned but not started: {_some(material.not_started)}")
   diverged = [run for run in material.runs if run.diverged]

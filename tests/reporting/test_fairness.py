@@ -105,10 +105,18 @@ def test_what_weakens_a_comparison_is_a_caution(tmp_path):
     "run2, run3 repeat one run",
     "optimizer.learning_rate does not have the same values for each placement (pre: 0.001, 0.003; post: 0.003)",
     "seed does not have the same values in each group (0 in pre, lr 0.001 and in pre, lr 0.003;",
-    "no evaluation at their last step: run4 (running or killed, step 0 of 20)",
+    "no finite loss at their last step: run4 (running or killed, step 0 of 20)",
     "the training data of run4 is not known yet",
   ):
     assert words in text
+
+
+def test_hundreds_of_waiting_runs_are_not_all_named(tmp_path):
+  """Would catch a caution of several screens."""
+  changes = [PRE | {"seed": seed, "loss": None, "ended": False} for seed in range(20)]
+  (text,) = [text for _, text in found(tmp_path, *changes) if text.startswith("not counted")]
+  assert text.count("step 0 of 20") == 12
+  assert text.endswith(" and 8 more")
 
 
 def test_a_study_holds_its_runs_to_its_plan(tmp_path):

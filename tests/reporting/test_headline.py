@@ -117,6 +117,23 @@ def test_a_placement_that_died_everywhere_is_named(tmp_path):
   assert "post: 2 runs diverged, and none can be compared." in headline.cautions
 
 
+def test_a_placement_without_a_final_loss_is_named(tmp_path):
+  """Would catch a placement that was tried and is missing from the answer without a word."""
+  headline = headline_of(tmp_path, {"pre": [5.0, 5.1], "mix:0.5": [4.9, 5.01], "post": [math.nan, math.nan]})
+  assert "Not compared, since no run of theirs has a final loss: post." in headline.cautions
+  runs = next(table for table in analysis_of(tmp_path / "again", {"post": [math.nan]}).tables if table.name == "runs")
+  assert not any("nan" in cell for cell in runs.rows[0])
+  rates = headline_of(tmp_path / "rates", {"pre": {1e-3: [5.0, 5.1]}, "post": {1e-3: [4.0, None], 3e-3: [None, 4.0]}})
+  assert "post: its learning rates share no seed, so none is the best and it is not compared." in rates.cautions
+
+
+def test_the_perplexity_of_the_answer_is_that_of_the_table(tmp_path):
+  """Would catch exp(mean loss) above a table that has the mean of exp(loss)."""
+  analysis = analysis_of(tmp_path, {"pre": [4.0, 6.0]})
+  assert f"(perplexity {np.exp([4.0, 6.0]).mean():.2f})" in analysis.headline.lines[0]
+  assert analysis.tables[0].rows[0][-3] == f"{np.exp([4.0, 6.0]).mean():.2f}"
+
+
 def test_equal_pairs_have_no_interval(tmp_path):
   """Would catch an interval of width 0, which claims what no seeds have shown."""
   headline = headline_of(tmp_path, {"pre": [5.0, 5.1], "mix:0.5": [4.5, 4.6]})
@@ -192,6 +209,10 @@ def test_the_summary_has_its_numbers_in_columns_of_their_own(tmp_path):
   assert (row["loss_low"], row["loss_high"]) == pytest.approx((low, high), rel=1e-12)
   assert (row["loss_mean"], row["loss_std"]) == pytest.approx((losses[0].mean(), losses[0].std(ddof=1)), rel=1e-12)
   assert (row["seeds"], row["pairs"], row["diverged"]) == (2, 2, 0)
+  rates = analysis_of(tmp_path / "rates", {"pre": {1 / 3000: [5.0], 1e-2: [5.1]}, "post": {1e-2: [math.nan]}})
+  best, without = rates.tables[0].data
+  assert best["optimizer.learning_rate"] == 1 / 3000
+  assert (without["planned"], without["seeds"]) == (1, 0)
   text = latex(summary)
   assert r"\toprule" in text
   assert r"95 \% interval" in text
