@@ -259,7 +259,7 @@ def _beaten(matchups: Sequence[Matchup], *, also: bool) -> str:
     evidence = "" if also else f" ({_interval(match.loss)}, {_seeds(match.loss.n)})"
     words.append(f"{match.ours.placement} by {fixed(match.loss.mean, 4)}{evidence}")
   if len(matchups) > MOST_NAMED:
-    words.append(f"{len(matchups) - MOST_NAMED} more")
+    words[-1] += f" and {len(matchups) - MOST_NAMED} more"
   base = matchups[0].baseline.placement
   if also:
     return f" {base} is lower than {', '.join(words)}."
@@ -321,11 +321,9 @@ def _other_units(match: Matchup) -> str:
 def _cautions(contenders: Sequence[Contender], matchups: Sequence[Matchup]) -> list[str]:
   """What weakens the answer: rates at an edge, runs that diverged or are missing, unequal seeds, many comparisons."""
   said = []
-  named = {id(one): one for match in matchups for one in (match.ours, match.baseline)}
+  compared = {id(one) for match in matchups for one in (match.ours, match.baseline)}
+  said += _at_edges([one for one in contenders if id(one) in compared and one.at_edge])
   for one in contenders:
-    if id(one) in named and one.at_edge and one.best is not None:
-      where = f"{one.rate}, is the {one.best.place} of its grid"
-      said.append(f"The best rate of {one.label}, {where}: a better one may lie beyond.")
     said += _losses_of_runs(one)
   without = [one.label for one in contenders if not one.diverged and not any(row.counted for row in one.family)]
   if without and len(without) < len(contenders):
@@ -344,6 +342,18 @@ def _cautions(contenders: Sequence[Contender], matchups: Sequence[Matchup]) -> l
   if with_interval > 1:
     said.append(f"{with_interval} placements are compared; their intervals are not corrected for that.")
   return said
+
+
+def _at_edges(contenders: Sequence[Contender]) -> list[str]:
+  """That the best rates of these are at the edges of their grids, in one sentence."""
+  places = [(one.label, one.rate, one.best.place) for one in contenders if one.best is not None]
+  if not places:
+    return []
+  if len(places) == 1:
+    label, rate, place = places[0]
+    return [f"The best rate of {label}, {rate}, is the {place} of its grid: a better one may lie beyond."]
+  listed = ", ".join(f"{label} ({rate}, {place})" for label, rate, place in places)
+  return [f"The best rates of these are at the edge of their grids, and better ones may lie beyond: {listed}."]
 
 
 def _losses_of_runs(contender: Contender) -> list[str]:

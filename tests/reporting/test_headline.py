@@ -103,6 +103,14 @@ def test_each_at_its_best_rate_and_an_edge_is_said(tmp_path):
   assert caution.startswith("The best rate of mix:0.5, 0.01, is the upper edge of its grid")
 
 
+def test_many_edges_are_one_caution(tmp_path):
+  """Would catch a page that begins with the same sentence ten times."""
+  rates = {1e-3: [5.3], 3e-3: [5.0]}
+  headline = headline_of(tmp_path, {"pre": rates, "post": {1e-3: [4.0], 3e-3: [5.0]}})
+  (caution,) = headline.cautions
+  assert caution.endswith("may lie beyond: pre (0.003, upper edge), post (0.001, lower edge).")
+
+
 def test_a_winner_that_diverged_on_one_seed_says_so(tmp_path):
   """Would catch a win over the seeds that survived, told as if none had died."""
   headline = headline_of(tmp_path, {"pre": [5.0, 5.1, 5.2], "mix:0.5": [4.9, 5.01, None]})
