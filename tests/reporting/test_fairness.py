@@ -4,6 +4,7 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.model.parameters import parameters
+from mixln_jax.reporting.analysis import analyze
 from mixln_jax.reporting.fairness import DRAWN, find
 from mixln_jax.reporting.groups import make_groups
 from mixln_jax.reporting.loading import load
@@ -109,6 +110,19 @@ def test_what_weakens_a_comparison_is_a_caution(tmp_path):
     "the training data of run4 is not known yet",
   ):
     assert words in text
+
+
+def test_runs_of_two_studies_that_overlap_are_one_caution_and_miss_no_loss(tmp_path):
+  """Would catch repeated runs that are said to have no final loss, and a caution for each of their seeds."""
+  for study in ("a", "b"):
+    for seed in range(6):
+      make_run(tmp_path / study / f"pre{seed}", model__placement="pre", seed=seed)
+  analysis = analyze(load([str(tmp_path / "a"), str(tmp_path / "b")]))
+  (text,) = [finding.text for finding in analysis.findings if "repeat" in finding.text]
+  assert text.startswith("a/pre0, b/pre0; a/pre1, b/pre1; ")
+  assert "; and 2 more repeat one run each" in text
+  assert analysis.rows[0].planned == analysis.rows[0].counted == 6
+  assert analysis.headline.cautions == []
 
 
 def test_hundreds_of_waiting_runs_are_not_all_named(tmp_path):
