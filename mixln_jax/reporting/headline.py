@@ -245,8 +245,8 @@ def _without_comparison(evaluated: Sequence[Contender], baseline: str) -> str:
 def _clear_win(match: Matchup) -> str:
   ours, base = match.ours, match.baseline
   return (
-    f"{ours.placement} is lower than {base.placement} by {fixed(-match.loss.mean, 4)} nats a token{_at_rates(match)} "
-    f"({_interval(match.loss, sign=-1)}, {_seeds(match.loss.n)}); {_other_units(match)}."
+    f"{ours.placement} is lower than {base.placement} by {fixed(-match.loss.mean, 4)} nats a token "
+    f"({_interval(match.loss, sign=-1)}, {_seeds(match.loss.n)}){_at_rates(match)}; {_other_units(match)}."
   )
 
 
@@ -263,7 +263,10 @@ def _beaten(matchups: Sequence[Matchup], *, also: bool) -> str:
   base = matchups[0].baseline.placement
   if also:
     return f" {base} is lower than {', '.join(words)}."
-  text = f"{base}, the baseline, is lower in nats a token{_at_rates(matchups[0])} than {', '.join(words)}"
+  rates = _at_rates(matchups[0])
+  if rates and len(matchups) > 1:  # others have other rates; the table has all
+    rates = ", each at its best learning rate"
+  text = f"{base}, the baseline, is lower in nats a token{rates}{',' if rates else ''} than {', '.join(words)}"
   if len(matchups) == 1:
     text += f"; {_other_units(matchups[0])}"
   return text + "."

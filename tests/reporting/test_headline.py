@@ -97,10 +97,27 @@ def test_each_at_its_best_rate_and_an_edge_is_said(tmp_path):
   }
   headline = headline_of(tmp_path, losses)
   (line,) = headline.lines
-  assert line.startswith("mix:0.5 is lower than pre by 0.0995 nats a token, each at its best learning rate ")
-  assert "(0.01; 0.003 for pre)" in line
+  assert line.startswith("mix:0.5 is lower than pre by 0.0995 nats a token (95% interval ")
+  assert ", each at its best learning rate (0.01; 0.003 for pre);" in line
   (caution,) = headline.cautions
   assert caution.startswith("The best rate of mix:0.5, 0.01, is the upper edge of its grid")
+
+
+def test_a_baseline_that_beats_several_does_not_give_all_the_rate_of_one(tmp_path):
+  """Would catch "(0.001; 0.003 for pre)" above a placement whose best rate is 0.01."""
+  low, middle, high = [5.0, 5.1], [5.2, 5.301], [5.3, 5.402]
+  losses = {
+    "pre": {1e-3: high, 3e-3: low, 1e-2: high},
+    "mix:0.5": {1e-3: middle, 3e-3: high, 1e-2: high},
+    "post": {1e-3: high, 3e-3: high, 1e-2: middle},
+  }
+  (line,) = headline_of(tmp_path / "two", losses).lines
+  assert line.startswith(
+    "pre, the baseline, is lower in nats a token, each at its best learning rate, than mix:0.5 by "
+  )
+  del losses["post"]
+  (line,) = headline_of(tmp_path / "one", losses).lines
+  assert ", each at its best learning rate (0.001; 0.003 for pre), than mix:0.5 by " in line
 
 
 def test_many_edges_are_one_caution(tmp_path):
