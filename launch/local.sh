@@ -12,7 +12,7 @@ usage: bash launch/local.sh [--print] [--config=FILE] [--workdir=DIR] [--config.
 
 Makes .venv and installs requirements.txt (once), prepares the corpus (once), and trains; a new run each time, under
 work/runs, unless --workdir names one to resume. Defaults: --config=configs/tiny.py.
-The fields: .venv/bin/python -m mixln_jax train --help
+The fields: .venv/bin/python -m mixln_jax train --help all
 TEXT
 }
 

@@ -91,8 +91,9 @@ class CommandLine:
       SystemExit: for --help, after printing it.
     """
     logging.set_verbosity(logging.FATAL)  # orbax warns of options that are meant, and shows what it also raises
+    argv = self._joined(argv)
     if any(argument in HELP for argument in argv):
-      print(self._help([argument for argument in argv if argument not in HELP]))
+      print(self._help([argument for argument in argv if not argument.startswith("-")]))
       sys.exit(0)
     argv = [self._normalized(argument) for argument in argv]
     if self._with_config:
@@ -117,6 +118,28 @@ class CommandLine:
       if self._values[name].value is None:
         raise InputError(f"--{name} is required; see --help")
     return self._values
+
+  def _joined(self, argv: Sequence[str]) -> list[str]:
+    """The arguments with each value behind its flag, `--name=value`, also where it was given as the next argument."""
+    joined = []
+    rest = iter(argv)
+    for argument in rest:
+      flag = re.fullmatch(r"--?([\w.]+)", argument)
+      value = next(rest, None) if flag and self._takes_value(flag.group(1)) else None
+      if value in HELP:
+        joined.append(value)
+        value = None
+      joined.append(argument if value is None else f"{argument}={value}")
+    return joined
+
+  def _takes_value(self, name: str) -> bool:
+    """Whether a flag can't stand alone."""
+    if self._with_config and name == "config":
+      return True
+    if self._with_config and name.startswith("config."):
+      field = config_lib.FIELDS.get(name.removeprefix("config."))
+      return field is not None and not isinstance(field.default, bool)
+    return name in self._values and self._values[name].flag_type() != "bool"
 
   def _normalized(self, argument: str) -> str:
     """An argument whose value is a whole number written as 1e3, as digits, where its flag takes one."""
@@ -190,8 +213,10 @@ class CommandLine:
 
   def _help(self, sections: Sequence[str]) -> str:
     """The help: flags, and the fields of the sections that are asked for; of none, their names alone."""
+    if not self._with_config:  # words beside --help are then arguments, such as folders
+      sections = ()
     for name in sections:
-      if not self._with_config or name not in (*SECTIONS, ALL):
+      if name not in (*SECTIONS, ALL):
         return f"no section {name!r}; choices: {', '.join((*SECTIONS, ALL))}"
     if sections:
       chosen = SECTIONS if ALL in sections else sections

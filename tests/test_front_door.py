@@ -354,6 +354,11 @@ def test_help_by_section_and_switches_without_a_value(capsys):
   assert "no section 'modle'; choices: seed, model, " in help_of("train", "--help", "modle")
   assert "  --list\n" in help_of("sweep", "--help")
   assert "--list=" not in help_of("sweep", "--help")
+  # Who asks for help has often typed a part of the command already.
+  assert help_of("train", "--workdir=there", "--help") == help_of("train", "--help")
+  assert help_of("train", "--workdir", "there", "--help") == help_of("train", "--help")
+  assert help_of("train", "--workdir", "--help") == help_of("train", "--help")
+  assert help_of("report", "there", "--help") == help_of("report", "--help")
 
 
 def test_a_run_is_extended_without_its_recipe(recipe, tmp_path, capsys):
@@ -361,7 +366,8 @@ def test_a_run_is_extended_without_its_recipe(recipe, tmp_path, capsys):
   workdir = f"--workdir={tmp_path / 'run'}"
   constant = ["--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1"]
   assert main(["train", f"--config={recipe}", workdir, "--config.train.num_steps=3e0", *constant]) == 0
-  assert main(["train", workdir, "--config.train.num_steps=4"]) == 0
+  spaced = [word for argument in (workdir, "--config.train.num_steps=4e0") for word in argument.split("=")]
+  assert main(["train", *spaced]) == 0
   assert json.loads((tmp_path / "run" / "outcome.json").read_text())["step"] == 4
   assert json.loads((tmp_path / "run" / "config.json").read_text())["train.num_steps"] == 4
   capsys.readouterr()

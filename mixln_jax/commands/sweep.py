@@ -105,11 +105,11 @@ def _train(mine: list[Run], runs: list[Run]) -> list[str]:
   """Trains what is open; returns the names of the runs that failed."""
   tried: set[str] = set()
   failed = []
-  progress = StudyProgress(sum(sequence.steps_left(run) for run in mine))
+  progress = StudyProgress()
   while (run := sequence.next_run(mine, tried)) is not None:
     tried.add(run.name)
     print(f"run        {runs.index(run) + 1}/{len(runs)} {run.name}", flush=True)
-    progress.start_run()
+    progress.start_run(sum(sequence.steps_left(later) for later in mine if later.name not in tried))
     with tqdm(total=run.config.train.num_steps, unit="step", dynamic_ncols=True, disable=None) as bar:
 
       def seen(text: str, bar: tqdm = bar) -> None:

@@ -48,7 +48,7 @@ class Standing:
 
   Attributes:
     group: whose.
-    planned: number of its runs.
+    planned: number of its runs; those that repeat one, with equal seeds, are one.
     diverged: how many of them stopped at numbers that are not finite, or are at the unigram entropy.
     losses: final validation loss in nats a token, indexed by the seeds, of the runs that did all their steps and have a
       finite loss.
@@ -159,9 +159,10 @@ def standings(runs: Sequence[ReportedRun], groups: Sequence[Group], baseline: st
   """The rows of the perplexity table; each group is compared with that of placement `baseline` and the same setting."""
   rows = []
   for group in groups:
-    diverged = sum(runs[index].diverged for index in group.runs)
+    planned = {seeds_of(runs[index]) for index in group.runs}
+    diverged = {seeds_of(runs[index]) for index in group.runs if runs[index].diverged}
     bits = final_values(runs, group, "bits_per_byte")
-    row = Standing(group, len(group.runs), diverged, final_losses(runs, group), bits)
+    row = Standing(group, len(planned), len(diverged), final_losses(runs, group), bits)
     rows.append(_compared(row, baseline_of(group, groups, baseline), runs))
   return rows
 

@@ -180,11 +180,14 @@ def _initial_weights(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
 
 
 def _repeated(runs: Sequence[ReportedRun], groups: Sequence[Group]) -> Iterator[Finding]:
+  repeated = []
   for group in groups:
     members = [runs[index] for index in group.runs]
-    for same in grouped(members, seeds_of).values():
-      if len(same) > 1:
-        yield Finding("caution", f"{_names(same)} repeat one run; only the first counts in means and pairs")
+    repeated += [_names(same) for same in grouped(members, seeds_of).values() if len(same) > 1]
+  if repeated:
+    each = " each" if len(repeated) > 1 else ""
+    listed = "; ".join(repeated[:4]) + (f"; and {len(repeated) - 4} more" if len(repeated) > 4 else "")
+    yield Finding("caution", f"{listed} repeat one run{each}; only the first counts in means and pairs")
 
 
 def _diagnosed_differently(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
@@ -243,8 +246,8 @@ def _unequal_seeds(runs: Sequence[ReportedRun], groups: Sequence[Group]) -> Iter
 def _unfinished(material: Material) -> Iterator[Finding]:
   waiting = [run for run in material.runs if run.final_loss is None]
   if waiting:
-    listed = ", ".join(f"{run.name} ({run.status}, step {run.step} of {run.num_steps})" for run in waiting)
-    yield Finding("caution", f"not counted, because they have no evaluation at their last step: {listed}")
+    listed = _some([f"{run.name} ({run.status}, step {run.step} of {run.num_steps})" for run in waiting], most=12)
+    yield Finding("caution", f"not counted, because they have no finite loss at their last step: {listed}")
   if material.not_started:
     yield Finding("caution", f"planned but not started: {_some(material.not_started)}")
   diverged = [run for run in material.runs if run.diverged]

@@ -22,6 +22,7 @@ from mixln_jax.reporting.comparison import (
   families,
   paired_difference,
   seeds_needed,
+  spread,
   tried_rates,
 )
 from mixln_jax.reporting.groups import LEARNING_RATE_FIELD, SEED_FIELDS, grouped, show
@@ -32,7 +33,7 @@ from mixln_jax.text import perplexity
 
 LOWER, HIGHER, NOT_SHOWN, EQUAL, ONE_SEED = "lower", "higher", "no difference shown", "all pairs equal", "one seed"
 EDGES = ("lower edge", "upper edge")
-MOST_BEATEN = 4  # placements that a winning baseline is said to beat, by name
+MOST_NAMED = 4  # placements that a sentence lists by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +229,11 @@ def _sentence(contenders: Sequence[Contender], matchups: Sequence[Matchup], base
 
 def _without_comparison(evaluated: Sequence[Contender], baseline: str) -> str:
   """Where nothing can be compared: the lowest loss, and why there is no comparison."""
-  losses = {one.label: one.best.row.loss.mean for one in evaluated if one.best and one.best.row.loss}
-  label = min(losses, key=lambda name: losses[name])
-  loss = losses[label]
-  lowest = f"{label} has a validation loss of {fixed(loss, 4)} nats a token (perplexity {fixed(perplexity(loss), 2)})"
+  rows = {one.label: one.best.row for one in evaluated if one.best is not None}
+  label = min(rows, key=lambda name: rows[name].losses.mean())
+  loss, its_perplexity = spread(rows[label].losses), spread(rows[label].losses.map(perplexity))
+  in_perplexity = f"perplexity {fixed(its_perplexity.mean, 2)}"  # the mean over seeds, as in the tables
+  lowest = f"{label} has a validation loss of {fixed(loss.mean, 4)} nats a token ({in_perplexity})"
   if len(evaluated) == 1:
     return f"{lowest}; there is nothing to compare it with."
   have = [one for one in evaluated if one.placement == baseline]
@@ -243,8 +245,8 @@ def _without_comparison(evaluated: Sequence[Contender], baseline: str) -> str:
 def _clear_win(match: Matchup) -> str:
   ours, base = match.ours, match.baseline
   return (
-    f"{ours.placement} is lower than {base.placement} by {fixed(-match.loss.mean, 4)} nats a token{_at_rates(match)} "
-    f"({_interval(match.loss, sign=-1)}, {_seeds(match.loss.n)}); {_other_units(match)}."
+    f"{ours.placement} is lower than {base.placement} by {fixed(-match.loss.mean, 4)} nats a token "
+    f"({_interval(match.loss, sign=-1)}, {_seeds(match.loss.n)}){_at_rates(match)}; {_other_units(match)}."
   )
 
 
@@ -253,15 +255,18 @@ def _beaten(matchups: Sequence[Matchup], *, also: bool) -> str:
   if not matchups:
     return ""
   words = []
-  for match in matchups[:MOST_BEATEN]:
+  for match in matchups[:MOST_NAMED]:
     evidence = "" if also else f" ({_interval(match.loss)}, {_seeds(match.loss.n)})"
     words.append(f"{match.ours.placement} by {fixed(match.loss.mean, 4)}{evidence}")
-  if len(matchups) > MOST_BEATEN:
-    words.append(f"{len(matchups) - MOST_BEATEN} more")
+  if len(matchups) > MOST_NAMED:
+    words[-1] += f" and {len(matchups) - MOST_NAMED} more"
   base = matchups[0].baseline.placement
   if also:
     return f" {base} is lower than {', '.join(words)}."
-  text = f"{base}, the baseline, is lower in nats a token{_at_rates(matchups[0])} than {', '.join(words)}"
+  rates = _at_rates(matchups[0])
+  if rates and len(matchups) > 1:  # others have other rates; the table has all
+    rates = ", each at its best learning rate"
+  text = f"{base}, the baseline, is lower in nats a token{rates}{',' if rates else ''} than {', '.join(words)}"
   if len(matchups) == 1:
     text += f"; {_other_units(matchups[0])}"
   return text + "."
@@ -319,12 +324,14 @@ def _other_units(match: Matchup) -> str:
 def _cautions(contenders: Sequence[Contender], matchups: Sequence[Matchup]) -> list[str]:
   """What weakens the answer: rates at an edge, runs that diverged or are missing, unequal seeds, many comparisons."""
   said = []
-  named = {id(one): one for match in matchups for one in (match.ours, match.baseline)}
+  compared = {id(one) for match in matchups for one in (match.ours, match.baseline)}
+  said += _at_edges([one for one in contenders if id(one) in compared and one.at_edge])
   for one in contenders:
-    if id(one) in named and one.at_edge and one.best is not None:
-      where = f"{one.rate}, is the {one.best.place} of its grid"
-      said.append(f"The best rate of {one.label}, {where}: a better one may lie beyond.")
     said += _losses_of_runs(one)
+  without = [one.label for one in contenders if not one.diverged and not any(row.counted for row in one.family)]
+  if without and len(without) < len(contenders):
+    more = f" and {len(without) - MOST_NAMED} more" if len(without) > MOST_NAMED else ""
+    said.append(f"Not compared, since no run of theirs has a final loss: {', '.join(without[:MOST_NAMED])}{more}.")
   for match in matchups:
     ours, base = match.ours.best, match.baseline.best
     assert ours is not None
@@ -340,12 +347,26 @@ def _cautions(contenders: Sequence[Contender], matchups: Sequence[Matchup]) -> l
   return said
 
 
+def _at_edges(contenders: Sequence[Contender]) -> list[str]:
+  """That the best rates of these are at the edges of their grids, in one sentence."""
+  places = [(one.label, one.rate, one.best.place) for one in contenders if one.best is not None]
+  if not places:
+    return []
+  if len(places) == 1:
+    label, rate, place = places[0]
+    return [f"The best rate of {label}, {rate}, is the {place} of its grid: a better one may lie beyond."]
+  listed = ", ".join(f"{label} ({rate}, {place})" for label, rate, place in places)
+  return [f"The best rates of these are at the edge of their grids, and better ones may lie beyond: {listed}."]
+
+
 def _losses_of_runs(contender: Contender) -> list[str]:
   """Runs at the best rate that did not reach a loss, or did though they diverged; a placement without any."""
   if contender.best is None:
+    if any(row.counted for row in contender.family):
+      return [f"{contender.label}: its learning rates share no seed, so none is the best and it is not compared."]
     if contender.diverged:
       return [f"{contender.label}: {contender.diverged} runs diverged, and none can be compared."]
-    return []
+    return []  # `_cautions` names all of these at once
   row = contender.best.row
   at_rate = f" at {contender.rate}" if contender.rate else ""
   said = []

@@ -163,14 +163,14 @@ def load(workdirs: Sequence[str]) -> Material:
       runs.append(read_run(name, path))
     except InputError as error:
       problems.append(str(error))
-  not_started = list(dict.fromkeys(name for one in found for name in one.not_started))
+  not_started = {path: name for one in found for path, name in one.not_started.items()}
   if not runs:
     raise InputError("; ".join(problems) or f"workdir={workdirs[0]}: no run of the study has started yet")
   # Several studies, or runs beside one, are no study: their axes are not those of all runs.
   in_studies = sum(len(one.paths) for one in found if one.studies)
   is_one_study = len(studies) == 1 and in_studies == len(paths)
   study = next(iter(studies.values())) if is_one_study else None
-  return Material(study, runs, problems, not_started)
+  return Material(study, runs, problems, list(not_started.values()))
 
 
 class _Found(NamedTuple):
@@ -179,23 +179,24 @@ class _Found(NamedTuple):
   Attributes:
     paths: of the runs.
     studies: path -> plan of the studies.
-    not_started: names of planned runs that do not exist yet.
+    not_started: path -> name of planned runs that do not exist yet. Runs of two studies may have one name.
   """
 
   paths: Sequence[Path]
   studies: Mapping[Path, StudyPlan]
-  not_started: Sequence[str]
+  not_started: Mapping[Path, str]
 
 
 def _find(path: Path) -> _Found:
   """The runs in a folder: itself, those of a study, or those of the runs and studies that lie in it."""
   if RunFolder(path).has_run:
-    return _Found([path], {}, [])
+    return _Found([path], {}, {})
   if (path / STUDY_FILE).is_file():
     plan = read_study_plan(path / STUDY_FILE)
     planned = {name: path / RUNS_FOLDER / name for name in plan.planned}
     begun = {name: folder for name, folder in planned.items() if RunFolder(folder).has_run}
-    return _Found(list(begun.values()), {path: plan}, [name for name in planned if name not in begun])
+    not_started = {folder: name for name, folder in planned.items() if name not in begun}
+    return _Found(list(begun.values()), {path: plan}, not_started)
   inside = [_find(child) for child in _children(path) if RunFolder(child).has_run or (child / STUDY_FILE).is_file()]
   if not inside:
     raise InputError(
@@ -203,10 +204,12 @@ def _find(path: Path) -> _Found:
       "the folder of one"
     )
   studies: dict[Path, StudyPlan] = {}
+  not_started: dict[Path, str] = {}
   for one in inside:
     studies.update(one.studies)
+    not_started.update(one.not_started)
   paths = [run for one in inside for run in one.paths]
-  return _Found(paths, studies, [name for one in inside for name in one.not_started])
+  return _Found(paths, studies, not_started)
 
 
 def _children(path: Path) -> list[Path]:

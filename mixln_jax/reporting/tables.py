@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def summary_table(headline: Headline) -> TextTable:
       {
         "placement": contender.placement,
         **contender.setting,
-        groups.LEARNING_RATE_FIELD: contender.rate or None,
+        groups.LEARNING_RATE_FIELD: row.group.setting.get(groups.LEARNING_RATE_FIELD) if row else None,
         "place_in_grid": best.place if best and contender.rate else None,
         "verdict": verdict,
         "pairs": match.loss.n if match else None,
@@ -142,7 +143,7 @@ def summary_table(headline: Headline) -> TextTable:
         **_spread_data("bits_per_byte", bits),
         **_spread_data("perplexity", row.perplexity if row else None),
         "seeds": row.counted if row else 0,
-        "planned": row.planned if row else 0,
+        "planned": row.planned if row else sum(one.planned for one in contender.family),
         "diverged": row.diverged if row else contender.diverged,
       }
     )
@@ -312,11 +313,12 @@ def _or_dash(value: Any) -> str:
 
 
 def _number_or_none(value: Any) -> float | None:
-  """A number, also where it is written as text, as metrics have "nan"; None for anything else."""
+  """A finite number, also where it is written as text; None for anything else, such as the "nan" of metrics."""
   try:
-    return float(value)
+    number = float(value)
   except (TypeError, ValueError):
     return None
+  return number if math.isfinite(number) else None
 
 
 def differences_table(runs: Sequence[ReportedRun]) -> TextTable:

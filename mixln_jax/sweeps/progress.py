@@ -13,20 +13,25 @@ SHOWN = ("loss", "losses")
 class StudyProgress:
   """Follows the lines that runs print, one run after another.
 
-  `steps_left` of the study are those of the runs that nobody has finished; their time is that of a step of this
-  process's runs so far, so that it is a guess where runs differ in size.
+  The time of the steps to come is that of a step of this process's runs so far: a guess where runs differ in size.
   """
 
-  def __init__(self, steps_left: int, clock: Callable[[], float] = time.monotonic):
-    """`steps_left`: of all runs that are to be trained here, this one and later ones."""
-    self._steps_left, self._clock = steps_left, clock
+  def __init__(self, clock: Callable[[], float] = time.monotonic):
+    self._clock = clock
+    self._later_steps = 0
     self._seconds = 0.0  # of the steps that were seen
     self._steps = 0
     self._last: tuple[int, float] | None = None  # step of the run, and when
     self._said: float | None = None
 
-  def start_run(self) -> None:
-    """The lines that follow are of another run."""
+  def start_run(self, later_steps: int) -> None:
+    """The lines that follow are of another run.
+
+    Args:
+      later_steps: of the runs that are to be trained after it. They are counted anew for each run: a run may have
+        ended before its last step, and other machines take runs away.
+    """
+    self._later_steps = later_steps
     self._last = None
     self._said = None
 
@@ -37,16 +42,13 @@ class StudyProgress:
       return None
     step, num_steps, rest = int(match.group(1)), int(match.group(2)), match.group(3)
     now = self._clock()
-    done = 1  # of a run that is resumed the first line is of one step, whatever its number
-    if self._last is not None:
-      done = step - self._last[0]
+    if self._last is not None:  # before a run's first line it compiles
       self._seconds += now - self._last[1]
-      self._steps += done
+      self._steps += step - self._last[0]
     self._last = (step, now)
-    self._steps_left = max(0, self._steps_left - done)
     words = rest.split("  ")
     loss = next((word for word in words if word.startswith(SHOWN)), "")
-    of_run, of_study = self._time(num_steps - step), self._time(self._steps_left)
+    of_run, of_study = self._time(num_steps - step), self._time(num_steps - step + self._later_steps)
     return f"step {step}/{num_steps}  {loss}  left {of_run}  study {of_study}"
 
   def is_due(self) -> bool:

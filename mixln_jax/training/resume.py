@@ -77,7 +77,7 @@ def _why_not(old: Config, new: Config, newest: int, workdir: str) -> str:
   )
   return (
     f"the run in {workdir} can't resume with {fields}: step {step + 1} of the {newest} already done had learning rate "
-    f"{before[step]:.4g}, with the new {new.optimizer.schedule} schedule it would have been "
-    f"{after[step]:.4g}; only the schedules constant, wsd and trapezoid, with config.optimizer.warmup_steps stated, "
+    f"{before[step]:.9g}, with the new {new.optimizer.schedule} schedule it would have been "
+    f"{after[step]:.9g}; only the schedules constant, wsd and trapezoid, with config.optimizer.warmup_steps stated, "
     "can be extended; use another workdir"
   )

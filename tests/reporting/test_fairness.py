@@ -4,6 +4,7 @@ import pytest
 
 from mixln_jax import config as config_lib
 from mixln_jax.model.parameters import parameters
+from mixln_jax.reporting.analysis import analyze
 from mixln_jax.reporting.fairness import DRAWN, find
 from mixln_jax.reporting.groups import make_groups
 from mixln_jax.reporting.loading import load
@@ -105,10 +106,31 @@ def test_what_weakens_a_comparison_is_a_caution(tmp_path):
     "run2, run3 repeat one run",
     "optimizer.learning_rate does not have the same values for each placement (pre: 0.001, 0.003; post: 0.003)",
     "seed does not have the same values in each group (0 in pre, lr 0.001 and in pre, lr 0.003;",
-    "no evaluation at their last step: run4 (running or killed, step 0 of 20)",
+    "no finite loss at their last step: run4 (running or killed, step 0 of 20)",
     "the training data of run4 is not known yet",
   ):
     assert words in text
+
+
+def test_runs_of_two_studies_that_overlap_are_one_caution_and_miss_no_loss(tmp_path):
+  """Would catch repeated runs that are said to have no final loss, and a caution for each of their seeds."""
+  for study in ("a", "b"):
+    for seed in range(6):
+      make_run(tmp_path / study / f"pre{seed}", model__placement="pre", seed=seed)
+  analysis = analyze(load([str(tmp_path / "a"), str(tmp_path / "b")]))
+  (text,) = [finding.text for finding in analysis.findings if "repeat" in finding.text]
+  assert text.startswith("a/pre0, b/pre0; a/pre1, b/pre1; ")
+  assert "; and 2 more repeat one run each" in text
+  assert analysis.rows[0].planned == analysis.rows[0].counted == 6
+  assert analysis.headline.cautions == []
+
+
+def test_hundreds_of_waiting_runs_are_not_all_named(tmp_path):
+  """Would catch a caution of several screens."""
+  changes = [PRE | {"seed": seed, "loss": None, "ended": False} for seed in range(20)]
+  (text,) = [text for _, text in found(tmp_path, *changes) if text.startswith("not counted")]
+  assert text.count("step 0 of 20") == 12
+  assert text.endswith(" and 8 more")
 
 
 def test_a_study_holds_its_runs_to_its_plan(tmp_path):

@@ -97,10 +97,35 @@ def test_each_at_its_best_rate_and_an_edge_is_said(tmp_path):
   }
   headline = headline_of(tmp_path, losses)
   (line,) = headline.lines
-  assert line.startswith("mix:0.5 is lower than pre by 0.0995 nats a token, each at its best learning rate ")
-  assert "(0.01; 0.003 for pre)" in line
+  assert line.startswith("mix:0.5 is lower than pre by 0.0995 nats a token (95% interval ")
+  assert ", each at its best learning rate (0.01; 0.003 for pre);" in line
   (caution,) = headline.cautions
   assert caution.startswith("The best rate of mix:0.5, 0.01, is the upper edge of its grid")
+
+
+def test_a_baseline_that_beats_several_does_not_give_all_the_rate_of_one(tmp_path):
+  """Would catch "(0.001; 0.003 for pre)" above a placement whose best rate is 0.01."""
+  low, middle, high = [5.0, 5.1], [5.2, 5.301], [5.3, 5.402]
+  losses = {
+    "pre": {1e-3: high, 3e-3: low, 1e-2: high},
+    "mix:0.5": {1e-3: middle, 3e-3: high, 1e-2: high},
+    "post": {1e-3: high, 3e-3: high, 1e-2: middle},
+  }
+  (line,) = headline_of(tmp_path / "two", losses).lines
+  assert line.startswith(
+    "pre, the baseline, is lower in nats a token, each at its best learning rate, than mix:0.5 by "
+  )
+  del losses["post"]
+  (line,) = headline_of(tmp_path / "one", losses).lines
+  assert ", each at its best learning rate (0.001; 0.003 for pre), than mix:0.5 by " in line
+
+
+def test_many_edges_are_one_caution(tmp_path):
+  """Would catch a page that begins with the same sentence ten times."""
+  rates = {1e-3: [5.3], 3e-3: [5.0]}
+  headline = headline_of(tmp_path, {"pre": rates, "post": {1e-3: [4.0], 3e-3: [5.0]}})
+  (caution,) = headline.cautions
+  assert caution.endswith("may lie beyond: pre (0.003, upper edge), post (0.001, lower edge).")
 
 
 def test_a_winner_that_diverged_on_one_seed_says_so(tmp_path):
@@ -115,6 +140,23 @@ def test_a_winner_that_diverged_on_one_seed_says_so(tmp_path):
 def test_a_placement_that_died_everywhere_is_named(tmp_path):
   headline = headline_of(tmp_path, {"pre": [5.0, 5.1], "mix:0.5": [4.9, 5.01], "post": [None, None]})
   assert "post: 2 runs diverged, and none can be compared." in headline.cautions
+
+
+def test_a_placement_without_a_final_loss_is_named(tmp_path):
+  """Would catch a placement that was tried and is missing from the answer without a word."""
+  headline = headline_of(tmp_path, {"pre": [5.0, 5.1], "mix:0.5": [4.9, 5.01], "post": [math.nan, math.nan]})
+  assert "Not compared, since no run of theirs has a final loss: post." in headline.cautions
+  runs = next(table for table in analysis_of(tmp_path / "again", {"post": [math.nan]}).tables if table.name == "runs")
+  assert not any("nan" in cell for cell in runs.rows[0])
+  rates = headline_of(tmp_path / "rates", {"pre": {1e-3: [5.0, 5.1]}, "post": {1e-3: [4.0, None], 3e-3: [None, 4.0]}})
+  assert "post: its learning rates share no seed, so none is the best and it is not compared." in rates.cautions
+
+
+def test_the_perplexity_of_the_answer_is_that_of_the_table(tmp_path):
+  """Would catch exp(mean loss) above a table that has the mean of exp(loss)."""
+  analysis = analysis_of(tmp_path, {"pre": [4.0, 6.0]})
+  assert f"(perplexity {np.exp([4.0, 6.0]).mean():.2f})" in analysis.headline.lines[0]
+  assert analysis.tables[0].rows[0][-3] == f"{np.exp([4.0, 6.0]).mean():.2f}"
 
 
 def test_equal_pairs_have_no_interval(tmp_path):
@@ -192,6 +234,10 @@ def test_the_summary_has_its_numbers_in_columns_of_their_own(tmp_path):
   assert (row["loss_low"], row["loss_high"]) == pytest.approx((low, high), rel=1e-12)
   assert (row["loss_mean"], row["loss_std"]) == pytest.approx((losses[0].mean(), losses[0].std(ddof=1)), rel=1e-12)
   assert (row["seeds"], row["pairs"], row["diverged"]) == (2, 2, 0)
+  rates = analysis_of(tmp_path / "rates", {"pre": {1 / 3000: [5.0], 1e-2: [5.1]}, "post": {1e-2: [math.nan]}})
+  best, without = rates.tables[0].data
+  assert best["optimizer.learning_rate"] == 1 / 3000
+  assert (without["planned"], without["seeds"]) == (1, 0)
   text = latex(summary)
   assert r"\toprule" in text
   assert r"95 \% interval" in text

@@ -90,6 +90,8 @@ def test_a_study_says_what_has_not_started_and_runs_beside_it_make_it_none(tmp_p
   material = load([str(folder)])
   assert [run.name for run in material.runs] == ["pre"]
   assert material.not_started == ["post"]
+  shutil.copytree(folder, tmp_path / "copy")  # its planned runs have the same names, and are other runs
+  assert load([str(folder), str(tmp_path / "copy"), str(folder)]).not_started == ["post", "post"]
   assert material.study.question == "Which?"
   both = load([str(folder), str(tmp_path / "post")])
   assert ([run.name for run in both.runs], both.study) == (["pre", "post"], None)

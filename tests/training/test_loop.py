@@ -26,6 +26,7 @@ from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.runs.outcome import read_outcome
 from mixln_jax.training import loop, member
 from mixln_jax.training import step as step_lib
+from mixln_jax.training.resume import resume_point
 from mixln_jax.training.stopping import StopRequest
 
 ROOT = Path(__file__).parents[2]
@@ -269,6 +270,15 @@ def test_a_folder_that_is_no_run_is_refused(make_config, tmp_path):
   with pytest.raises(InputError, match=r"not empty and holds no run \(it has 'thesis.tex'\)"):
     loop.train(make_config(), tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_learning_rates_that_differ_are_told_with_digits_that_differ(make_config):
+  """Would catch "had learning rate 0.001, it would have been 0.001", where a run is extended by a little."""
+  old, new = (make_config(**{"train.num_steps": steps}) for steps in (3000, 3002))
+  with pytest.raises(InputError) as refusal:
+    resume_point(old, new, [3000], "run")
+  before, after = re.findall(r"had learning rate (\S+), .* would have been (\S+);", str(refusal.value))[0]
+  assert before != after
 
 
 def test_a_cosine_can_not_be_extended_and_a_constant_can(make_config, tmp_path):
