@@ -108,10 +108,10 @@ pack_code() {
   local archive=(git archive --format=tar.gz --add-file="$folder/REVISION" --output="$folder/mixln_jax.tar.gz")
   revision=$(git rev-parse HEAD 2>/dev/null) || refuse "$PWD is not a git clone, so there is no committed code to ship"
   run mkdir -p "$folder"
-  local status=(git status --porcelain)
+  local look=(git status --porcelain)
   # What git does not know is not shipped without --dirty; to print what would be done, it does not matter.
-  if "$print" && ! "$dirty"; then status+=(--untracked-files=no); fi
-  if [ -n "$("${status[@]}")" ]; then
+  if "$print" && ! "$dirty"; then look+=(--untracked-files=no); fi
+  if [ -n "$("${look[@]}")" ]; then
     "$dirty" || refuse "there are changes that are not committed (git status); commit them, or ship them with --dirty"
     run cp "$(git rev-parse --git-path index)" "$folder/index"
     run env GIT_INDEX_FILE="$folder/index" git add --all
