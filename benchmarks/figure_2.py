@@ -13,7 +13,6 @@ and what is there already is not done again. (docs/studies/figure_2.md)
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -120,8 +119,7 @@ def measure(side: Side, tokens: int) -> dict[str, Any]:
   if not file.exists():
     start = time.monotonic()
     # The causal score alone of the depth suite: exchanging layers takes a pass for each pair.
-    suite = ["--suite=causal"] if importlib.util.find_spec("mixln_jax.diagnostics.depth_suite") else []
-    run("diagnose", workdir, f"--tokens={tokens}", "--blocks=1", "--batch_size=2", *suite)
+    run("diagnose", workdir, f"--tokens={tokens}", "--blocks=1", "--batch_size=2", "--suite=causal")
     (file.parent / "seconds.txt").write_text(f"{time.monotonic() - start:.0f}\n")
   return json.loads(file.read_text()) | {"seconds": (file.parent / "seconds.txt").read_text().strip()}
 

@@ -8,11 +8,8 @@ Result:   DepthBench's validation losses, one seed: Pre-LN 2.759 at 16 layers to
 Source:   arXiv 2609.32534 and its code (f807aa2). Not stated there, ours: Adam's betas, the floor of the cosine.
 """
 
-import math
-
 from mixln_jax.config import base
 
-VOCAB, LENGTH, BATCH, TOKENS_PER_PARAMETER = 50_280, 2048, 512, 20
 # layers -> width, MLP; 16 heads
 SHAPES = {16: (1216, 3248), 20: (1120, 2992), 24: (1024, 2736), 28: (960, 2560), 32: (896, 2400)}
 SHAPES |= {42: (800, 2144), 70: (640, 1712)}
@@ -20,15 +17,8 @@ RATES = {"pre": (1e-3, 2e-3, 4e-3), "post": (2.5e-4, 5e-4, 1e-3), "mix:0.25": (5
 RATES |= {"lns": (5e-3, 1e-2, 2e-2), "peri": (1e-3, 2e-3, 4e-3), "hc:4": (1e-3, 2e-3, 4e-3)}
 
 
-def num_steps(layers):
-  """20 tokens a parameter of Pre-LN, embedding, head and gains included."""
-  width, mlp = SHAPES[layers]
-  parameters = 2 * VOCAB * width + layers * (4 * width**2 + 3 * width * mlp + 2 * width) + width
-  return math.ceil(TOKENS_PER_PARAMETER * parameters / (BATCH * LENGTH))
-
-
-SHAPE = ("model.num_layers", "model.embed_dim", "model.mlp_dim", "train.num_steps")
-POINTS = tuple((layers, *shape, num_steps(layers)) for layers, shape in SHAPES.items())
+SHAPE = ("model.num_layers", "model.embed_dim", "model.mlp_dim")
+POINTS = tuple((layers, *shape) for layers, shape in SHAPES.items())
 STUDY = {
   "title": "Loss against depth at 405 M parameters",
   "question": "Does depth pay at 405 M parameters, for placements that DepthBench has and for those that it lacks?",
@@ -43,11 +33,11 @@ def get_config(layers="24"):
   width, mlp = SHAPES[int(layers)]
   config = base()
   config.seed = 42
-  config.model.update(vocab_size=VOCAB, num_layers=int(layers), embed_dim=width, mlp_dim=mlp, num_heads=16)
+  config.model.update(vocab_size=50_280, num_layers=int(layers), embed_dim=width, mlp_dim=mlp, num_heads=16)
   config.model.update(dtype="bfloat16", remat="full", mlp_pad_to=128)
   config.mesh.update(data=1, fsdp=-1)
   config.data.update(source="work/fineweb-edu/sample/10BT/*.parquet", tokenizer="hf:EleutherAI/gpt-neox-20b")
-  config.data.update(mode="pack", sequence_length=LENGTH)
-  config.train.update(num_steps=num_steps(int(layers)), batch_size=BATCH)
+  config.data.update(mode="pack", sequence_length=2048)
+  config.train.update(num_steps=0, tokens_per_parameter=20.0, batch_size=512)
   config.optimizer.update(learning_rate=2e-3, weight_decay=0.1, clip_norm=1.0)
   return config

@@ -180,17 +180,8 @@ def angular_distance_all(source: Source) -> Figure:
 
 def _angular_distance(source: Source, which: str) -> Figure:
   """Heat maps of the angular distance between the inputs of layers l and l + n, on one colour scale."""
-  panels = []
-  for group in source.featured:
-    runs, matrices = [], []
-    for index in group.runs:
-      diagnosis = source.runs[index].diagnosis
-      if diagnosis and which in diagnosis.angular_distance:
-        runs.append(index)
-        matrices.append(diagnosis.angular_distance[which])
-    if runs:
-      matrix = np.mean(matrices, axis=0).T  # row n - 1, column l, as the paper draws it
-      panels.append(Panel(mean_label(group.label, len(runs)), "layer l (1 = first)", "n", matrix=matrix, runs=runs))
+  # Row n - 1, column l, as the paper draws it.
+  panels = maps(source, diagnosed(lambda found: found.angular_distance.get(which)), "layer l (1 = first)", "n")
   meaning = (
     "arccos of the cosine, over π, between the residual stream before layer l and before layer l + n, mean over the "
     "sample; before the final norm (Gromov et al., arXiv 2403.17887; Mix-LN, arXiv 2412.13795, figure 5)"
@@ -262,6 +253,19 @@ def logit_lens(source: Source) -> Figure:
   caption = f"How early in depth the stream holds the prediction. {definition} {SEEDS_NOTE}"
   panel = Panel("", DEPTH_AXIS, "perplexity", lines, log_y=True)
   return make_figure("logit_lens", "Logit lens by depth", caption, [panel])
+
+
+def maps(source: Source, read: ReadLayers, x_label: str, y_label: str) -> list[Panel]:
+  """A heat map for each featured group: the mean over its runs of a matrix, whose first axis goes to the right."""
+  panels = []
+  for group in source.featured:
+    found = {index: read(source.runs[index]) for index in group.runs}
+    matrices = {index: matrix for index, matrix in found.items() if matrix is not None}
+    if matrices:
+      title = mean_label(group.label, len(matrices))
+      matrix = np.mean(list(matrices.values()), axis=0).T
+      panels.append(Panel(title, x_label, y_label, matrix=matrix, runs=list(matrices)))
+  return panels
 
 
 def diagnosed(read: Callable[[ModelDiagnosis], np.ndarray | None]) -> ReadLayers:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mixln_jax.reporting.layers import DEPTH_AXIS, LAYER_AXIS, by_depth, diagnosed
+from mixln_jax.reporting.layers import DEPTH_AXIS, LAYER_AXIS, by_depth, diagnosed, maps
 from mixln_jax.reporting.model_diagnosis import ModelDiagnosis
 from mixln_jax.reporting.panels import Figure, Panel
-from mixln_jax.reporting.source import SEEDS_NOTE, Source, make_figure, mean_label
+from mixln_jax.reporting.source import SEEDS_NOTE, Source, make_figure
 
 NOTE = "Definitions of DepthBench (arXiv 2609.32534); diagnose.json has ours in full."
 
@@ -26,7 +26,8 @@ def causal_maps(source: Source) -> Figure:
     "Causal score, mean of ratios: how much of the change that layer l makes to the stream is another one where layer "
     f"s is removed. At 0, layer l does not depend on layer s. All maps have one colour scale. {NOTE}"
   )
-  panels = _maps(source, "causal/mean_of_ratios", "layer s removed (1 = first)", "later layer l")
+  read = diagnosed(_reader("causal/mean_of_ratios", None))
+  panels = maps(source, read, "layer s removed (1 = first)", "later layer l")
   figure = make_figure("causal_score", "Causal score", caption, panels)
   return dataclasses.replace(figure, colour_label="causal score")
 
@@ -37,7 +38,7 @@ def permutation_maps(source: Source) -> Figure:
     "Permutation score: |loss with two layers exchanged − loss| / loss; the row of the placement moves with its layer. "
     f"At 0, the order of the two does not matter. All maps have one colour scale. {NOTE}"
   )
-  panels = _maps(source, "permutation/row_moves", "layer i (1 = first)", "layer j")
+  panels = maps(source, diagnosed(_reader("permutation/row_moves", None)), "layer i (1 = first)", "layer j")
   figure = make_figure("permutation_score", "Permutation score", caption, panels)
   return dataclasses.replace(figure, colour_label="permutation score")
 
@@ -89,21 +90,3 @@ def _mean_of_rows(score_LL: np.ndarray) -> np.ndarray:
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)  # a row of NaN
     return np.nanmean(score_LL[:-1], axis=1)
-
-
-def _maps(source: Source, name: str, x_label: str, y_label: str) -> list[Panel]:
-  """A heat map for each featured group, of one colour scale."""
-  panels = []
-  for group in source.featured:
-    runs: list[int] = []
-    maps: list[np.ndarray] = []
-    for index in group.runs:
-      diagnosis = source.runs[index].diagnosis
-      if diagnosis and name in diagnosis.depth_suite:
-        runs.append(index)
-        maps.append(diagnosis.depth_suite[name])
-    if runs:
-      title = mean_label(group.label, len(runs))
-      matrix = np.mean(maps, axis=0).T  # what was removed goes to the right
-      panels.append(Panel(title, x_label, y_label, matrix=matrix, runs=runs))
-  return panels

@@ -192,6 +192,7 @@ def test_ladders_keep_parameters_equal():
   """A shape that is wrong by a digit: depth would be compared with size."""
   from configs.depth import depthbench
   from configs.studies import depth_ladder, depth_ladder_4m
+  from mixln_jax.training.derived import with_derived
 
   for recipe, size in ((depth_ladder, 0.55e6), (depth_ladder_4m, 3.95e6)):
     model = recipe.get_config().model
@@ -202,7 +203,7 @@ def test_ladders_keep_parameters_equal():
       )
       assert count_params(model) == pytest.approx(size, rel=0.005)
   for layers in depthbench.SHAPES:
-    config = depthbench.get_config(str(layers))
+    config = with_derived(depthbench.get_config(str(layers)))
     config.model.placement = "pre"
     assert count_params(config.model) == pytest.approx(405e6, rel=0.03)  # as DepthBench says of them
     tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
