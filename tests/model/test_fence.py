@@ -20,9 +20,16 @@ def test_a_fence_changes_no_value():
 
 @pytest.mark.parametrize(
   ("platform", "placement", "fenced"),
-  [("tpu", "mix:0.5", True), ("tpu", "pre", False), ("tpu", "post", False), ("cpu", "mix:0.5", False)],
+  [
+    ("tpu", "mix:0.5", True),
+    ("tpu", "hc:2", True),
+    ("tpu", "pre", False),
+    ("tpu", "post", False),
+    ("cpu", "mix:0.5", False),
+    ("cpu", "hc:2", False),
+  ],
 )
-def test_only_a_tpu_and_only_a_norm_that_some_layers_have_is_fenced(monkeypatch, platform, placement, fenced):
+def test_only_a_tpu_fences_and_only_norms_of_some_layers_and_several_streams(monkeypatch, platform, placement, fenced):
   """Catches a fence where it costs a fusion that is wanted, and a CPU's program that changes."""
   monkeypatch.setattr(residual, "platform", lambda: platform)
   model = small_model(placement=placement, num_layers=2)
