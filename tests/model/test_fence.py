@@ -1,4 +1,4 @@
-"""Where the backward pass is fenced off, and that a fence changes no value."""
+"""Where fusion is fenced off, and that a fence changes no value."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,24 @@ import pytest
 from helpers import random_params, small_model
 
 from mixln_jax.model import Transformer, residual
-from mixln_jax.model.tuned.fence import backward_fence
+from mixln_jax.model.tuned import fence
 
 
-def test_a_fence_changes_no_value():
+def cubed_behind_a_backward_fence(x):
+  return jnp.sum(fence.backward_fence(x) ** 3)
+
+
+def cubed_before_a_fence(x):
+  output, auxiliary = fence.fenced(lambda x: (x**3, 7))(x)
+  assert auxiliary == 7
+  return jnp.sum(output)
+
+
+@pytest.mark.parametrize("fenced_sum", [cubed_behind_a_backward_fence, cubed_before_a_fence])
+def test_a_fence_changes_no_value(fenced_sum):
   """Catches a fence that stops a gradient, or forms another one."""
   x = jnp.asarray([0.5, -2.0])
-  value, gradient = jax.value_and_grad(lambda x: jnp.sum(backward_fence(x) ** 3))(x)
+  value, gradient = jax.value_and_grad(fenced_sum)(x)
   np.testing.assert_array_equal(value, jnp.sum(x**3))
   np.testing.assert_array_equal(gradient, 3 * x**2)
 
