@@ -36,11 +36,15 @@ def test_a_fence_changes_no_value(fenced_sum):
     ("tpu", "hc:2", True),
     ("tpu", "pre", False),
     ("tpu", "post", False),
+    ("tpu", "siamese", False),
+    ("tpu", "pre+x0", False),
     ("cpu", "mix:0.5", False),
     ("cpu", "hc:2", False),
   ],
 )
-def test_only_a_tpu_fences_and_only_norms_of_some_layers_and_several_streams(monkeypatch, platform, placement, fenced):
+def test_only_a_tpu_fences_and_only_norms_of_some_layers_and_learned_write_weights(
+  monkeypatch, platform, placement, fenced
+):
   """Catches a fence where it costs a fusion that is wanted, and a CPU's program that changes."""
   monkeypatch.setattr(residual, "platform", lambda: platform)
   model = small_model(placement=placement, num_layers=2)

@@ -10,6 +10,6 @@ each tuned form is worth.
   model/attention_kernels.py               `jax.nn.dot_product_attention`   `attention_blocks.py`: a CPU's
     `self_attention`                                                        `attention_splash.py`: a TPU's kernel
   model/residual.py `Sublayer.branch`      f(x)                             `fence.py`: a TPU's norms in a mixture,
-    and `Sublayer.apply`                                                    its sums over several streams
+    and `Sublayer.apply`                                                    its sums for learned write weights
   training/optimizer.py `make_optimizer`   optax's clip and Adam            `training/tuned.py`
 """

@@ -30,8 +30,8 @@ backward_fence.defvjp(_forward, _backward)
 def fenced(f: Callable[[jax.Array], tuple[jax.Array, Any]]) -> Callable[[jax.Array], tuple[jax.Array, Any]]:
   """f, across whose first result the compiler may fuse nothing, forward and backward.
 
-  A TPU's compiler takes what several streams do with a branch's output into the product that makes it, whose tiles then
-  no longer fill the matrix units.
+  Where it is learned how much of a branch's output each stream takes, a TPU's compiler takes the sums over that output
+  into the product that makes it, whose tiles then no longer fill the matrix units.
   """
 
   def with_fence(x: jax.Array) -> tuple[jax.Array, Any]:
