@@ -19,7 +19,7 @@ from mixln_jax.parallel.rules import check_not_replicated, constrain, shardings
 from parallel import on_mesh
 
 SCRIPT = Path(on_mesh.__file__)
-
+MHC_COEFFICIENTS = [32, 8]  # [N·D, 2N + N²] of two streams
 
 PLACEMENTS = (
   "post*1+qk_norm_full,sandwich*1+gpas",
@@ -85,8 +85,9 @@ def test_equal_to_one_device(on_eight, on_one, mesh):
 def test_the_state_is_really_sharded(on_eight):
   share = {mesh: on_eight[mesh]["share_of_one_device"] for mesh in on_mesh.MESHES}
   assert share["data 8"] == 1
-  assert share["fsdp 8"] < 0.14  # an eighth, and the gains
-  assert share["fsdp 4, tensor 2"] < 0.14
+  # An eighth, and what is whole everywhere: gains, queries over sources (0.142), what hyper-connections learn (0.151).
+  assert share["fsdp 8"] < 0.155
+  assert share["fsdp 4, tensor 2"] < 0.155
   assert share["data 2, fsdp 2, tensor 2"] < 0.27
   assert share["fsdp 2, sequence 2, tensor 2"] < 0.27
   lines = on_eight["fsdp 4, tensor 2"]["table"].splitlines()
@@ -98,7 +99,8 @@ def test_the_state_is_really_sharded(on_eight):
 def test_weights_are_gathered_and_activations_are_not(on_eight):
   """Only token ids, and keys and values where positions are sharded; a stream would be [4 or 8 rows, 32, 16]."""
   for mesh in on_mesh.MESHES:
-    wide = [shape for shape in on_eight[mesh]["gathered"] if 32 in shape]  # no weight has a dimension of 32
+    # One weight has a dimension of 32: mHC's matrix of coefficients, of 2 streams of width 16.
+    wide = [shape for shape in on_eight[mesh]["gathered"] if 32 in shape and shape != MHC_COEFFICIENTS]
     of_ids = [shape for shape in wide if shape[-1] == 32]
     of_keys = [shape for shape in wide if shape[-1] != 32]
     assert bool(of_ids) == ("fsdp" in mesh and "sequence" not in mesh), mesh
