@@ -85,11 +85,12 @@ def test_equal_to_one_device(on_eight, on_one, mesh):
 def test_the_state_is_really_sharded(on_eight):
   share = {mesh: on_eight[mesh]["share_of_one_device"] for mesh in on_mesh.MESHES}
   assert share["data 8"] == 1
-  # An eighth, and what is whole everywhere: gains, queries over sources (0.142), what hyper-connections learn (0.151).
+  # An eighth or a quarter, and what is whole on more devices: gains, queries over sources, and what hyper-connections
+  # learn, which no tensor axis cuts. The most are 0.151 and 0.286, of mHC; a plain stack has 0.14 and 0.27 at most.
   assert share["fsdp 8"] < 0.155
   assert share["fsdp 4, tensor 2"] < 0.155
-  assert share["data 2, fsdp 2, tensor 2"] < 0.27
-  assert share["fsdp 2, sequence 2, tensor 2"] < 0.27
+  assert share["data 2, fsdp 2, tensor 2"] < 0.29
+  assert share["fsdp 2, sequence 2, tensor 2"] < 0.29
   lines = on_eight["fsdp 4, tensor 2"]["table"].splitlines()
   words = {line.split()[0]: re.split(r"  +", line) for line in lines}
   assert words["layers/gate"][3:5] == ["axis 1 over fsdp 4, axis 2 over tensor 2", "(2, 4, 12)"]
