@@ -1,14 +1,14 @@
-"""A fence in the backward pass, for compilers that fuse more than is good."""
+"""A fusion barrier in the backward pass, for compilers that fuse too much there."""
 
 import jax
 
 
 @jax.custom_vjp
 def backward_fence(x: jax.Array) -> jax.Array:
-  """x; the compiler may fuse nothing across the point where its gradient is formed. To be differentiated in reverse.
+  """Returns x; in the backward pass the compiler can't fuse across the gradient of x. Reverse mode only.
 
-  Behind a norm that only some layers have, a TPU's compiler takes the sums over the norm's width into the product that
-  forms the gradient, whose tiles then no longer fill the matrix units.
+  After a norm that only some layers have, the TPU compiler fuses the norm's sums over the width into the product that
+  computes the gradient, whose tiles then no longer fill the matrix units.
   """
   return x
 
