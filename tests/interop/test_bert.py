@@ -183,7 +183,7 @@ def test_an_encoder_does_not_generate_score_or_export():
   with pytest.raises(InputError, match=r"train\.sample_tokens=5: an encoder"):
     config_lib.validate(config)
   config.train.sample_tokens, config.model.learned_positions = 0, 100
-  with pytest.raises(InputError, match=r"sequence_length=256 is over config\.model\.learned_positions=100"):
+  with pytest.raises(InputError, match=r"sequence_length=256 exceeds config\.model\.learned_positions=100"):
     config_lib.validate(config)
 
 
