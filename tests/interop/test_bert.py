@@ -136,9 +136,9 @@ def test_without_a_head_for_masked_tokens_the_embedding_stands_in():
     (lambda t, c: c.update(hidden_size="24"), "hidden_size='24' is not a whole number"),
     (lambda t, c: c.update(is_decoder=True), "is_decoder=True is not supported"),
     (lambda t, c: t.pop("bert.encoder.layer.1.output.dense.bias"), r"layers\.1\.mlp\.down_proj\.bias is missing"),
-    (lambda t, c: t.update({"bert.encoder.layer.0.adapter.weight": np.ones(3)}), "adapter.weight: a BERT of this"),
+    (lambda t, c: t.update({"bert.encoder.layer.0.adapter.weight": np.ones(3)}), "adapter.weight: this project"),
     (lambda t, c: t.update({"cls.predictions.decoder.bias": np.ones(50)}), "differs from cls.predictions.bias"),
-    (lambda t, c: t.update({"qa_outputs.weight": np.ones((2, 24))}), "qa_outputs.weight: a BERT of this project"),
+    (lambda t, c: t.update({"qa_outputs.weight": np.ones((2, 24))}), "qa_outputs.weight: this project's BERT"),
   ],
 )
 def test_another_encoder_is_rejected_by_name(change, words):
