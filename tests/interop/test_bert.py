@@ -195,9 +195,9 @@ def test_a_decoder_with_learned_positions_stops_where_they_end():
   # In one pass without the cache, whose rows are padded beyond the table.
   logits = jax.jit(Transformer(model).apply)({"params": params}, jnp.array([[1, 2, 3, *added]]))
   assert added == logits[0, 2:-1].argmax(axis=-1).tolist()
-  with pytest.raises(InputError, match=r"9 tokens: there is no vector.*learned_positions=8"):
+  with pytest.raises(InputError, match=r"9 tokens: the model has embeddings only for .*learned_positions=8"):
     generate(model, params, [[1, 2, 3]], 6)
-  with pytest.raises(InputError, match="9 tokens: there is no vector"):
+  with pytest.raises(InputError, match="9 tokens: the model has embeddings only"):
     score(model, params, [([1] * 5, [2] * 5)], batch_size=1)
 
 
