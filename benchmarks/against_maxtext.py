@@ -1,17 +1,17 @@
-"""Our training step beside MaxText's, compiled for the same TPU slice by the TPU compiler on a machine without a TPU.
+"""This repository's training step and MaxText's, compiled for the same TPU slice on a machine without a TPU.
 
     python -m benchmarks.against_maxtext --maxtext=PYTHON [--path=DIR] --texts=DIR \\
         [--out=benchmarks/results/against_maxtext.json] [--lengths 256 2048] [--cases pre mix:0.25] [--flags ...]
 
-PYTHON has MaxText and the same jax and libtpu as this one; --path is put on its PYTHONPATH, for a MaxText that was
-unpacked and not installed. Both train the shape of configs/llama_1b.py on v5e:4x4: 131,072 tokens a step, bf16
-over fp32 weights, AdamW with clipping, remat full, fsdp 16, the MLP at the width that is stored (5,504). Every line of
-the table is counted from the compiled program by mixln_jax/planning/hlo.py, per chip and step: nothing was timed.
-`estimate` is the compiler's own, of all instructions one after the other, without collectives and kernels. --flags are
-the compiler's options for a second line of MaxText.
+PYTHON is an interpreter with MaxText and the same jax and libtpu as this one; --path is added to its PYTHONPATH, for a
+MaxText that is unpacked but not installed. Both train the shape of configs/llama_1b.py on v5e:4x4: 131,072 tokens per
+step, bf16 over fp32 weights, AdamW with clipping, remat full, fsdp 16, the MLP at its stored width (5,504). All numbers
+are counted from the compiled programs by mixln_jax/planning/hlo.py, per chip and step; nothing is timed. `estimate` is
+the compiler's own estimate for all instructions in sequence, without collectives and kernels. With --flags, MaxText is
+compiled a second time with these compiler options.
 
-Programs are kept in --texts, rows in --out: what is there is not compiled again. A row with a `source` was not counted
-here. docs/tpu_programs.md says how such a Python was made.
+Programs are saved in --texts and rows in --out; existing ones are not compiled again. A row with a `source` was not
+counted here. docs/tpu_programs.md says how to set up such an interpreter.
 """
 
 import argparse
@@ -39,7 +39,7 @@ UNWINDOWED = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 
 
 def maxtext_arguments(length: int, flags: str, base: Path, output: Path) -> list[str]:
-  """Our recipe in the words of MaxText's train_compile."""
+  """The recipe as arguments of MaxText's train_compile."""
   model = load(RECIPE).model
   fields = {
     "compile_topology": f"v5e-{CHIPS}",
@@ -68,7 +68,7 @@ def maxtext_arguments(length: int, flags: str, base: Path, output: Path) -> list
 
 
 def of_maxtext(arguments: argparse.Namespace, length: int, flags: str) -> dict[str, Any]:
-  """A row of MaxText: compiled by its own Python, counted here."""
+  """A row for MaxText, which its own Python compiles and this one counts."""
   stored = arguments.texts / f"maxtext-{length}{'-flags' if flags else ''}.json.gz"
   if not stored.is_file():
     places = [str(arguments.path)] if arguments.path else []
@@ -96,7 +96,7 @@ def of_maxtext(arguments: argparse.Namespace, length: int, flags: str) -> dict[s
 
 
 def of_ours(arguments: argparse.Namespace, length: int, case: str) -> dict[str, Any]:
-  """A row of ours, as `benchmarks.compile_for_tpu` makes it."""
+  """A row for this repository, from `benchmarks.compile_for_tpu`."""
   whole_case = f"{case}/data.sequence_length={length}/train.batch_size={TOKENS // length}"
   plan = measure(RECIPE, SLICE, whole_case, arguments.texts).to_json()
   made = plan["compiled"]

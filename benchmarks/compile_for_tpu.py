@@ -1,17 +1,18 @@
-"""What the training step needs on TPUs, from the real TPU compiler on a machine without one.
+"""Memory and traffic of the training step on TPUs, from the real TPU compiler on a machine without a TPU.
 
     pip install -r requirements-tpu.txt
     python -m benchmarks.compile_for_tpu [--out=benchmarks/results/tpu_memory.json] [--texts=DIR] \\
         [RECIPE TOPOLOGY CASE ...]
 
-Plans each case, by default all of CASES and every recipe as it is, and prints what a chip needs. A CASE is
-PLACEMENT[/FIELD=VALUE...], as in `pre/remat=none/train.micro_batches=2`. It shows that the step compiles, whether it
-fits, and what it moves. It measures no speed: `estimate` is the compiler's own, of all instructions one after the other
-without collectives and kernels. Cases that --out holds already are not compiled again. With --texts the compiled
-programs are kept in that folder, and what is there is counted again and not compiled.
+Plans each case (by default all of CASES and every unchanged recipe) and prints the needs of one chip. A CASE is
+PLACEMENT[/FIELD=VALUE...], as in `pre/remat=none/train.micro_batches=2`. The table shows that the step compiles,
+whether it fits, and how many bytes it moves. It does not measure speed: `estimate` is the compiler's own estimate for
+all instructions in sequence, without collectives and kernels. Cases that are in --out already are not compiled again.
+With --texts the compiled programs are saved in that folder; existing ones are counted again but not compiled.
 
-`counted` is the hand count of parameters, moments, counters and batch. The compiled arguments are equal but for the
-tiles that a TPU keeps arrays in: each of the four counters takes 512 bytes, and sizes that no tile divides are padded.
+`counted` is the sum of parameters, moments, counters and batch, computed from their shapes. The compiled arguments
+differ from it only by the tiles in which a TPU stores arrays: each of the four counters takes 512 bytes, and sizes that
+are not a multiple of a tile are padded.
 """
 
 import argparse
@@ -72,7 +73,7 @@ LINE = "{:<8}{:<12}{:<12}{:>9}{:>11}{:>13}{:>8}{:>8}{:>6}{:>9}{:>8}{:>12}{:>11}{
 
 
 def show(row: dict[str, Any]) -> str:
-  """A line of the table: sizes in GB a chip, and bytes that a chip moves in a step."""
+  """A line of the table: sizes in GB per chip, and bytes that a chip moves per step."""
   made = row["compiled"]
   memory = made["memory_bytes"]
   keys = ("arguments", "temporaries", "total")

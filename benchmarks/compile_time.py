@@ -1,14 +1,14 @@
-"""Compile time of the training step against depth, scanned and as a plain Python loop.
+"""Compile time of the training step by depth, with a scan and with a plain Python loop.
 
     python -m benchmarks.compile_time [--repeats=5] [--out=benchmarks/results/compile_time.json]
 
-One layer's program is compiled once under the scan, so its time should hardly depend on the depth. Depths are
-interleaved and repeated; the table quotes medians and ratios to the smallest depth of the same kind. Processor seconds
-stand beside: they hold on a machine that does other work too, where the time by the clock says little.
+With the scan, the program of one layer is compiled once, so the time should hardly depend on the depth. Depths are
+interleaved and repeated; the table has medians, and ratios to the smallest depth of the same kind. It also has
+processor seconds, which are meaningful on a busy machine, where wall time is not.
 
---optimization_level=1 saves about a seventh of a compilation on a CPU: that of configs/tiny.py took 7.4 and 6.8
-processor seconds for 8.4 and 8.1, its steps 0.89 for 0.85 s, and three steps left every parameter bit-equal (on a busy
-machine).
+--optimization_level=1 saves about a seventh of the compile time on a CPU. For configs/tiny.py, compiling took 7.4 and
+6.8 processor seconds instead of 8.4 and 8.1, and a step 0.89 s instead of 0.85 s; after three steps every parameter was
+bit-equal (measured on a busy machine).
 """
 
 import argparse
@@ -30,7 +30,7 @@ CASES = [("scan", 12), ("scan", 24), ("scan", 96), ("loop", 12), ("loop", 24)]
 
 
 def compile_seconds(kind: str, num_layers: int, placement: str, options: dict[str, Any]) -> tuple[float, float]:
-  """Seconds by the clock and of the processor to trace, lower and compile the step of a 96-wide model, uncached."""
+  """Wall and processor seconds to trace, lower and compile the step of a model of width 96, without a cache."""
   config = config_lib.base()
   config.model.update(vocab_size=2048, embed_dim=96, mlp_dim=256, num_heads=4, num_layers=num_layers)
   config.model.update(placement=placement, unroll=1 if kind == "scan" else 0)

@@ -1,13 +1,13 @@
-"""How large activations and their changes are against depth and width, over the first updates.
+"""Coordinate check: sizes of activations and of their changes by depth and width, over the first updates.
 
     python -m benchmarks.coordinate_check [--out=benchmarks/results/coordinate_check.json]
       [--figure=docs/coordinate_check.svg] [--fixed_batch]
 
-A parameterization keeps what it promises if the lines are flat: then the learning rate of a small model suits a large
-one. For each model the same few batches of random tokens are trained on, and after each update the model reads one
-more batch. Written are root mean squares over its positions: of the last layer's stream and of the logits, and how far
-both have moved since the start. Every point is the mean over the seeds. With --fixed_batch all of these batches are
-the first one.
+A parameterization works as intended if the lines are flat: then the learning rate of a small model suits a large one.
+Each model is trained on the same few batches of random tokens, and after each update it reads one more batch. The
+results are root mean squares over the positions of that batch: of the last layer's stream, of the logits, and of the
+change of both since the start. Every point is the mean over the seeds. With --fixed_batch all batches are the first
+one.
 
 The base has 4 layers of width 64. Depths are at that width, widths at that depth; heads have 16 dimensions.
 """
@@ -64,7 +64,7 @@ def config_of(parameterization: str, depth: int, width: int) -> Config:
 
 
 def measure(config: Config, *, fixed_batch: bool = False) -> dict[str, list[float]]:
-  """Each quantity before the first update and after each of them, the mean over the seeds."""
+  """Each quantity before the first update and after each update, averaged over the seeds."""
   model, train_step = Transformer(config.model), make_train_step(config)
   drawn = np.random.default_rng(0).integers(0, VOCAB, (UPDATES + 1, ROWS, LENGTH + 1))
   tokens = jnp.asarray(drawn[:1] + 0 * drawn if fixed_batch else drawn, jnp.int32)
@@ -102,7 +102,7 @@ def measure(config: Config, *, fixed_batch: bool = False) -> dict[str, list[floa
 
 
 def measure_all(*, fixed_batch: bool = False) -> list[dict[str, Any]]:
-  """A row for each parameterization and size. At the base's own size they are the same model, which is trained once."""
+  """A row for each parameterization and size. At the base size all are the same model, which is trained once."""
   rows, base = [], measure(config_of("standard", BASE_DEPTH, BASE_WIDTH), fixed_batch=fixed_batch)
   for parameterization in PARAMETERIZATIONS:
     sizes = [("depth", depth, BASE_WIDTH) for depth in DEPTHS] + [("width", BASE_DEPTH, width) for width in WIDTHS]
@@ -117,7 +117,7 @@ def measure_all(*, fixed_batch: bool = False) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], axis: str) -> list[str]:
-  """Each quantity after the last update, a line for each parameterization; `×`: the largest size over the smallest."""
+  """Each quantity after the last update, one line per parameterization; `×`: the largest size over the smallest."""
   values = DEPTHS if axis == "depth" else WIDTHS
   lines = [("after the last update", "parameterization", *(f"{axis} {value}" for value in values), "×")]
   for name, words in QUANTITIES.items():
@@ -129,7 +129,7 @@ def table(rows: list[dict[str, Any]], axis: str) -> list[str]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-  """The changes of stream and logits against depth and width, a line for each update (lighter: earlier)."""
+  """Draws the changes of stream and logits by depth and width, one line per update (lighter = earlier)."""
   mpl.use("svg")
   from matplotlib import pyplot as plt
 

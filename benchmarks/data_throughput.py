@@ -1,10 +1,10 @@
-"""Throughput of the data: `prepare` against its tokenizer alone, and the loader against a trainer.
+"""Throughput of the data pipeline: `prepare` compared with its tokenizer alone, and the loader with a trainer.
 
     python -m benchmarks.data_throughput [--out=benchmarks/results/data_throughput.json]
 
 Everything is measured on the embedded corpus, written as gzipped JSON lines in C4's layout, with the tokenizer of
-configs/tiny.py, in one process; the variants are interleaved and repeated, and medians are given. The last line is
-arithmetic: tokens that a host of a v5e-16 slice needs.
+configs/tiny.py, in one process. Variants are interleaved and repeated, and the table has medians. The last line is not
+measured but computed: the tokens per second that a host of a v5e-16 slice needs.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PARAGRAPHS = 5  # a document: 2.3 kB on average, about what C4's are
 
 
 def timed(action: Callable[[], int]) -> float:
-  """Tokens a second."""
+  """Tokens per second."""
   started = time.perf_counter()
   tokens = action()
   return tokens / (time.perf_counter() - started)
@@ -114,7 +114,7 @@ def measure_loader() -> dict[str, list[float]]:
 
 
 def host_needs() -> float:
-  """Tokens a second that 4 v5e chips would take in at UTILISATION, training llama_130m: arithmetic."""
+  """Tokens per second that 4 v5e chips would consume at UTILISATION when training llama_130m (computed)."""
   config = llama_130m.get_config()
   return CHIPS_A_HOST * DEVICES["TPU v5 lite"].peak_flops * UTILISATION / train_flops_per_token(config.model, 256)
 

@@ -1,12 +1,13 @@
-"""What the depth suite costs: each measurement's time against plain forward passes, and its memory on a TPU.
+"""Cost of the depth suite: the time of each measurement in forward passes, and its memory on a TPU.
 
     python -m benchmarks.depth_suite_cost time [--repeats=3] [--out=benchmarks/results/depth_suite.json]
     python -m benchmarks.depth_suite_cost tpu [--recipe=1b --topology=v5e:4x4] [--out=…]   (requirements-tpu.txt)
 
-`time`: on the shape of configs/tiny.py (12 layers of width 96), one batch; the compiled programs take turns, and
-medians are given of the wall time and of the processor time of all threads. A forward pass is the loss of the model; a
-plain loop of the causal score is L of them, one a layer removed. `tpu`: what the real TPU compiler says that each
-program needs on a chip, for a batch of the recipe's evaluation: that it compiles and fits, not how fast it is.
+`time`: on the shape of configs/tiny.py (12 layers of width 96) and one batch. The compiled programs are interleaved,
+and the table has medians of the wall time and of the processor time of all threads. A forward pass computes the loss of
+the model; a plain loop of the causal score would be L of them, one for each removed layer. `tpu`: the memory that each
+program needs on a chip according to the real TPU compiler, for a batch of the recipe's evaluation. It shows that the
+program compiles and fits, not how fast it is.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def programs(config: Config, rows: int) -> dict[str, tuple[Callable[..., Any], t
 
 
 def forward_passes(name: str, num_layers: int) -> float:
-  """How many forward passes a plain loop has for what one call of a program gives; 0 where there is no such loop."""
+  """How many forward passes a plain loop needs for the result of one call of a program; 0 if there is no such loop."""
   return {"causal and removal": num_layers + 1, "affine, scored": num_layers, "permutation, one pair": 1}.get(name, 0)
 
 

@@ -1,11 +1,11 @@
-"""What a diagnostic step costs against an ordinary one, on configs/tiny.py.
+"""Cost of a diagnostic step compared with an ordinary one, on configs/tiny.py.
 
     python -m benchmarks.diagnostics_cost [--repeats=20] [--out=benchmarks/results/diagnostics_cost.json]
 
-The two programs take turns on the same state and batch, and medians are given: of the wall time, which other work on
-the machine lengthens, and of the processor time of all threads, which it hardly does. Memory is what the compiler says
-that each program needs besides its arguments and results. On all other steps the ordinary program runs, whose text is
-the same with and without diagnostics (a test compares), so that they cost nothing.
+The two programs run alternately on the same state and batch. The table has medians of the wall time, which other work
+on the machine lengthens, and of the processor time of all threads, which it hardly affects. Memory is what each program
+needs besides its arguments and results, according to the compiler. All other steps run the ordinary program, which is
+the same with and without diagnostics (a test compares them), so they cost nothing.
 """
 
 import argparse

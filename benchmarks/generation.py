@@ -1,11 +1,11 @@
-"""What generation costs: tokens a second by batch, and time a token as the cache grows.
+"""Cost of generation: tokens per second by batch size, and time per token as the cache grows.
 
     python -m benchmarks.generation [--out=benchmarks/results/generation.json]
 
-configs/tiny.py's shape with fresh weights, greedy, prompts of 16 tokens. A row of the table is one compiled loop with a
-cache of so many slots, into which 100 tokens are added: attention reads all slots, so the time shows what the cache's
-size costs. `temporary` is what the compiled program needs besides its arguments, by XLA: one cache, and not two, where
-it is updated in place.
+The model has the shape of configs/tiny.py and random weights; sampling is greedy and prompts have 16 tokens. A row of
+the table is one compiled loop with a cache of the given number of slots, to which 100 tokens are added. Attention reads
+all slots, so the time shows the cost of the cache's size. `temporary` is the memory that the compiled program needs
+besides its arguments, according to XLA: one cache, and not two, if the cache is updated in place.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CASES = ((1, 128), (4, 128), (16, 128), (4, 512), (4, 2048))  # rows, slots
 
 
 def seconds(run: Callable[[], Any]) -> float:
-  """Median of REPEATS, after one run that is not counted."""
+  """Median of REPEATS runs, after one that is not counted."""
   times = []
   for _ in range(REPEATS + 1):
     start = time.perf_counter()

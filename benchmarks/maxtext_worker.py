@@ -1,7 +1,7 @@
-"""Compiles MaxText's training step for a TPU slice and keeps the program; run by a Python that has MaxText.
+"""Compiles MaxText's training step for a TPU slice and saves the program; run by a Python that has MaxText.
 
-Its arguments: the file to write, then the arguments of MaxText's `train_compile`. The file is what
-`benchmarks.compile_for_tpu --texts` keeps of our own step, so that both are counted by the same reader.
+Its arguments are the file to write and the arguments of MaxText's `train_compile`. The file has the format in which
+`benchmarks.compile_for_tpu --texts` saves this repository's step, so that the same code counts both.
 """
 
 import gzip

@@ -1,16 +1,16 @@
-"""What the parts of a training step and of its loop cost on this machine.
+"""Cost of the parts of a training step and of the training loop on this machine.
 
     python -m benchmarks.parts [--only head placements checkpoint start] [--repeats=7] [--out=FILE]
 
   head        the head, its loss and their gradient, in chunks of several sizes
   placements  the training step of configs/llama_9m.py under each placement, against `pre`
-  checkpoint  llama_130m: what a save keeps the loop waiting, until it is on the disk, and a restore
-  start       from the shell to the end of one step of configs/tiny.py, compiled anew and from the cache
+  checkpoint  llama_130m: how long a save blocks the loop, how long until it is on disk, and a restore
+  start       from the shell to the end of one step of configs/tiny.py, freshly compiled and from the cache
 
-What is tuned for a platform is held against its plain form by `benchmarks/tuned.py`.
+`benchmarks/tuned.py` compares code that is tuned for a platform with its plain form.
 
-Cases take turns, and medians are given: of the wall time, and of the processor time of all threads, which other work on
-the machine hardly lengthens; ratios are of the latter, to the first case of a group.
+Cases are interleaved, and the table has medians of the wall time and of the processor time of all threads, which other
+work on the machine hardly affects. Ratios are of processor time, to the first case of a group.
 """
 
 import argparse
@@ -46,14 +46,14 @@ Group = dict[str, Callable[[], Any]]  # case -> what is timed
 
 
 def on_cpu(recipe: str, **fields: Any) -> Config:
-  """A recipe in fp32 without recomputation, 8 rows."""
+  """A recipe changed to fp32, no remat and 8 rows."""
   config = load(recipe)
   config.model.update(**fields)
   return for_cpu(config)
 
 
 def for_cpu(config: Config) -> Config:
-  """The config itself, in fp32 without recomputation, 8 rows."""
+  """Changes a config, in place, to fp32, no remat and 8 rows."""
   config.model.update(dtype="float32", remat="none")
   config.train.update(batch_size=BATCH, micro_batches=1)
   config.data.sequence_length = LENGTH
@@ -84,7 +84,7 @@ def head() -> dict[str, Group]:
 
 
 class Step:
-  """A training step that goes on from its own state."""
+  """A training step that continues from its own state."""
 
   def __init__(self, config: Config):
     mesh = make_mesh(config.mesh)
@@ -108,7 +108,7 @@ GROUPS = {"head": head, "placements": placements}
 
 
 def turns(group: Group, repeats: int) -> dict[str, dict[str, list[float]]]:
-  """Seconds of each turn of each case, wall and of the processor; the cases take turns, and a first turn warms up."""
+  """Wall and processor seconds of each repetition of each case; cases are interleaved, after one warm-up."""
   found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "processor": []} for name in group}
   for repeat in range(repeats + 1):
     for name, work in group.items():
@@ -129,7 +129,7 @@ def times(group: Group, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def checkpoint(repeats: int) -> dict[str, Any]:
-  """Seconds, medians: a step, what a save keeps the loop waiting, all of a save, and a restore."""
+  """Median seconds of a step, of the part of a save that blocks the loop, of a whole save, and of a restore."""
   step = Step(on_cpu("130m"))
   abstract = attach(jax.eval_shape(lambda s: s, step.state), step.shardings)
   seconds: dict[str, list[float]] = {name: [] for name in ("step", "stall", "save", "restore")}
@@ -155,7 +155,7 @@ def checkpoint(repeats: int) -> dict[str, Any]:
 
 
 def start(repeats: int) -> dict[str, Any]:
-  """Seconds, medians, of a whole run of one step in a fresh process, and with the compile cache of an earlier one."""
+  """Median seconds of a whole run of one step in a new process, without and with a compile cache."""
   seconds: dict[str, list[float]] = {"compiled": [], "cached": []}
   command = [sys.executable, "-m", "mixln_jax", "train", "--config=configs/tiny.py"]
   fields = ("train.num_steps=1", "train.sample_tokens=0", "evaluate.max_tokens=256", "logging.tensorboard=False")
@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def show(title: str, cases: dict[str, dict[str, float]]) -> None:
-  """A line a case."""
+  """One line per case."""
   print(f"\n{title:<40}{'wall ms':>10}{'processor ms':>14}{'ratio':>8}")
   first = next(iter(cases.values()))["processor"]
   for name, found in cases.items():

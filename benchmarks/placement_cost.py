@@ -1,16 +1,16 @@
-"""What a norm placement costs on TPUs, from the real TPU compiler on a machine without one.
+"""Cost of norm placements on TPUs, from the real TPU compiler on a machine without a TPU.
 
     pip install -r requirements-tpu.txt
     python -m benchmarks.placement_cost [--out=benchmarks/results/placement_cost.json] [--only=NAME ...]
 
-Compiles loss and gradient of llama_1b (sequence 256) for v5e:4x4, sharded as the recipe says, with remat full
-(batch 512) and dots (batch 256). XLA counts a loop's body once, so each case is compiled with one and with two layers a
-loop step: the difference is the body, and the cost is what lies outside plus L bodies. Memory is that of the real
-program. Cases:
+Compiles loss and gradient of llama_1b (sequence 256) for v5e:4x4, sharded as in the recipe, with remat full (batch 512)
+and dots (batch 256). XLA counts a loop's body once, so each case is compiled with one and with two layers per
+iteration: the difference is the cost of the body, and the total is the cost outside plus L bodies. Memory is that of
+the real program. Cases:
 
   pre, post, mix            the model of this repository
-  pre by hand, post by hand the two classical layers, written out: what the general rule is held against
-  mix: …                    other ways to let a layer's norms be data, and two static scans (Post-LN, then Pre-LN)
+  pre by hand, post by hand the two classical layers, written out, as a baseline of the general rule
+  mix: …                    other ways to make a layer's norms data, and two static scans (Post-LN, then Pre-LN)
 """
 
 import argparse
@@ -52,7 +52,7 @@ COUNTS = {"gflop": ("flops", 1e9), "gb_accessed": ("bytes accessed", 1e9)}
 
 
 class Written(transformer.Layer):
-  """A layer without the general rule: subclasses say what one sublayer is."""
+  """A layer without the general rule; subclasses define one sublayer."""
 
   def apply_one(
     self, x_BTD: jax.Array, branch: Callable[[jax.Array], jax.Array], gain_D: jax.Array, on: Any
@@ -100,7 +100,7 @@ class Post(Written):
 
 
 class Select(Written):
-  """Both tensors, and a select."""
+  """Computes both tensors and selects one."""
 
   def apply_one(self, x_BTD: jax.Array, branch: Any, gain_D: jax.Array, on: Any) -> jax.Array:
     normed_BTD = self.norm(x_BTD, gain_D).astype(self.config.dtype)
@@ -110,7 +110,7 @@ class Select(Written):
 
 
 class Gate(Written):
-  """The norm's factor and gain are gated: what model/norm.py does."""
+  """Gates the norm's factor and gain, as model/norm.py does."""
 
   name_sum = False
 
@@ -123,7 +123,7 @@ class Gate(Written):
 
 
 class GateSaved(Gate):
-  """The same, with the sums kept for the backward pass."""
+  """Like `Gate`, with the sums saved for the backward pass."""
 
   name_sum = True
 
@@ -141,7 +141,7 @@ class Cond(Written):
 
 
 class Model(transformer.Transformer):
-  """The transformer with another layer."""
+  """The transformer with another layer class."""
 
   layer: Any = transformer.Layer
 
@@ -156,7 +156,7 @@ class Model(transformer.Transformer):
 
 
 class TwoScans(Model):
-  """Post-LN layers in one static scan, Pre-LN layers in a second. Its cost is that of its layers by hand."""
+  """Post-LN layers in one static scan, Pre-LN layers in another. It costs as much as the layers written by hand."""
 
   def scan(self, carry: Any, columns: Columns, keep_L: Any, shared: transformer.Shared) -> tuple[Any, Any]:
     del keep_L
@@ -202,7 +202,7 @@ def compiled(make: Callable[[Any], Any], config: Any, compiler_options: Any = No
 
 
 def measure(name: str, remat: str) -> dict[str, Any]:
-  """Counted cost of one case: a loop body, the whole program, and its temporary memory, a chip."""
+  """Counted cost of one case per chip: a loop body, the whole program, and its temporary memory."""
   placement, make = CASES[name]
   config = load("1b")
   config.model.update(placement=placement, remat=remat)
@@ -223,7 +223,7 @@ def measure(name: str, remat: str) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-  """A line a case; ratios are to `pre` with the same remat."""
+  """One line per case; ratios are to `pre` with the same remat."""
   base = {row["remat"]: row for row in rows if row["case"] == "pre"}
   line = "{:<6}{:<26}{:>12}{:>9}{:>14}{:>9}{:>8}{:>11}"
   print(line.format("remat", "case", "GFLOP/layer", "GB/layer", "temporary GB", "FLOPs ×", "bytes ×", "temporary ×"))

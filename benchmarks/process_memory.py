@@ -1,16 +1,16 @@
-"""The most memory that this process has held since it was last asked to forget (Linux). Needs nothing but Python."""
+"""Peak memory of this process since the last reset (Linux). It needs only Python."""
 
 import ctypes
 from pathlib import Path
 
 
 def forget_peak() -> None:
-  """Counts from now on, without what compiling took: the C library gives back what it holds of that."""
+  """Resets the peak. Memory that compilation used is not counted, because the C library returns it first."""
   ctypes.CDLL(None).malloc_trim(0)
   Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_gb() -> float:
-  """In gigabytes."""
+  """The peak in gigabytes."""
   lines = Path("/proc/self/status").read_text().splitlines()
   return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9

@@ -30,9 +30,9 @@ def load_file(path: Path) -> Any:
 
 
 def case_fields(case: str) -> dict[str, str | int]:
-  """Flat config fields of PLACEMENT[/FIELD=VALUE…], FIELD one of config.model or with its section.
+  """Flat config fields of a case PLACEMENT[/FIELD=VALUE…], where FIELD is a field of config.model or has its section.
 
-  `mix:0.25/remat=none/train.micro_batches=2`; ends the program where a field does not hold text or a whole number.
+  An example is `mix:0.25/remat=none/train.micro_batches=2`. Exits if a field is neither text nor a whole number.
   """
   placement, *changes = case.split("/")
   fields: dict[str, str | int] = {"model.placement": placement}

@@ -1,11 +1,11 @@
-"""What rounding the partial sums of a product costs: gradients in bfloat16 against fp32, on this machine.
+"""Error from rounding the partial sums of a product: gradients in bfloat16 compared with fp32, on this machine.
 
     python -m benchmarks.roundings [--pieces=8] [--seeds=3]
 
-A TPU's compiler cut a product whose weight lies in pieces over the chips into steps, each of which added its partial
-sum to a bfloat16 array: eight roundings where the whole product has one (`model/product.py`). Here the same is done by
-hand to the products that sum over the width, forward, in a small model. The table has, over all matrices, the median
-relative error of the gradient: |g - g32| / |g32|, g32 in fp32 of the same weights and tokens.
+The TPU compiler splits a product whose weight is sharded over chips into steps, each of which adds its partial sum to a
+bfloat16 array: eight roundings instead of the one of a whole product (`model/product.py`). This script does the same to
+the forward products that sum over the width, in a small model. The table has the median over all matrices of the
+relative error of the gradient, |g - g32| / |g32|, where g32 is computed in fp32 from the same weights and tokens.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from mixln_jax.model.initial import initial_params
 
 
 def in_pieces(pieces: int, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-  """The product, its sum over D taken in pieces that are added in the type of x."""
+  """The product, with its sum over D split into pieces that are added in the type of x."""
   x_term, weight_term = equation.split("->")[0].split(",")
   if "d" not in x_term:
     return jnp.einsum(equation, x, weight)

@@ -1,7 +1,8 @@
 """One trainer of `benchmarks.train_speed`, in a process of its own: this repository's training step.
 
-Its argument is JSON, `{"recipe": "71m", "fields": {"model.placement": "pre", …}}`. It speaks JSON, a line each: says
-when it is ready, then answers `{"steps": n}` with the seconds of each, and `{"matmul": size}` with FLOPs a second.
+Its argument is JSON, `{"recipe": "71m", "fields": {"model.placement": "pre", …}}`. Its protocol is one JSON object per
+line: it reports when it is ready, then answers `{"steps": n}` with the seconds of each step, and `{"matmul": size}`
+with FLOPs per second.
 """
 
 import json
@@ -32,7 +33,7 @@ def random_batch(config: Any) -> dict[str, np.ndarray]:
 
 
 def matmul(size: int, dtype: str) -> float:
-  """FLOPs a second of one square product, the best of five."""
+  """FLOPs per second of one square product, the best of five."""
   a = jax.random.normal(jax.random.key(0), (size, size), dtype)
   multiply = jax.jit(jnp.matmul)
   seconds = []
@@ -48,7 +49,7 @@ def answer(**values: Any) -> None:
 
 
 def peak_gb() -> float:
-  """The most memory that the device, or where that is the CPU this process, has held."""
+  """The peak memory of the device or, on a CPU, of this process."""
   if statistics := jax.local_devices()[0].memory_stats():
     return statistics["peak_bytes_in_use"] / 1e9
   return process_memory.peak_gb()

@@ -1,11 +1,11 @@
-"""What training many runs as one program costs against training them one after another, on configs/tiny.py's width.
+"""Cost of training many runs as one program compared with training them separately, at configs/tiny.py's width.
 
     python -m benchmarks.together [--repeats=5] [--layers=4] [--out=benchmarks/results/together.json]
 
-Five placements × two seeds: the joint step (`sweep --together`) takes turns with the ten separate steps on the same
-batch; medians of the wall time and of the processor time of all threads. Compilation is counted apart: one program
-against one a placement. A CPU is busy with one run already, so no gain is expected there; an accelerator that a small
-model does not fill should gain.
+Five placements × two seeds: the joint step (`sweep --together`) and the ten separate steps run alternately on the same
+batch. The table has medians of the wall time and of the processor time of all threads. Compilation is counted
+separately: one program compared with one per placement. One run keeps a CPU busy already, so no gain is expected there;
+an accelerator that a small model does not fill should gain.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PLACEMENTS, SEEDS = ("pre", "post", "mix:0.25", "lns", "sandwich"), (0, 1)
 def measure(
   base: Config, repeats: int, placements: Sequence[str] = PLACEMENTS, seeds: Sequence[int] = SEEDS
 ) -> dict[str, Any]:
-  """Seconds of the joint step and of all separate ones, and of their compilation."""
+  """Seconds of the joint step, of all separate steps, and of their compilation."""
   runs = make_study(base, [{"model.placement": placements, "seed": seeds}]).runs(tempfile.gettempdir())
   program = JointProgram({run.name: run.config for run in runs}, base.mesh)
   mesh = make_mesh(base.mesh)

@@ -1,7 +1,7 @@
 """One trainer of `benchmarks.train_speed`: Hugging Face's LlamaForCausalLM, run by a Python that has torch.
 
-Its argument is JSON: `{"shape": LlamaConfig's fields, "batch": [B, T], "compiled": bool, "dtype": "float32"}`. It
-speaks as `benchmarks.speed_worker` does. AdamW (fused), clipping at 1, SDPA attention; bfloat16 is autocast.
+Its argument is JSON: `{"shape": LlamaConfig's fields, "batch": [B, T], "compiled": bool, "dtype": "float32"}`. It has
+the protocol of `benchmarks.speed_worker`. It uses fused AdamW, clipping at 1 and SDPA attention; bfloat16 is autocast.
 """
 
 import json

@@ -1,17 +1,17 @@
-"""Training speed of this repository against Hugging Face's LlamaForCausalLM, on one machine, in one run.
+"""Training speed of this repository and of Hugging Face's LlamaForCausalLM, on one machine in one run.
 
     python -m benchmarks.train_speed --recipes 9m 71m --torch=PYTHON --flax=PYTHON2 [--out=FILE]
 
-PYTHON is an interpreter that has torch and transformers, PYTHON2 one that has JAX, flax and transformers 4, the last
-with FlaxLlamaForCausalLM; without them only this repository is timed. Each trainer lives in a process of its own, and
-they take turns, so that what else the machine does meets all of them alike: a round is some steps of each, and the
-matrix product that the machine can do at that time. The table quotes medians over all
-steps, the spread between quartiles, and utilisation: model FLOPs (mixln_jax/model/flops.py) against the best product
-that any of them measured. Peak memory is that of the process on a CPU, of the device elsewhere, while it trains.
+PYTHON is an interpreter with torch and transformers; PYTHON2 has JAX, flax and transformers 4, the last version with
+FlaxLlamaForCausalLM. Without them only this repository is timed. Each trainer runs in a process of its own. They run
+alternately, so that other work on the machine affects all of them alike: a round is some steps of each, and one large
+matrix product to measure the machine's speed at that time. The table has medians over all steps, the spread between
+quartiles, and utilisation: model FLOPs (mixln_jax/model/flops.py) relative to the fastest product that any trainer
+measured. Peak memory during training is that of the process on a CPU, else that of the device.
 
-Both train in --dtype (bfloat16: over fp32 weights), from the same shape, batch, AdamW and clipping. A recipe's
-placement, remat, unroll and micro-batches are replaced by those of --cases: PLACEMENT[/FIELD=VALUE…], FIELD one of
-config.model, or with its section (train.micro_batches=2).
+All train in --dtype (bfloat16: over fp32 weights) with the same shape, batch, AdamW and clipping. --cases replaces a
+recipe's placement, remat, unroll and micro-batches: PLACEMENT[/FIELD=VALUE…], where FIELD is a field of config.model or
+has its section (train.micro_batches=2).
 """
 
 import argparse
@@ -37,7 +37,7 @@ CASES = (*PLACEMENTS, *(f"{name}/remat=dots_no_batch" for name in PLACEMENTS))
 
 
 class Worker:
-  """A trainer in its own process, that works when it is asked and sleeps else."""
+  """A trainer in its own process, which works on request and is idle otherwise."""
 
   def __init__(
     self,
@@ -48,14 +48,14 @@ class Worker:
     stderr: IO[str] | None = None,
     seconds: float | None = None,
   ):
-    """Starts it and waits until it is ready.
+    """Starts the process and waits until it is ready.
 
     Args:
-      command: what starts it.
+      command: the command that starts the process.
       request: its last argument, as JSON.
-      environment: what it has besides this process's.
-      stderr: where its complaints go; None = where this process's go.
-      seconds: it is killed after them; None = never.
+      environment: variables to add to those of this process.
+      stderr: the file for its error output; None = that of this process.
+      seconds: kill it after this time; None = never.
     """
     self.process = subprocess.Popen(
       [*command, json.dumps(request)],
@@ -112,7 +112,7 @@ def fields_of(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def llama_shape(recipe: str, length: int, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
-  """The recipe's shape, with other `sizes` where some are given, as `transformers.LlamaConfig` names it."""
+  """The recipe's shape as fields of `transformers.LlamaConfig`, with `sizes` changed if given."""
   model = load(recipe).model
   model.update(sizes or {})
   return {
@@ -128,7 +128,7 @@ def llama_shape(recipe: str, length: int, sizes: dict[str, Any] | None = None) -
 
 
 def check(arguments: argparse.Namespace) -> None:
-  """Refuses a case that is no config, before anything is measured."""
+  """Rejects a case that is not a valid config, before anything is measured."""
   for recipe in arguments.recipes:
     for case in arguments.cases:
       config = load(recipe)
@@ -192,7 +192,7 @@ def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-  """A line a case; ratios are to the best peer, or to the first case where there is none."""
+  """One line per case; ratios are to the best peer, or to the first case if there is no peer."""
   rows = result["rows"]
   peers = [row for row in rows if row["case"] in PEERS] or rows[:1]
   fastest = min(peers, key=lambda row: row["seconds"])

@@ -1,21 +1,21 @@
-"""What each tuned form is worth against its plain form: on this CPU, and as the TPU compiler sees it.
+"""Gain of each tuned form over its plain form: on this CPU, and according to the TPU compiler.
 
     pip install -r requirements-tpu.txt     # for --on=tpu; no TPU is needed
     python -m benchmarks.tuned [--on cpu tpu] [--only product loss attention update step]
                                [--shapes tiny 9m 71m 71m:1024 1b] [--against FORM ...] [--repeats=9]
                                [--out=benchmarks/results/tuned.json]
 
-  product    an MLP's two products with their gradients: einsum, against the narrower operand first
-  loss       the head's loss with its gradients: all logits, and rematerialised chunks, against chunks in one pass
-  attention  with its gradients: jax.nn.dot_product_attention, against blocks (CPU) or splash (TPU)
-  update     of the parameters, from summed gradients on: with one part plain, against all tuned
-  step       of training: with one part plain, against all tuned (CPU only)
+  product    an MLP's two products and their gradients: einsum, versus the narrower operand first
+  loss       the head's loss and its gradients: all logits, and rematerialised chunks, versus chunks in one pass
+  attention  and its gradients: jax.nn.dot_product_attention, versus blocks (CPU) or splash (TPU)
+  update     of the parameters, from summed gradients: with one part plain, versus all parts tuned
+  step       of training: with one part plain, versus all parts tuned (CPU only)
 
-CPU: fp32, no rematerialisation, 8 rows of 256 tokens (tiny: its own). Forms take turns; a ratio is the median over
-turns of the processor time of all threads, tuned by plain, which other work on the machine hardly lengthens.
-TPU: bfloat16, 512 rows, sharded as the recipe says over v5e:4x4; FLOPs, bytes accessed and temporaries of a chip,
-compiled and not timed. XLA counts a loop's body once, so FLOPs and bytes are those of a program without the loop over
-chunks, temporaries those of the real one.
+CPU: fp32, no remat, 8 rows of 256 tokens (tiny: its own shape). Forms are interleaved; a ratio is the median over
+repetitions of the processor time of all threads, tuned divided by plain, which other work on the machine hardly
+affects. TPU: bfloat16, 512 rows, sharded over v5e:4x4 as in the recipe; FLOPs, bytes accessed and temporaries of a
+chip, compiled and not timed. XLA counts a loop's body once, so FLOPs and bytes are those of a program without the loop
+over chunks; temporaries are those of the real program.
 """
 
 import argparse
@@ -64,11 +64,11 @@ class Piece(NamedTuple):
   """One computation in several forms.
 
   Attributes:
-    arguments: makes what every form takes, a tuple.
-    shardings: of the arguments on a mesh, the same tree.
-    outputs: how many of the first arguments a form returns the like of, after one scalar.
-    forms: by name; one of them is TUNED.
-    carried: the outputs are the next call's first arguments, and those are donated.
+    arguments: a function that makes the tuple of arguments of every form.
+    shardings: a function that returns the arguments' shardings on a mesh, as the same tree.
+    outputs: a form returns one scalar, and then arrays like this many of its first arguments.
+    forms: the forms by name; one of them is TUNED.
+    carried: whether the outputs are the first arguments of the next call, which are donated.
   """
 
   arguments: Callable[[], tuple[Any, ...]]
@@ -87,12 +87,12 @@ def patched(patches: tuple[Patch, ...]) -> Iterator[None]:
 
 
 def pretend(module: Any, name: str) -> Patch:
-  """A door that takes the platform to be another."""
+  """An entry point that believes to run on another platform."""
   return module, "platform", lambda: name
 
 
 def with_patches(form: Form, *patches: Patch) -> Form:
-  """The form, traced while the patches stand."""
+  """The form, traced while the patches are active."""
 
   def traced(*arguments: Any) -> Any:
     with patched(patches):
@@ -102,7 +102,7 @@ def with_patches(form: Form, *patches: Patch) -> Form:
 
 
 def by_axes(*axes: tuple[str | None, ...]) -> Callable[[Mesh], tuple[Any, ...]]:
-  """Shardings of arrays whose logical axes are given."""
+  """Shardings of arrays with the given logical axes."""
 
   def on(mesh: Mesh) -> tuple[Any, ...]:
     specs = [PartitionSpec(*(None if axis is None else RULES[axis] for axis in names)) for names in axes]
@@ -136,7 +136,7 @@ def product_piece(config: Config) -> Piece:
 def rematerialised_chunks(
   hidden_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
-  """The alternative that needs no gradient of its own: a scan over chunks, each of which is computed again."""
+  """The alternative without a custom gradient: a scan over chunks, each of which is rematerialised."""
 
   def chunk(hidden_BCD: jax.Array, labels_BC: jax.Array, weights_BC: jax.Array, head_DV: jax.Array) -> jax.Array:
     return loss.all_logits_loss(hidden_BCD, head_DV, labels_BC, weights_BC)
@@ -252,7 +252,7 @@ def update_piece(config: Config) -> Piece:
 
 
 def steps(config: Config) -> dict[str, Callable[[], Step]]:
-  """Makes the training step as it is, and with one part plain; each with a state of its own."""
+  """Makes the training step as it is, and with one part plain; each has its own state."""
   plain_product, plain_update = pretend(product, "tpu"), pretend(optimizer, "tpu")
   plain_loss: Patch = (loss, "chunked_loss", lambda *arguments: loss.all_logits_loss(*arguments[:4]))
   plain_attention = config.copy_and_resolve_references()
@@ -276,7 +276,7 @@ def steps(config: Config) -> dict[str, Callable[[], Step]]:
 
 
 class Call:
-  """A compiled form of a piece with arguments of its own, on this machine."""
+  """A compiled form of a piece with its own arguments, on this machine."""
 
   def __init__(self, piece: Piece, form: Form):
     self.arguments = jax.jit(piece.arguments)()
@@ -317,7 +317,7 @@ def configured(shape: str, where: str) -> Config:
 
 
 def measure_on_cpu(name: str, shape: str, repeats: int, against: list[str] | None) -> list[dict[str, Any]]:
-  """A row for each form but the tuned one, or for those of `against`: processor seconds of both, and the ratio."""
+  """A row for each form except the tuned one, or for those of `against`: processor seconds of both, and the ratio."""
   config = configured(shape, "cpu")
   if name == "step":
     makers: dict[str, Callable[[], Callable[[], Any]]] = {**steps(config)}
@@ -341,7 +341,7 @@ def measure_on_cpu(name: str, shape: str, repeats: int, against: list[str] | Non
 
 
 def unrolled(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-  """A scan without a loop, each of whose turns XLA counts."""
+  """A scan without a loop, so that XLA counts every iteration."""
   outs = []
   for i in range(len(jax.tree.leaves(xs)[0])):
     carry, out = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
@@ -364,7 +364,7 @@ def compile_for_tpu(piece: Piece, form: Form, mesh: Mesh) -> jax.stages.Compiled
 
 
 def measure_on_tpu(name: str, shape: str) -> list[dict[str, Any]]:
-  """A row for each form but the tuned one: FLOPs, bytes accessed and bytes of temporaries of both."""
+  """A row for each form except the tuned one: FLOPs, bytes accessed and bytes of temporaries of both."""
   config = configured(shape, "tpu")
   mesh = make_mesh(config.mesh, topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices)
   piece = make_piece(name, config, "tpu")
@@ -441,7 +441,7 @@ def main() -> None:
 
 
 def processor() -> str:
-  """The processor's name, as Linux says it."""
+  """The name of the processor, from Linux."""
   path = Path("/proc/cpuinfo")
   lines = path.read_text().splitlines() if path.is_file() else []
   return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

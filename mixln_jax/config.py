@@ -1,9 +1,9 @@
-"""Every config field once: type, default, what is allowed, and what it means.
+"""Every config field, declared once: type, default, allowed values and meaning.
 
-A recipe (`configs/*.py`) is `base()` and its differences. Nothing else in the project states a default.
+A recipe (`configs/*.py`) is `base()` with some fields changed. No other file states a default.
 
-**A new field's default is what the code did before it.** A `config.json` of an earlier version lacks the field and then
-takes its default, so that a run of that version opens, evaluates and resumes as what it is.
+**A new field's default is what the code did before the field existed.** A `config.json` of an earlier version lacks the
+field and takes its default, so that runs of that version open, evaluate and resume unchanged.
 """
 
 import dataclasses
@@ -35,18 +35,17 @@ NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
 RECORD_MODES = ("pack", "pad", "instructions")
 NEWEST, BEST = "newest", "best"
 
-# What a change of a field does to a run that is resumed.
-REFUSED = "refused"  # it would make another run
-FREE = "free"  # it computes the same thing, at most rounded differently
-CHECKED = "checked"  # allowed where the steps already done would have been the same
+# Whether a field may change when a run is resumed.
+REFUSED = "refused"  # no: it would be another run
+FREE = "free"  # yes: the results are the same up to rounding
+CHECKED = "checked"  # only if the steps already done would have been the same
 
-
-LARGEST_INT = 2**31 - 1  # what an array can count
+LARGEST_INT = 2**31 - 1  # of an int32 array
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """What is known of a config field besides its name and type."""
+  """A config field, apart from its name and type."""
 
   default: Any
   meaning: str
@@ -91,28 +90,28 @@ class Field:
 
 
 class Section(ConfigDict):
-  """A section of the config: its annotations are its fields.
+  """A section of the config; its annotations declare its fields.
 
-  To a type checker the objects that `base()` makes are of these classes; in fact they are plain ConfigDicts.
+  These classes are for type checkers and declarations only: the objects that `base()` makes are plain ConfigDicts.
   """
 
 
 class ModelConfig(Section):
-  """A LLaMA. Shapes are logical; mlp_pad_to only changes how they are stored."""
+  """A LLaMA, or a BERT encoder. Shapes are logical; mlp_pad_to only changes how the MLP is stored."""
 
   vocab_size: Annotated[int, Field(32_000, "rows of the embedding and columns of the head", minimum=2)]
   embed_dim: Annotated[int, Field(512, "width of the residual stream", minimum=1)]
-  mlp_dim: Annotated[int, Field(1368, "width of the SwiGLU MLP", minimum=1)]
+  mlp_dim: Annotated[int, Field(1368, "width of the MLP", minimum=1)]
   mlp_pad_to: Annotated[
-    int, Field(1, "store the MLP with zero columns up to a multiple of this; exact, never counted", minimum=1)
+    int, Field(1, "pad the stored MLP with zero columns to a multiple of this; exact, never counted", minimum=1)
   ]
   num_layers: Annotated[int, Field(12, "number of layers", minimum=1, maximum=10_000)]
   num_heads: Annotated[int, Field(8, "query heads", minimum=1)]
   num_kv_heads: Annotated[int, Field(0, "key and value heads; 0 = num_heads", minimum=0)]
   head_dim: Annotated[int, Field(0, "width of a head (even); 0 = embed_dim / num_heads", minimum=0)]
   placement: Annotated[str, Field("mix:0.25", "norm placement of each layer (mixln_jax/placement.py)")]
-  dtype: Annotated[str, Field("float32", "type that the matrices are multiplied in", choices=DTYPES)]
-  param_dtype: Annotated[str, Field("float32", "type that the parameters are stored and updated in", choices=DTYPES)]
+  dtype: Annotated[str, Field("float32", "type of the operands of matrix products", choices=DTYPES)]
+  param_dtype: Annotated[str, Field("float32", "type in which parameters are stored and updated", choices=DTYPES)]
   residual_dtype: Annotated[
     str, Field("auto", "type of the residual stream; auto = model.dtype", choices=("auto", *DTYPES))
   ]
@@ -120,8 +119,8 @@ class ModelConfig(Section):
     str,
     Field(
       "none",
-      "what the backward pass recomputes: nothing, whole layers, all but matrix products, "
-      "all but matrix products without batch dimensions",
+      "what the backward pass recomputes: none = nothing, full = whole layers, dots = all but matrix products, "
+      "dots_no_batch = all but matrix products without batch dimensions",
       choices=REMAT_POLICIES,
       on_resume=FREE,
     ),
@@ -130,68 +129,72 @@ class ModelConfig(Section):
     str,
     Field(
       "auto",
-      "how attention is computed (mixln_jax/model/attention_kernels.py); auto = what does best on the platform",
+      "implementation of attention (mixln_jax/model/attention_kernels.py); auto = the fastest on the platform",
       choices=ATTENTIONS,
       on_resume=FREE,
     ),
   ]
   unroll: Annotated[
-    int, Field(1, "layers a step of the scan over layers; 0 = a plain Python loop", minimum=0, on_resume=FREE)
+    int, Field(1, "layers per iteration of the scan over layers; 0 = a plain Python loop", minimum=0, on_resume=FREE)
   ]
   norm: Annotated[
     str,
     Field(
       "rmsnorm",
-      "kind of every norm but those of heads and of wirings: rmsnorm, layernorm (gain and bias), or a point-wise "
-      "function in its place: dyt (as for LLaMA, with a scale of the embedding), dyt_bias (its general form), derf",
+      "kind of all norms except those of heads and of wirings: rmsnorm; layernorm (with a bias); or a point-wise "
+      "function instead of a norm: dyt (as for LLaMA, with a scale of the embedding), dyt_bias (its general form), "
+      "derf",
       choices=NORMS,
     ),
   ]
   norm_epsilon: Annotated[
-    float, Field(1e-6, "added to the mean square (layernorm: the variance) inside every norm's root", minimum=0.0)
+    float, Field(1e-6, "added to the mean square (layernorm: the variance) under the root of every norm", minimum=0.0)
   ]
   rope_base: Annotated[float, Field(10_000.0, "base of the rotary position embedding", minimum=1.0)]
   rope_scaling: Annotated[
     str,
     Field(
-      "none", "llama3: lower the low frequencies for a longer context, as Llama 3.1 does", choices=("none", "llama3")
+      "none", "llama3 = lower the low frequencies for a longer context, as in Llama 3.1", choices=("none", "llama3")
     ),
   ]
-  rope_factor: Annotated[float, Field(8.0, "llama3: what the lowest frequencies are divided by", minimum=1.0)]
+  rope_factor: Annotated[float, Field(8.0, "llama3: divisor of the lowest frequencies", minimum=1.0)]
   rope_low_frequency_factor: Annotated[
-    float, Field(1.0, "llama3: up to this many turns in the original length, a frequency is divided", above=0.0)
+    float, Field(1.0, "llama3: frequencies with at most this many turns in the original length are divided", above=0.0)
   ]
   rope_high_frequency_factor: Annotated[
-    float, Field(4.0, "llama3: from this many turns in the original length on, a frequency is kept", above=0.0)
+    float,
+    Field(4.0, "llama3: frequencies with at least this many turns in the original length are unchanged", above=0.0),
   ]
-  rope_original_length: Annotated[int, Field(8192, "llama3: length that the model was first trained at", minimum=1)]
-  tied_embeddings: Annotated[bool, Field(False, "the head is the embedding, transposed")]
+  rope_original_length: Annotated[int, Field(8192, "llama3: sequence length of the original training", minimum=1)]
+  tied_embeddings: Annotated[bool, Field(False, "the head is the transposed embedding")]
   qkv_bias: Annotated[bool, Field(False, "biases on the query, key and value projections")]
   branch_multiplier: Annotated[
     float,
-    Field(1.0, "every branch is times this before it is added, on top of the placement's own factors", above=0.0),
+    Field(1.0, "factor on every branch before it is added, on top of the placement's own factors", above=0.0),
   ]
-  attention_multiplier: Annotated[float, Field(1.0, "attention logits are q·k / √head_dim times this", above=0.0)]
-  logit_multiplier: Annotated[float, Field(1.0, "what the head reads is times this", above=0.0)]
+  attention_multiplier: Annotated[float, Field(1.0, "factor on the attention logits q·k / √head_dim", above=0.0)]
+  logit_multiplier: Annotated[float, Field(1.0, "factor on the input of the head", above=0.0)]
   matrix_std_multiplier: Annotated[
-    float, Field(1.0, "initial standard deviation of the layers' matrices is times this", above=0.0)
+    float, Field(1.0, "factor on the initial standard deviation of the layers' matrices", above=0.0)
   ]
   bidirectional: Annotated[
     bool,
-    Field(False, "an encoder: attention reads the whole row, and the loss is that of masked tokens (15 % of them)"),
+    Field(False, "an encoder: attention reads the whole row, and the loss is over masked tokens (15 % of them)"),
   ]
   learned_positions: Annotated[
-    int, Field(0, "rows of a learned table of positions, which takes RoPE's place; 0 = RoPE", minimum=0)
+    int, Field(0, "rows of a learned position embedding, used instead of RoPE; 0 = RoPE", minimum=0)
   ]
   token_types: Annotated[
-    int, Field(0, "rows of a learned table of token types (BERT's segments), added to the embedding", minimum=0)
+    int, Field(0, "rows of a learned embedding of token types (BERT's segments); 0 = none", minimum=0)
   ]
-  embedding_norm: Annotated[bool, Field(False, "a norm of the embedding, before the first layer")]
+  embedding_norm: Annotated[bool, Field(False, "normalise the embedding before the first layer")]
   final_norm: Annotated[bool, Field(True, "a norm after the last layer, before the head")]
   activation: Annotated[
     str,
     Field(
-      "swiglu", "the MLP: swiglu, of three matrices; gelu, of two with the exact GELU between them", choices=ACTIVATIONS
+      "swiglu",
+      "the MLP: swiglu, with three matrices; gelu, with two and the exact GELU between them",
+      choices=ACTIVATIONS,
     ),
   ]
   biases: Annotated[bool, Field(False, "biases on attention's output projection and on the MLP's matrices")]
@@ -199,19 +202,19 @@ class ModelConfig(Section):
     bool,
     Field(
       False,
-      "the head reads norm(GELU(W x + b)) and adds a bias to each logit, as BERT's head for masked tokens does",
+      "the head reads norm(GELU(W x + b)) and adds a bias to each logit, as BERT's masked-token head does",
     ),
   ]
   init_deviation: Annotated[
-    float, Field(0.02, "standard deviation of the initial matrices and of the head", minimum=0.0)
+    float, Field(0.02, "initial standard deviation of the matrices and of the head", minimum=0.0)
   ]
   embedding_deviation: Annotated[
-    float, Field(0.02, "standard deviation of the initial embedding (the released Mix-LN code: sqrt(2/5))", minimum=0.0)
+    float, Field(0.02, "initial standard deviation of the embedding (the released Mix-LN code: sqrt(2/5))", minimum=0.0)
   ]
 
 
 class DataConfig(Section):
-  """The corpus, its tokenizer, and the records that are made of it."""
+  """The corpus, its tokenizer, and the records that are made from it."""
 
   source: Annotated[
     str,
@@ -223,13 +226,17 @@ class DataConfig(Section):
     ),
   ]
   validation_source: Annotated[
-    str, Field("", "corpus to validate on; empty = documents of data.source are held out by their hash")
+    str, Field("", "corpus to validate on; empty = hold out documents of data.source, chosen by their hash")
   ]
   validation_share: Annotated[
-    float, Field(0.05, "fraction of the documents held out where there is no validation source", above=0.0, below=1.0)
+    float, Field(0.05, "fraction of the documents held out if there is no validation source", above=0.0, below=1.0)
   ]
   text_field: Annotated[
-    str, Field("text", "field of JSON, Parquet, tfds and hf documents that holds the text; data.text = text in data")
+    str,
+    Field(
+      "text",
+      "field that holds the text in JSON, Parquet, tfds and hf documents; data.text = the field text inside data",
+    ),
   ]
   max_bad_share: Annotated[
     float,
@@ -245,38 +252,43 @@ class DataConfig(Section):
     str,
     Field(
       "sentencepiece",
-      "sentencepiece (trained on the corpus; with train.start_from that of its run), bytes, the path of a "
-      "SentencePiece .model file, a tokenizer.json or a .gguf file, hf:NAME, or records:FOLDER, that of prepared "
-      "records",
+      "sentencepiece (trained on the corpus, or with train.start_from that of its run), bytes, the path of a "
+      "SentencePiece .model file, a tokenizer.json or a .gguf file, hf:NAME, or records:FOLDER (that of prepared "
+      "records)",
     ),
   ]
   on_the_fly: Annotated[
     bool,
-    Field(False, "no prepared records: tokenize the documents of a tfds or hf source while training (data.mode=pad)"),
+    Field(
+      False,
+      "tokenize the documents of a tfds or hf source during training instead of preparing records (data.mode=pad)",
+    ),
   ]
   mixture: Annotated[
     str,
     Field(
       "",
-      "train on several folders of records by weight, as in work/data/a:0.7,work/data/b:0.3; empty = data.directory",
-      on_resume=FREE,  # the data's fingerprint says whether it is the same
+      "train on several folders of records with weights, as in work/data/a:0.7,work/data/b:0.3; empty = data.directory",
+      on_resume=FREE,  # the data's fingerprint is checked instead
     ),
   ]
   directory: Annotated[
     str,
     Field(
-      "", "folder of the prepared records; empty = work/data/NAME, NAME made from the fields of data", on_resume=FREE
+      "",
+      "folder of the prepared records; empty = work/data/NAME, where NAME depends on the fields of data",
+      on_resume=FREE,
     ),
   ]
   sequence_length: Annotated[
-    int, Field(256, "tokens a record (position t predicts t+1, so one fewer is predicted)", minimum=2)
+    int, Field(256, "tokens per record (position t predicts t+1, so one fewer is predicted)", minimum=2)
   ]
   mode: Annotated[
     str,
     Field(
       "pack",
-      "pack: documents concatenated and split; pad: one document a record, truncated and padded; instructions: "
-      "examples of instruction, input and output, several whole ones a record, only the output counted (needs "
+      "pack: documents concatenated and split; pad: one document per record, truncated and padded; instructions: "
+      "several whole examples of instruction, input and output per record, where only the output counts (needs "
       "data.document_mask)",
       choices=RECORD_MODES,
     ),
@@ -285,21 +297,21 @@ class DataConfig(Section):
     bool,
     Field(
       False,
-      "packed records: attention stays inside a document (or example), positions restart, no label across a boundary",
+      "packed records: attention stays within a document (or example), positions restart, no label crosses a boundary",
     ),
   ]
   seed: Annotated[
-    int, Field(0, "seed of the sample order; the same for all runs of a study", minimum=0, maximum=2**32 - 1)
+    int, Field(0, "seed of the sample order; use the same one for all runs of a study", minimum=0, maximum=2**32 - 1)
   ]
   verify: Annotated[
-    bool, Field(False, "check the records' checksums when they are opened, not only their sizes", on_resume=FREE)
+    bool, Field(False, "check the checksums of records when they are opened, not only their sizes", on_resume=FREE)
   ]
   num_threads: Annotated[int, Field(2, "threads that read records", minimum=1, maximum=256, on_resume=FREE)]
   num_workers: Annotated[
     int,
     Field(
       0,
-      "processes that read records (and tokenize, on the fly); 0 = only threads",
+      "processes that read records (and tokenize, with data.on_the_fly); 0 = only threads",
       minimum=0,
       maximum=128,
       on_resume=FREE,
@@ -314,7 +326,7 @@ class TrainConfig(Section):
     int,
     Field(
       10_000,
-      "optimizer updates of the whole run; 0 = as many as train.tokens_per_parameter asks for",
+      "optimizer updates of the whole run; 0 = computed from train.tokens_per_parameter",
       minimum=0,
       on_resume=CHECKED,
     ),
@@ -323,35 +335,38 @@ class TrainConfig(Section):
     float,
     Field(
       0.0,
-      "with train.num_steps=0: the run's length in tokens (positions of records) for each parameter of the matrices, "
-      "embedding and head, rounded up to whole updates; 0 = train.num_steps says it",
+      "with train.num_steps=0: the run's length in tokens (positions of records) per parameter of the matrices, "
+      "embedding and head, rounded up to whole updates; 0 = not used",
       minimum=0.0,
-      on_resume=FREE,  # what is trained is train.num_steps, which is filled in
+      on_resume=FREE,  # it only fills in train.num_steps, which is checked
     ),
   ]
   start_from: Annotated[
     str,
     Field(
       "",
-      "folder of the run whose weights this one starts from, with an optimizer and a schedule of its own (`finetune`); "
-      "empty = weights drawn with the seed",
+      "folder of the run whose weights this run starts from, with its own optimizer and schedule (`finetune`); empty = "
+      "random weights from the seed",
     ),
   ]
   start_checkpoint: Annotated[
-    str, Field(NEWEST, "which checkpoint of train.start_from: newest, best (of lowest validation loss), or its step")
+    str, Field(NEWEST, "checkpoint of train.start_from: newest, best (lowest validation loss), or a step")
   ]
-  batch_size: Annotated[int, Field(512, "global batch of one update, in sequences", minimum=1)]
+  batch_size: Annotated[int, Field(512, "sequences in the global batch of one update", minimum=1)]
   micro_batches: Annotated[
     int,
     Field(
-      1, "the batch is cut into this many; their token sums are added before the one update", minimum=1, on_resume=FREE
+      1,
+      "split the batch into this many parts; their sums over tokens are added before the update",
+      minimum=1,
+      on_resume=FREE,
     ),
   ]
   max_skipped_in_a_row: Annotated[
     int,
     Field(
       5,
-      "stop after this many consecutive non-finite updates (each one is skipped)",
+      "stop after this many consecutive non-finite updates (each of them is skipped)",
       minimum=1,
       on_resume=FREE,
     ),
@@ -360,23 +375,24 @@ class TrainConfig(Section):
     bool,
     Field(
       False,
-      "end the run after two consecutive evaluations back or stuck at the unigram entropy; else only record it",
+      "end the run after two consecutive evaluations at the unigram entropy (returned to it, or never below it); False "
+      "= only record it",
       on_resume=FREE,
     ),
   ]
   sample_tokens: Annotated[
-    int, Field(0, "tokens of text to generate when the run ends; 0 = none", minimum=0, on_resume=FREE)
+    int, Field(0, "tokens of sample text to generate at the end of the run; 0 = none", minimum=0, on_resume=FREE)
   ]
 
 
 class OptimizerConfig(Section):
-  """The optimizer, its learning-rate schedule, and how both differ by group of parameters."""
+  """The optimizer, its learning-rate schedule, and multipliers for groups of parameters."""
 
   name: Annotated[
     str,
     Field(
       "adamw",
-      "optimizer, of optax; muon: of the layers' matrices, and Adam of all else (docs/optimizers.md)",
+      "optimizer from optax; muon: Muon for the layers' matrices, Adam for all other parameters (docs/optimizers.md)",
       choices=OPTIMIZERS,
     ),
   ]
@@ -385,13 +401,14 @@ class OptimizerConfig(Section):
     str,
     Field(
       "cosine",
-      "after the linear warm-up from 0: cosine or linear decay to the floor, constant, or constant and then a final "
-      "decay to the floor, linear (wsd) or as 1 - the square root of its time (trapezoid, arXiv 2405.18392)",
+      "after the linear warm-up from 0: cosine or linear = decay to the floor; constant; wsd or trapezoid = constant "
+      "and then a final decay to the floor, linear (wsd) or as 1 - sqrt(fraction of the decay) (trapezoid, arXiv "
+      "2405.18392)",
       choices=SCHEDULES,
     ),
   ]
   warmup_steps: Annotated[
-    int, Field(-1, "steps of linear warm-up; -1 = by optimizer.warmup_fraction", minimum=-1, on_resume=CHECKED)
+    int, Field(-1, "steps of linear warm-up; -1 = use optimizer.warmup_fraction", minimum=-1, on_resume=CHECKED)
   ]
   warmup_fraction: Annotated[
     float,
@@ -400,14 +417,14 @@ class OptimizerConfig(Section):
   decay_steps: Annotated[
     int,
     Field(
-      -1, "wsd, trapezoid: steps of the final decay; -1 = by optimizer.decay_fraction", minimum=-1, on_resume=CHECKED
+      -1, "wsd, trapezoid: steps of the final decay; -1 = use optimizer.decay_fraction", minimum=-1, on_resume=CHECKED
     ),
   ]
   decay_fraction: Annotated[
     float,
     Field(
       0.1,
-      "final decay as a fraction of train.num_steps, rounded down to at least one step",
+      "final decay as a fraction of train.num_steps, rounded down but at least one step",
       minimum=0.0,
       maximum=1.0,
       on_resume=CHECKED,
@@ -434,8 +451,8 @@ class OptimizerConfig(Section):
     float,
     Field(
       0.2,
-      "muon: a matrix's update is times this and the root of its longer side (arXiv 2502.16982), so that Adam's "
-      "learning rates suit; 0 = times sqrt(max(1, outputs / inputs)), as its first code has it",
+      "muon: factor on a matrix's update, together with the root of its longer side (arXiv 2502.16982), so that Adam's "
+      "learning rates fit; 0 = the factor is sqrt(max(1, outputs / inputs)), as in Muon's original code",
       minimum=0.0,
     ),
   ]
@@ -443,7 +460,7 @@ class OptimizerConfig(Section):
     float,
     Field(
       0.0,
-      "decoupled weight decay of the matrices, embedding and head (of gains, biases and scalars only by "
+      "decoupled weight decay of the matrices, embedding and head (for gains, biases and scalars see "
       "optimizer.decay_multipliers)",
       minimum=0.0,
     ),
@@ -452,20 +469,27 @@ class OptimizerConfig(Section):
     str,
     Field(
       "",
-      "the learning rate by group, as in head:0.5,mlp@1-4:2 (layers from 1): all, embedding, head, attention, mlp, "
-      "gains, input_gains, output_gains, final_norm, biases, scalars; of two entries for one parameter the later holds",
+      "factors on the learning rate by group, as in head:0.5,mlp@1-4:2 (layers count from 1); groups: all, embedding, "
+      "head, attention, mlp, gains, input_gains, output_gains, final_norm, biases, scalars; a later entry overrides an "
+      "earlier one",
     ),
   ]
   decay_multipliers: Annotated[
-    str, Field("", "the weight decay by group, in the same way, as in input_gains:1; gains, biases and scalars have 0")
+    str,
+    Field(
+      "",
+      "factors on the weight decay by group, in the same form, as in input_gains:1; by default 0 for gains, "
+      "biases and scalars",
+    ),
   ]
-  epsilon_multipliers: Annotated[str, Field("", "Adam's epsilon by group, in the same way")]
+  epsilon_multipliers: Annotated[str, Field("", "factors on Adam's epsilon by group, in the same form")]
   parameterization: Annotated[
     str,
     Field(
       "standard",
-      "how rates, decay, epsilon, initial std, branches and logits change with width and depth: depth_mup, completep "
-      "(arXiv 2505.01618); both need optimizer.base_width or base_depth, and fill in the multipliers of config.model",
+      "how learning rate, weight decay, epsilon, initial std, branches and logits scale with width and depth: "
+      "depth_mup or completep (arXiv 2505.01618), which need optimizer.base_width or base_depth and set the "
+      "multipliers of config.model; standard = no scaling",
       choices=PARAMETERIZATIONS,
     ),
   ]
@@ -477,69 +501,72 @@ class OptimizerConfig(Section):
   ]
   base_head_dim: Annotated[
     int,
-    Field(0, "head_dim of that model: attention logits are q·k √base / head_dim; 0 = this model's, 1/√", minimum=0),
+    Field(
+      0,
+      "head_dim of that model, which makes attention logits q·k √base_head_dim / head_dim; 0 = this model's head_dim, "
+      "q·k / √head_dim",
+      minimum=0,
+    ),
   ]
   completep_reading: Annotated[
     str,
     Field(
       "paper",
-      "epsilon of embedding, final norm and head under depth_mup and completep: paper, by the width alone; "
-      "nanogpt_mup, as that of the layers (the paper's code)",
+      "depth_mup, completep: epsilon of embedding, final norm and head: paper = scales with the width only; "
+      "nanogpt_mup = scales as in the layers (the paper's code)",
       choices=COMPLETEP_READINGS,
     ),
   ]
   clip_norm: Annotated[float, Field(1.0, "largest global norm of the gradient; 0 = no clipping", minimum=0.0)]
   moment_dtype: Annotated[
-    str, Field("float32", "type of Adam's two moments and of the arithmetic of the update", choices=DTYPES)
+    str, Field("float32", "type of Adam's two moments and of the update's arithmetic", choices=DTYPES)
   ]
 
 
 class CheckpointConfig(Section):
-  """When checkpoints are saved, and which are kept."""
+  """When checkpoints are saved, and which ones are kept."""
 
   every_steps: Annotated[
-    int, Field(1000, "steps between checkpoints; the last step always has one", minimum=1, on_resume=FREE)
+    int, Field(1000, "steps between checkpoints; the last step is always saved", minimum=1, on_resume=FREE)
   ]
   keep_last: Annotated[int, Field(2, "newest checkpoints to keep", minimum=1, on_resume=FREE)]
   keep_best: Annotated[
-    int, Field(1, "checkpoints of lowest validation loss to keep besides", minimum=0, on_resume=FREE)
+    int, Field(1, "checkpoints with the lowest validation loss to keep as well", minimum=0, on_resume=FREE)
   ]
 
 
 class EvaluateConfig(Section):
-  """When and on how much a run is evaluated."""
+  """When a run is evaluated, and on how many tokens."""
 
   every_steps: Annotated[
     int,
     Field(
-      1000, "steps between evaluations; the last step always has one; 0 = only the last", minimum=0, on_resume=FREE
+      1000, "steps between evaluations; the last step is always evaluated; 0 = only the last", minimum=0, on_resume=FREE
     ),
   ]
-  batch_size: Annotated[int, Field(256, "sequences a batch of the evaluation", minimum=1, on_resume=FREE)]
+  batch_size: Annotated[int, Field(256, "sequences per batch of the evaluation", minimum=1, on_resume=FREE)]
   max_tokens: Annotated[
     int,
     Field(
       10_000_000,
-      "counted tokens after which an evaluation stops at a record's end (the paper: 10M); 0 = all",
+      "an evaluation stops at the end of the record that reaches this many counted tokens (the paper: 10M); 0 = all",
       minimum=0,
     ),
   ]
   official_compat: Annotated[
     bool,
-    Field(
-      False, "print beside it what the official evaluator would: n/(n+1) of the mean of batch means", on_resume=FREE
-    ),
+    Field(False, "also print the official evaluator's result: n/(n+1) of the mean of batch means", on_resume=FREE),
   ]
 
 
 class DiagnosticsConfig(Section):
-  """Statistics by layer: a second program, compiled only where it is asked for; the update is the same."""
+  """Statistics by layer, from a second program that is compiled only if needed; it computes the same update."""
 
   every_steps: Annotated[
     int,
     Field(
       0,
-      "steps between lines of diagnostics.jsonl, statistics by layer, the first step among them; 0 = never",
+      "steps between lines of diagnostics.jsonl (statistics by layer), starting with the first step; 0 = never",
       minimum=0,
       on_resume=FREE,
     ),
@@ -547,7 +574,7 @@ class DiagnosticsConfig(Section):
 
 
 class MeshConfig(Section):
-  """Devices per axis, in a slice and over slices (dcn_*); at most one is -1 = all that are left."""
+  """Devices per axis, within a slice and across slices (dcn_*); at most one axis is -1 = all remaining devices."""
 
   run: Annotated[int, Field(1, "runs trained together", minimum=-1, on_resume=FREE)]
   data: Annotated[int, Field(-1, "data parallel: parameters replicated", minimum=-1, on_resume=FREE)]
@@ -568,7 +595,7 @@ class ParallelConfig(Section):
     str,
     Field(
       "",
-      "refuse to train on anything else (JAX falls back to the CPU where it can't use an accelerator); empty = any",
+      "refuse to train on another platform (JAX falls back to the CPU if it can't use an accelerator); empty = any",
       choices=("", "cpu", "gpu", "tpu"),
       on_resume=FREE,
     ),
@@ -577,7 +604,7 @@ class ParallelConfig(Section):
     int,
     Field(
       0,
-      "refuse to train on another number of devices, those of all processes together; 0 = any",
+      "refuse to train on another number of devices, counted over all processes; 0 = any",
       minimum=0,
       on_resume=FREE,
     ),
@@ -586,7 +613,7 @@ class ParallelConfig(Section):
     int,
     Field(
       300,
-      "seconds that the processes of a run wait for one another when it starts; then it ends with an error",
+      "seconds that the processes of a run wait for one another at start before they fail",
       minimum=1,
       maximum=86_400,
       on_resume=FREE,
@@ -621,7 +648,7 @@ class LoggingConfig(Section):
 
 
 class Config(Section):
-  """All of them."""
+  """The whole config."""
 
   seed: Annotated[int, Field(0, "seed of the initial weights", minimum=0, maximum=2**32 - 1)]
   model: ModelConfig
@@ -638,7 +665,7 @@ class Config(Section):
 
 
 def _fields_of(section: type[Section], prefix: str = "") -> dict[str, Field]:
-  """Every field below a section by its full name, `model.embed_dim`, in the order in which they are declared."""
+  """The fields of a section and of its subsections by full name, `model.embed_dim`, in the order of declaration."""
   fields: dict[str, Field] = {}
   for name, hint in get_type_hints(section, include_extras=True).items():
     if isinstance(hint, type) and issubclass(hint, Section):
@@ -651,7 +678,7 @@ def _fields_of(section: type[Section], prefix: str = "") -> dict[str, Field]:
 FIELDS: Mapping[str, Field] = _fields_of(Config)
 
 
-# The paper's data, as fields of `data`: C4 as it is published, T5's tokenizer, a document a record, the rest dropped.
+# The paper's data, as fields of `data`: C4 as published, T5's tokenizer, one document per record, the rest dropped.
 C4 = {
   "source": "work/c4/c4-train.*.json.gz",
   "validation_source": "work/c4/c4-validation.*.json.gz",
@@ -662,7 +689,7 @@ C4 = {
 
 
 def base() -> Config:
-  """A locked config of all defaults."""
+  """A locked config with all defaults."""
   config = ConfigDict()
   for name, field in FIELDS.items():
     section, _, leaf = name.rpartition(".")
@@ -674,7 +701,7 @@ def base() -> Config:
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
-  """`{'model.embed_dim': 512, …}` of a config, or of its JSON."""
+  """A config, or its parsed JSON, as a flat dictionary `{'model.embed_dim': 512, …}`."""
   flat: dict[str, Any] = {}
   for key, value in config.items():
     name = f"{prefix}{key}"
@@ -686,11 +713,11 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
 
 
 def from_flat(flat: Mapping[str, Any], written_by: str = "") -> Config:
-  """The config of a flat dictionary, as `flatten` and `config.json` have it. Absent fields take their defaults.
+  """The config from a flat dictionary, the form of `flatten` and `config.json`. Absent fields take their defaults.
 
   Args:
     flat: field -> value.
-    written_by: the version that wrote it, for the message about a field that this one does not know.
+    written_by: the version that wrote it, for the message about an unknown field.
 
   Raises:
     InputError: a field is unknown, of the wrong type, or outside its range.
@@ -699,7 +726,7 @@ def from_flat(flat: Mapping[str, Any], written_by: str = "") -> Config:
     if name not in FIELDS and written_by:
       raise InputError(
         f"config.{printable(name)}={shown(flat[name])}: this version ({VERSION}) has no such field; the config was "
-        f"written by {written_by}; use that version, or remove the field where its effect is not wanted"
+        f"written by {written_by}; use that version, or remove the field if you don't need its effect"
       )
   check_fields(flat)
   config = base()
@@ -708,7 +735,7 @@ def from_flat(flat: Mapping[str, Any], written_by: str = "") -> Config:
 
 
 def check_fields(flat: Mapping[str, Any]) -> None:
-  """Checks each field that is there, alone; raises InputError for the first that is wrong."""
+  """Checks each field by itself; raises InputError for the first invalid one."""
   for name, value in flat.items():
     if name not in FIELDS:
       raise unknown_field(name)
@@ -718,7 +745,7 @@ def check_fields(flat: Mapping[str, Any]) -> None:
 
 
 def unknown_field(name: str) -> InputError:
-  """The error for a field that does not exist, with the closest that do."""
+  """The error for a field that does not exist, with the closest existing fields."""
   leaf_matches = [full for full in FIELDS if full.split(".")[-1] == name.split(".")[-1]]
   close = leaf_matches or difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.5)
   hint = f"did you mean {' or '.join('config.' + match for match in close)}? " if close else ""
@@ -747,7 +774,7 @@ def validate(config: Config) -> None:
 
 
 def _validate_places(config: Config) -> None:
-  """Where files lie: what must be on this machine, and what may be in a bucket."""
+  """Paths: some must be on this machine, others may be in a bucket."""
   data, start_from = config.data, config.train.start_from
   check_scheme(data.source, "config.data.source")
   check_scheme(data.validation_source, "config.data.validation_source")
@@ -771,8 +798,8 @@ def _validate_model(model: ModelConfig) -> None:
   rows = table(model).all_rows
   _contradiction(
     model.norm not in ("rmsnorm", "layernorm") and any(row.vector_c_res for row in rows),
-    f"config.model.norm={model.norm} with placement {model.placement!r}: admin's scales are set from variances that a "
-    "norm brings to 1 (arXiv 2004.08249), which a point-wise function does not; use rmsnorm or layernorm",
+    f"config.model.norm={model.norm} with placement {model.placement!r}: admin's scales assume that norms bring "
+    "variances to 1 (arXiv 2004.08249), which a point-wise function does not; use rmsnorm or layernorm",
   )
   _contradiction(
     model.head_dim == 0 and model.embed_dim % model.num_heads != 0,
@@ -795,8 +822,8 @@ def _validate_model(model: ModelConfig) -> None:
   several = table(model).streams.num > 1
   _contradiction(
     several and not model.final_norm,
-    f"config.model.final_norm=False with placement {model.placement!r}: what reads several residual streams normalises "
-    "them; set it to True",
+    f"config.model.final_norm=False with placement {model.placement!r}: the read-out of several residual streams needs "
+    "the final norm; set it to True",
   )
   _contradiction(
     model.rope_scaling != "none" and model.rope_low_frequency_factor >= model.rope_high_frequency_factor,
@@ -811,12 +838,12 @@ def _validate_model(model: ModelConfig) -> None:
 
 
 def _validate_encoder(config: Config) -> None:
-  """What an encoder, or a table of positions, needs of the other fields."""
+  """What an encoder, or a learned position embedding, requires of other fields."""
   model, data = config.model, config.data
   _contradiction(
     0 < model.learned_positions < data.sequence_length,
-    f"config.data.sequence_length={data.sequence_length} is over config.model.learned_positions="
-    f"{model.learned_positions}, and there is no vector for a position beyond them; lower it",
+    f"config.data.sequence_length={data.sequence_length} exceeds config.model.learned_positions="
+    f"{model.learned_positions}, and later positions have no embedding; lower sequence_length",
   )
   if not model.bidirectional:
     return
@@ -833,7 +860,7 @@ def _validate_encoder(config: Config) -> None:
 
 
 def _validate_length(config: Config) -> None:
-  """What must fit in the run's length, and how it is said."""
+  """The run's length, and the phases that must fit into it."""
   train, optimizer, profile = config.train, config.optimizer, config.profile
   for part, steps, fraction in (
     ("warmup", optimizer.warmup_steps, optimizer.warmup_fraction),
@@ -849,13 +876,13 @@ def _validate_length(config: Config) -> None:
       train.tokens_per_parameter == 0,
       "config.train.num_steps=0 and tokens_per_parameter=0: the run has no length; set one of them",
     )
-    return  # the rest is checked once they are known
+    return  # the rest is checked once num_steps is filled in
   ramp_end = table(config.model).ramp_end
   _contradiction(
     ramp_end > train.num_steps,
-    f"config.model.placement={config.model.placement!r}: its warm-up of the residual ends after {ramp_end:g} updates, "
-    f"but config.train.num_steps={train.num_steps}; write a shorter one, "
-    "+prores:SCHEDULE:STEPS with at least as many steps as layers, or train longer",
+    f"config.model.placement={config.model.placement!r}: its residual warm-up ends after {ramp_end:g} updates, but "
+    f"config.train.num_steps={train.num_steps}; use a shorter one, +prores:SCHEDULE:STEPS with at least as many steps "
+    "as layers, or train longer",
   )
   warmup = warmup_steps(config)
   _contradiction(
@@ -886,18 +913,18 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
   stated = [name for name, value in bases.items() if value]
   _contradiction(
     scaled and not stated,
-    f"config.optimizer.parameterization={optimizer.parameterization} scales from a base; set config.optimizer."
+    f"config.optimizer.parameterization={optimizer.parameterization} scales from a base model; set config.optimizer."
     "base_width or base_depth to those of the model that the learning rate was tuned for",
   )
   _contradiction(
     not scaled and bool(stated),
-    f"config.optimizer.{' and '.join(stated)} mean nothing under parameterization=standard; choose depth_mup or "
+    f"config.optimizer.{' and '.join(stated)} have no effect with parameterization=standard; choose depth_mup or "
     "completep, or leave them out",
   )
   _contradiction(
     bool(optimizer.epsilon_multipliers) and optimizer.name not in ("adamw", "muon"),
-    f"config.optimizer.epsilon_multipliers={optimizer.epsilon_multipliers!r}: {optimizer.name} has no epsilon of Adam; "
-    "leave them out",
+    f"config.optimizer.epsilon_multipliers={optimizer.epsilon_multipliers!r}: {optimizer.name} does not have Adam's "
+    "epsilon; leave them out",
   )
 
 
@@ -939,11 +966,11 @@ def _validate_training(config: Config) -> None:
   )
 
 
-# Values that other fields decide where a field says "auto".
+# Values that depend on other fields if a field says "auto", 0 or -1.
 
 
 def table(model: ModelConfig) -> placement.Table:
-  """The placement table of config.model; nobody else parses the string.
+  """The placement table of config.model: the only place where the string is parsed.
 
   Raises:
     InputError: config.model.placement is malformed, or does not fit config.model.num_layers.
@@ -984,14 +1011,14 @@ def decay_steps(config: Config) -> int:
 
 
 def decay_start(config: Config) -> int | None:
-  """The step after which the final decay begins; None for a schedule that has none."""
+  """The step after which the final decay begins; None for a schedule without one."""
   if config.optimizer.schedule not in DECAYING_AT_THE_END:
     return None
   return config.train.num_steps - decay_steps(config)
 
 
 def _steps_of(fraction: float, config: Config) -> int:
-  """A fraction of the run's steps, rounded down; 0.29 of 100 is 29, though their product is less as floats."""
+  """A fraction of the run's steps, rounded down; 0.29 of 100 is 29, although their product as floats is below 29."""
   return math.floor(fraction * config.train.num_steps + 1e-6)
 
 
@@ -1002,7 +1029,7 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
 
 
 def to_json(config: Config) -> str:
-  """The config as JSON, one flat field a line; `from_json` reads it back."""
+  """The config as flat JSON, one field per line; `from_json` reads it back."""
   flat = flatten(config)
   return json.dumps({name: flat[name] for name in FIELDS}, indent=1) + "\n"
 

@@ -9,21 +9,21 @@ holds the columns of the one sublayer rule (`model/residual.py`) over the residu
     H_0 ← N_out(s) where there is an N_out, else g(s)
     H_j ← Σ_i mix_ij R_i + write_j b                     for the further streams
 
-Most rows have one stream (n = 1, read = mix = write = 1). `wiring` names what read, mix and write are made of: the
-table's own numbers (`fixed`), or weights that are learned from them (`model/wiring.py`).
+Most rows have one stream (n = 1, read = mix = write = 1). `wiring` says where read, mix and write come from: from the
+table itself (`fixed`), or from a function with learned weights (`model/wiring.py`).
 
 Grammar:
 
     placement := segment ("," segment)*            the segments' counts add up to the number of layers
     segment   := row ["/" row] ["*" count] ("+" modifier)*      `post/pre`: Post-LN attention and a Pre-LN MLP
     row       := name (":" argument)*
-    name      := a key of ROWS, or `mix`; one segment without a count stands for all layers
-    modifier  := a key of MODIFIERS (":" argument)*; it binds to its own segment
+    name      := a key of ROWS, or `mix`; a single segment without a count stands for all layers
+    modifier  := a key of MODIFIERS (":" argument)*; it applies to its own segment only
 
 To add a placement whose columns fit the rule, add one line to ROWS, one line of mathematics to the tests' reference
-(`tests/model/reference.py`) and one to the README's table; a test that enumerates ROWS names the one that is missing.
-A row that takes an argument also gets an example in `tests/model/cases.py`.
-`bash tests/run.sh -k NAME` tries one placement everywhere.
+(`tests/model/reference.py`) and one line to the README's table. A test over all ROWS names what is missing. A row with
+an argument also needs an example in `tests/model/cases.py`. `bash tests/run.sh -k NAME` runs all tests of one
+placement.
 """
 
 import dataclasses
@@ -42,39 +42,39 @@ from mixln_jax.errors import InputError, one_line
 from mixln_jax.text import shown, whole_number
 
 SUBLAYERS = ("attention", "mlp")
-NORMS = ("norm_in", "norm_mid", "norm_out")  # in order of application, which is the order of their gains
+NORMS = ("norm_in", "norm_mid", "norm_out")  # in order of application; their gains are numbered in this order
 
 
 class Learned(NamedTuple):
-  """What a learned column of the table multiplies."""
+  """A learned factor of the sublayer rule."""
 
-  factor: str  # c_in, c_out or c_res
+  factor: str  # the coefficient that it multiplies: c_in, c_out or c_res
   shape: str  # "vector" [D] or "scalar" []
 
 
 def _learned(factor: str, shape: str) -> Any:
-  """A column that says whether a factor of the rule is also times something learned."""
+  """A column that says whether a coefficient of the rule is multiplied by a learned factor."""
   return dataclasses.field(default=False, metadata={"learned": Learned(factor, shape)})
 
 
 def _initial(default: Any) -> Any:
-  """A column that decides initial weights and nothing else."""
+  """A column that affects only the initial weights."""
   return dataclasses.field(default=default, metadata={"initial": True})
 
 
 def _of_model(default: Any) -> Any:
-  """A column that all rows of a model share, which the layers don't read (`Table.streams`)."""
+  """A column that has one value for the whole model and that layers do not read (`Table.streams`)."""
   return dataclasses.field(default=default, metadata={"of_model": True})
 
 
 class StreamSet(NamedTuple):
-  """What the residual streams beyond the first are for. A model has one such purpose at most.
+  """The purpose of the residual streams beyond the first. All rows of a model must agree on it.
 
   Attributes:
-    meaning: in words, for messages.
+    meaning: the purpose in words, for messages.
     read_out: how the head reads the streams: a key of `model/wiring.py`'s READ_OUTS.
-    carried: whether the further streams go from layer to layer; else they live within one.
-    sums: whether "the residual stream" of a diagnostic is the sum of all streams; else it is the first.
+    carried: whether the further streams are carried from layer to layer; if not, they exist only within a layer.
+    sums: whether diagnostics treat the sum of all streams as "the residual stream"; if not, it is the first one.
   """
 
   meaning: str
@@ -100,10 +100,10 @@ class Streams(NamedTuple):
   """The residual streams of a model.
 
   Attributes:
-    kind: a key of STREAM_SETS; "" where there is one stream.
-    num: how many there are.
-    start: what each further one starts as, times the embedding.
-    read_out_weight: of the first stream, where the read-out takes one (`dual`).
+    kind: a key of STREAM_SETS; "" if there is only one stream.
+    num: the number of streams.
+    start: each further stream starts as this number times the embedding.
+    read_out_weight: the weight of the first stream in the read-out (only for `dual`).
   """
 
   kind: str = ""
@@ -117,7 +117,7 @@ class Streams(NamedTuple):
 
   @property
   def num_carried(self) -> int:
-    """Streams that go from layer to layer."""
+    """The number of streams that are carried from layer to layer."""
     return self.num if self.kind and STREAM_SETS[self.kind].carried else 1
 
   @property
@@ -126,7 +126,7 @@ class Streams(NamedTuple):
 
 
 class Ramp(NamedTuple):
-  """floor + (1 − floor) clip((t − start) / (end − start), 0, 1)^power after t finished updates; 1 where end is 0."""
+  """floor + (1 − floor) clip((t − start) / (end − start), 0, 1)^power after t finished updates; 1 if end is 0."""
 
   start: float
   end: float
@@ -141,9 +141,9 @@ NO_RAMP = Ramp(0.0, 0.0, 0.0, 1.0)
 class Row:
   """The columns of the sublayer rule for one sublayer of one layer.
 
-  A column that is added here needs a default that is what the rule did before: checkpoints hold tables of earlier
-  versions. A learned factor is one line here: the rule multiplies by it, and the parameters (`model/parameters.py`) and
-  the columns that the model reads (`model/columns.py`) are made from these fields.
+  The default of a new column must be what the rule did before, because checkpoints hold tables of earlier versions. To
+  add a learned factor, add one line here: the rule, the parameters (`model/parameters.py`) and the columns that the
+  model reads (`model/columns.py`) all use these fields.
   """
 
   norm_in: bool = False
@@ -156,34 +156,34 @@ class Row:
   vector_c_res: bool = _learned("c_res", "vector")
   vector_c_out: bool = _learned("c_out", "vector")
   scalar_c_out: bool = _learned("c_out", "scalar")
-  gpas: bool = False  # g(h) = h - silu(a) * stop_gradient(h), a learned and shared by the layer's sublayers; else h
+  gpas: bool = False  # g(h) = h - silu(a) * stop_gradient(h), with one learned a for both sublayers; else g(h) = h
   qk_norm: bool = False  # attention: RMSNorm of each head's query and key, before RoPE
   qk_norm_full: bool = False  # attention: RMSNorm over all heads' queries, and keys, together
   v_norm: bool = False  # attention: RMSNorm of each head's value
   read: tuple[float, ...] = (1.0,)  # by stream
   mix: tuple[tuple[float, ...], ...] = ((1.0,),)  # [from][to]
   write: tuple[float, ...] = (1.0,)  # by stream
-  wiring: str = "fixed"  # what read, mix and write are made of: a key of `model/wiring.py`'s WIRINGS
-  norm_streams: bool = False  # M_0 and M_1 are norms with gains of their own; else nothing
-  value_residual: bool = False  # attention: v ← (1 − λ) v + λ v_0, v_0 the first layer's, λ learned
+  wiring: str = "fixed"  # or a key of `model/wiring.py`'s WIRINGS, which computes read, mix and write
+  norm_streams: bool = False  # M_0 and M_1 are norms with gains of their own; else the identity
+  value_residual: bool = False  # attention: v ← (1 − λ) v + λ v_0, v_0 from the first layer, λ learned
   value_residual_two: bool = False  # attention: v ← λ_1 v_0 + λ_2 v, both learned
-  ramp: Ramp = NO_RAMP  # c_out is times this function of the finished updates
+  ramp: Ramp = NO_RAMP  # a factor on c_out that depends on the number of finished updates
   streams: str = _of_model("")  # a key of STREAM_SETS
   stream_start: float = _of_model(1.0)
   read_out_weight: float = _of_model(1.0)
   xavier: bool = _initial(False)  # std sqrt(2 / (fan_in + fan_out)) instead of config.model.init_deviation
   branch_gain: float = _initial(1.0)  # factor on the std of value and output, or of all three matrices of the MLP
   output_deviation: float = _initial(1.0)  # factor on the std of the sublayer's last matrix
-  initial_c_out: float = _initial(1.0)  # first value of a learned c_out
-  dynamic_std: float = _initial(0.0)  # std of what computes read, mix and write from the streams
-  static_size: float = _initial(0.0)  # mHC: first size of the logits behind read and mix
+  initial_c_out: float = _initial(1.0)  # initial value of a learned factor on c_out
+  dynamic_std: float = _initial(0.0)  # std of the weights that compute read, mix and write from the streams
+  static_size: float = _initial(0.0)  # mHC: initial absolute value of the logits of read and mix
 
   @property
   def num_gains(self) -> int:
     return sum(getattr(self, norm) for norm in NORMS)
 
   def gain_index(self, norm: str) -> int | None:
-    """Which of the sublayer's gains `norm` uses (0 for the first one applied), or None where it is not applied."""
+    """Which of the sublayer's gains `norm` uses (0 for the first one applied), or None if it is not applied."""
     if not getattr(self, norm):
       return None
     return sum(getattr(self, earlier) for earlier in NORMS[: NORMS.index(norm)])
@@ -193,27 +193,26 @@ class Row:
     return len(self.read)
 
   def with_streams(self, num: int, *, kept: bool) -> "Row":
-    """The row in a model of `num` streams, of which it does not read those that it does not know.
+    """The row in a model of `num` streams; the sublayer does not read or write the streams that the row lacks.
 
-    They are `kept` as they are, or else, where they live within a layer, become what the first one was before the
-    sublayer: an MLP finds the layer's input there, whatever the row of its attention.
+    If `kept`, those streams stay as they are. Otherwise they exist only within a layer, and each becomes a copy of the
+    first stream before the sublayer. An MLP then finds the layer's input in them, whatever the row of its attention.
     """
     missing = num - self.num_streams
     if missing <= 0:
       return self
-    none = (0.0,) * missing
-    mix = [(*to, *none) for to in self.mix]
+    zeros = (0.0,) * missing
+    mix = [(*mix_from, *zeros) for mix_from in self.mix]
     if not kept:
       mix[0] = (*self.mix[0], *(1.0,) * missing)
     for index in range(self.num_streams, num):
       mix.append(tuple(float(kept and to == index) for to in range(num)))
-    return replace(self, read=(*self.read, *none), mix=tuple(mix), write=(*self.write, *none))
+    return replace(self, read=(*self.read, *zeros), mix=tuple(mix), write=(*self.write, *zeros))
 
   def without_initial(self) -> "Row":
-    """The row without what only decides initial weights: equal rows compute the same."""
-    return replace(
-      self, **{field.name: field.default for field in dataclasses.fields(Row) if "initial" in field.metadata}
-    )
+    """The row without the columns that affect only initial weights: two rows that are then equal compute the same."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Row) if "initial" in field.metadata}
+    return replace(self, **defaults)
 
 
 LEARNED: Mapping[str, Learned] = {
@@ -223,7 +222,7 @@ LEARNED: Mapping[str, Learned] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """One layer's row of the table."""
+  """One layer of the table: its word in the layer list, and the rows of its two sublayers."""
 
   name: str
   attention: Row
@@ -237,7 +236,7 @@ class Table:
   layers: tuple[Layer, ...]
 
   def with_branches_times(self, factor: float) -> "Table":
-    """The table with every branch times a factor (config.model.branch_multiplier)."""
+    """The table with every branch multiplied by a factor (config.model.branch_multiplier)."""
     if factor == 1.0:
       return self
     layers = []
@@ -249,7 +248,7 @@ class Table:
 
   @property
   def layer_list(self) -> str:
-    """One word a layer, first layer first: `post post post pre …`."""
+    """One word per layer, from the first layer: `post post post pre …`."""
     return " ".join(layer.name for layer in self.layers)
 
   def rows(self, sublayer: str) -> list[Row]:
@@ -269,7 +268,7 @@ class Table:
 
   @property
   def streams(self) -> Streams:
-    """The residual streams. Rows of one stream go with any; all others must agree (`parse` checks it)."""
+    """The residual streams. Rows with one stream are compatible with any; `parse` checks that all others agree."""
     for row in self.all_rows:
       if row.streams:
         return _streams_of(row)
@@ -277,7 +276,7 @@ class Table:
 
   @property
   def ramp_end(self) -> float:
-    """Finished updates after which no factor of the table changes any more; 0 where none does."""
+    """The number of finished updates after which no factor changes any more; 0 if none ever changes."""
     return max(row.ramp.end for row in self.all_rows)
 
   def to_json(self) -> list[dict[str, Any]]:
@@ -285,21 +284,20 @@ class Table:
 
   @classmethod
   def from_json(cls, layers: list[dict[str, Any]], written_by: str = "another version") -> "Table":
-    """The table that `to_json` wrote, perhaps in an earlier version: columns that it lacks have their defaults.
+    """The table that `to_json` wrote, perhaps in an earlier version: columns that it lacks take their defaults.
 
     Args:
-      layers: as `to_json` has them.
+      layers: the result of `to_json`.
       written_by: the version that wrote it, for the message.
 
     Raises:
       InputError: it has a column that this version does not know.
     """
-    return cls(
-      tuple(
-        Layer(layer["name"], _row_from_json(layer["attention"], written_by), _row_from_json(layer["mlp"], written_by))
-        for layer in layers
-      )
-    )
+    read = []
+    for layer in layers:
+      attention, mlp = _row_from_json(layer["attention"], written_by), _row_from_json(layer["mlp"], written_by)
+      read.append(Layer(layer["name"], attention, mlp))
+    return cls(tuple(read))
 
 
 def _row_from_json(columns: Mapping[str, Any], written_by: str) -> Row:
@@ -307,15 +305,15 @@ def _row_from_json(columns: Mapping[str, Any], written_by: str) -> Row:
   unknown = sorted(set(columns) - known)
   if unknown:
     raise InputError(
-      f"placement table: column {unknown[0]}={columns[unknown[0]]!r} is not one of this version's "
-      f"({', '.join(sorted(known))}); the table was written by {written_by}; use that version"
+      f"placement table: column {unknown[0]}={columns[unknown[0]]!r} is unknown to this version, whose columns are "
+      f"{', '.join(sorted(known))}; the table was written by {written_by}; use that version"
     )
   row = Row(**{name: _from_list(value) for name, value in columns.items()})
   return replace(row, ramp=Ramp(*row.ramp))
 
 
 def _from_list(value: Any) -> Any:
-  """A column as it was before it became JSON, which has no tuples."""
+  """A column from JSON, with tuples in place of lists."""
   return tuple(_from_list(entry) for entry in value) if isinstance(value, list) else value
 
 
@@ -324,7 +322,7 @@ def _streams_of(row: Row) -> Streams:
 
 
 class Position(NamedTuple):
-  """Where a layer stands."""
+  """The position of a layer in the model."""
 
   layer: int  # from 0
   num_layers: int
@@ -344,20 +342,20 @@ class Argument:
   meaning: str
   minimum: float
   maximum: float
-  default: float | None = None  # None: depends on the depth, and the rows' function knows
+  default: float | None = None  # None: the default depends on the depth; the function of the rows computes it
   whole: bool = False
 
 
-Arguments = tuple[Any, ...]  # a value (float, int, or None) for each argument that a placement takes
+Arguments = tuple[Any, ...]  # the value (float, int or None) of each argument of a placement
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """What a name of ROWS stands for.
+  """The meaning of a name in ROWS.
 
   Attributes:
-    rows: the rows of a layer, from its position and the arguments' values.
-    arguments: what it takes after colons.
+    rows: a function of a layer's position and the arguments' values that returns the layer's rows.
+    arguments: the arguments that it takes after colons.
   """
 
   rows: Callable[[Position, Arguments], Rows]
@@ -372,7 +370,7 @@ def _both(row: Row) -> Placement:
 def _lns(position: Position, arguments: Arguments) -> Rows:
   """LayerNorm scaling (arXiv 2502.05795): N_in's output over the root of the layer's number, counted from 1."""
   number, exponent = position.layer + 1, arguments[0]
-  # `sqrt` and `**` round in different ways, and checkpoints hold what `sqrt` gave.
+  # `sqrt` and `**` may differ in the last bit, and checkpoints hold values computed with `sqrt`.
   divisor = math.sqrt(number) if exponent == 0.5 else number**exponent
   row = Row(norm_in=True, c_in=1.0 / divisor)
   return Rows(row, row)
@@ -390,14 +388,14 @@ def _deepnorm(position: Position, arguments: Arguments) -> Rows:
 
 
 def _deepnorm_as_published(position: Position, _: Arguments) -> Rows:
-  """What the official Mix-LN code calls DeepNorm: α is right for 32 layers only, and β's exponent lacks its sign."""
+  """DeepNorm as in the official Mix-LN code: α is right only for 32 layers, and β's exponent lacks its minus."""
   beta = (8 * position.num_layers) ** 0.25
   row = Row(norm_out=True, c_res=2.8284271247461903, xavier=True, branch_gain=beta)
   return Rows(row, row)
 
 
 def _keel(position: Position, arguments: Arguments) -> Rows:
-  """Keel (arXiv 2601.19895): N_out(α x + f(N_in(x))), α = 2L; the first attention is Pre-LN, the first MLP has no α."""
+  """Keel (arXiv 2601.19895): N_out(α x + f(N_in(x))), α = 2L; layer 1 has Pre-LN attention and an MLP with α = 1."""
   alpha = arguments[0]
   row = Row(norm_in=True, norm_out=True, c_res=2.0 * position.num_layers if alpha is None else alpha)
   if position.layer == 0:
@@ -406,15 +404,15 @@ def _keel(position: Position, arguments: Arguments) -> Rows:
 
 
 def _layerscale(position: Position, arguments: Arguments) -> Rows:
-  """LayerScale with the first values of its source by depth (CaiT, arXiv 2103.17239, §2): 0.1, 1e-5, 1e-6."""
-  first = arguments[0]
-  if first is None and position.num_layers <= 18:
-    first = 0.1
-  elif first is None and position.num_layers <= 24:
-    first = 1e-5
-  elif first is None:
-    first = 1e-6
-  row = Row(norm_in=True, vector_c_out=True, initial_c_out=first)
+  """LayerScale, whose initial value by default depends on the depth (CaiT, arXiv 2103.17239, §2): 0.1, 1e-5 or 1e-6."""
+  initial = arguments[0]
+  if initial is None and position.num_layers <= 18:
+    initial = 0.1
+  elif initial is None and position.num_layers <= 24:
+    initial = 1e-5
+  elif initial is None:
+    initial = 1e-6
+  row = Row(norm_in=True, vector_c_out=True, initial_c_out=initial)
   return Rows(row, row)
 
 
@@ -424,7 +422,7 @@ def _skipinit(_: Position, arguments: Arguments) -> Rows:
 
 
 def _hybrid(*, first_is_pre: bool) -> Placement:
-  """HybridNorm (arXiv 2503.04598): QKV-norm in attention, and an MLP whose residual is normalised too."""
+  """HybridNorm (arXiv 2503.04598): QKV-norm in attention; the MLP's residual is its normalised input."""
   attention = Row(qk_norm=True, v_norm=True)
   mlp = Row(norm_in=True, residual_from_normed=True)
   usual, pre = Rows(attention, mlp), Rows(replace(attention, norm_in=True), Row(norm_in=True))
@@ -450,7 +448,7 @@ MOST_STREAMS = 64
 
 
 def _hyper(wiring: str, streams: str = "hyper", *, least: int = 1, **columns: Any) -> Placement:
-  """A Pre-LN sublayer wired to N copies of the stream. At first sublayer k reads stream k mod N and writes to all."""
+  """Pre-LN sublayers on N copies of the stream. Initially sublayer k reads stream k mod N and writes to all streams."""
 
   def rows(position: Position, arguments: Arguments) -> Rows:
     num = arguments[0]
@@ -465,7 +463,7 @@ def _hyper(wiring: str, streams: str = "hyper", *, least: int = 1, **columns: An
 
 
 def _hyper_connections(wiring: str, streams: str = "hyper") -> Placement:
-  """Hyper-connections (arXiv 2409.19606), which start with the sublayers' last matrices divided by √N (§2.4)."""
+  """Hyper-connections (arXiv 2409.19606); the sublayers' last matrices are divided by √N initially (§2.4)."""
   plain = _hyper(wiring, streams)
 
   def rows(position: Position, arguments: Arguments) -> Rows:
@@ -477,15 +475,17 @@ def _hyper_connections(wiring: str, streams: str = "hyper") -> Placement:
 
 
 def _attention_residuals(position: Position, arguments: Arguments) -> Rows:
-  """Attention residuals (arXiv 2603.15031): a sublayer reads a softmax over the sources that are there, and adds to its
-  own. Source 0 is the embedding, source 1 + k // block holds the outputs of its block of sublayers k."""
+  """Attention residuals (arXiv 2603.15031): a sublayer reads a softmax over the available sources and adds to its own.
+
+  Source 0 is the embedding. Source 1 + k // block is the sum of the outputs of all sublayers k of that block.
+  """
   block = arguments[0]
   num = 1 + -(-2 * position.num_layers // block)
   sublayers = []
   for which in range(2):
     number = 2 * position.layer + which
-    there = 1 + -(-number // block)
-    read = tuple(float(source < there) for source in range(num))
+    num_available = 1 + -(-number // block)
+    read = tuple(float(source < num_available) for source in range(num))
     row = Row(norm_in=True, read=read, mix=identity(num), write=one_hot(1 + number // block, num))
     sublayers.append(replace(row, wiring="attention", streams="sources", stream_start=0.0))
   return Rows(*sublayers)
@@ -506,11 +506,12 @@ def _residual(_: Position, arguments: Arguments) -> Rows:
   return Rows(row, row)
 
 
-KEEPS_INPUT = ((1.0, 1.0), (0.0, 0.0))  # stream 0 goes on, and stream 1 becomes what it was
+KEEPS_INPUT = ((1.0, 1.0), (0.0, 0.0))  # a mix: stream 1 becomes a copy of stream 0 before the sublayer
 
 
 def _span(*, both: bool) -> Placement:
-  """The MLP's sum takes the layer's input: beside the stream (B2T, arXiv 2206.00330), or instead (SpanNorm)."""
+  """The MLP's sum includes the layer's input: in addition to the stream (B2T, arXiv 2206.00330), or instead of it
+  (SpanNorm)."""
   attention = Row(norm_out=True, read=(1.0, 0.0), mix=KEEPS_INPUT, write=(1.0, 0.0), streams="span")
   mlp = replace(attention, mix=((1.0 if both else 0.0, 0.0), (1.0, 0.0)))
   return Placement(lambda _position, _arguments: Rows(attention, mlp))
@@ -572,11 +573,12 @@ ROWS: Mapping[str, Placement] = {
 
 @dataclasses.dataclass(frozen=True)
 class Modifier:
-  """What a name of MODIFIERS stands for.
+  """The meaning of a name in MODIFIERS.
 
   Attributes:
-    rows: a layer's rows with it, from those without, the layer's position, and the texts after its colons.
-    arguments: the texts that it takes, in words; none where it takes none.
+    rows: a function of a layer's unmodified rows, its position, and the texts after the modifier's colons that returns
+      the modified rows.
+    arguments: a description of the texts that it takes; "" if it takes none.
   """
 
   rows: Callable[[Rows, Position, tuple[str, ...]], Rows]
@@ -584,7 +586,7 @@ class Modifier:
 
 
 def _on(sublayers: tuple[str, ...] = SUBLAYERS, **columns: Any) -> Modifier:
-  """Sets columns of attention's row, of the MLP's, or of both."""
+  """A modifier that sets columns in the rows of `sublayers`."""
 
   def rows(rows: Rows, _position: Position, _texts: tuple[str, ...]) -> Rows:
     return rows._replace(**{name: replace(getattr(rows, name), **columns) for name in sublayers})
@@ -598,13 +600,13 @@ def _scaled_init(rows: Rows, position: Position, _: tuple[str, ...]) -> Rows:
 
 
 def _x0(rows: Rows, _position: Position, _texts: tuple[str, ...]) -> Rows:
-  """Before each layer x ← λ_1 x + λ_2 embedding, both learned, first 1 and 0 (modded-nanogpt, November 2024)."""
+  """Before each layer x ← λ_1 x + λ_2 embedding, both learned, initially 1 and 0 (modded-nanogpt, November 2024)."""
   attention = replace(rows.attention.with_streams(2, kept=True), wiring="x0", streams="x0")
   return Rows(attention, rows.mlp)
 
 
 def _value_residual(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
-  """The first layer's values in all others: one learned λ, or two (arXiv 2410.17897)."""
+  """Mixes the first layer's values into those of other layers, with one learned λ or two (arXiv 2410.17897)."""
   if texts == ("2",):
     return Rows(replace(rows.attention, value_residual_two=position.layer > 0), rows.mlp)
   if texts not in ((), ("1",)):
@@ -612,8 +614,8 @@ def _value_residual(rows: Rows, position: Position, texts: tuple[str, ...]) -> R
   return Rows(replace(rows.attention, value_residual=True), rows.mlp)
 
 
-# ProRes (arXiv 2603.05369): schedule -> a layer's ramp, from the numbers at which the ramps of all layers end (T_1 …
-# T_L) and the layer's index. The floors by depth are 1/L, 1/√L and 1/√l.
+# The schedules of ProRes (arXiv 2603.05369): name -> a function of the updates at which the ramps of all layers end
+# (T_1 … T_L) and of the layer's index, that returns the layer's ramp. The floors by depth are 1/L, 1/√L and 1/√l.
 RAMPS: Mapping[str, Callable[[list[float], int], Ramp]] = {
   "linear": lambda ends, layer: Ramp(0.0, ends[layer], 0.0, 1.0),
   "linear_equal": lambda ends, _: Ramp(0.0, ends[-1], 0.0, 1.0),
@@ -625,7 +627,7 @@ RAMPS: Mapping[str, Callable[[list[float], int], Ramp]] = {
   "stagewise_sqrt_L": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 1 / math.sqrt(len(ends)), 1.0),
   "stagewise_sqrt_l": lambda ends, layer: Ramp(_stage_start(ends, layer), ends[layer], 1 / math.sqrt(layer + 1), 1.0),
 }
-# Those that never end.
+# Schedules that are constant.
 FIXED_FACTORS: Mapping[str, Callable[[Position], float]] = {
   "fix_L": lambda position: 1 / position.num_layers,
   "fix_sqrt_L": lambda position: 1 / math.sqrt(position.num_layers),
@@ -639,40 +641,45 @@ def _stage_start(ends: list[float], layer: int) -> float:
 
 
 def ramp_factor(start: Any, end: Any, floor: Any, power: Any, step: Any, xp: Any = np) -> Any:
-  """What c_out is times after `step` finished updates: a number, or an array where an argument is one.
+  """The factor of a Ramp on c_out after `step` finished updates: a number, or an array if an argument is one.
 
   Args:
-    start, end, floor, power: of a Ramp, numbers or arrays of one shape.
+    start, end, floor, power: the fields of a Ramp, numbers or arrays of one shape.
     step: finished optimizer updates.
     xp: NumPy, or jax.numpy for traced values.
   """
-  # Where there is no ramp any positive length will do.
+  # Without a ramp the length is not used; 1 avoids a division by 0.
   length = xp.where(end > 0, end - start, 1.0)
   progress = xp.clip((step - start) / length, 0.0, 1.0)
   return xp.where(end > 0, floor + (1.0 - floor) * progress**power, 1.0)
 
 
 def _prores(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
-  """Progressive residual warm-up (ProRes, arXiv 2603.05369): both branches times a ramp that ends later in deeper
-  layers, T_l = linspace(T // L, T, L). `@STEP` freezes it as it is after that many updates."""
+  """Progressive residual warm-up (ProRes, arXiv 2603.05369).
+
+  Both branches are multiplied by a ramp that ends later in deeper layers, at T_l = linspace(T // L, T, L). `@STEP`
+  freezes it at its value after that many updates.
+  """
   names = [*RAMPS, *FIXED_FACTORS]
-  wanted = f"takes SCHEDULE[:STEPS[@STEP]] with a schedule of {', '.join(names)}, as in 'pre+prores:linear:1000'"
+  usage = f"takes SCHEDULE[:STEPS[@STEP]], where SCHEDULE is one of {', '.join(names)}, as in 'pre+prores:linear:1000'"
   name = texts[0] if texts else "linear"
   if name not in names or len(texts) > 2:
-    raise ValueError(wanted)
+    raise ValueError(usage)
   if name in FIXED_FACTORS:
     if len(texts) == 2:
-      raise ValueError(f"has no number of steps with {name!r}, which never ends; write '+prores:{name}'")
+      raise ValueError(f"takes no number of steps with {name!r}, which never ends; write '+prores:{name}'")
     factor = FIXED_FACTORS[name](position)
     return Rows(*(replace(row, c_out=row.c_out * factor) for row in rows))
-  steps_text, at, frozen_text = (texts[1] if len(texts) == 2 else str(DEFAULT_RAMP_STEPS)).partition("@")
+  length_text = texts[1] if len(texts) == 2 else str(DEFAULT_RAMP_STEPS)
+  steps_text, at, frozen_text = length_text.partition("@")
   steps, num_layers = whole_number(steps_text, MOST_STEPS), position.num_layers
   frozen = whole_number(frozen_text, MOST_STEPS) if at else None
   if not steps or (at and frozen is None):
-    raise ValueError(f"{wanted}; both numbers are whole, the first above 0")
+    raise ValueError(f"{usage}; both numbers are whole, the first above 0")
   if steps < num_layers:
     raise ValueError(
-      f"has {steps} steps for {num_layers} layers, one layer's ramp would be empty; give at least one each"
+      f"has {steps} steps for {num_layers} layers, so that a layer's ramp would be empty; use at least {num_layers} "
+      "steps"
     )
   ends = [float(end) for end in np.linspace(steps // num_layers, steps, num_layers)]
   ramp = RAMPS[name](ends, position.layer)
@@ -683,7 +690,7 @@ def _prores(rows: Rows, position: Position, texts: tuple[str, ...]) -> Rows:
 
 
 def _frozen(row: Row, step: int) -> Row:
-  """The row as it is after `step` finished updates, its ramp a number."""
+  """The row after `step` finished updates, with a constant factor in place of its ramp."""
   return replace(row, c_out=row.c_out * float(ramp_factor(*row.ramp, step)), ramp=NO_RAMP)
 
 
@@ -691,10 +698,10 @@ MOST_STEPS = 10**9
 
 
 def at_step(placement: str, num_layers: int, step: int) -> str:
-  """The placement as it is after `step` finished updates: `pre+prores` -> `pre+prores:linear:1000@40`.
+  """The placement after `step` finished updates: `pre+prores` -> `pre+prores:linear:1000@40`.
 
-  What a model computes depends on nothing else than its parameters and this string, so evaluation, generation, export
-  and diagnosis of a checkpoint take the placement of its step. One without a ramp stays as it is.
+  With this string and the parameters, what a model computes is fully determined; so evaluation, generation, export and
+  diagnosis of a checkpoint use the placement at its step. A placement without a ramp is returned unchanged.
   """
   if parse(placement, num_layers).ramp_end == 0.0:
     return placement
@@ -712,7 +719,7 @@ def at_step(placement: str, num_layers: int, step: int) -> str:
 
 
 def without_step(placement: str) -> str:
-  """The placement without the step that `at_step` wrote into it, and without ramps that say what is the default."""
+  """The placement without the step that `at_step` wrote into it, and without arguments of ramps that are defaults."""
   default = f"+prores:linear:{DEFAULT_RAMP_STEPS}"
   return re.sub(r"@\d+", "", placement).replace(default, "+prores").replace("+prores:linear", "+prores")
 
@@ -733,7 +740,7 @@ CHOICES = (*ROWS, f"{MIX}:ALPHA")
 
 
 class _Name(NamedTuple):
-  """A name of a segment with its arguments, as it is spelled and as what it stands for."""
+  """A name in a segment with its arguments: as written, and parsed."""
 
   text: str
   name: str
@@ -754,17 +761,17 @@ class _Segment:
 
 def num_post_layers(alpha: float, num_layers: int) -> int:
   """How many leading layers of Mix-LN are Post-LN: ⌊αL + ½⌋ (arXiv 2412.13795, §3; halves round up)."""
-  # In exact decimals: 0.7 × 45 is 31.5, and in binary a little less.
+  # Exact decimal arithmetic: 0.7 × 45 is 31.5, but as floats it is a little less.
   return math.floor(Fraction(repr(alpha)) * num_layers + Fraction(1, 2))
 
 
 @functools.lru_cache(maxsize=256)
 def parse(placement: str, num_layers: int) -> Table:
-  """The table of a placement string for a model of `num_layers` layers. (`config.table` is the way to a model's own.)
+  """The table of a placement string for a model of `num_layers` layers. (For a model's own table use `config.table`.)
 
   Raises:
-    InputError: the string names an unknown placement or modifier, is malformed, its counts do not add up, or its rows
-      want the streams for different things.
+    InputError: the string is malformed, names an unknown placement or modifier, has counts that do not add up, or has
+      rows that use several streams for different purposes.
   """
   segments = [_parse_segment(text, placement) for text in placement.split(",")]
   if len(segments) == 1 and segments[0].count is None:
@@ -776,8 +783,8 @@ def parse(placement: str, num_layers: int) -> Table:
   if table.ramp_end > 0 and any(row.vector_c_res for row in table.all_rows):
     raise _error(
       placement,
-      "admin's scales are set from a pass before the first update, in which +prores has branches switched off; leave "
-      "one of the two out",
+      "admin's scales are set by a pass before the first update, when +prores switches branches off; leave one of the "
+      "two out",
     )
   return table
 
@@ -849,7 +856,7 @@ def _parse_argument(text: str, argument: Argument, segment: str, name: str, plac
 
 
 def _layer(segment: _Segment, names: tuple[_Name, ...], position: Position, placement: str) -> Layer:
-  """One layer of a segment; `names` are the segment's, or what `mix` stands for there."""
+  """One layer of a segment. `names` are the segment's names or, for `mix`, the one that it stands for in this layer."""
   rows_of_names = [ROWS[name.name].rows(position, name.values) for name in names]
   rows = Rows(rows_of_names[0].attention, rows_of_names[-1].mlp)
   for text in segment.modifiers:
@@ -861,7 +868,7 @@ def _layer(segment: _Segment, names: tuple[_Name, ...], position: Position, plac
       raise _error(placement, f"modifier {name!r} of {segment.text!r} {error}") from error
   if rows.attention.qk_norm and rows.attention.qk_norm_full:
     raise _error(
-      placement, f"{segment.text!r} would normalise queries and keys per head and over all heads; choose one of the two"
+      placement, f"{segment.text!r} normalises queries and keys both per head and over all heads; choose one of the two"
     )
   spelled = "/".join(name.text for name in names)
   return Layer("+".join((spelled, *segment.modifiers)), rows.attention, rows.mlp)
@@ -875,7 +882,7 @@ def _check_modifier(name: str, rows: Rows, segment: _Segment, placement: str) ->
   if name == "x0" and several:
     raise _error(
       placement,
-      f"{segment.text!r}: +x0 keeps the embedding in a second stream, but this row's are "
+      f"{segment.text!r}: +x0 needs a second stream for the embedding, but the streams of this row are "
       f"{STREAM_SETS[several[0]].meaning}; leave +x0 out",
     )
   if name == "gpas" and (several or "x0" in names):
@@ -885,7 +892,7 @@ def _check_modifier(name: str, rows: Rows, segment: _Segment, placement: str) ->
 
 
 def _check_streams(layers: list[Layer], placement: str) -> None:
-  """Rows that have several streams must have them for one purpose: what one writes is what the other reads."""
+  """Rows with several streams must use them for the same purpose, because one reads what the other writes."""
   first: tuple[str, Streams] | None = None
   for layer in layers:
     for row in (layer.attention, layer.mlp):
@@ -898,23 +905,25 @@ def _check_streams(layers: list[Layer], placement: str) -> None:
         raise _error(
           placement,
           f"{first[0]!r} and {layer.name!r} can't be layers of one model: the {first[1].num} streams of the one are "
-          f"{STREAM_SETS[first[1].kind].meaning}, the {streams.num} of the other {STREAM_SETS[streams.kind].meaning}"
-          f"{_starts_differ(first[1], streams)}; choose one of the two (rows of one stream go with both)",
+          f"{STREAM_SETS[first[1].kind].meaning}, the {streams.num} of the other are "
+          f"{STREAM_SETS[streams.kind].meaning}{_starts_differ(first[1], streams)}; choose one of the two (rows with "
+          "one stream fit both)",
         )
 
 
 def _starts_differ(one: Streams, other: Streams) -> str:
   if one[:2] != other[:2]:
     return ""
-  return f" (they start, or are read out, in different ways: {one[2:]} and {other[2:]})"
+  return f" (they start or are read out in different ways: {one[2:]} and {other[2:]})"
 
 
 def _expand_single(segment: _Segment, num_layers: int, placement: str) -> list[Layer]:
-  names_of_layers = [segment.names] * num_layers
+  names_by_layer = [segment.names] * num_layers
   if segment.is_mix:
     num_post = num_post_layers(segment.names[0].values[0], num_layers)
-    names_of_layers = [(_Name("post", "post", ()),)] * num_post + [(_Name("pre", "pre", ()),)] * (num_layers - num_post)
-  return [_layer(segment, names, Position(index, num_layers), placement) for index, names in enumerate(names_of_layers)]
+    post, pre = (_Name("post", "post", ()),), (_Name("pre", "pre", ()),)
+    names_by_layer = [post] * num_post + [pre] * (num_layers - num_post)
+  return [_layer(segment, names, Position(index, num_layers), placement) for index, names in enumerate(names_by_layer)]
 
 
 def _expand_segments(segments: list[_Segment], num_layers: int, placement: str) -> list[Layer]:
@@ -929,7 +938,8 @@ def _expand_segments(segments: list[_Segment], num_layers: int, placement: str) 
       placement,
       f"its segments make {sum(counts)} layers but config.model.num_layers={num_layers}; the counts must add up to it",
     )
-  expanded = [segment for segment, count in zip(segments, counts, strict=True) for _ in range(count)]
-  return [
-    _layer(segment, segment.names, Position(index, num_layers), placement) for index, segment in enumerate(expanded)
-  ]
+  layers = []
+  for segment, count in zip(segments, counts, strict=True):
+    for _ in range(count):
+      layers.append(_layer(segment, segment.names, Position(len(layers), num_layers), placement))
+  return layers

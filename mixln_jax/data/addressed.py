@@ -1,4 +1,4 @@
-"""Data sets whose examples are addressed by number.
+"""Data sets with random access to examples by index.
 
 tfds:NAME:SPLIT             a data set that TensorFlow Datasets has prepared (a name, or its folder)
 hf:NAME[:CONFIG]:SPLIT      a data set of Hugging Face's `datasets`: a folder of save_to_disk, or a name
@@ -15,7 +15,7 @@ from mixln_jax.files import local_path
 
 TFDS, HUGGING_FACE = "tfds", "hf"
 KINDS = (TFDS, HUGGING_FACE)
-# The last colon that stands in no brackets divides the name from the split: a slice has colons of its own.
+# The last colon outside of brackets separates the name from the split, because slices contain colons too.
 SPLIT = re.compile(r"(?P<name>.+):(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+)")
 
 
@@ -34,15 +34,15 @@ class Examples(NamedTuple):
   """The examples at an address."""
 
   rows: Any  # `len(rows)`, `rows[i][field]`
-  ranges: Sequence[tuple[str, int, int]]  # which they are: (split, first, one past the last); empty = not known
+  ranges: Sequence[tuple[str, int, int]]  # their index ranges: (split, first, one past the last); empty = unknown
 
 
 def address_of(source: str, field: str = "config.data.source") -> Address | None:
-  """The address that a source states; None if the source is of another kind.
+  """The address in a source; None if the source is of another kind.
 
   Args:
-    source: what config.data.source or config.data.validation_source says.
-    field: the one of them that a message names.
+    source: the value of config.data.source or config.data.validation_source.
+    field: the name of that field, for messages.
 
   Raises:
     InputError: the name or the split is missing.
@@ -62,17 +62,17 @@ def open_examples(address: Address, text_field: str = "") -> Any:
   """The examples at an address: `len(x)`, `x[i][field]`.
 
   Args:
-    address: which.
-    text_field: the only field that is wanted, perhaps dotted; the library need not read what others hold. Empty = all.
+    address: the address.
+    text_field: the only field to read, which may be dotted, so that other fields need not be read; empty = all fields.
 
   Raises:
-    InputError: they are not there, or their library or file format is not usable here.
+    InputError: the data set does not exist, or its library or file format can't be used here.
   """
   return _open(address, text_field).rows
 
 
 def overlap(one: Address, other: Address) -> str | None:
-  """Examples that two addresses share, in words; None if there are none, or it is not known."""
+  """A description of the examples that two addresses share; None if there are none, or if it is unknown."""
   if one.kind != other.kind or _identity(one) != _identity(other):
     return None
   if one.split == other.split:
@@ -87,7 +87,7 @@ def overlap(one: Address, other: Address) -> str | None:
 
 
 def _identity(address: Address) -> str:
-  """The data set, whatever its name."""
+  """A key that is the same for all names of a data set."""
   folder = local_path(address.name)
   return str(folder.resolve()) if folder.is_dir() else address.name
 
@@ -99,7 +99,7 @@ def _open(address: Address, text_field: str) -> Examples:
 
 
 def _wanted(columns: Sequence[str], text_field: str) -> list[str]:
-  """The column that a text field, perhaps dotted, lies in; where it lies in none, all are read, to name them."""
+  """The column that contains a text field, which may be dotted; empty if none does (then all columns are read)."""
   return [name for name in (text_field, text_field.partition(".")[0]) if name in columns][:1]
 
 
@@ -114,7 +114,9 @@ def _open_tfds(address: Address) -> Examples:
     instructions = _tfds_ranges(address.split, builder)
     examples = None
     if instructions is not None:
-      examples = builder.as_data_source(split=address.split)  # whole examples: it has no partial decoding
+      examples = builder.as_data_source(
+        split=address.split
+      )  # whole examples, since data sources have no partial decoding
   except Exception as error:  # tfds raises anything from its own errors to bare AssertionErrors
     raise InputError(
       f"{where}: can't be opened ({type(error).__name__}: {one_line(error)}). It must be prepared, in the file format "
@@ -127,7 +129,7 @@ def _open_tfds(address: Address) -> Examples:
 
 
 def _tfds_ranges(split: str, builder: Any) -> Any:
-  """tfds's own reading of a split; None if the data set has no such split."""
+  """A split as parsed by tfds; None if the data set has no such split."""
   from tensorflow_datasets.core import ReadInstruction
 
   try:
@@ -137,8 +139,13 @@ def _tfds_ranges(split: str, builder: Any) -> Any:
 
 
 def _counted(instructions: Sequence[Any], sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
-  """Either library's absolute instructions as ranges; None stands for a split's beginning or end."""
-  return [(one.splitname, one.from_ or 0, sizes[one.splitname] if one.to is None else one.to) for one in instructions]
+  """The absolute instructions of either library as ranges; their None stands for a split's beginning or end."""
+  ranges = []
+  for instruction in instructions:
+    split = instruction.splitname
+    end = sizes[split] if instruction.to is None else instruction.to
+    ranges.append((split, instruction.from_ or 0, end))
+  return ranges
 
 
 def _open_hugging_face(address: Address, text_field: str) -> Examples:

@@ -1,4 +1,4 @@
-"""Which records a config names, and whether records fit the config that wants to read them."""
+"""The folder of a config's records, and checks that records match the config that reads them."""
 
 import hashlib
 import re
@@ -44,10 +44,10 @@ def _short_hash(text: str) -> str:
 
 
 def check_corpus(corpus: Corpus, config: Config) -> None:
-  """Rejects records that don't fit the config that wants to read them.
+  """Rejects records that don't match the config that reads them.
 
   Raises:
-    InputError: the source, sequence length, mode, vocabulary or tokenizer contradict the records.
+    InputError: the source, sequence length, mode, vocabulary or tokenizer differs.
   """
   manifest, data = corpus.manifest, config.data
   where = f"the records in {corpus.folder}"
@@ -58,28 +58,28 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
     theirs = getattr(manifest, field)
     if data[field] != theirs:
       raise InputError(
-        f"config.data.{field}={data[field]!r}, but {where} were made with {theirs!r}; set it to that, or prepare in "
-        "another folder"
+        f"config.data.{field}={data[field]!r}, but {where} were made with {theirs!r}; set the field to that, or "
+        "prepare records in another folder"
       )
   check_shape(manifest, config, where)
   check_tokenizer(manifest, config, where)
 
 
 def check_tokenizer(manifest: Manifest, config: Config, where: str) -> None:
-  """Rejects records of another tokenizer than config.data names.
+  """Rejects records that were made with another tokenizer than the one in config.data.
 
-  A tokenizer file that is gone, or a name on the hub, is compared by name only: the records have a copy of their own.
+  A tokenizer file that no longer exists, or a name on the hub, is compared by name only; the records contain a copy.
 
   Args:
-    manifest: of the records.
+    manifest: the manifest of the records.
     config: the run's config.
-    where: what a message calls the records.
+    where: the name of the records in messages.
 
   Raises:
-    InputError: the tokenizers differ, or the one that config.data names can't be read.
+    InputError: the tokenizers differ, or the one in config.data can't be read.
   """
   name = config.data.tokenizer
-  if name == SENTENCEPIECE:  # trained to exactly config.model.vocab_size
+  if name == SENTENCEPIECE:  # trained on the corpus with exactly config.model.vocab_size pieces
     matches = manifest.tokenizer == name and manifest.vocab_size == config.model.vocab_size
   elif name == BYTES:
     matches = manifest.tokenizer == name
@@ -91,26 +91,26 @@ def check_tokenizer(manifest: Manifest, config: Config, where: str) -> None:
     matches = content_hash(named_tokenizer(name)) == manifest.tokenizer_sha256
   if not matches:
     raise InputError(
-      f"config.data.tokenizer={name!r} did not make {where} (theirs: {manifest.tokenizer}, "
-      f"sha256 {manifest.tokenizer_sha256[:12]}…); set it to theirs, or prepare again"
+      f"config.data.tokenizer={name!r} is not the tokenizer of {where} (theirs: {manifest.tokenizer}, "
+      f"sha256 {manifest.tokenizer_sha256[:12]}…); set it to theirs, or prepare the records again"
     )
 
 
 def check_shape(manifest: Manifest, config: Config, where: str) -> None:
-  """Rejects records whose length, mode or vocabulary doesn't fit the config.
+  """Rejects records whose length, mode or vocabulary does not match the config.
 
   Args:
-    manifest: of the records.
+    manifest: the manifest of the records.
     config: the run's config.
-    where: what a message calls the records.
+    where: the name of the records in messages.
 
   Raises:
-    InputError: names the field that doesn't fit.
+    InputError: a field does not match; the message names it.
   """
   data = config.data
   if data.sequence_length > manifest.sequence_length:
     raise InputError(
-      f"config.data.sequence_length={data.sequence_length} is over the {manifest.sequence_length} "
+      f"config.data.sequence_length={data.sequence_length} exceeds the {manifest.sequence_length} "
       f"tokens of {where}; lower it, or prepare longer records"
     )
   if data.mode != manifest.mode:
@@ -124,6 +124,6 @@ def check_shape(manifest: Manifest, config: Config, where: str) -> None:
     )
   if manifest.vocab_size > config.model.vocab_size:
     raise InputError(
-      f"config.model.vocab_size={config.model.vocab_size} is under the {manifest.vocab_size} ids of "
+      f"config.model.vocab_size={config.model.vocab_size} is below the {manifest.vocab_size} ids of "
       f"the tokenizer of {where}; raise it"
     )

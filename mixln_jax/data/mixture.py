@@ -1,4 +1,4 @@
-"""Several folders of records as one, mixed by weight."""
+"""A weighted mixture of several folders of records."""
 
 import dataclasses
 import hashlib
@@ -15,11 +15,11 @@ from mixln_jax.data.tokenizer import Tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.files import local_path
 
-SMALLEST_FRACTION = 1e-4  # of the records; grain draws weights down to this one as they are (measured)
+SMALLEST_FRACTION = 1e-4  # of the records; grain draws fractions down to this one correctly (measured)
 
 
 class Mixture:
-  """Training records drawn from each corpus in proportion to its weight (grain rounds it to about a hundredth)."""
+  """Training records drawn from each corpus in proportion to its weight, which grain rounds to about 0.01."""
 
   def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float]):
     """Raises InputError if the corpora differ in tokenizer, length or mode."""
@@ -36,7 +36,7 @@ class Mixture:
 
   @property
   def folder(self) -> Path:
-    """The folder that holds the first corpus's."""
+    """The parent of the first corpus's folder."""
     return self._corpora[0].folder.parent
 
   @property
@@ -45,12 +45,14 @@ class Mixture:
 
   @property
   def manifest(self) -> Manifest:
-    """The facts of the whole; its fingerprint depends on the fingerprints of the corpora and on the weights."""
+    """The manifest of the mixture; its fingerprint depends on the corpora's fingerprints and on the weights."""
     manifests = [corpus.manifest for corpus in self._corpora]
-    parts = [f"{one.fingerprint} {weight!r}" for one, weight in zip(manifests, self._weights, strict=True)]
+    parts = []
+    for manifest, weight in zip(manifests, self._weights, strict=True):
+      parts.append(f"{manifest.fingerprint} {weight!r}")
     splits = {}
     for name in manifests[0].splits:
-      splits[name] = Split.merged([one.splits[name] for one in manifests])
+      splits[name] = Split.merged([manifest.splits[name] for manifest in manifests])
     return dataclasses.replace(
       manifests[0],
       source=",".join(str(corpus.folder) for corpus in self._corpora),
@@ -59,7 +61,7 @@ class Mixture:
     )
 
   def rows(self, split: str) -> grain.MapDataset[Record]:
-    """The records of all corpora; validation sets are interleaved, so that a token limit sees all in proportion."""
+    """The records of all corpora. Validation sets are interleaved, so that a token limit takes all in proportion."""
     if split == "validation":
       source: Any = _Interleaved([corpus.rows(split) for corpus in self._corpora])
       return grain.MapDataset.source(source)
@@ -67,7 +69,7 @@ class Mixture:
 
   def training(self, seed: int) -> grain.MapDataset[Record]:
     """Endless training records; the n-th is a function of the seed and n."""
-    # Each corpus repeats by its own epochs, so none runs out. With a seed of its own for each, two copies of a corpus
+    # Each corpus repeats in its own epochs, so that none runs out, and has its own seed, so that two copies of a corpus
     # are drawn in different orders.
     endless = [corpus.training((seed + index) % 2**32) for index, corpus in enumerate(self._corpora)]
     return grain.MapDataset.mix(endless, weights=self._weights)

@@ -62,7 +62,7 @@ class Texts:
 
 
 class _Tokenize:
-  """Text to a padded record; each worker loads the tokenizer for itself."""
+  """Converts a text to a padded record; each worker process loads the tokenizer by itself."""
 
   def __init__(self, tokenizer: Tokenizer, sequence_length: int):
     self._arguments = (tokenizer.name, tokenizer.content, "of the run", tokenizer.end_token)
@@ -81,13 +81,13 @@ class _Tokenize:
 
 
 class OnTheFly:
-  """The documents of config.data as padded records, one each; a document that can't be used is an empty record."""
+  """The documents of config.data as padded records, one per document; an unusable document becomes an empty record."""
 
   def __init__(self, data: DataConfig):
     """Raises InputError if a source or the tokenizer can't be used."""
     if not data.validation_source:
       raise InputError(
-        "config.data.validation_source is needed with config.data.on_the_fly, as in tfds:c4/en:validation"
+        "config.data.validation_source is required with config.data.on_the_fly, as in tfds:c4/en:validation"
       )
     if data.tokenizer == tokenizer_lib.SENTENCEPIECE:
       raise InputError(
@@ -105,11 +105,11 @@ class OnTheFly:
         "split"
       )
     self._length, self._max_bad_share = data.sequence_length, data.max_bad_share
-    self.folder = Path(data.source)  # not a folder: what messages name
+    self.folder = Path(data.source)  # not a folder, but the name in messages
     self.manifest = self._manifest(data)
 
   def _manifest(self, data: DataConfig) -> Manifest:
-    # Only the documents are known; their tokens are counted by nobody.
+    # Only the documents are known; their tokens are never counted.
     splits = {
       name: Split(documents=len(texts), tokens=0, counted=0, largest_id=0, shards=())
       for name, texts in self._texts.items()
@@ -147,7 +147,8 @@ class OnTheFly:
     if bad > max(1, self._max_bad_share * len(sample)):
       raise InputError(
         f"{texts.source}: {bad} of {len(sample)} sampled documents can't be used, more than config.data.max_bad_share="
-        f"{self._max_bad_share:g} allows; mend the data set, name another config.data.text_field, or raise it"
+        f"{self._max_bad_share:g} allows; repair the data set, choose another config.data.text_field, or raise the "
+        "limit"
       )
     return [len(texts), *sample]
 

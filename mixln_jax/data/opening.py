@@ -1,4 +1,4 @@
-"""The data that a config stands for: prepared records, a mixture of them, or documents on the fly."""
+"""Opens the data of a config: prepared records, a mixture of them, or documents tokenized on the fly."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ def open_data(config: Config, fallback: Path | None = None) -> Data:
 
   Args:
     config: the run's config.
-    fallback: a folder of records to open instead, if the config's own folder is relative to the working directory and
-      has no records. A run that is evaluated from another working directory gives the absolute folder that it was
-      trained on. It is not used for a mixture or for documents on the fly.
+    fallback: a folder of records to open if the config's own folder is relative to the working directory and has no
+      records. To evaluate a run from another working directory, pass the absolute folder that it was trained on. It is
+      not used for a mixture or for documents on the fly.
 
   Raises:
-    InputError: the data is not there, is damaged, or contradicts the config.
+    InputError: the data does not exist, is damaged, or contradicts the config.
   """
   if config.data.on_the_fly:
     data = OnTheFly(config.data)
@@ -38,7 +38,7 @@ def open_data(config: Config, fallback: Path | None = None) -> Data:
 
 def _folder_of_records(config: Config, fallback: Path | None) -> Path:
   folder = data_directory(config)
-  # An absolute folder means the same everywhere: if it is empty, the records are gone.
+  # An absolute folder does not depend on the working directory: if it has no records, they are gone.
   if fallback is None or folder.is_absolute() or has_records(folder):
     return folder
   if not has_records(fallback):

@@ -1,4 +1,4 @@
-"""One part of a corpus to records: what a worker process of `prepare` does."""
+"""Converts one part of a corpus to records, in a worker process of `prepare`."""
 
 import dataclasses
 import hashlib
@@ -19,19 +19,19 @@ from mixln_jax.errors import InputError
 from mixln_jax.files import json_object, write_whole
 
 RESULTS = "parts"  # folder of the results of the parts
-EXAMPLES = 3  # bad documents of a part that its result names
+EXAMPLES = 3  # how many bad documents of a part its result names
 TRAIN, VALIDATION = SPLITS
 
 
 class SplitPart(NamedTuple):
-  """A part of the corpus, and where its documents belong."""
+  """A part of the corpus, and the split of its documents."""
 
   part: Part
-  split: str | None  # None = the hash of each document's name decides
+  split: str | None  # None = decided by the hash of each document's name
 
 
 class Job(NamedTuple):
-  """One part to write: all that a worker needs to know."""
+  """One part to write, with everything that a worker needs to know."""
 
   part: Part
   number: int
@@ -42,23 +42,23 @@ class Job(NamedTuple):
   mode: str
   text_field: str
   validation_fraction: float
-  tokenizer: str  # its kind; its content is in the folder
-  end_token: str | None  # what ends a document, where that content does not say it
+  tokenizer: str  # the kind of the tokenizer, whose content is in the folder
+  end_token: str | None  # the token that ends a document, if the tokenizer's content does not define it
 
   @property
   def result(self) -> Path:
-    """The file of the result; once it is there, the part is finished."""
+    """The file of the result; the part is finished once it exists."""
     return self.folder / RESULTS / f"{self.number:05d}.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What writing a part gave."""
+  """The result of writing a part."""
 
   splits: dict[str, Split]
   sha256: str  # over the names and texts of the part's documents
   skipped: dict[str, int]  # reason -> documents that could not be used
-  where: list[str]  # up to EXAMPLES of them
+  where: list[str]  # where up to EXAMPLES of them are
   cut_prompts: int  # examples whose prompt lost its beginning
 
   def to_json(self) -> str:
@@ -66,7 +66,7 @@ class Result:
 
   @classmethod
   def from_json(cls, text: bytes, where: str) -> "Result | None":
-    """The inverse of `to_json`; None for a file that another version, or nobody, wrote: the part is written again."""
+    """The inverse of `to_json`; None if the file is invalid or of another version, and the part is to be redone."""
     try:
       value = json_object(text, where)
       splits = {name: Split.from_json(split) for name, split in value["splits"].items()}
@@ -76,7 +76,7 @@ class Result:
 
 
 def write_part(job: Job, count: Callable[[int], object] = lambda _: None) -> Result:
-  """Writes the shards of one part, and last its result, which says that the part is finished.
+  """Writes the shards of one part, and finally its result, which marks the part as finished.
 
   Args:
     job: the part.
@@ -116,7 +116,7 @@ def write_part(job: Job, count: Callable[[int], object] = lambda _: None) -> Res
 
 
 def finished(job: Job) -> Result | None:
-  """The result of a part that an earlier process finished; None if it did not, or if a shard of it is gone."""
+  """The result of a part that an earlier process finished; None if there is none, or if a shard is missing."""
   if not job.result.is_file():
     return None
   result = Result.from_json(job.result.read_bytes(), str(job.result))
@@ -131,7 +131,7 @@ def finished(job: Job) -> Result | None:
 
 
 class _SplitWriter:
-  """Writes the documents of one part that belong to one split into a shard."""
+  """Writes the documents of one split of one part to a shard."""
 
   def __init__(self, job: Job, split: str, tokenizer: tokenizer_lib.Tokenizer):
     path = job.folder / f"{split}-{job.number:05d}-of-{job.total:05d}.array_record"
@@ -143,7 +143,7 @@ class _SplitWriter:
     self.cut_prompts = 0
 
   def add(self, document: Document | Example) -> Bad | None:
-    """Writes a document; returns it as a bad one if no record can hold it."""
+    """Writes a document; returns a Bad if it does not fit into a record."""
     if isinstance(document, Document):
       ids = [*self._tokenizer.encode(document.text), self._tokenizer.eos_id]
       self._write(document.name, ids, self._packer.add(ids))
@@ -170,7 +170,7 @@ class _SplitWriter:
       self._writer.write(record)
 
   def finish(self) -> Split:
-    """Writes the last records; returns what the split holds."""
+    """Writes the last records; returns the facts of the split."""
     for record in self._packer.finish():
       self._writer.write(record)
     shards = self._writer.finish()
@@ -178,14 +178,14 @@ class _SplitWriter:
 
 
 def read_part(part: Part, text_field: str) -> Iterator[Document | Example | Bad]:
-  """The documents or examples of a part, and those that can't be used."""
+  """The documents or examples of a part, with a Bad for each that can't be used."""
   if part.kind == instructions.KIND:
     return instructions.read(part)
   return corpus_lib.read(part, text_field)
 
 
 def hash_of_part(part: Part, text_field: str) -> str:
-  """Hash over the names and texts of a part's documents: Result.sha256, without writing anything."""
+  """The hash of the names and texts of a part's documents (Result.sha256), without writing anything."""
   digest = hashlib.sha256()
   for document in read_part(part, text_field):
     if not isinstance(document, Bad):
@@ -194,7 +194,7 @@ def hash_of_part(part: Part, text_field: str) -> str:
 
 
 def hash_document(digest: Any, document: Document | Example) -> None:
-  """Adds the fields of a document to a hash, each with its length before it."""
+  """Adds the fields of a document to a hash, each after its length."""
   for text in document:
     data = text.encode(errors="surrogateescape")
     digest.update(len(data).to_bytes(8, "little"))

@@ -1,8 +1,8 @@
-"""Text to records: what `prepare` does.
+"""Converts text to records, for `prepare`.
 
-A corpus is cut into parts (`corpus.parts_of`), and each part becomes one shard of each split, written by whichever
-process is free. The records do not depend on the number of processes. Finished parts are saved: after a kill, `prepare`
-resumes with the parts that are missing and ends with the same bytes.
+A corpus is split into parts (`corpus.parts_of`), and each part becomes one shard of each split, written by any free
+process. The records do not depend on the number of processes. Finished parts are saved: if `prepare` is killed and run
+again, it resumes with the missing parts and produces the same bytes.
 """
 
 import concurrent.futures
@@ -54,15 +54,15 @@ PLAN, LOCK, SOURCE_STATE = "plan.json", ".lock", ".source_state"
 
 
 def prepare(config: Config, *, progress: bool = True, workers: int | None = None) -> Corpus:
-  """Writes the records of config.data, or reuses those that are there, and opens them.
+  """Writes the records of config.data, or reuses existing ones, and opens them.
 
-  The folder appears whole or not at all: it is written under another name beside its place, and renamed; inside it
-  where it is there, empty (`files.work_folder`).
+  The folder appears complete or not at all: it is written under another name and renamed, or written inside the folder
+  if that exists and is empty (`files.work_folder`).
 
   Args:
     config: the run's config.
     progress: show a progress bar in a terminal.
-    workers: processes, at most one a part; None = one a core.
+    workers: processes, at most one per part; None = one per core.
 
   Raises:
     InputError: the corpus or the tokenizer can't be used, or the folder holds other records.
@@ -75,7 +75,7 @@ def prepare(config: Config, *, progress: bool = True, workers: int | None = None
     return _reuse(folder, config, parts, state)
   given = _given_tokenizer(config)
   with _locked(partial, folder):
-    if has_records(folder):  # another process wrote them between the first look and the lock
+    if has_records(folder):  # another process wrote them between the check above and the lock
       shutil.rmtree(partial)
       return _reuse(folder, config, parts, state)
     _resume_or_clear(partial, _plan(config, parts, state, given))
@@ -89,7 +89,7 @@ def prepare(config: Config, *, progress: bool = True, workers: int | None = None
 
 
 def _work_folder(folder: Path) -> Path:
-  """Where the records are made; raises InputError where the folder is in use, or can't be written."""
+  """The folder in which records are written; raises InputError if the target is occupied or can't be written."""
   where = f"config.data.directory={str(folder)!r}"
   try:
     partial = work_folder(folder)
@@ -102,11 +102,11 @@ def _work_folder(folder: Path) -> Path:
 
 
 def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
-  """Trains a tokenizer on the training split of config.data, and writes it.
+  """Trains a tokenizer on the training split of config.data and writes it.
 
   Args:
     config: the run's config.
-    path: the file to write; a .model file is SentencePiece's, a .json file is that of `tokenizers`.
+    path: the file to write: .model for SentencePiece, .json for the library `tokenizers`.
     vocab_size: its number of tokens.
 
   Raises:
@@ -117,11 +117,11 @@ def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
   if target.suffix not in makers:
     raise InputError(f"tokenizer path={path!r}: must end in .model (SentencePiece) or .json (tokenizers)")
   if target.exists():
-    raise InputError(f"tokenizer path={path!r}: is there already; give another path, or use it")
+    raise InputError(f"tokenizer path={path!r}: exists already; give another path, or use it")
   if config.data.mode == instructions.KIND:
     raise InputError(
-      f"tokenizer path={path!r}: config.data.mode={instructions.KIND} needs the tokenizer of the trained model; train "
-      "none"
+      f"tokenizer path={path!r}: config.data.mode={instructions.KIND} needs the tokenizer of the trained model; don't "
+      "train one"
     )
   split = TRAIN if config.data.validation_source else None
   parts = [SplitPart(part, split) for part in corpus_lib.parts_of(config.data.source)]
@@ -138,7 +138,7 @@ def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
 
 
 def _parts_of(config: Config) -> list[SplitPart]:
-  """All parts, in the order of their shards. A line says what lies there and is no part of the corpus."""
+  """All parts, in the order of their shards. Prints which files there are not part of the corpus."""
   data = config.data
   if not data.validation_source:
     return _parts_of_source(config, SOURCE, None)
@@ -151,7 +151,9 @@ def _parts_of(config: Config) -> list[SplitPart]:
     shared = addressed.overlap(address, other)
     both += [shared] if shared else []
   if both:
-    raise InputError(f"{SOURCE} and {VALIDATION_SOURCE} both have {both[0]}; what is trained on can't validate")
+    raise InputError(
+      f"{SOURCE} and {VALIDATION_SOURCE} both have {both[0]}; training data can't be used for validation"
+    )
   return train + validation
 
 
@@ -167,7 +169,7 @@ def _parts_of_source(config: Config, field: str, split: str | None) -> list[Spli
 
 
 def _places(parts: Sequence[SplitPart]) -> dict[Any, str]:
-  """The files of parts: what each is, whatever its name -> its name."""
+  """The files of parts: a key that is the same for all names of a file -> its name."""
   places: dict[Any, str] = {}
   for part, _ in parts:
     if part.kind not in addressed.KINDS:
@@ -176,7 +178,7 @@ def _places(parts: Sequence[SplitPart]) -> dict[Any, str]:
 
 
 def _source_state(parts: Sequence[SplitPart], text_field: str) -> str:
-  """Hash over the names, sizes and times of a corpus's files, and over the first document of each addressed part."""
+  """A hash of the names, sizes and times of a corpus's files, and of the first document of each addressed part."""
   files: set[str] = set()
   first_documents = []
   for part, _ in parts:
@@ -193,15 +195,15 @@ def _source_state(parts: Sequence[SplitPart], text_field: str) -> str:
 
 
 def _reuse(folder: Path, config: Config, parts: Sequence[SplitPart], state: str) -> Corpus:
-  """Opens the records that are there, if they are those of this corpus.
+  """Opens existing records, if they are those of this corpus.
 
   Raises:
-    InputError: they were made from another text, or don't fit the config.
+    InputError: they were made from another text, or don't match the config.
   """
   data = config.data
   corpus = records_lib.open_corpus(folder, verify=data.verify)
   problem = None
-  if not _same_files(folder, parts, state):  # the texts decide: a file may have been touched and still say the same
+  if not _same_files(folder, parts, state):  # compare the texts: a file may have been touched without a change
     source_sha256 = _hash_of_hashes(hash_of_part(part, data.text_field) for part, _ in parts)
     if source_sha256 != corpus.manifest.source_sha256:
       problem = f"they were made from another text than config.data.source={data.source!r} has now"
@@ -219,7 +221,7 @@ def _reuse(folder: Path, config: Config, parts: Sequence[SplitPart], state: str)
 
 
 def _same_files(folder: Path, parts: Sequence[SplitPart], state: str) -> bool:
-  """Whether the corpus surely is what it was; an addressed data set has no times that could say so."""
+  """Whether the corpus is certainly unchanged; False for data sets without file times."""
   path = folder / SOURCE_STATE
   if not path.is_file() or path.read_text() != state:
     return False
@@ -235,7 +237,7 @@ def _hash_of_hashes(digests: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def _locked(partial: Path, folder: Path) -> Iterator[None]:
-  """Makes the folder of unfinished work, and keeps a second process out of it."""
+  """Creates the folder of unfinished work and locks it against other processes."""
   where = f"config.data.directory={str(folder)!r}"
   try:
     (partial / RESULTS).mkdir(parents=True, exist_ok=True)
@@ -248,7 +250,7 @@ def _locked(partial: Path, folder: Path) -> Iterator[None]:
     except OSError as error:  # a file system without locks
       raise InputError(f"{where}: can't be locked ({error.strerror}); choose another") from error
     if not acquired:
-      raise InputError(f"{where}: another process prepares it; wait for it")
+      raise InputError(f"{where}: another process is preparing it; wait for it")
     try:
       yield
     except OSError as error:
@@ -258,20 +260,20 @@ def _locked(partial: Path, folder: Path) -> Iterator[None]:
 
 
 def _acquire(lock: IO[str], path: Path) -> bool:
-  """Whether this process holds the lock now.
+  """Takes the lock; returns whether this process holds it.
 
   The kernel releases an flock when its process ends, however it ends; over NFS the server does, for all machines.
   """
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # A process that finished between our `open` and our `flock` has removed the file: the lock means nothing.
+    # If another process finished between our `open` and `flock`, it removed the file, and the lock is void.
     return os.path.samestat(os.fstat(lock.fileno()), path.stat())
   except (BlockingIOError, FileNotFoundError):
     return False
 
 
 def _plan(config: Config, parts: Sequence[SplitPart], state: str, given: Tokenizer | None) -> str:
-  """Everything that determines the bytes of the records, serialized. Work under another plan is discarded."""
+  """Everything that determines the bytes of the records, serialized. Work with another plan is discarded."""
   names = ("tokenizer", "sequence_length", "mode", "text_field", "validation_share")
   settings = {name: config.data[name] for name in names}
   return json.dumps(
@@ -287,7 +289,7 @@ def _plan(config: Config, parts: Sequence[SplitPart], state: str, given: Tokeniz
 
 
 def _resume_or_clear(partial: Path, plan: str) -> None:
-  """Leaves unfinished work that follows this plan as it is; removes any other, and writes the plan."""
+  """Keeps unfinished work that has this plan; otherwise removes it and writes the plan."""
   path = partial / PLAN
   if path.is_file() and path.read_text() == plan:
     return
@@ -319,14 +321,14 @@ def _given_tokenizer(config: Config) -> Tokenizer | None:
   given = records_lib.named_tokenizer(name)
   if given.vocab_size > config.model.vocab_size:
     raise InputError(
-      f"config.model.vocab_size={config.model.vocab_size} is under the {given.vocab_size} ids of "
+      f"config.model.vocab_size={config.model.vocab_size} is below the {given.vocab_size} ids of "
       f"config.data.tokenizer={name!r}; raise it"
     )
   return given
 
 
 def _saved_tokenizer(partial: Path, config: Config, parts: Sequence[SplitPart], given: Tokenizer | None) -> Tokenizer:
-  """The given tokenizer, or the one that is trained on the corpus, saved with the unfinished work."""
+  """The given tokenizer, or one trained on the corpus, saved with the unfinished work."""
   path = partial / records_lib.TOKENIZER
   if given is None and path.is_file():  # trained before this process resumed the work
     return tokenizer_lib.SentencePieceTokenizer(path.read_bytes(), str(path))
@@ -387,9 +389,9 @@ def _run(jobs: Sequence[Job], workers: int, *, progress: bool) -> list[Result]:
     else:
       results[job.number] = result
   if results:
-    print(f"resumed     {len(results)} of {len(jobs)} parts were done already")
+    print(f"resumed     {len(results)} of {len(jobs)} parts were finished before")
   workers = min(workers, len(todo))
-  hidden = None if progress else True  # None: tqdm hides itself where there is no terminal
+  hidden = None if progress else True  # None: tqdm hides the bar if there is no terminal
   with tqdm(desc="prepare", unit=" documents", disable=hidden) as bar:
     if workers > 1:
       results |= _run_in_pool(todo, workers, bar, total=len(jobs))
@@ -400,7 +402,7 @@ def _run(jobs: Sequence[Job], workers: int, *, progress: bool) -> list[Result]:
 
 
 def _run_in_pool(jobs: Sequence[Job], workers: int, bar: "tqdm[Any]", *, total: int) -> dict[int, Result]:
-  """The results of jobs by their numbers; the first error of a worker ends all of them."""
+  """The results of jobs by their numbers; the first error of a worker ends all workers."""
   context = multiprocessing.get_context("spawn")
   counter = context.RawValue("q")
   with concurrent.futures.ProcessPoolExecutor(
@@ -423,7 +425,7 @@ def _run_in_pool(jobs: Sequence[Job], workers: int, bar: "tqdm[Any]", *, total: 
         "finished parts are reused"
       ) from error
     except BaseException:
-      for process in list((pool._processes or {}).values()):  # public from Python 3.14 on; a part may take hours
+      for process in list((pool._processes or {}).values()):  # public since Python 3.14; a part may take hours
         process.kill()
       raise
 
@@ -434,12 +436,12 @@ _counter: Any = None  # in a worker process: number of documents that all worker
 def _start_worker(counter: Any, parent: int) -> None:
   global _counter
   _counter = counter
-  signals.start_worker(parent)  # one whose parent was killed would wait for work forever
+  signals.start_worker(parent)  # otherwise a worker whose parent was killed would wait for work forever
 
 
 def _work(job: Job) -> Result:
   def count(documents: int) -> None:
-    # Roughly right. A lock would make it exact, but a worker that is killed while it holds the lock never releases it.
+    # Approximate, since there is no lock: a worker that is killed while it holds a lock would never release it.
     _counter.value += documents
 
   return write_part(job, count)
@@ -465,7 +467,7 @@ def _check_results(results: Sequence[Result], config: Config, partial: Path) -> 
     examples = [where for result in results for where in result.where]
     raise InputError(
       f"{source}: {bad} of {good + bad} documents can't be used ({'; '.join(examples[:EXAMPLES])}), more than "
-      f"config.data.max_bad_share={config.data.max_bad_share:g} allows; mend the corpus, or raise it"
+      f"config.data.max_bad_share={config.data.max_bad_share:g} allows; repair the corpus, or raise the limit"
     )
   if not good:
     shutil.rmtree(partial)
@@ -480,14 +482,14 @@ def _check_results(results: Sequence[Result], config: Config, partial: Path) -> 
 
 
 def _check_no_copies(jobs: Sequence[Job], results: Sequence[Result]) -> None:
-  """Rejects a validation source with a copy of a file that is trained on, which no name gives away."""
+  """Rejects a validation source with a copy of a training file under another name."""
   trained = {result.sha256: job for job, result in zip(jobs, results, strict=True) if job.split == TRAIN}
   for job, result in zip(jobs, results, strict=True):
     if job.split == VALIDATION and result.splits[VALIDATION].documents and result.sha256 in trained:
       one, other = trained[result.sha256].part.paths[0], job.part.paths[0]
       raise InputError(
-        f"{SOURCE} and {VALIDATION_SOURCE} have the same documents, in {one} and in {other}; what is trained on can't "
-        "validate"
+        f"{SOURCE} and {VALIDATION_SOURCE} have the same documents, in {one} and in {other}; training data can't be "
+        "used for validation"
       )
 
 
@@ -523,7 +525,7 @@ def _manifest(config: Config, tokenizer: Tokenizer, results: Sequence[Result]) -
 
 
 def _finish(partial: Path, folder: Path, manifest: Manifest, state: str) -> None:
-  """Writes the manifest, and renames the folder into its place."""
+  """Writes the manifest and moves the folder to its final place."""
   for entry in partial.glob(".*"):  # partial files of processes that were killed
     if entry.name != LOCK:
       entry.unlink()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-# Rust's threads and forked or spawned workers don't mix, and `prepare` has processes of its own.
+# Rust's threads don't work with forked or spawned workers, and `prepare` has its own processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sentencepiece
@@ -24,31 +24,31 @@ BYTES = "bytes"
 SENTENCEPIECE = "sentencepiece"
 HUGGING_FACE = "tokenizers"  # a tokenizer.json
 HUB = "hf:"  # prefix of a name on the Hugging Face hub
-GGUF = ".gguf"  # how a file with a model and its tokenizer ends, llama.cpp's
-RECORDS = "records:"  # prefix of a folder of records, which has a tokenizer of its own
-# What the file of a tokenizer is called in a folder that holds one.
+GGUF = ".gguf"  # suffix of llama.cpp's files, which contain a model and its tokenizer
+RECORDS = "records:"  # prefix of a folder of records, which contains its tokenizer
+# The name of a tokenizer's file in its folder, by kind.
 FILES = {SENTENCEPIECE: "tokenizer.model", HUGGING_FACE: "tokenizer.json", BYTES: "tokenizer.bytes"}
-CONFIG = "tokenizer_config.json"  # beside a tokenizer.json, of which it says what ends a document
+CONFIG = "tokenizer_config.json"  # beside a tokenizer.json; names the token that ends a document
 LARGEST_FILE = 1 << 29  # bytes of a tokenizer's file; a vocabulary of 256,000 takes 33 MB
-MOST_TOKENS = 64  # of a character, on average: the longest of Unicode's compatibility forms is 33 bytes
-MOST_GROWTH = 1000  # of a text by a tokenizer.json's replacements, at the worst
+MOST_TOKENS = 64  # per character, on average; the longest of Unicode's compatibility forms is 33 bytes
+MOST_GROWTH = 1000  # largest factor by which a tokenizer.json's replacements may lengthen a text
 TRAINING_BYTES = 256 << 20  # text that a tokenizer is trained on, from the beginning of the corpus
-# What tokenizers on the hub call the token that ends a document, likeliest first.
-# What encoders' tokenizers call the token that hides another, and those around a text.
+# The names of an encoder's mask token, and of the tokens before and after a text.
 MASK_TOKENS, FIRST_TOKENS, LAST_TOKENS = ("[MASK]", "<mask>"), ("[CLS]", "<s>"), ("[SEP]", "</s>")
+# Names of the token that ends a document, in tokenizers on the hub, likeliest first.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-  """What the project needs of a tokenizer."""
+  """The interface of a tokenizer."""
 
   name: str  # its kind: BYTES, SENTENCEPIECE or HUGGING_FACE
-  content: bytes  # its file in the standard format of its kind; the hash of it identifies the tokenizer
+  content: bytes  # its file in the standard format of its kind; its hash identifies the tokenizer
   vocab_size: int
   eos_id: int
-  end_token: str | None  # what ends a document, where that is stated beside `content` and not told from it
-  mask_id: int | None  # what an encoder reads in a masked token's place; None where there is none
-  frame: tuple[int | None, ...]  # what an encoder reads before and after a text, where there is something
+  end_token: str | None  # the token that ends a document, if `content` does not define it
+  mask_id: int | None  # the id that replaces a masked token for an encoder, if there is one
+  frame: tuple[int | None, ...]  # the ids that an encoder reads before and after a text, if any
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without the end-of-document id."""
@@ -59,19 +59,19 @@ class Tokenizer(Protocol):
     ...
 
   def bytes_per_token(self) -> list[int]:
-    """UTF-8 bytes that each id stands for; 0 for special ids."""
+    """The number of UTF-8 bytes that each id represents; 0 for special ids."""
     ...
 
 
 class ByteTokenizer:
-  """One id a UTF-8 byte, after the three special ids."""
+  """One id per UTF-8 byte, after three special ids."""
 
   name = BYTES
   content = b"pad eos unk, then the 256 bytes"
   vocab_size = 3 + 256
   eos_id = EOS
   end_token: str | None = None
-  mask_id: int | None = UNKNOWN  # which stands in no text
+  mask_id: int | None = UNKNOWN  # which no text contains
   frame: tuple[int | None, ...] = (None, None)
 
   def encode(self, text: str) -> list[int]:
@@ -87,16 +87,16 @@ class ByteTokenizer:
 
 @contextlib.contextmanager
 def _named(origin: str) -> Iterator[None]:
-  """Turns what a tokenizer's library raises into an error that names the tokenizer.
+  """Converts errors of a tokenizer's library to an error that names the tokenizer.
 
-  A damaged file may load and fail on some text; a regular expression may take too long on another.
+  A damaged file may load and fail on some texts; a regular expression may take too long on others.
   """
   try:
     yield
   except InputError:
     raise
   except BaseException as error:
-    # A panic of Rust's is no Exception, so that nobody catches it by chance.
+    # A panic in Rust is a BaseException but not an Exception.
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
       raise
     raise InputError(
@@ -106,11 +106,11 @@ def _named(origin: str) -> Iterator[None]:
 
 
 def _checked(ids: list[int], text: str, origin: str) -> list[int]:
-  """The ids of a text, unless they are far more than the text can have."""
+  """The ids of a text; raises InputError if they are far more than the text can have."""
   if len(ids) > MOST_TOKENS * (len(text) + 1):
     raise InputError(
       f"tokenizer {origin}: makes {len(ids):,} tokens of a text of {len(text):,} characters; its normalizer writes "
-      "more than it reads, choose another"
+      "more than it reads; choose another"
     )
   return ids
 
@@ -128,11 +128,11 @@ class SentencePieceTokenizer:
     self._model = sentencepiece.SentencePieceProcessor()
     try:
       self._model.LoadFromSerializedProto(content)
-    except Exception as error:  # RuntimeError, or UnicodeDecodeError where its message quotes what is damaged
+    except Exception as error:  # RuntimeError, or UnicodeDecodeError if its message quotes damaged bytes
       raise InputError(f"tokenizer {origin}: not a SentencePiece model; give a .model file") from error
     self.vocab_size = self._model.vocab_size()
     self.eos_id = self._model.eos_id()
-    self.mask_id: int | None = self._model.unk_id()  # in no text, where each byte has a piece
+    self.mask_id: int | None = self._model.unk_id()  # no text contains it if each byte has a piece
     if self.eos_id < 0:
       raise InputError(f"tokenizer {origin}: it has no end-of-sentence piece, which ends a document; choose another")
 
@@ -161,8 +161,8 @@ class HuggingFaceTokenizer:
   """A tokenizer.json of the `tokenizers` library: byte-level, SentencePiece-like, or WordPiece (BERT's).
 
   Attributes:
-    mask_id: what stands for a masked token; None where it has none.
-    frame: what an encoder reads before and after a text, ids or None.
+    mask_id: the id of the mask token; None if it has none.
+    frame: the ids that an encoder reads before and after a text; None where it has none.
   """
 
   name = HUGGING_FACE
@@ -173,11 +173,11 @@ class HuggingFaceTokenizer:
     """
     Args:
       content: the file.
-      origin: where it was read, for messages.
-      end_token: the token that ends a document; by default the likeliest of END_TOKENS.
+      origin: where the file was read, for messages.
+      end_token: the token that ends a document; by default the first of END_TOKENS that it has.
 
     Raises:
-      InputError: it is not such a file, or has no end-of-document token.
+      InputError: the file is not a tokenizer.json, or has no end-of-document token.
     """
     self.content, self.end_token, self._origin = content, end_token, origin
     with _named(origin):
@@ -191,7 +191,7 @@ class HuggingFaceTokenizer:
     except Exception as error:  # the library raises bare Exceptions
       raise InputError(f"tokenizer {origin}: not a tokenizer.json ({one_line(error)})") from error
     _check_growth(self._description, origin)
-    self._model.encode_special_tokens = True  # a document that says "</s>" does not end there
+    self._model.encode_special_tokens = True  # a document that contains the text "</s>" does not end there
     self._model.no_truncation()
     self._model.no_padding()
     ids = self._model.get_vocab(with_added_tokens=True)
@@ -254,14 +254,14 @@ class HuggingFaceTokenizer:
 
 
 def _first_of(ids: Mapping[str, int], names: Sequence[str]) -> int | None:
-  """The id of the first of several tokens that there is; None where there is none of them."""
+  """The id of the first of several tokens that exists; None if none does."""
   return next((ids[name] for name in names if name in ids), None)
 
 
 def _check_growth(description: Mapping[str, Any], origin: str) -> None:
-  """Rejects a tokenizer.json whose replacements, one behind the other, write far more than they read.
+  """Rejects a tokenizer.json whose chained replacements write far more than they read.
 
-  Forty that double a letter make a terabyte of it, inside the library, where nothing can stop them.
+  Forty replacements that double a letter make a terabyte of it, inside the library, where nothing can stop them.
   """
   for section in ("normalizer", "pre_tokenizer", "decoder"):
     growth = 1.0
@@ -286,7 +286,7 @@ def _steps(node: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(step: Mapping[str, Any]) -> float:
-  """How many characters a step can write for one that it reads; 1 for a step that only removes or exchanges."""
+  """How many characters a step can write per character that it reads; 1 if it only removes or exchanges."""
   if step.get("type") == "ByteLevel":
     return 2.0  # each byte of a character that is not ASCII becomes a character of two
   content = step.get("content")
@@ -314,7 +314,7 @@ def train_hugging_face(texts: Iterable[str], vocab_size: int, field: str = "voca
   Args:
     texts: the documents to train on.
     vocab_size: number of tokens.
-    field: what an error message calls `vocab_size`.
+    field: the name of `vocab_size` in error messages.
 
   Raises:
     InputError: the corpus is too small for `vocab_size` tokens.
@@ -343,7 +343,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, field: str = "voc
   Args:
     texts: the documents to train on.
     vocab_size: number of pieces.
-    field: what an error message calls `vocab_size`.
+    field: the name of `vocab_size` in error messages.
 
   Raises:
     InputError: the corpus is too small for `vocab_size` pieces.
@@ -367,7 +367,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, field: str = "voc
       split_digits=True,
       user_defined_symbols=["\n"],
       max_sentence_length=1_000_000,
-      num_threads=1,  # so that the model does not depend on the machine
+      num_threads=1,  # otherwise the model depends on the machine
       minloglevel=2,
     )
   except RuntimeError as error:
@@ -379,13 +379,13 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, field: str = "voc
 
 
 def load_tokenizer(name: str, content: bytes, origin: str, end_token: str | None = None) -> Tokenizer:
-  """The tokenizer of a kind and its content, which `origin` names in messages.
+  """The tokenizer of a kind, from its content.
 
   Args:
-    name: its kind.
-    content: its file.
-    origin: where that was read, for messages.
-    end_token: what ends a document, where that is stated beside the file.
+    name: the kind.
+    content: the content of its file.
+    origin: where the file was read, for messages.
+    end_token: the token that ends a document, if the file does not define it.
 
   Raises:
     InputError: the kind is unknown or the content is damaged.
@@ -402,8 +402,7 @@ def load_tokenizer(name: str, content: bytes, origin: str, end_token: str | None
 
 
 def read_tokenizer(path: str) -> Tokenizer:
-  """The tokenizer that `config.data.tokenizer` names: a SentencePiece .model file, a tokenizer.json, that of a .gguf
-  file, or `hf:NAME`.
+  """Reads a SentencePiece .model file, a tokenizer.json, the tokenizer of a .gguf file, or `hf:NAME`.
 
   Raises:
     InputError: it can't be read or is not a tokenizer.
@@ -411,7 +410,7 @@ def read_tokenizer(path: str) -> Tokenizer:
   if path.startswith(HUB):
     return _tokenizer_of_the_hub(path)
   if path.endswith(GGUF):
-    from mixln_jax.data.gguf_file import GgufFile  # they stand on this module
+    from mixln_jax.data.gguf_file import GgufFile  # imported here because it imports this module
     from mixln_jax.data.gguf_tokenizer import gguf_tokenizer
 
     return gguf_tokenizer(GgufFile(path))
@@ -432,7 +431,7 @@ def read_tokenizer(path: str) -> Tokenizer:
 
 
 def _with_stated_end(content: bytes, origin: str, stated: bytes | None, where: str) -> HuggingFaceTokenizer:
-  """A tokenizer.json; where it has none of END_TOKENS, its tokenizer_config.json says what ends a document."""
+  """A tokenizer.json; if it has none of END_TOKENS, its tokenizer_config.json names the token that ends a document."""
   try:
     return HuggingFaceTokenizer(content, origin)
   except InputError:
@@ -463,16 +462,17 @@ def _tokenizer_of_the_hub(name: str) -> HuggingFaceTokenizer:
     ) from error
   try:
     stated = Path(hf_hub_download(repository, CONFIG)).read_bytes()
-  except Exception:  # it has none, which only matters where the tokenizer.json says too little
+  except Exception:  # there is none, which only matters if the tokenizer.json does not define the end token
     stated = None
   return _with_stated_end(content, name, stated, f"{name}/{CONFIG}")
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
-  """Writes a tokenizer into a folder, whole or not at all; `read_written_tokenizer` reads it back.
+  """Writes a tokenizer into a folder, atomically; `read_written_tokenizer` reads it back.
 
-  The file is the one that other programs read: a SentencePiece model or a tokenizer.json. The byte tokenizer's file
-  holds a sentence, since there is nothing to load. Nothing is written where the same tokenizer is there already.
+  The file is in the format that other programs read: a SentencePiece model or a tokenizer.json. The byte tokenizer's
+  file contains only a sentence, since there is nothing to load. If the folder has the same tokenizer, nothing is
+  written.
 
   Returns:
     The file: `folder` / FILES[tokenizer.name].
@@ -482,11 +482,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     OSError: the file can't be written.
   """
   path = folder / FILES[tokenizer.name]
-  there = _written_files(folder)
-  if there == [path] and path.read_bytes() == tokenizer.content and _written_end(folder) == tokenizer.end_token:
+  existing = _written_files(folder)
+  if existing == [path] and path.read_bytes() == tokenizer.content and _written_end(folder) == tokenizer.end_token:
     return path
-  if there:
-    raise InputError(f"tokenizer {there[0]}: another tokenizer is there already; remove it, or use another folder")
+  if existing:
+    raise InputError(f"tokenizer {existing[0]}: another tokenizer is there already; remove it, or use another folder")
   if tokenizer.end_token is not None:
     write_whole(folder / CONFIG, json.dumps({"eos_token": tokenizer.end_token}) + "\n")
   write_whole(path, tokenizer.content)
@@ -496,19 +496,19 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
 def read_written_tokenizer(folder: Path) -> Tokenizer | None:
   """The tokenizer that `write_tokenizer` wrote into a folder; None if there is none.
 
-  A SentencePiece model or a tokenizer.json with a few other bytes may still load. A caller that knows the tokenizer's
-  `content_hash` compares it.
+  A SentencePiece model or a tokenizer.json with a few damaged bytes may still load, so a caller that knows the
+  tokenizer's `content_hash` should compare it.
 
   Raises:
     InputError: the file is damaged, or there are two tokenizers.
   """
-  there = _written_files(folder)
-  if not there:
+  existing = _written_files(folder)
+  if not existing:
     return None
-  if len(there) > 1:
-    names = " and ".join(path.name for path in there)
+  if len(existing) > 1:
+    names = " and ".join(path.name for path in existing)
     raise InputError(f"tokenizer {folder}: {names} are different tokenizers; remove those that are not this folder's")
-  (path,) = there
+  (path,) = existing
   (name,) = (name for name, file in FILES.items() if file == path.name)
   return load_tokenizer(name, path.read_bytes(), str(path), _written_end(folder))
 
@@ -523,7 +523,7 @@ def _written_files(folder: Path) -> list[Path]:
 
 
 def content_hash(tokenizer: Tokenizer) -> str:
-  """SHA-256, in hexadecimal, of a tokenizer's content and of what ends a document, where that is stated beside it."""
+  """SHA-256 in hexadecimal of a tokenizer's content and, if it has one, of its `end_token`."""
   digest = hashlib.sha256(tokenizer.content)
   if tokenizer.end_token is not None:
     digest.update(tokenizer.end_token.encode())
@@ -537,7 +537,10 @@ PROBE = (
 
 
 def are_same(one: Tokenizer, other: Tokenizer) -> bool:
-  """Whether two tokenizers, perhaps in different formats, give the same ids: content, or vocabulary and a probe."""
+  """Whether two tokenizers, perhaps in different formats, give the same ids.
+
+  They do if their contents are equal, or if their vocabularies and the ids of a sample text are.
+  """
   if content_hash(one) == content_hash(other):
     return True
   if (one.vocab_size, one.eos_id) != (other.vocab_size, other.eos_id):

@@ -25,9 +25,10 @@ class DepthSums(flax.struct.PyTreeNode):
     tokens: counted positions.
     rows: rows with a counted position.
     angle_all_PP: angular distances, summed over counted positions.
-    angle_last_PP: the same over the last counted position of each row.
-    lens_P: loss of each depth through final norm and head, summed over counted positions.
-    triangle_PEE: with E = D + 1, the triangular factor of the rows (1, x), x the stream at the counted positions.
+    angle_last_PP: angular distances, summed over the last counted position of each row.
+    lens_P: the loss of the final norm and head on each depth, summed over counted positions.
+    triangle_PEE: R of the QR decomposition of the rows (1, x) for all counted positions, where x is the stream there;
+      E = D + 1.
   """
 
   tokens: Any
@@ -54,9 +55,9 @@ class DepthSums(flax.struct.PyTreeNode):
 def angular_distances(streams_PBTD: jax.Array) -> jax.Array:
   """arccos(cos(x_l, x_m)) / π of each token and pair of depths, [B, T, P, P]; in fp32, cosines clipped to [-1, 1].
 
-  As Gromov et al. (arXiv 2403.17887) define it. A vector of zeros is orthogonal to all others. The cosines come from
-  one matrix of inner products, in which equal vectors have equal entries: their distance is 0, and not the 1e-4 that
-  the last bit of a cosine near 1 amounts to.
+  Defined by Gromov et al. (arXiv 2403.17887). A zero vector counts as orthogonal to all others. Inner products and
+  squared lengths come from the same matrix product, so that equal vectors have distance 0; otherwise a rounding error
+  in the last bit of a cosine near 1 would give 1e-4.
   """
   x = streams_PBTD.astype(jnp.float32)
   products = jnp.einsum("lbtd,mbtd->btlm", x, x, precision=jax.lax.Precision.HIGHEST)
@@ -74,19 +75,21 @@ def last_counted(weights_BT: jax.Array) -> jax.Array:
 
 
 def add_rows(triangle_EE: jax.Array, x_ND: jax.Array, weights_N: jax.Array) -> jax.Array:
-  """R of a QR decomposition of the rows (1, x) of weight 1, and of those whose R is given.
+  """Updates R, the triangular QR factor of all rows so far, with the rows (1, x) whose weight is 1.
 
-  As the first column is all ones, the lower right block of R is that of the rows minus their mean. Updating R is more
-  exact than a covariance, which squares: fp32 resolves singular values down to 1e-7 of the largest, not 3e-4.
+  The first column is all ones, so the lower right block of R is the factor of the rows minus their mean. R is more
+  exact than a covariance matrix, which squares: in fp32 it resolves singular values down to 1e-7 of the largest one
+  instead of 3e-4.
   """
   rows_NE = jnp.concatenate([jnp.ones((len(x_ND), 1)), x_ND.astype(jnp.float32)], axis=1) * weights_N[:, None]
   return jnp.linalg.qr(jnp.concatenate([triangle_EE, rows_NE]), mode="r")
 
 
 def effective_rank(triangle_EE: np.ndarray) -> float | None:
-  """exp of the entropy of the singular values over their sum, of the centred rows behind an R of `add_rows`.
+  """The effective rank of the centred rows that an R of `add_rows` was made from.
 
-  Roy and Vetterli, The effective rank (EUSIPCO 2007). None where all rows are equal.
+  It is exp of the entropy of the singular values divided by their sum (Roy and Vetterli, The effective rank, EUSIPCO
+  2007). None if all rows are equal or a value is not finite.
   """
   values = np.linalg.svd(np.asarray(triangle_EE, np.float64)[1:, 1:], compute_uv=False)
   if not np.isfinite(values).all() or values.sum() == 0:
@@ -97,10 +100,10 @@ def effective_rank(triangle_EE: np.ndarray) -> float | None:
 
 def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str, jax.Array]], DepthSums]:
   """`step(params, sums, batch) -> sums`: adds a batch to the sums. Call it under jit."""
-  of_model = config_lib.table(model).streams
-  there_PN = depths_there(model)
+  model_streams = config_lib.table(model).streams
+  available_PN = available_streams(model)
 
-  def look(transformer: Transformer, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:
+  def add_batch(transformer: Transformer, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:
     labels_BT, weights_BT = batch["labels_BT"], batch["weights_BT"]
     _, taps = transformer.hidden(
       batch["tokens_BT"], segment_ids_BT=batch.get("segment_ids_BT"), positions_BT=batch.get("positions_BT")
@@ -110,8 +113,8 @@ def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str
     last_BT = last_counted(weights_BT)
 
     def lens(depth: tuple[list[jax.Array], jax.Array]) -> jax.Array:
-      streams, there_N = depth
-      hidden_BTD = transformer.read_out(streams, of_model, there_N)
+      streams, available_N = depth
+      hidden_BTD = transformer.read_out(streams, model_streams, available_N)
       return next_token_loss(hidden_BTD, transformer.head_weights(), labels_BT, weights_BT)[0]
 
     def extend(triangle_and_stream: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -123,41 +126,44 @@ def make_depth_step(model: ModelConfig) -> Callable[[Any, DepthSums, Mapping[str
       rows=sums.rows + jnp.sum(last_BT),
       angle_all_PP=sums.angle_all_PP + jnp.einsum("btlm,bt->lm", angles, weights_BT),
       angle_last_PP=sums.angle_last_PP + jnp.einsum("btlm,bt->lm", angles, last_BT),
-      lens_P=sums.lens_P + jax.lax.map(lens, (all_streams(taps, of_model), there_PN)),
+      lens_P=sums.lens_P + jax.lax.map(lens, (all_streams(taps, model_streams), available_PN)),
       triangle_PEE=jax.lax.map(extend, (sums.triangle_PEE, streams_PBTD)),
     )
 
   def step(params: Any, sums: DepthSums, batch: Mapping[str, jax.Array]) -> DepthSums:
-    return nn.apply(lambda transformer: look(transformer, sums, batch), Transformer(model))({"params": params})
+    return nn.apply(lambda transformer: add_batch(transformer, sums, batch), Transformer(model))({"params": params})
 
   return step
 
 
-def depths_there(model: ModelConfig) -> np.ndarray:
-  """Which of the streams the head reads at each depth, [P, N] of 0 and 1.
+def available_streams(model: ModelConfig) -> np.ndarray:
+  """Which streams the head reads at each depth, [P, N] of 0 and 1.
 
-  Of attention residuals alone it reads, at a depth, what the next attention would; else all of them.
+  If all sublayers are attention residuals, it reads at each depth the sources that the next layer's attention reads;
+  otherwise it reads all streams at every depth.
   """
   table = config_lib.table(model)
-  only_sources = all(row.streams == "sources" for row in table.all_rows)
-  there = [row.read for row in table.rows("attention")] if only_sources else []
-  return np.array([*there, *[(1.0,) * table.streams.num] * (len(table.layers) + 1 - len(there))])
+  all_N = (1.0,) * table.streams.num
+  num_layers = len(table.layers)
+  if all(row.streams == "sources" for row in table.all_rows):
+    return np.array([*(row.read for row in table.rows("attention")), all_N])
+  return np.array([all_N] * (num_layers + 1))
 
 
-def all_streams(taps: Mapping[str, jax.Array], of_model: Streams) -> list[jax.Array]:
-  """Each residual stream at each depth, [P, B, T, D]: before the first layer, and after each."""
+def all_streams(taps: Mapping[str, jax.Array], model_streams: Streams) -> list[jax.Array]:
+  """Each residual stream at all depths, [P, B, T, D]: before the first layer and after each layer."""
   embedded_BTD = taps["embedded_BTD"]
-  if of_model.num_carried == 1:
+  if model_streams.num_carried == 1:
     return [jnp.concatenate([embedded_BTD[None], taps["stream_LBTD"]])]
   streams = [jnp.concatenate([embedded_BTD[None], taps["stream_0_LBTD"]])]
-  for index in range(1, of_model.num):
-    first_BTD = (of_model.start * embedded_BTD).astype(embedded_BTD.dtype)
+  for index in range(1, model_streams.num):
+    first_BTD = (model_streams.start * embedded_BTD).astype(embedded_BTD.dtype)
     streams.append(jnp.concatenate([first_BTD[None], taps[f"stream_{index}_LBTD"]]))
   return streams
 
 
 def by_block(mean_PP: np.ndarray) -> list[list[float | None]]:
-  """A matrix over depths as [l][n - 1]: from the input of layer l, over n layers; None where l + n > L."""
+  """A matrix over pairs of depths, reindexed as [l][n - 1]: from depth l to depth l + n; None where l + n > L."""
   num_layers = len(mean_PP) - 1
   rows: list[list[float | None]] = []
   for start in range(num_layers):

@@ -1,7 +1,7 @@
 """The field's depth suite on one model: causal and permutation scores, linear replacement, Jacobians, logit lens.
 
-DepthBench (Wang et al., arXiv 2609.32534) made these five standard; `DEFINITIONS` says what each is here. A measurement
-is one compiled program, whatever the number of layers: which layer is removed, replaced or exchanged is data.
+The five measurements are those of DepthBench (Wang et al., arXiv 2609.32534); `DEFINITIONS` defines each of them. Which
+layer is removed, replaced or exchanged is data, so a measurement is one compiled program for any number of layers.
 """
 
 import functools
@@ -23,51 +23,55 @@ from mixln_jax.model import Transformer
 from mixln_jax.parallel.rules import replicated
 
 MEASUREMENTS = ("causal", "permutation", "usefulness", "jacobian", "lens")
-# What the published fractions count (DepthBench, figure of depth use).
+# The thresholds of the published fractions (DepthBench, figure of depth use).
 CAUSAL_THRESHOLD, PERMUTATION_THRESHOLD, USEFUL_RATIO = 0.45, 0.15, 1.1
-LATE = 4  # a layer is late after the first 1 / LATE of them
+LATE = 4  # the layers after the first 1 / LATE are late
 
 DEFINITIONS = {
-  "data": "All of it on the calibration records, but `*_heldout` on others. A position holds a token where the loss "
-  "counts it or the one before it; `causal`, `jacobian`, `angular` and the fit of `usefulness` take the mean over "
-  "those positions, losses and `lens` over the counted ones. z_0 is the embedding, z_{l+1} the stream after layer l "
-  "(of a Post-LN layer after its last norm), before the final norm. Layers are counted from 0.",
-  "causal": "[s][l], l > s: C = |u_l without layer s - u_l| / |u_l|, u_l = z_{l+1} - z_l; `mean_of_ratios`: the mean "
-  "over tokens of the ratio (DepthBench's current code), `ratio_of_means`: the ratio of the means (its older code). Of "
-  "several residual streams z is their sum, or the first where the head reads it alone; of attention residuals the sum "
-  "of their sources.",
-  "removal": "Loss in nats a token with layer s removed: its output is its input (of attention residuals: it adds "
-  "nothing to the sources). A Post-LN layer loses its norms with it.",
-  "permutation": "[i][j], i < j: |loss with layers i and j exchanged - loss| / loss. `row_moves`: a layer moves whole, "
-  "with its row of the placement (and with factors by depth, as of LNS); `row_stays`: all that it learns moves, a "
-  "norm's gain to the norm of the same sublayer, and the placement stays; `row_stays_matrices_only`: gains stay too; "
-  "`row_stays_by_official_name`: what has a name in both layers in LLaMA's layout moves. Attention residuals read and "
-  "write the sources of their new place in all of them.",
+  "data": "Everything is measured on the calibration records, except `*_heldout`, which is measured on other records. "
+  "A position holds a token if the loss counts it or the position before it. `causal`, `jacobian`, `angular` and the "
+  "fit of `usefulness` are means over those positions; losses and `lens` are means over the counted positions. z_0 is "
+  "the embedding and z_{l+1} the stream after layer l (for a Post-LN layer, after its last norm), before the final "
+  "norm. Layers are counted from 0.",
+  "causal": "[s][l], l > s: C = |u_l without layer s - u_l| / |u_l|, where u_l = z_{l+1} - z_l. `mean_of_ratios` is "
+  "the mean over tokens of the ratio (DepthBench's current code), `ratio_of_means` the ratio of the means (its older "
+  "code). With several residual streams, z is their sum, or the first stream if the head reads only that one; with "
+  "attention residuals, z is the sum of the sources.",
+  "removal": "Loss in nats per token with layer s removed: its output is its input (with attention residuals, it adds "
+  "nothing to the sources). The norms of a Post-LN layer are removed with it.",
+  "permutation": "[i][j], i < j: |loss with layers i and j exchanged - loss| / loss. `row_moves`: the whole layer "
+  "moves, with its row of the placement (and factors that depend on depth, as in LNS). `row_stays`: all parameters "
+  "move, a norm's gain to the norm of the same sublayer, and the placement stays. `row_stays_matrices_only`: gains "
+  "stay as well. `row_stays_by_official_name`: the parameters move whose name in LLaMA's layout both layers have. In "
+  "all of them, attention residuals read and write the sources of their new place.",
   "usefulness": "Loss with layer l replaced by the affine map (least squares over the calibration tokens) from what it "
-  "reads to what it writes, over the loss of the model; `same`: on the tokens of the fit, `heldout`: on others. Of "
-  "several streams a layer reads and writes all of them, side by side; of attention residuals it reads the sum of the "
-  "sources and writes its two outputs.",
-  "jacobian": "|J - I|_F / sqrt(width), J[a, b] = d output_b / d input_a of a layer; of several streams (or sources) "
-  "all of them side by side, and the width that of all. `summed`: mean over input positions of the sum over output "
-  "positions (as DepthBench codes it); `same_position`: of a position's output by its own input. Estimated from "
-  "products with random vectors (Hutchinson); `*_standard_error`: as of independent vectors.",
-  "lens": "Final norm and head on z_l, l = 0 … L: cross entropy with the next token, KL(model || depth) in nats, and "
-  "the fraction of the model's five likeliest tokens that are among the depth's five.",
-  "angular": "[l][m], l < m: mean of arccos(cos(z_l, z_m)) / pi, over all tokens, and over the last of each record.",
-  "fractions": "Of `causal/mean_of_ratios` and `permutation/*`: of the pairs of layers after the first quarter of the "
-  "layers, those above 0.45 and 0.15, as DepthBench reports them; of `usefulness/*`: layers with a ratio above 1.1.",
+  "reads to what it writes, divided by the loss of the model. `same`: on the tokens of the fit; `heldout`: on other "
+  "tokens. With several streams, a layer reads and writes their concatenation; with attention residuals, it reads the "
+  "sum of the sources and writes its two outputs.",
+  "jacobian": "|J - I|_F / sqrt(width), where J[a, b] = d output_b / d input_a of a layer. With several streams (or "
+  "sources), J is that of their concatenation, and the width that of all of them. `summed`: the mean over input "
+  "positions of the sum over output positions (as in DepthBench's code). `same_position`: the derivative of a "
+  "position's output by its own input. Estimated from products with random vectors (Hutchinson); `*_standard_error` is "
+  "computed as for independent vectors.",
+  "lens": "The final norm and head applied to z_l, l = 0 … L: cross entropy with the next token, KL(model || depth) in "
+  "nats, and the fraction of the model's five likeliest tokens that are among the depth's five likeliest.",
+  "angular": "[l][m], l < m: the mean of arccos(cos(z_l, z_m)) / pi, over all tokens and over the last token of each "
+  "record.",
+  "fractions": "For `causal/mean_of_ratios` and `permutation/*`: the fraction of pairs, among the layers after the "
+  "first quarter, whose score is above 0.45 and 0.15, as DepthBench reports it. For `usefulness/*`: the fraction of "
+  "layers with a ratio above 1.1.",
 }
 
 Arrays = dict[str, np.ndarray]
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
-def _as_they_are(items: Iterable[Any], _: str) -> Iterable[Any]:
+def _unwatched(items: Iterable[Any], _: str) -> Iterable[Any]:
   return items
 
 
 class _Suite(NamedTuple):
-  """What all measurements read."""
+  """The inputs of all measurements."""
 
   model: ModelConfig
   params: Any
@@ -91,45 +95,52 @@ def depth_suite(
   jacobian_sequences: int | None = None,
   jacobian_exact: bool = False,
   seed: int = 0,
-  watch: Watch = _as_they_are,
+  watch: Watch = _unwatched,
 ) -> Arrays:
-  """Measures a model: arrays by name, as `golden/topology` names them.
+  """Measures a model. Returns arrays by name.
 
       arrays = depth_suite(config.model, params, calibration_ids, heldout_ids)
       arrays["causal/mean_of_ratios"]  # [L, L], [removed, affected]
 
   Args:
     model: config.model; its placement may not depend on the step (`placement.at_step`).
-    params: its parameters; on a mesh, laid out on it.
-    calibration: token ids [sequences, T] (all of them count), or global batches as the loss takes them.
-    heldout: the same of other tokens, on which affine maps are scored; None: only on their own.
-    mesh: where params and batches lie; then call it where logical axes mean something (`parallel.rules.on_mesh`).
+    params: its parameters; if there is a mesh, sharded over it.
+    calibration: token ids [sequences, T], which all count, or global batches as the loss takes them.
+    heldout: other tokens in the same form, on which affine maps are scored too; None: score them only on their own.
+    mesh: the mesh of params and batches; then call this function within `parallel.rules.on_mesh`.
     measurements: some of MEASUREMENTS.
-    readings: some of `swaps.READINGS`: what moves where layers are exchanged. One that LLaMA's layout has no names
-      for is left out.
-    permutation_sequences: how many of the first calibration sequences layers are exchanged on; by default all.
-    jacobian_vectors: random vectors a layer.
-    jacobian_sequences: how many of the first calibration sequences the Jacobian is of; by default those of one batch.
-    jacobian_exact: the whole matrices, by one product for each entry of the width (and position); for small models.
-    seed: of the random vectors.
-    watch: wraps what a measurement goes through, and gets its name, to show how far it is.
+    readings: some of `swaps.READINGS`: what moves when layers are exchanged. `row_stays_by_official_name` is left out
+      if LLaMA's layout lacks a name for some parameter.
+    permutation_sequences: exchange layers on this many of the first calibration sequences; by default on all.
+    jacobian_vectors: random vectors per layer.
+    jacobian_sequences: measure the Jacobian on this many of the first calibration sequences; by default on those of one
+      batch.
+    jacobian_exact: compute the whole matrices, with one product per entry of the width (and position); for small
+      models.
+    seed: the seed of the random vectors.
+    watch: a wrapper of the iterables of each measurement, called with them and the measurement's name, to show
+      progress.
 
   Returns:
-    `loss/calibration` (and `loss/heldout`), and of the measurements, NaN where there is nothing to measure:
-    `causal/mean_of_ratios`, `causal/ratio_of_means` [L, L]; `removal/loss_calibration` (and `_heldout`) [L];
-    `permutation/READING` [L, L]; `usefulness/map` [L, E + 1, F], `usefulness/loss_same`, `ratio_same` (and `_heldout`)
-    [L]; `jacobian/summed_deviation`, `same_position_deviation`, and either their `_standard_error` [L] or
-    `jacobian/summed_mean`, `same_position_mean` [L, E, E]; `lens/cross_entropy`, `lens/kl_final_to_depth`,
-    `lens/top5_overlap` [L + 1]; `angular/all_tokens`, `angular/last_token` [L + 1, L + 1].
+    These arrays, with NaN where there is nothing to measure:
+      `loss/calibration` (and `loss/heldout`): scalars.
+      `causal/mean_of_ratios`, `causal/ratio_of_means` [L, L], [removed, affected].
+      `removal/loss_calibration` (and `_heldout`) [L].
+      `permutation/READING` [L, L].
+      `usefulness/map` [L, E + 1, F]; `usefulness/loss_same`, `usefulness/ratio_same` (and `_heldout`) [L].
+      `jacobian/summed_deviation`, `jacobian/same_position_deviation` [L], with their `_standard_error` [L] or, if
+        exact, `jacobian/summed_mean`, `jacobian/same_position_mean` [L, E, E].
+      `lens/cross_entropy`, `lens/kl_final_to_depth`, `lens/top5_overlap` [L + 1].
+      `angular/all_tokens`, `angular/last_token` [L + 1, L + 1].
 
   Raises:
-    InputError: a measurement or reading has another name; there is no calibration token.
+    InputError: a measurement or reading is unknown, or there is no calibration batch.
   """
   check_names("measurements", measurements, MEASUREMENTS)
   check_names("readings", readings, swaps.READINGS)
   jit = jax.jit if mesh is None else functools.partial(jax.jit, out_shardings=replicated(mesh))
-  held = [] if heldout is None else as_batches(heldout)
-  suite = _Suite(model, params, as_batches(calibration), held, jit, watch)
+  heldout_batches = [] if heldout is None else as_batches(heldout)
+  suite = _Suite(model, params, as_batches(calibration), heldout_batches, jit, watch)
   if not suite.calibration:
     raise InputError("calibration=[]: must be one batch or more")
   arrays = _causal(suite, wanted="causal" in measurements)
@@ -145,36 +156,37 @@ def depth_suite(
 
 
 def check_names(field: str, names: Sequence[str], known: Sequence[str]) -> None:
-  """Raises InputError where one is not known, or there is none."""
+  """Raises InputError if a name is unknown or if there is no name."""
   unknown = [name for name in names if name not in known]
   if unknown or not names:
     raise InputError(f"{field}={','.join(names)}: must be one or more of {', '.join(known)}")
 
 
 def as_batches(tokens: Any, rows: int = 8) -> list[Batch]:
-  """Batches of token ids [sequences, T], all of which count; batches as they are."""
+  """Batches of token ids [sequences, T], which all count. An iterable of batches is returned as a list."""
   if not hasattr(tokens, "shape"):
     return list(tokens)
   batches = []
   for start in range(0, len(tokens), rows):
     ids_BT = np.asarray(tokens[start : start + rows], np.int32)
     weights_BT = np.ones(ids_BT.shape, np.float32)
-    weights_BT[:, -1] = 0  # nothing comes after it
+    weights_BT[:, -1] = 0  # the last token has no next token
     missing = min(rows, len(tokens)) - len(ids_BT)
-    fill = ((0, missing), (0, 0))  # rows that do not count: batches of one shape are one program
+    fill = ((0, missing), (0, 0))  # rows that do not count, so that all batches have one shape and share one program
     arrays = {"tokens_BT": ids_BT, "labels_BT": np.roll(ids_BT, -1, 1), "weights_BT": weights_BT}
     batches.append({name: jnp.asarray(np.pad(array, fill)) for name, array in arrays.items()})
   return batches
 
 
-# Causal score, removal, and losses with affine maps.
+# The causal score, removal, and losses with affine maps.
 
 
 def _substituted(
   suite: _Suite, step: Callable[..., Sums], batches: Sequence[Batch], affine: Affine | None, layers: Any, name: str
 ) -> dict[str, np.ndarray]:
-  """The sums over batches of each replaced layer: those of `Sums`, with layers for variants."""
+  """The fields of `Sums` summed over batches, with one variant for each of `layers`."""
   at_once = min(num_variants(suite.model), len(layers))
+  # All groups have the same size, so that they share one program: the last one wraps around.
   groups = [np.arange(start, start + at_once) % max(1, len(layers)) for start in range(0, len(layers), at_once)]
   work = [(group, batch) for group in groups for batch in batches]
   by_group: dict[int, Any] = {}
@@ -183,16 +195,17 @@ def _substituted(
     sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
     first = int(group[0])
     by_group[first] = sums if first not in by_group else jax.tree.map(np.add, by_group[first], sums)
-  found = list(by_group.values())
+  group_sums = list(by_group.values())
 
   def joined(read: Callable[[Sums], Any]) -> np.ndarray:
-    return np.concatenate([read(sums) for sums in found])[: len(layers)]
+    return np.concatenate([read(sums) for sums in group_sums])[: len(layers)]
 
+  first_sums = group_sums[0]  # all groups have the same sums of the model itself
   return {
-    "tokens": found[0].tokens,
-    "count": found[0].count,
-    "loss": found[0].loss,
-    "size": found[0].size_L,
+    "tokens": first_sums.tokens,
+    "count": first_sums.count,
+    "loss": first_sums.loss,
+    "size": first_sums.size_L,
     "ratio": joined(lambda sums: sums.ratio_CL),
     "change": joined(lambda sums: sums.change_CL),
     "losses": joined(lambda sums: sums.loss_C),
@@ -200,10 +213,10 @@ def _substituted(
 
 
 def _causal(suite: _Suite, *, wanted: bool) -> Arrays:
-  """The losses, and where it is wanted the causal score and the losses of removal."""
+  """The losses of the model and, if wanted, the causal score and the losses of removal."""
   num_layers = suite.model.num_layers
   step = suite.jit(make_substitution_step(suite.model))
-  # One variant is computed in any case: its sums hold the loss of the model.
+  # At least one variant is computed, because its sums contain the loss of the model.
   layers = range(num_layers) if wanted else range(num_layers - 1, num_layers)
   sums = _substituted(suite, step, suite.calibration, None, layers, "causal")
   arrays = {"loss/calibration": mean(sums["loss"], sums["count"])}
@@ -232,7 +245,7 @@ def _usefulness(suite: _Suite, losses: Mapping[str, np.ndarray]) -> Arrays:
     for _ in suite.calibration:
       factors = fit(suite.params, factors, next(work), start)
     maps.append(linear_fit.solve(jax.device_get(factors)))
-  next(work, None)  # so that what watches sees the end
+  next(work, None)  # exhausts the iterator, so that `watch` sees the end
   map_LEF = np.concatenate(maps)[: model.num_layers]
   arrays = {"usefulness/map": np.roll(map_LEF, -1, axis=1)}
   step = suite.jit(make_substitution_step(model))
@@ -252,8 +265,11 @@ def _permutation(suite: _Suite, readings: Sequence[str], sequences: int | None) 
   model = suite.model
   orders = swaps.all_swaps(model, readings)
   stays = swaps.identity(model)
-  # Exchanges that are the same program on the same numbers are run once; among them nothing is, which is the model.
-  distinct = {swaps.key(model, order): order for by_pair in orders.values() for order in (stays, *by_pair)}
+  # Orders that give the same model are measured once. The model itself is the order in which nothing moves.
+  distinct = {swaps.key(model, stays): stays}
+  for by_pair in orders.values():
+    for order in by_pair:
+      distinct[swaps.key(model, order)] = order
   step = suite.jit(swaps.make_swap_step(model))
   chosen = _first_rows(suite.calibration, sequences or math.inf)
   sums = dict.fromkeys(distinct, 0.0)
@@ -295,21 +311,21 @@ def _jacobian(suite: _Suite, num_vectors: int, sequences: int | None, seed: int,
   arrays = {}
   for name, one, other in (("summed", summed, summed), ("same_position", same[:, :, 0], same[:, :, -1])):
     if exact:
-      # Vector k picks output k: its product is the column of that output.
+      # Vector k is the unit vector of output k, so its product is the column of that output.
       matrix = one.reshape(len(one), width, width).swapaxes(1, 2)
       arrays[f"jacobian/{name}_mean"] = matrix
       arrays[f"jacobian/{name}_deviation"] = jacobian.exact_deviation(matrix)
     else:
-      found = jacobian.deviation(one, other, vectors)
-      arrays[f"jacobian/{name}_deviation"] = found.value
-      arrays[f"jacobian/{name}_standard_error"] = found.standard_error
+      estimate = jacobian.deviation(one, other, vectors)
+      arrays[f"jacobian/{name}_deviation"] = estimate.value
+      arrays[f"jacobian/{name}_standard_error"] = estimate.standard_error
   return arrays
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-  """Two thirds of a sample, and the rest to score on what was fitted on them; nothing in both.
+  """Splits a sample into disjoint parts: two thirds for calibration, and one third held out.
 
-  Whole batches, or of fewer than three every third row.
+  The held-out part is the last third of the batches or, with fewer than three batches, every third row of each.
   """
   num_held = len(batches) // 3
   if num_held:
@@ -324,13 +340,13 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def mean(total: Any, count: Any) -> np.ndarray:
-  """total / count; NaN where nothing was counted."""
+  """total / count; NaN where count is 0."""
   total, count = np.broadcast_arrays(np.asarray(total, np.float64), np.asarray(count, np.float64))
   return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def _first_rows(batches: Sequence[Batch], sequences: float) -> list[tuple[Batch, np.ndarray]]:
-  """The batches that hold the first sequences, with 1 for each row that is one of them, [B]."""
+  """The batches with the first sequences, each with a mask [B] that is 1 for the rows among them."""
   chosen, left = [], sequences
   for batch in batches:
     rows = len(batch["weights_BT"])
@@ -340,7 +356,7 @@ def _first_rows(batches: Sequence[Batch], sequences: float) -> list[tuple[Batch,
   return chosen
 
 
-# The logit lens, and angles.
+# The logit lens and angles.
 
 
 def _lens(suite: _Suite) -> Arrays:
@@ -360,15 +376,16 @@ def _lens(suite: _Suite) -> Arrays:
 
 
 def fractions(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-  """The published fractions of what was measured, as DEFINITIONS["fractions"] says; None of one layer pair is NaN."""
-  found = {}
+  """The published fractions (DEFINITIONS["fractions"]) of the arrays that there are; NaN if there is no pair of late
+  layers."""
+  result = {}
   for name, threshold in (("causal/mean_of_ratios", CAUSAL_THRESHOLD), *_thresholds(arrays)):
     if name in arrays:
-      found[name] = _late_above(arrays[name], threshold)
+      result[name] = _late_above(arrays[name], threshold)
   for name in ("usefulness/ratio_same", "usefulness/ratio_heldout"):
     if name in arrays:
-      found[name] = float(np.mean(arrays[name] > USEFUL_RATIO))
-  return found
+      result[name] = float(np.mean(arrays[name] > USEFUL_RATIO))
+  return result
 
 
 def _thresholds(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, float]]:
@@ -376,7 +393,7 @@ def _thresholds(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, float]]:
 
 
 def _late_above(score_LL: np.ndarray, threshold: float) -> float:
-  """The fraction of pairs of late layers whose score is above a threshold; NaN where there is no such pair."""
+  """The fraction of pairs of late layers whose score is above a threshold; NaN if there is no such pair."""
   first = len(score_LL) // LATE
   late = score_LL[first:, first:]
   values = late[np.triu_indices(len(late), 1)]

@@ -1,4 +1,4 @@
-"""All that `diagnose` measures on a checkpoint, as one JSON object."""
+"""All measurements of `diagnose` on a checkpoint, as one JSON object."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,31 +21,34 @@ from mixln_jax.text import aligned, perplexity
 
 DEFINITIONS = {
   "data": "The first records of the run's validation set, up to the one with which `tokens` counted tokens are "
-  "reached, each in a row of its own at the run's sequence length. A token counts where the loss counts the token "
-  "after it: padding, the last token of a record and, with document masks, the last token of a document do not. Of an "
-  "encoder the masked tokens count, the same ones for every model with that tokenizer, and the loss is theirs.",
-  "angular_distance": "arccos(cosine) / pi between the residual stream at the input of layer l and n layers later, at "
-  "[l][n - 1], l from 0; the last depth is taken before the final norm. Of each token by itself, in fp32, the cosine "
-  "clipped to [-1, 1], then the mean: `last` over the last counted token of each record (Gromov et al., arXiv "
-  "2403.17887; Mix-LN, arXiv 2412.13795), `all` over all counted tokens. fp32 does not resolve distances under 1e-4.",
-  "removal": "Validation loss in nats a token with layers l to l + n - 1 removed (their output is their input; of "
-  "attention residuals, that later softmaxes read zeros), at blocks[n][l], without any training; `loss` with all "
-  "layers. A drop is the difference of the two. `scores`, "
-  "where tasks were given: the same of each task's accuracy (of one that has none, its first metric).",
-  "gradient_norm": "L2 norm of the gradient of the mean loss over the same tokens, with respect to all weights of a "
-  "sublayer together (attention: query, key, value, output; mlp: gate, up, down; biases among them, gains of norms "
-  "not), without clipping. `initial`: at initial weights drawn again from the run's config.seed (or those of "
-  "config.train.start_from), which for an imported model are not those that it started from; `checkpoint`: at those "
-  "of this step. Both with the placement as it is at this step, also where it depends on the step (`+prores`).",
-  "effective_rank": "exp of the entropy of the singular values over their sum (Roy and Vetterli 2007), of the counted "
-  "tokens' residual streams at each depth, their mean taken off; depth 0 is the input of the first layer. Of several "
-  "residual streams, here and in angular_distance, it is their sum, or the first where the head reads it alone.",
-  "logit_lens_perplexity": "Perplexity of the final norm and head on the residual stream at each depth (logit lens); "
-  "of several streams, of what the head reads of them.",
+  "reached, each in a row of its own at the run's sequence length. A token counts if the loss counts the token after "
+  "it: padding, the last token of a record and, with document masks, the last token of a document do not count. For an "
+  "encoder, the masked tokens count (the same tokens for every model with that tokenizer), and the loss is that of "
+  "predicting them.",
+  "angular_distance": "[l][n - 1], l from 0: arccos(cosine) / pi between the residual stream at the input of layer l "
+  "and n layers later. The last depth is the output of the last layer, before the final norm. Computed for each token "
+  "in fp32, with the cosine clipped to [-1, 1], and then averaged: `last` over the last counted token of each record "
+  "(Gromov et al., arXiv 2403.17887; Mix-LN, arXiv 2412.13795), `all` over all counted tokens. fp32 does not resolve "
+  "distances below 1e-4.",
+  "removal": "blocks[n][l]: validation loss in nats per token with layers l to l + n - 1 removed, without any "
+  "training. The output of a removed layer is its input (with attention residuals, later softmaxes read zeros from "
+  "it). `loss`: the loss with all layers; a drop is the difference between the two. `scores`, if tasks were given: the "
+  "same for each task's accuracy (or its first metric if it has no accuracy).",
+  "gradient_norm": "L2 norm of the gradient of the mean loss over the same tokens, without clipping, with respect to "
+  "all weights of a sublayer together (attention: query, key, value, output; mlp: gate, up, down; with their biases, "
+  "without gains of norms). `initial`: at initial weights drawn again from the run's config.seed (or those of "
+  "config.train.start_from); an imported model did not start from them. `checkpoint`: at the weights of this step. "
+  "Both use the placement of this step, also if it depends on the step (`+prores`).",
+  "effective_rank": "exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007), for the "
+  "counted tokens' residual streams at each depth minus their mean. Depth 0 is the input of the first layer. With "
+  "several residual streams, here and in angular_distance, it is their sum, or the first stream if the head reads only "
+  "that one.",
+  "logit_lens_perplexity": "Perplexity of the final norm and head applied to the residual stream at each depth (logit "
+  "lens); with several streams, applied to what the head reads of them.",
   **{f"depth_suite/{name}": text for name, text in depth_suite.DEFINITIONS.items()},
 }
 Batches = Sequence[Mapping[str, jax.Array]]
-# What is measured where nothing else is asked for: what moves in an exchange is ambiguous for a mixture alone.
+# The default readings of an exchange of layers; they differ only if the layers' rows of the placement differ.
 SWAPS = ("row_moves", "row_stays")
 GradientNorms = Callable[[Any, Iterable[Mapping[str, jax.Array]]], dict[str, list[float]]]
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -63,21 +66,21 @@ def diagnose(
   suite: Mapping[str, Any] | None = None,
   watch: Watch = lambda batches, _: batches,
 ) -> dict[str, Any]:
-  """Measures a model. Call it where the model's logical axes mean something (`parallel.rules.on_mesh`).
+  """Measures a model. Call it within `parallel.rules.on_mesh`, which gives the model's logical axes their meaning.
 
   Args:
-    config: of the run.
+    config: the run's config.
     params: the checkpoint's parameters, on the mesh.
-    initial_params: gives the run's initial parameters, on the mesh; called once, and not kept.
+    initial_params: returns the run's initial parameters, on the mesh; called once, and its result is freed after use.
     batches: global batches of the validation set.
-    mesh: where all of that lies.
-    sizes: how many neighbouring layers to remove together.
-    scores: tasks to score with layers removed, as `removal` takes them.
-    suite: what `depth_suite.depth_suite` is to measure and how (its keyword arguments); by default nothing.
-    watch: wraps the batches of a stage, whose name it gets, to show how far it is.
+    mesh: the mesh of all arrays.
+    sizes: how many consecutive layers to remove together.
+    scores: tasks to score with layers removed, as in `removal`.
+    suite: the keyword arguments of `depth_suite.depth_suite`; by default it is not run.
+    watch: a wrapper of the batches of each stage, called with them and the stage's name, to show progress.
 
   Returns:
-    `tokens`, `definitions` (DEFINITIONS), and what they define; numbers that are not finite are None.
+    `tokens`, `definitions` (DEFINITIONS), and the measurements that it defines; numbers that are not finite are None.
   """
   model, everywhere = config.model, replicated(mesh)
   depth_step = jax.jit(depth.make_depth_step(model), donate_argnums=1, out_shardings=everywhere)
@@ -110,9 +113,9 @@ def diagnose(
 def measure_suite(
   model: ModelConfig, params: Any, batches: Batches, mesh: Mesh, options: Mapping[str, Any], watch: Watch
 ) -> dict[str, Any]:
-  """The depth suite as JSON has it: `arrays` by name, `fractions`, and how many tokens are in each part.
+  """The results of the depth suite for JSON: `arrays` by name, `fractions`, and the number of tokens of each part.
 
-  Two thirds of the sample are the calibration records. The affine maps themselves are left out.
+  `depth_suite.split` makes the calibration and held-out parts. The affine maps themselves are left out.
   """
   calibration, heldout = depth_suite.split(batches)
   arrays = depth_suite.depth_suite(model, params, calibration, heldout, mesh=mesh, watch=watch, **options)
@@ -126,14 +129,14 @@ def measure_suite(
 
 
 def make_gradient_norms(model: ModelConfig, shardings: Any, mesh: Mesh) -> GradientNorms:
-  """`norms(params, batches)`: the norm of the mean loss's gradient by layer, `attention` and `mlp`, each [L].
+  """`norms(params, batches)`: the norm of the mean loss's gradient by layer, for `attention` and `mlp`, each [L].
 
-  Gradients of the summed loss are added over the batches, in fp32, and divided once.
+  Gradients of the summed loss are added over the batches in fp32 and divided once.
 
   Args:
     model: config.model.
-    shardings: of the parameters, and so of their gradients.
-    mesh: where they lie.
+    shardings: the shardings of the parameters, which their gradients have too.
+    mesh: the mesh of those shardings.
   """
   transformer = Transformer(model)
 
@@ -168,7 +171,7 @@ def make_gradient_norms(model: ModelConfig, shardings: Any, mesh: Mesh) -> Gradi
 
 
 def finite(value: Any) -> Any:
-  """The same with None for a number that is not finite, which JSON does not have."""
+  """The value with None in place of every number that is not finite, which JSON can't express."""
   if isinstance(value, Mapping):
     return {key: finite(item) for key, item in value.items()}
   if isinstance(value, list):
@@ -177,7 +180,7 @@ def finite(value: Any) -> Any:
 
 
 def table(result: Mapping[str, Any], layer_list: str) -> str:
-  """The numbers by layer for a terminal. `layer_list`: the placement, a word a layer."""
+  """The results by layer as text for a terminal. `layer_list`: the placement, one word per layer."""
   distance, removed, norms = result["angular_distance"], result["removal"], result["gradient_norm"]
   num_layers, scores = len(layer_list.split()), removed.get("scores")
   columns = [
@@ -194,7 +197,7 @@ def table(result: Mapping[str, Any], layer_list: str) -> str:
       columns.append(((f"gradient, {when}", sublayer), _cells(norms[when][sublayer], ".3e")))
   columns.append((("effective", "rank"), _cells(result["effective_rank"], ".1f")))
   columns.append((("logit-lens", "perplexity"), _cells(result["logit_lens_perplexity"], ".5g")))
-  # A column without a value for the end of the stack has one cell fewer.
+  # Columns without a value for the end of the stack are one cell shorter.
   padded = [[*head, *cells, *[""] * (num_layers + 1 - len(cells))] for head, cells in columns]
   lines = aligned(list(zip(*padded, strict=True)), right=range(len(columns)))
   (loss,) = _cells([removed["loss"]], ".4f")
@@ -207,7 +210,7 @@ def table(result: Mapping[str, Any], layer_list: str) -> str:
 
 
 def suite_lines(suite: Mapping[str, Any], layer_list: str) -> list[str]:
-  """The depth suite by layer for a terminal, and the published fractions."""
+  """The depth suite by layer and the published fractions, as text for a terminal."""
   arrays = {name: np.array(values, float) for name, values in suite["arrays"].items()}
   num_layers = len(layer_list.split())
   columns = [(("", "layer"), [*map(str, range(num_layers)), "end"]), (("", "placement"), layer_list.split())]
@@ -230,15 +233,18 @@ def suite_lines(suite: Mapping[str, Any], layer_list: str) -> list[str]:
   lines = aligned(list(zip(*padded, strict=True)), right=range(len(columns)))
   causal, useful = depth_suite.CAUSAL_THRESHOLD, depth_suite.USEFUL_RATIO
   for name, fraction in suite["fractions"].items():
-    what = f"late pairs above {causal if name.startswith('causal') else depth_suite.PERMUTATION_THRESHOLD}"
     if name.startswith("usefulness"):
       what = f"layers above {useful}"
+    elif name.startswith("causal"):
+      what = f"late pairs above {causal}"
+    else:
+      what = f"late pairs above {depth_suite.PERMUTATION_THRESHOLD}"
     lines.append(f"{name}: {_cells([fraction], '.1%')[0]} of {what}")
   return lines
 
 
 def _mean_of_rows(score_LL: np.ndarray) -> list[float]:
-  """Of each row of a matrix over pairs, the mean of what is there; the last one has nothing."""
+  """The mean of each row of a matrix above its diagonal; the last row has nothing there and is left out."""
   return [float(np.mean(row[index + 1 :])) for index, row in enumerate(score_LL[:-1])]
 
 
@@ -247,13 +253,13 @@ def _number(value: float) -> float | None:
 
 
 def _mean_score(removed: Mapping[str, Any]) -> dict[str, Any]:
-  """The mean over tasks of what `removal` calls `scores`."""
+  """The mean over tasks of the `scores` of `removal`."""
   scores = list(removed["scores"].values())
   blocks = {}
   for size in scores[0]["blocks"]:
-    by_layer = zip(*(one["blocks"][size] for one in scores), strict=True)
+    by_layer = zip(*(score["blocks"][size] for score in scores), strict=True)
     blocks[size] = [math.fsum(values) / len(scores) for values in by_layer]
-  return {"score": math.fsum(one["score"] for one in scores) / len(scores), "blocks": blocks}
+  return {"score": math.fsum(score["score"] for score in scores) / len(scores), "blocks": blocks}
 
 
 def _cells(values: Iterable[float | None], form: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""What a layer reads and what it writes, as two vectors at each position, and a layer put in the place of another.
+"""What a layer reads and writes, as two vectors per position, so that another function can take the layer's place.
 
-Of one stream they are the stream before the layer and after it; of several, the streams that go from layer to layer,
-side by side. Attention residuals have a source for each earlier output: there a layer reads the sum of the sources (the
-stream of a model without them) and writes its two outputs.
+With one stream, they are the stream before and after the layer; with several, the concatenation of the streams that are
+carried from layer to layer. With attention residuals, whose sources are the earlier outputs, a layer reads the sum of
+the sources (the stream of a model without them) and writes its two outputs.
 
-Dimensions: E numbers that a layer reads at a position, F numbers that it writes; the others as in the model.
+Dimensions: E numbers that a layer reads per position, F numbers that it writes; the others as in the model.
 """
 
 from collections.abc import Mapping
@@ -31,14 +31,14 @@ class Sizes(NamedTuple):
 
 
 class Slots(NamedTuple):
-  """Which source each sublayer adds to, [L] or of one layer; zeros where the model has none."""
+  """The source that each sublayer adds to, [L] or of one layer; zeros for a model without sources."""
 
   attention: jax.Array
   mlp: jax.Array
 
 
 class LayerIO(NamedTuple):
-  """How the streams of a model become vectors, and vectors streams.
+  """Converts the streams of a model to vectors and back.
 
   Attributes:
     transformer: the model.
@@ -65,7 +65,7 @@ class LayerIO(NamedTuple):
     return Slots(slots.attention_L, slots.mlp_L)
 
   def stream(self, streams: AnyStreams) -> jax.Array:
-    """The one residual stream, as diagnostics take it (`the_stream`), [B, T, D] in fp32."""
+    """The residual stream as diagnostics define it (`the_stream`), [B, T, D] in fp32."""
     columns = self.columns
     values = [value.astype(jnp.float32) for value in separate(streams, self.transformer.config)]
     return the_stream(values, columns.streams, columns.alone)
@@ -78,7 +78,7 @@ class LayerIO(NamedTuple):
     return jnp.concatenate(values, axis=-1).astype(jnp.float32)
 
   def written(self, before: AnyStreams, after: AnyStreams, slots: Slots) -> jax.Array:
-    """What a layer wrote, [B, T, F] in fp32. Two outputs that went to one source are one, and the other is 0."""
+    """What a layer wrote, [B, T, F] in fp32. If both outputs went to the same source, the second half is 0."""
     if not isinstance(before, Sources) or not isinstance(after, Sources):
       return self.read(after)
     added_SBTD = after.buffer_SBTD.astype(jnp.float32) - before.buffer_SBTD.astype(jnp.float32)
@@ -86,15 +86,15 @@ class LayerIO(NamedTuple):
     return jnp.concatenate([added_SBTD[slots.attention], mlp_BTD], axis=-1)
 
   def write(self, before: AnyStreams, written_BTF: jax.Array, slots: Slots) -> AnyStreams:
-    """The streams after a layer that wrote this, in the form that the layer finds them in."""
+    """The streams after a layer that reads `before` and writes `written_BTF`, in the same form as `before`."""
     if isinstance(before, Sources):
       attention_BTD, mlp_BTD = jnp.split(written_BTF, 2, axis=-1)
       return before.added(slots.attention, attention_BTD).added(slots.mlp, mlp_BTD)
     parts = jnp.split(written_BTF, 1 + len(before.further), axis=-1)
     first_BTD, *further = [part.astype(before.first.sum_BTD.dtype) for part in parts]
     first = Stream(first_BTD)
-    if before.first.owed is not None:
-      first = first.carried(self.transformer.config.norm)
+    if before.first.pending is not None:
+      first = first.as_scan_carry(self.transformer.config.norm)
     return Streams(first, tuple(further))
 
 
@@ -106,13 +106,13 @@ def by_layer(transformer: Transformer, batch: Batch) -> ByLayer:
 
 
 def present(batch: Batch) -> jax.Array:
-  """1 at the positions that hold a token of a record, else 0, [B, T]: those that count, and those that they predict."""
+  """1 at the positions that hold a token of a record, else 0, [B, T]: counted positions and the ones after them."""
   counted_BT = batch["weights_BT"] > 0
   predicted_BT = jnp.pad(counted_BT[:, :-1], ((0, 0), (1, 0)))
   return (counted_BT | predicted_BT).astype(jnp.float32)
 
 
 def num_variants(model: ModelConfig) -> int:
-  """How many models of other streams are held side by side: in the memory of L copies of one stream."""
+  """How many variants of the model are computed at once: as many as fit in the memory of L copies of one stream."""
   carried = Columns.of(config_lib.table(model)).streams.num_carried
   return max(1, model.num_layers // carried)

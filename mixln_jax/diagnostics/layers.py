@@ -1,7 +1,7 @@
 """Statistics of the residual stream by layer, reduced inside the scan over layers, so that no [L, B, T, D] is stored.
 
-They are sums and maxima over counted positions (those whose next token the loss counts), so that micro-batches and
-devices add up to what the whole batch would give; `finish` divides once, by the number of counted tokens.
+They are sums and maxima over counted positions (those whose next token the loss counts). Those of micro-batches and
+devices therefore combine to those of the whole batch; `finish` divides once, by the number of counted tokens.
 """
 
 from typing import Any
@@ -45,13 +45,13 @@ def _cosine(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
 
 
 def collect(taps: dict[str, Any], weights_BT: jax.Array) -> Statistics:
-  """The statistics in the taps of a model that observes, and of the stream before its first layer."""
+  """The statistics in the taps of a model with `observe`, and that of the stream before the first layer."""
   embedded = jnp.sum(_mean_square(jax.lax.stop_gradient(taps["embedded_BTD"])) * weights_BT)
   return {"sums": taps["sums"] | {"embedded": embedded}, "maxima": taps["maxima"]}
 
 
 def merge(statistics: Statistics) -> Statistics:
-  """One of several, stacked along their first axis."""
+  """Merges statistics that are stacked along their first axis."""
   return {
     "sums": jax.tree.map(lambda x: jnp.sum(x, axis=0), statistics["sums"]),
     "maxima": jax.tree.map(lambda x: jnp.max(x, axis=0), statistics["maxima"]),
@@ -63,10 +63,10 @@ def finish(statistics: Statistics, count: jax.Array) -> dict[str, jax.Array]:
 
   `stream_rms`        RMS of the residual stream after the layer (before the final norm), over tokens and channels
   `stream_variance`   its variance over the channels of a token, the mean over tokens
-  `cosine`            of the layer's input and output, the mean over tokens
+  `cosine`            cosine of the layer's input and output, the mean over tokens
   `S/branch_ratio`    RMS of the sublayer's branch over that of its residual, as the sublayer rule adds them
-  `attention/largest_logit`  over all heads, queries and the keys that they may read
-  `attention/entropy`        of a query's attention in nats, the mean over heads and tokens
+  `attention/largest_logit`  maximum over all heads, queries and the keys that they may read
+  `attention/entropy`        entropy of a query's attention in nats, the mean over heads and tokens
   `embedded_rms`      RMS of the stream before the first layer
   """
   sums = statistics["sums"]
@@ -84,15 +84,15 @@ def finish(statistics: Statistics, count: jax.Array) -> dict[str, jax.Array]:
 def of_step(
   statistics: Statistics, count: jax.Array, grads: Any, old_params: Any, new_params: Any, table: parts.Table
 ) -> dict[str, jax.Array]:
-  """All that a diagnostic step reports on its forward pass, gradient, update and parameters.
+  """All statistics of one step: of its forward pass, gradient, update and parameters.
 
   Args:
     statistics: of the whole batch.
     count: its counted tokens.
     grads: gradient of the mean loss, before clipping.
-    old_params: the parameters that it was taken at.
-    new_params: those after the update.
-    table: of the parameters.
+    old_params: the parameters before the update.
+    new_params: the parameters after the update.
+    table: the table of the parameters.
   """
   return (
     finish(statistics, count)

@@ -1,8 +1,9 @@
-"""The affine map that comes closest to each layer, in least squares over tokens.
+"""The affine map that is closest to each layer, in least squares over tokens.
 
-The rows (1, x, y) of all tokens, x what a layer reads and y what it writes, are kept as the triangular factor of their
-QR decomposition, one a layer, which each batch updates: it resolves singular values down to 1e-7 of the largest, where
-fp32 sums of squares resolve 3e-4. Where there is no room for all layers, some are fitted at a time.
+For each layer, the rows (1, x, y) of all tokens, where x is what the layer reads and y what it writes, are stored as
+the triangular factor of their QR decomposition, which each batch updates. The factor resolves singular values down to
+1e-7 of the largest one, where fp32 sums of squares resolve 3e-4. If the factors of all layers don't fit in memory, some
+layers are fitted at a time.
 
 Dimensions: G layers of one pass; E = 1 + what a layer reads; F what it writes; the others as in the model.
 """
@@ -22,13 +23,13 @@ from mixln_jax.diagnostics.layer_io import AnyStreams, Batch, LayerIO, by_layer,
 from mixln_jax.diagnostics.substitution import Affine
 from mixln_jax.model import Transformer
 
-MOST_NUMBERS = 2**28  # of the factors of one pass: 1 GB
-ROWS = 4  # times E, of one decomposition
-RESOLVED = 1e-6  # of the largest singular value: a direction below it is left out
+MOST_NUMBERS = 2**28  # in the factors of one pass: 1 GB
+ROWS = 4  # rows of one decomposition, in multiples of E
+RESOLVED = 1e-6  # directions whose singular value is below this fraction of the largest are left out
 
 
 class Factors(flax.struct.PyTreeNode):
-  """R of the rows (1, x), and Qᵀ times their y; [G, E, E] and [G, E, F]."""
+  """The R of the rows (1, x) [G, E, E], and Qᵀ times the rows y [G, E, F]."""
 
   triangle_GEE: jax.Array
   projected_GEF: jax.Array
@@ -44,7 +45,7 @@ Step = Callable[[Any, Factors, Batch, Any], Factors]
 
 
 def layers_at_once(model: ModelConfig) -> int:
-  """G."""
+  """G, the number of layers whose factors fit in MOST_NUMBERS."""
   read, written = LayerIO(Transformer(model)).sizes()
   return max(1, min(model.num_layers, MOST_NUMBERS // ((read + 1) * (read + 1 + written))))
 
@@ -58,16 +59,17 @@ def make_fit_step(model: ModelConfig) -> Step:
 
     def body(carry: tuple[AnyStreams, Factors], inputs: Any) -> tuple[Any, None]:
       before, factors = carry
-      of_layer, slots = inputs
-      after = layers.apply(of_layer, before)
-      place = of_layer[1].layer - first
+      layer_inputs, slots = inputs
+      after = layers.apply(layer_inputs, before)
+      place = layer_inputs[1].layer - first
 
       def extend() -> Factors:
         own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False), factors)
         read_BTE, written_BTF = io.read(before), io.written(before, after, slots)
         updated = add_rows(own.triangle_GEE, own.projected_GEF, read_BTE, written_BTF, present_BT)
-        both = zip(jax.tree.leaves(factors), updated, strict=True)
-        return Factors(*[jax.lax.dynamic_update_index_in_dim(leaf, new, place, 0) for leaf, new in both])
+        triangle_GEE = jax.lax.dynamic_update_index_in_dim(factors.triangle_GEE, updated[0], place, 0)
+        projected_GEF = jax.lax.dynamic_update_index_in_dim(factors.projected_GEF, updated[1], place, 0)
+        return Factors(triangle_GEE, projected_GEF)
 
       factors = jax.lax.cond((place >= 0) & (place < num), extend, lambda: factors)
       return (after, factors), None
@@ -84,13 +86,13 @@ def make_fit_step(model: ModelConfig) -> Step:
 def add_rows(
   triangle_EE: jax.Array, projected_EF: jax.Array, x_BTE: jax.Array, y_BTF: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The factors with the rows (1, x, y) of weight 1; some positions of all rows of the batch at a time."""
+  """Updates the factors of one layer with the rows (1, x, y) whose weight is 1, some positions at a time."""
   batch, length = weights_BT.shape
   at_once = max(1, min(length, ROWS * len(triangle_EE) // batch))
   pieces = -(-length // at_once)
 
   def cut(values_BTX: jax.Array) -> jax.Array:
-    """[pieces, rows, X], filled up with rows of zeros."""
+    """The values as [pieces, rows, X], padded with rows of zeros."""
     padded = jnp.pad(values_BTX, ((0, 0), (0, pieces * at_once - length), (0, 0)))
     by_piece = padded.reshape(batch, pieces, at_once, -1).swapaxes(0, 1)
     return by_piece.reshape(pieces, batch * at_once, -1)
@@ -110,21 +112,22 @@ def add_rows(
 
 
 def solve(factors: Factors) -> np.ndarray:
-  """The maps [G, E, F] in fp32, the offset in the first row; in float64.
+  """The maps [G, E, F] in fp32, with the offset in the first row; computed in float64.
 
-  Of directions that the tokens do not resolve, as of fewer tokens than E, the smallest map is taken.
+  In directions that the tokens do not resolve (there may be fewer tokens than E), the map is the one of least norm. A
+  layer with a factor that is not finite has a map of NaN.
   """
   maps = []
   for triangle_EE, projected_EF in zip(factors.triangle_GEE, factors.projected_GEF, strict=True):
     triangle, projected = np.asarray(triangle_EE, np.float64), np.asarray(projected_EF, np.float64)
     if np.isfinite(triangle).all() and np.isfinite(projected).all():
-      found: Any = scipy.linalg.lstsq(triangle, projected, cond=RESOLVED, lapack_driver="gelsy")
-      maps.append(found[0])
+      solution: Any = scipy.linalg.lstsq(triangle, projected, cond=RESOLVED, lapack_driver="gelsy")
+      maps.append(solution[0])
     else:
       maps.append(np.full(projected.shape, np.nan))
   return np.stack(maps).astype(np.float32)
 
 
 def affine(maps_LEF: np.ndarray) -> Affine:
-  """Maps of `solve` as a layer is replaced by them."""
+  """The maps of `solve` in the form that `make_substitution_step` takes."""
   return Affine(maps_LEF[:, 1:], maps_LEF[:, 0])

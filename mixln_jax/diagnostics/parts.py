@@ -1,4 +1,4 @@
-"""Norms over the parts that a model's parameters fall into (`Param.part`), by layer from the stacked arrays."""
+"""Norms over the parts of a model's parameters (`Param.part`), by layer from the stacked arrays."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mixln_jax.model.parameters import LAYERS, Param, gain_name, param_paths
 from mixln_jax.placement import SUBLAYERS
 
-# statistic -> the parameter that it is of: a sublayer's first and second gain, in order of application.
+# statistic -> the parameter that it measures: a sublayer's first and second gain, in order of application.
 GAINS: dict[str, str] = {}
 for sublayer in SUBLAYERS:
   GAINS[f"{sublayer}/norm_gain_rms"] = gain_name(sublayer, 0)
@@ -19,9 +19,10 @@ Table = Mapping[str, Param]  # `model.parameters.parameters`
 
 
 def norms(tree: Any, table: Table) -> dict[str, jax.Array]:
-  """L2 norms of the parts of a tree shaped as the parameters are: part -> [L] (outside the layers: a scalar), fp32.
+  """L2 norms of the parts of a tree with the structure of the parameters, in fp32. Call it under jit.
 
-  A norm over several tensors is that of all their entries together. Call it under jit.
+  Returns:
+    part -> the norm of all entries of its tensors together, [L], or a scalar for a part outside the layers.
   """
   squares: dict[str, jax.Array] = {}
   for path, leaf in zip(jax.tree.leaves(param_paths(tree)), jax.tree.leaves(tree), strict=True):
@@ -42,7 +43,7 @@ def gradient_norms(grads: Any, table: Table) -> dict[str, jax.Array]:
 def update_ratios(old: Any, new: Any, table: Table) -> dict[str, jax.Array]:
   """`attention/update_ratio`, `mlp/update_ratio` [L]: ‖new − old‖ / ‖old‖ over all weights of the sublayer.
 
-  The change is the one that the stored parameters made: what a narrow type rounds away is not in it.
+  The change is that of the stored parameters: what rounding to a narrow type loses is not part of it.
   """
   changes = norms(jax.tree.map(lambda a, b: b.astype(jnp.float32) - a.astype(jnp.float32), old, new), table)
   sizes = norms(old, table)
@@ -50,7 +51,8 @@ def update_ratios(old: Any, new: Any, table: Table) -> dict[str, jax.Array]:
 
 
 def gain_sizes(params: Any) -> dict[str, jax.Array]:
-  """The RMS [L] of the gains of GAINS that the model has. A layer that does not use one still holds its first value."""
+  """The RMS [L] of those of GAINS that the model has. In a layer that does not use a gain, it is that of the initial
+  value."""
 
   def rms(gains_LD: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(gains_LD.astype(jnp.float32)), axis=-1))

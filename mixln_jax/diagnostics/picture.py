@@ -1,6 +1,6 @@
-"""The statistics by layer of one step as one picture, for TensorBoard and wandb: a panel a statistic, layers along x.
+"""The statistics by layer of one step as one image for TensorBoard and wandb: one panel per statistic, layers along x.
 
-Hundreds of scalars (statistics × layers) could not be looked at; a picture a step can, and its slider is the time.
+Hundreds of scalars (statistics × layers) would be unreadable; in an image per step the viewer's slider is the time.
 """
 
 import math
@@ -15,16 +15,18 @@ LOG_FROM = 30.0  # a panel whose values span more than this factor is logarithmi
 
 
 def layer_picture(statistics: Mapping[str, Any], title: str) -> np.ndarray | None:
-  """Draws all statistics that are of layers.
+  """Draws all statistics that have a value per layer.
 
   Args:
-    statistics: name -> [L], or a number, which is left out; what is not finite is a gap.
-    title: above the picture.
+    statistics: name -> [L], or a scalar, which is left out; a value that is not finite is a gap.
+    title: the text above the picture.
 
   Returns:
-    The picture, uint8 [height, width, 3]; None where nothing is of layers.
+    The picture, uint8 [height, width, 3]; None if no statistic has a value per layer.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg  # it takes a second, and only mirrors need it
+  from matplotlib.backends.backend_agg import (
+    FigureCanvasAgg,
+  )  # the import takes a second, and only TensorBoard and wandb need it
   from matplotlib.figure import Figure
 
   by_layer = {name: np.asarray(value, float) for name, value in statistics.items() if np.ndim(value) == 1}

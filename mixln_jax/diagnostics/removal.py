@@ -16,7 +16,7 @@ Score = Callable[[Any, jax.Array], float]
 
 
 def make_removal_step(model: ModelConfig) -> LossOf:
-  """`step(params, batch, keep_L) -> (loss sum, count)`. Which layers stay is data: compiled once for all."""
+  """`step(params, batch, keep_L) -> (loss sum, count)`. keep_L is data, so one compiled program serves all removals."""
   transformer = Transformer(model)
 
   def step(params: Any, batch: Mapping[str, jax.Array], keep_L: Any) -> tuple[jax.Array, jax.Array]:
@@ -27,7 +27,7 @@ def make_removal_step(model: ModelConfig) -> LossOf:
 
 
 def without_blocks(num_layers: int, size: int) -> np.ndarray:
-  """The flags that remove layers l … l + size - 1, for each l that has them: [L - size + 1, L] int32."""
+  """The flags keep_L that remove layers l … l + size - 1, for each possible l: [L - size + 1, L] int32."""
   first = np.arange(num_layers - size + 1)[:, None]
   layer = np.arange(num_layers)[None]
   return 1 - ((layer >= first) & (layer < first + size)).astype(np.int32)
@@ -48,13 +48,14 @@ def removal(
     params: the parameters.
     batches: global batches.
     num_layers: L.
-    sizes: how many neighbouring layers to remove together.
-    scores: tasks to score besides, name -> a function of the parameters and the flags keep_L (int32 [L]), which it
+    sizes: how many consecutive layers to remove together.
+    scores: tasks to score as well, name -> a function of the parameters and the flags keep_L (int32 [L]), which it
       passes to the model.
 
   Returns:
-    `loss`, nats a counted token; `blocks`, size -> the loss without layers l … l + size - 1, for l from 0; with scores
-    also `scores`, name -> the same two as `score` and `blocks`.
+    `loss`: nats per counted token, with all layers.
+    `blocks`: size -> the losses without layers l … l + size - 1, for l from 0.
+    `scores`, if given: name -> `score` and `blocks`, which have the task's score in place of the loss.
   """
   flags = {size: without_blocks(num_layers, size) for size in sizes}
   keeps = np.concatenate([np.ones((1, num_layers), np.int32), *flags.values()])
@@ -66,8 +67,10 @@ def removal(
 
   def by_size(values: Sequence[float] | np.ndarray) -> dict[str, list[float]]:
     ends = np.cumsum([1, *map(len, flags.values())])
-    parts = zip(sizes, ends[:-1], ends[1:], strict=True)
-    return {str(size): [float(x) for x in values[start:end]] for size, start, end in parts}
+    blocks = {}
+    for size, start, end in zip(sizes, ends[:-1], ends[1:], strict=True):
+      blocks[str(size)] = [float(value) for value in values[start:end]]
+    return blocks
 
   losses = sums / count
   result: dict[str, Any] = {"loss": float(losses[0]), "blocks": by_size(losses)}

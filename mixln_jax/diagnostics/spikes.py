@@ -1,4 +1,4 @@
-"""Whether a loss stands out from those before it."""
+"""How far a loss is from the losses before it, to detect spikes."""
 
 import math
 import statistics
@@ -6,21 +6,21 @@ from collections import deque
 from collections.abc import Iterable
 
 WINDOW = 128
-FEWEST = 16  # losses, under which their standard deviation says little
+FEWEST = 16  # with fewer losses, their standard deviation is too uncertain
 
 
 class LossWindow:
   """The last losses of a run.
 
-  The score of a loss is its distance from the mean of the last WINDOW losses, in their standard deviations. A score
-  over 6 is what OLMo 2's training code (allenai/OLMo-core, its stability monitor) calls a spike.
+  The score of a loss is its distance from the mean of the last WINDOW losses, in units of their standard deviation. The
+  stability monitor of OLMo 2's training code (allenai/OLMo-core) calls a score above 6 a spike.
   """
 
   def __init__(self, losses: Iterable[float] = ()):
     self._losses: deque[float] = deque(filter(math.isfinite, losses), maxlen=WINDOW)
 
   def score(self, loss: float) -> float | None:
-    """The score of the next loss; None where there are fewer than FEWEST before it, or all of them are equal."""
+    """The score of the next loss; None if there are fewer than FEWEST before it, or if all of them are equal."""
     if len(self._losses) < FEWEST:
       return None
     mean, std = statistics.fmean(self._losses), statistics.pstdev(self._losses)

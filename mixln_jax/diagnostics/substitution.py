@@ -1,7 +1,7 @@
-"""A model with one layer replaced: by nothing (removal, the causal score), or by an affine map (usefulness).
+"""A model with one layer replaced: by the identity (removal, the causal score), or by an affine map (usefulness).
 
-The model and its variants, one for each replaced layer, go through one scan over the layers. Up to its own layer a
-variant is the model, and nothing is computed for it, so that L variants cost half of L forward passes.
+One scan over the layers computes the model and its variants, one variant for each replaced layer. Up to its own layer a
+variant equals the model, and nothing is computed for it, so L variants cost half as much as L forward passes.
 
 Dimensions: C variants of one call, E and F as in `layer_io.py`, the others as in the model.
 """
@@ -19,7 +19,7 @@ from mixln_jax.diagnostics.layer_io import AnyStreams, Batch, LayerIO, by_layer,
 from mixln_jax.model import Transformer, next_token_loss
 from mixln_jax.model.transformer import separate
 
-SMALLEST = 1e-8  # size of a layer's change below which a ratio is taken to this; DepthBench's code has the same
+SMALLEST = 1e-8  # lower bound of the denominator ‖u_l‖ of a ratio, as in DepthBench's code
 
 
 class Affine(flax.struct.PyTreeNode):
@@ -30,15 +30,15 @@ class Affine(flax.struct.PyTreeNode):
 
 
 class Sums(flax.struct.PyTreeNode):
-  """Sums over a batch; u_l is the change that layer l makes to the stream, of the model or of a variant.
+  """Sums over a batch. u_l is the change that layer l of the model makes to the stream, u'_l that in a variant.
 
   Attributes:
     tokens: positions that hold a token.
-    size_L: ‖u_l‖, over those positions.
-    ratio_CL: ‖u_l of the variant − u_l‖ / ‖u_l‖, over those positions.
-    change_CL: ‖u_l of the variant − u_l‖, over those positions.
-    loss: of the model, over counted positions.
-    loss_C: of the variants.
+    size_L: ‖u_l‖, summed over those positions.
+    ratio_CL: ‖u'_l − u_l‖ / ‖u_l‖, summed over those positions.
+    change_CL: ‖u'_l − u_l‖, summed over those positions.
+    loss: loss of the model, summed over counted positions.
+    loss_C: losses of the variants, summed over counted positions.
     count: counted positions.
   """
 
@@ -57,8 +57,8 @@ Step = Callable[[Any, Batch, Any, Any], Sums]
 def make_substitution_step(model: ModelConfig) -> Step:
   """`step(params, batch, layer_C, affine) -> Sums`. Call it under jit.
 
-  `layer_C` says which layer each variant replaces. `affine` None: by nothing, its output is its input; of attention
-  residuals it adds nothing to its sources. Else by its affine map.
+  `layer_C` says which layer each variant replaces. `affine` has the map that replaces each layer. If it is None, the
+  layer is removed: its output is its input, and with attention residuals it adds nothing to its sources.
   """
 
   def substitute(transformer: Transformer, batch: Batch, layer_C: Any, affine: Affine | None) -> Sums:
@@ -70,9 +70,9 @@ def make_substitution_step(model: ModelConfig) -> Step:
 
     def body(carry: tuple[AnyStreams, AnyStreams], inputs: Any) -> tuple[Any, Any]:
       before, variants = carry
-      of_layer, slots, own_affine = inputs
-      index = of_layer[1].layer
-      after = layers.apply(of_layer, before)
+      layer_inputs, slots, own_affine = inputs
+      index = layer_inputs[1].layer
+      after = layers.apply(layer_inputs, before)
       change_BTD = io.stream(after) - io.stream(before)
       size_BT = jnp.linalg.norm(change_BTD, axis=-1)
 
@@ -83,11 +83,12 @@ def make_substitution_step(model: ModelConfig) -> Step:
         return io.write(before, written_BTF + own_affine.offset_LF, slots)
 
       def advance(variant_and_layer: tuple[AnyStreams, jax.Array]) -> tuple[AnyStreams, Any]:
-        variant, own_layer = variant_and_layer
-        which = jnp.sign(index - own_layer) + 1
-        moved = jax.lax.switch(which, [lambda: after, replaced, lambda: layers.apply(of_layer, variant)])
-        other_BT = jnp.linalg.norm(io.stream(moved) - io.stream(variant) - change_BTD, axis=-1)
-        return moved, (total(other_BT / jnp.maximum(size_BT, SMALLEST)), total(other_BT))
+        variant, replaced_layer = variant_and_layer
+        # Before the replaced layer, at it, or after it.
+        phase = jnp.sign(index - replaced_layer) + 1
+        advanced = jax.lax.switch(phase, [lambda: after, replaced, lambda: layers.apply(layer_inputs, variant)])
+        difference_BT = jnp.linalg.norm(io.stream(advanced) - io.stream(variant) - change_BTD, axis=-1)
+        return advanced, (total(difference_BT / jnp.maximum(size_BT, SMALLEST)), total(difference_BT))
 
       variants, (ratio_C, change_C) = jax.lax.map(advance, (variants, layer_C))
       return (after, variants), (total(size_BT), ratio_C, change_C)

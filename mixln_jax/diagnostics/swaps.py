@@ -1,4 +1,4 @@
-"""The loss with two layers exchanged. Which two, and what moves with them, is data: one program for all of it."""
+"""The loss with two layers exchanged. Which two, and what moves with them, is data: one compiled program for all."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,17 +17,18 @@ from mixln_jax.model.parameters import LAYERS, Param, gain_name, parameters
 from mixln_jax.placement import SUBLAYERS
 
 READINGS = ("row_moves", "row_stays", "row_stays_matrices_only", "row_stays_by_official_name")
-POSITIONAL = ("read", "write")  # of attention residuals, whose sources are counted by position
+POSITIONAL = ("read", "write")  # columns of attention residuals that refer to sources by position
 
 
 class Order(NamedTuple):
-  """From which layer each layer takes what it has, [L]; of the norms of the sublayers, from which norm of which layer.
+  """A rearrangement of layers: for each layer, the index of the layer that it takes each of its parts from, [L].
 
   Attributes:
-    rows_L: the placement's columns.
-    matrices_L: what is drawn, and its biases.
-    others_L: what else a layer learns.
-    norms_GL: of norm g (of `norm_order`) at layer l, entry h · L + k takes norm h of layer k.
+    rows_L: for its row of the placement.
+    matrices_L: for its matrices and their biases.
+    others_L: for its other parameters, except the sublayers' norms.
+    norms_GL: for its sublayers' norms. Norm g (in `norm_order`) of layer l is taken from norm h of layer k, where the
+      entry [g, l] is h · L + k.
   """
 
   rows_L: np.ndarray
@@ -37,22 +38,26 @@ class Order(NamedTuple):
 
 
 def norm_order(model: ModelConfig) -> list[str]:
-  """The sublayers' norms that the tree of parameters has, by the name of their gains."""
-  counts = Columns.of(config_lib.table(model)).num_gains
-  return [gain_name(name, index) for name, count in zip(SUBLAYERS, counts, strict=True) for index in range(count)]
+  """The sublayers' norms in the tree of parameters, by the names of their gains."""
+  names = []
+  for sublayer, count in zip(SUBLAYERS, Columns.of(config_lib.table(model)).num_gains, strict=True):
+    names += [gain_name(sublayer, index) for index in range(count)]
+  return names
 
 
 def swap(model: ModelConfig, first: int, second: int, reading: str) -> Order:
-  """What moves where two layers are exchanged.
+  """The order in which layers `first` and `second` are exchanged.
 
   Args:
     model: config.model.
     first: a layer.
-    second: another one.
-    reading: `row_moves`: all that a layer is, its row of the placement too. `row_stays`: all that it learns; the row
-      stays, and a norm's parameters go to the norm of the same sublayer. `row_stays_matrices_only`: its matrices (with
-      their biases); norms and what else it learns stay. `row_stays_by_official_name`: what has a name in both layers in
-      LLaMA's layout, which calls the norm after attention as it calls the one before the MLP; what else stays.
+    second: another layer.
+    reading: what moves.
+      `row_moves`: the whole layer, with its row of the placement.
+      `row_stays`: all its parameters; its row stays. A norm's parameters go to the norm of the same sublayer.
+      `row_stays_matrices_only`: its matrices with their biases; norms and other parameters stay.
+      `row_stays_by_official_name`: all its parameters except norms whose name in LLaMA's layout the other layer lacks.
+        That layout gives one name to the norm after attention and to the norm before the MLP.
   """
   num_layers, norms = model.num_layers, norm_order(model)
   stays_L, moves_L = np.arange(num_layers), np.arange(num_layers)
@@ -64,16 +69,17 @@ def swap(model: ModelConfig, first: int, second: int, reading: str) -> Order:
   if reading == "row_stays_by_official_name":
     norms_GL = at_G1 + stays_L
     layers = config_lib.table(model).layers
-    theirs = [{name: norms.index(ours) for ours, name in norm_names(layers[at]).items()} for at in (first, second)]
-    for name in theirs[0].keys() & theirs[1].keys():
-      here, there = theirs[0][name], theirs[1][name]
-      norms_GL[here, first] = there * num_layers + second
-      norms_GL[there, second] = here * num_layers + first
+    names_of_first = {official: norms.index(own) for own, official in norm_names(layers[first]).items()}
+    names_of_second = {official: norms.index(own) for own, official in norm_names(layers[second]).items()}
+    for official in names_of_first.keys() & names_of_second.keys():
+      in_first, in_second = names_of_first[official], names_of_second[official]
+      norms_GL[in_first, first] = in_second * num_layers + second
+      norms_GL[in_second, second] = in_first * num_layers + first
   return Order(rows_L, moves_L, others_L, norms_GL)
 
 
 def identity(model: ModelConfig) -> Order:
-  """Nothing moves."""
+  """The order in which nothing moves."""
   stays_L, norms = np.arange(model.num_layers), len(norm_order(model))
   return Order(stays_L, stays_L, stays_L, np.arange(norms * model.num_layers).reshape(norms, -1))
 
@@ -81,20 +87,23 @@ def identity(model: ModelConfig) -> Order:
 def all_swaps(model: ModelConfig, readings: Sequence[str]) -> dict[str, list[Order]]:
   """The exchanges of all pairs of layers, in the order of `pairs`, for each reading.
 
-  Official names are left out where LLaMA's layout has none for what a layer learns.
+  `row_stays_by_official_name` is left out if LLaMA's layout lacks a name for some parameter of a layer.
   """
-  if not has_official_names(model):
-    readings = [reading for reading in readings if reading != "row_stays_by_official_name"]
-  return {reading: [swap(model, *pair, reading) for pair in pairs(model.num_layers)] for reading in readings}
+  swaps = {}
+  for reading in readings:
+    if reading == "row_stays_by_official_name" and not has_official_names(model):
+      continue
+    swaps[reading] = [swap(model, first, second, reading) for first, second in pairs(model.num_layers)]
+  return swaps
 
 
 def has_official_names(model: ModelConfig) -> bool:
-  """Whether all that the layers learn has a name in LLaMA's layout."""
+  """Whether all parameters of the layers have a name in LLaMA's layout."""
   return all(param.elsewhere is not None for param in parameters(model).values() if param.in_layers)
 
 
 def key(model: ModelConfig, order: Order) -> tuple[bytes, ...]:
-  """Equal for two exchanges that give the same model: rows that are all the same may as well stay."""
+  """A key that is equal for two orders that give the same model: if all rows are the same, moving them does nothing."""
   varying = Columns.of(config_lib.table(model)).varying
   rows_L = order.rows_L if varying else np.arange(model.num_layers)
   return tuple(indices.tobytes() for indices in order._replace(rows_L=rows_L))
@@ -108,7 +117,7 @@ Step = Callable[[Any, Batch, Any, Order], tuple[jax.Array, jax.Array]]
 
 
 def make_swap_step(model: ModelConfig) -> Step:
-  """`step(params, batch, rows_B, order) -> (loss sum, count)` of the rows where rows_B is 1. Call it under jit."""
+  """`step(params, batch, rows_B, order) -> (loss sum, count)` over the rows where rows_B is 1. Call it under jit."""
   transformer, columns = Transformer(model), Columns.of(config_lib.table(model))
 
   def step(params: Any, batch: Batch, rows_B: Any, order: Order) -> tuple[jax.Array, jax.Array]:
@@ -121,16 +130,16 @@ def make_swap_step(model: ModelConfig) -> Step:
 
 
 def moved_layers(model: ModelConfig, layers: dict[str, jax.Array], order: Order) -> dict[str, jax.Array]:
-  """The stacked parameters of the layers in another order."""
+  """The stacked parameters of the layers, rearranged."""
   table, norms = parameters(model), norm_order(model)
   moved = {}
   for name, leaf in layers.items():
     param = table[LAYERS + name]
     if param.norm:
-      of_norm = norms.index(param.norm)
+      norm_index = norms.index(param.norm)
       suffix = name.removeprefix(param.norm)
       all_norms = jnp.concatenate([layers[norm + suffix] for norm in norms])
-      moved[name] = all_norms[order.norms_GL[of_norm]]
+      moved[name] = all_norms[order.norms_GL[norm_index]]
     else:
       moved[name] = leaf[order.matrices_L if _is_matrix(param) else order.others_L]
   return moved
@@ -141,10 +150,10 @@ def _is_matrix(param: Param) -> bool:
 
 
 def moved_columns(columns: Columns, rows_L: Any) -> Columns:
-  """The placement's columns in another order.
+  """The placement's columns, rearranged.
 
-  A sublayer of attention residuals that takes the place of another one reads and writes the sources of its new place:
-  the earlier outputs of the place that it came from may not be there yet.
+  A sublayer of attention residuals that takes the place of another one reads and writes the sources of its new place,
+  because the sources of its old place may not have been written yet.
   """
   constant, varying = dict(columns.constant), {}
   for name, column_L in columns.varying.items():

@@ -20,25 +20,25 @@ from mixln_jax.model import Transformer
 from mixln_jax.model.transformer import Cache, empty_cache, project_to_logits
 from mixln_jax.parallel.rules import constrain
 
-CACHE = ("layers", "batch", "key_length", "kv_heads", "head_dim")  # its logical axes
+CACHE = ("layers", "batch", "key_length", "kv_heads", "head_dim")  # logical axes of the cache
 BATCH_SIZE = 32  # prompts at a time
 
 
 class Text(NamedTuple):
-  """What was added to a prompt."""
+  """The continuation of a prompt."""
 
-  text: str  # up to where it stopped
-  ids: list[int]  # with the tokens that stopped it, where there are some
-  stopped: bool  # at a stop token or a stop text; else the number of tokens was reached
+  text: str  # without the stop token or stop text
+  ids: list[int]  # with the stop token or the tokens of the stop text, if any
+  stopped: bool  # whether a stop token or stop text ended it; if not, the maximum number of tokens did
 
 
 class _State(NamedTuple):
-  """Where the loop is. Row b's newest token stands at position lengths_B[b] + step - 1."""
+  """The state of the loop. Row b's newest token is at position lengths_B[b] + step - 1."""
 
   step: jax.Array  # tokens added so far
-  token_B: jax.Array  # the newest
+  token_B: jax.Array  # the newest token
   active_B: jax.Array  # False for rows that have stopped
-  tokens_BS: jax.Array  # prompts and what was added
+  tokens_BS: jax.Array  # prompts and added tokens
   cache: Cache
 
 
@@ -55,22 +55,23 @@ def generate(
 ) -> list[list[int]]:
   """Continues prompts of any lengths, as one batch.
 
-  On a mesh (`parallel.rules.on_mesh`) its rows are sharded as those of a training batch. Lengths and rows are padded to
-  few sizes, so that few shapes are compiled.
+  On a mesh (`parallel.rules.on_mesh`) the rows are sharded like those of a training batch. Lengths and rows are padded
+  to a few sizes, so that few shapes are compiled.
 
   Args:
     config: config.model.
     params: the parameters.
-    prompts: ids, at least one each.
-    num_tokens: the most to add to each.
-    sampling: how the next token is chosen; by default the likeliest.
+    prompts: the ids of each prompt, at least one.
+    num_tokens: the most tokens to add to each prompt.
+    sampling: how the next token is chosen; by default the likeliest one.
     stop_ids: a row ends with the first of these; the loop ends when all rows have ended.
-    num_ids: only ids below it are sampled; by default all rows of the head (a tokenizer may have fewer ids).
-    numbers: each prompt's number in the whole request, which decides its draws together with the seed; by default its
-      number in this batch. A caller that cuts a request into batches gives them, or the batches repeat one another.
+    num_ids: only ids below this are sampled; by default all rows of the head (a tokenizer may have fewer ids).
+    numbers: each prompt's number in the whole request; with the seed it determines the prompt's draws. By default it is
+      the number in this batch. A caller that splits a request into batches must pass numbers, or all batches would have
+      the same draws.
 
   Returns:
-    The added ids of each prompt, up to and with its stop token.
+    The added ids of each prompt, including its stop token.
 
   Raises:
     ValueError: a prompt is empty.
@@ -108,24 +109,24 @@ def generate(
 
 
 def check_decoder(model: ModelConfig, length: int = 0) -> None:
-  """Rejects an encoder, whose tokens read those after them, and rows beyond a table of positions.
+  """Rejects an encoder, whose tokens attend to later ones, and rows that are longer than a learned position embedding.
 
   Args:
     model: config.model.
-    length: tokens of the longest row, those that are to be added among them.
+    length: tokens of the longest row, including those to be added.
 
   Raises:
     InputError: the model can't read such rows from left to right.
   """
   if 0 < model.learned_positions < length:
     raise InputError(
-      f"{length} tokens: there is no vector for a position beyond config.model.learned_positions="
-      f"{model.learned_positions}; shorten the text, or add fewer tokens"
+      f"{length} tokens: the model has embeddings only for config.model.learned_positions={model.learned_positions} "
+      "positions; shorten the text, or add fewer tokens"
     )
   if model.bidirectional:
     raise InputError(
-      "config.model.bidirectional=True: the run is an encoder, which predicts masked tokens; it can't generate, or "
-      "score a text from left to right; evaluate its masked-token loss, or diagnose it"
+      "config.model.bidirectional=True: the run is an encoder, which predicts masked tokens; it can't generate text or "
+      "score it from left to right; evaluate its masked-token loss, or diagnose it"
     )
 
 
@@ -147,31 +148,30 @@ def generate_batch(
   stop_N: jax.Array,
   sampling: tuple[jax.Array, Any, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-  """Reads the prompts in one pass, then adds a token to all rows at a time.
+  """Reads the prompts in one pass, then adds one token to each row per iteration.
 
   Args:
     config: config.model, frozen.
-    num_slots: S, positions that prompt and added tokens have; a cache of that size is made.
-    num_ids: only ids below it are chosen.
+    num_slots: S, the positions for prompt and added tokens, and the size of the cache.
+    num_ids: only ids below this are chosen.
     params: the parameters.
-    tokens_BT: the prompts, padded behind their ends.
-    lengths_B: of the prompts; 0 for a row that only pads the batch.
-    numbers_B: of the prompts in the whole request; a row's random key is that of its number.
-    num_tokens: the most to add.
+    tokens_BT: the prompts, padded at their ends.
+    lengths_B: the lengths of the prompts; 0 for a row that only pads the batch.
+    numbers_B: the prompts' numbers in the whole request; a row's random key is derived from its number.
+    num_tokens: the most tokens to add.
     stop_N: ids that end a row; -1 matches none.
-    sampling: temperature, narrowing (as `choose` takes them), seed.
+    sampling: temperature, narrowing (as in `choose`), seed.
 
   Returns:
-    The tokens [B, S] (prompts, what was added, and PAD from where a row stopped), and how many tokens were added to
-    the longest row.
+    The tokens [B, S] (prompts, added tokens, and PAD after a row stopped), and the number of iterations.
   """
   model = Transformer(config)
   temperature, narrowing, seed = sampling
   batch, prompt_length = tokens_BT.shape
-  # Padding of shorter prompts writes keys behind their ends; each is overwritten before a query can reach it.
+  # The padding of shorter prompts writes keys after their ends; each is overwritten before a query can read it.
   positions_BT = jnp.broadcast_to(jnp.arange(prompt_length), tokens_BT.shape)
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers_B)
-  last_B = jnp.maximum(lengths_B, 1) - 1  # of the prompt
+  last_B = jnp.maximum(lengths_B, 1) - 1  # position of the prompt's last token
 
   def next_logits(tokens_BT: Any, positions_BT: Any, cache: Cache, index_B: Any) -> tuple[jax.Array, Cache]:
     logits_BV, cache = nn.apply(_next_logits, model)({"params": params}, tokens_BT, positions_BT, cache, index_B)
@@ -194,7 +194,7 @@ def generate_batch(
   cache = empty_cache(config, batch, num_slots)
   state = add(start, *next_logits(tokens_BT, positions_BT, cache, last_B))
   state = jax.lax.while_loop(lambda state: (state.step < num_tokens) & state.active_B.any(), advance, state)
-  return nn.with_logical_constraint(state.tokens_BS, (None, None)), state.step  # whole on every process
+  return nn.with_logical_constraint(state.tokens_BS, (None, None)), state.step  # replicated: every process has all rows
 
 
 def _next_logits(
@@ -207,12 +207,12 @@ def _next_logits(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-  """Ids of a prompt, which starts a document: they follow the end-of-document token of another."""
+  """The ids of a prompt that starts a document, after an end-of-document token as in training."""
   return [tokenizer.eos_id, *tokenizer.encode(prompt)]
 
 
 def check_context(longest: int, num_tokens: int, context: int) -> None:
-  """Rejects positions beyond those that a run was trained at, where RoPE's angles are new to the model.
+  """Rejects positions beyond the run's training length, where RoPE's angles are new to the model.
 
   Args:
     longest: tokens of the longest prompt.
@@ -220,14 +220,14 @@ def check_context(longest: int, num_tokens: int, context: int) -> None:
     context: config.data.sequence_length of the run.
 
   Raises:
-    InputError: they don't fit.
+    InputError: prompt and added tokens exceed the context.
   """
   if longest + num_tokens > context:
     room = context - longest
     hint = f"lower it to {room}" if room > 0 else "shorten the prompt"
     raise InputError(
       f"num_tokens={num_tokens}: with the {longest} tokens of the longest prompt that is {longest + num_tokens}, "
-      f"more than the {context} that the run was trained at (config.data.sequence_length); "
+      f"more than the {context} that the run was trained on (config.data.sequence_length); "
       f"{hint}, or go beyond it on purpose (beyond_context)"
     )
 
@@ -244,7 +244,7 @@ def generate_texts(
   stop_texts: Sequence[str] = (),
   batch_size: int = BATCH_SIZE,
 ) -> list[Text]:
-  """The text after each prompt, which starts a document; arguments as `continue_rows`."""
+  """The continuation of each prompt, which starts a document; arguments as in `continue_rows`."""
   rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
   return continue_rows(
     config,
@@ -272,22 +272,22 @@ def continue_rows(
   batch_size: int = BATCH_SIZE,
   numbers: Sequence[int] | None = None,
 ) -> list[Text]:
-  """The text after each row of ids, in their order.
+  """The continuation of each row of ids, in the order of the rows.
 
   Args:
     config: config.model.
     params: the parameters.
-    tokenizer: that of the ids.
-    rows: at least one id each.
-    num_tokens: the most to add to each.
+    tokenizer: the tokenizer of the ids.
+    rows: the ids of each row, at least one.
+    num_tokens: the most tokens to add to each row.
     sampling: how the next token is chosen.
     stop_ids: a row ends with the first of these.
-    stop_texts: a row ends before the first of these in its added text, however it is cut into tokens.
-    batch_size: rows at a time; what is drawn does not depend on it.
+    stop_texts: a row ends before the first of these in its added text, however the text is tokenized.
+    batch_size: rows at a time; the draws do not depend on it.
     numbers: each row's number in the whole request (see `generate`); by default its number here.
   """
   numbers = range(len(rows)) if numbers is None else numbers
-  # A text may also stop between two tokens, which only the host sees; the loop ends early in the usual case.
+  # Ids that contain a stop text end the loop early. A stop text that spans several ids is found only on the host.
   ends = [*stop_ids, *ids_that_contain(tokenizer, stop_texts)]
   results: dict[int, Text] = {}
   for indices in batching.by_length([len(row) for row in rows], batch_size):
@@ -309,7 +309,7 @@ def continue_rows(
 def _text_of(
   tokenizer: Tokenizer, row: Sequence[int], ids: list[int], stop_ids: Sequence[int], stop_texts: Sequence[str]
 ) -> Text:
-  """What was added to a row, up to its first stop text or its stop token."""
+  """The continuation of a row, up to its first stop text or its stop token."""
   stopped = ids[-1] in stop_ids
   text = added_text(tokenizer, row, ids[:-1] if stopped else ids)
   end = _first_of(text, stop_texts)
@@ -319,44 +319,44 @@ def _text_of(
   def has_stop(length: int) -> bool:
     return _first_of(added_text(tokenizer, row, ids[:length]), stop_texts) is not None
 
-  length = bisect.bisect_left(range(len(ids)), True, key=has_stop)  # a text that has the stop keeps it as it grows
+  length = bisect.bisect_left(range(len(ids)), True, key=has_stop)  # a longer text has the stop too
   return Text(text[:end], ids[:length], True)
 
 
 def _first_of(text: str, stops: Sequence[str]) -> int | None:
-  """Where the first of several texts begins; None where there is none of them."""
+  """The index of the earliest of several texts; None if there is none."""
   places = [text.find(stop) for stop in stops]
   return min((place for place in places if place >= 0), default=None)
 
 
 def added_text(tokenizer: Tokenizer, before: Sequence[int], added: Sequence[int]) -> str:
-  """The text that ids add to those before them.
+  """The text that ids add after the ids before them.
 
-  Both are decoded together: tokenizers that put a blank before a text (T5's, LLaMA 2's) drop it from the first token
-  that they decode, which is the blank between two words where the added ids are decoded alone.
+  Both are decoded together. Tokenizers that put a space before a text (T5's, LLaMA 2's) drop the space of the first
+  token that they decode, and for added ids decoded alone that is the space between two words.
   """
   text = tokenizer.decode(before)
   whole = tokenizer.decode([*before, *added])
   if whole.startswith(text):
     return whole[len(text) :]
-  # The end of `text` was half a character, U+FFFD until the added ids completed it.
+  # `text` ended in a partial character, decoded as U+FFFD, which the added ids completed.
   pairs = zip(text, whole, strict=False)
   same = next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(text), len(whole)))
   return whole[same:]
 
 
 def ids_that_contain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
-  """The ids whose own text contains one of `texts`, in any place but a document's first."""
+  """The ids whose own text, other than at the start of a document, contains one of `texts`."""
   if not texts:
     return []
   anchor = tokenizer.encode("a")
-  found = []
+  ids = []
   for index in range(tokenizer.vocab_size):
     text = added_text(tokenizer, anchor, [index])
-    # A byte of a longer character is U+FFFD alone and something else beside the others.
+    # Skip partial characters, which are U+FFFD alone and part of a character with other ids.
     if "\ufffd" not in text and any(stop in text for stop in texts):
-      found.append(index)
-  return found
+      ids.append(index)
+  return ids
 
 
 def generate_text(
@@ -369,7 +369,7 @@ def generate_text(
   temperature: float = 0.8,
   seed: int = 0,
 ) -> str:
-  """The text after `prompt`, up to the end of a document; with an empty prompt, from the start of a document."""
+  """The continuation of `prompt` up to the end of the document; an empty prompt starts a document."""
   sampling = Sampling(temperature, seed=seed)
   stop_ids = (tokenizer.eos_id,)
   return generate_texts(config, params, tokenizer, [prompt], num_tokens, sampling=sampling, stop_ids=stop_ids)[0].text

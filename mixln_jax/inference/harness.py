@@ -1,4 +1,4 @@
-"""A model of this project as EleutherAI's lm-evaluation-harness asks it (`pip install -r requirements-eval.txt`).
+"""An adapter of this project's models to EleutherAI's lm-evaluation-harness (`pip install -r requirements-eval.txt`).
 
 Importing this module imports the harness, which takes seconds. It needs neither torch nor transformers.
 """
@@ -15,7 +15,7 @@ from mixln_jax.inference.scoring import score
 
 try:
   from lm_eval.api.model import TemplateLM
-  from lm_eval.evaluator import evaluate  # noqa: F401 (what else the project uses of it is imported from here)
+  from lm_eval.evaluator import evaluate  # noqa: F401 (other modules import it from here)
   from lm_eval.tasks import TaskManager  # noqa: F401
   from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
@@ -23,15 +23,15 @@ except ModuleNotFoundError as error:
     f"tasks need the lm-evaluation-harness ({error.name} is missing): pip install -r requirements-eval.txt"
   ) from error
 
-NEW_TOKENS = 256  # of a generation whose task does not say, as the harness's own models have it
+NEW_TOKENS = 256  # tokens to generate if the task does not say, as in the harness's own models
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
 class HarnessModel(TemplateLM):
-  """A model as the harness asks it. Several processes of one run each ask the same, and compute it together.
+  """A model with the interface of the harness. All processes of a run make the same requests and compute them together.
 
   Attributes:
-    keep_L: 0 where a layer is removed; None = none is.
+    keep_L: 0 removes a layer, 1 keeps it; None = keep all.
   """
 
   def __init__(self, model: ModelConfig, params: Any, tokenizer: Tokenizer, max_length: int, batch_size: int):
@@ -39,8 +39,8 @@ class HarnessModel(TemplateLM):
     Args:
       model: config.model.
       params: the parameters, on the mesh of the context in which the harness runs.
-      tokenizer: the run's.
-      max_length: most tokens that are read at a time; of a longer text the end.
+      tokenizer: the run's tokenizer.
+      max_length: the most tokens to read at a time; only the end of a longer context is read.
       batch_size: rows at a time.
     """
     super().__init__()
@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
     return self._text.name
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-    """Ids of a text. No special token is ever added: a context is read as it stands."""
+    """Ids of a text, without any special tokens."""
     del add_special_tokens
     return self._text.encode(string)
 
@@ -71,11 +71,11 @@ class HarnessModel(TemplateLM):
   def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Ids of a context and of its continuation, at least one each.
 
-    As the harness does it: blanks at a context's end belong to the continuation, and the continuation is what the ids
-    of both together have behind those of the context alone. The harness leaves three cases open. A context without a
-    token (empty, or blanks alone) becomes the prefix token. A continuation that merges with the context's last token
-    ("Stat" + "es" in a vocabulary with "States") leaves nothing behind it, and is encoded by itself. A continuation
-    without a token has no likelihood.
+    As in the harness, spaces at the end of a context belong to the continuation, and the continuation's ids are those
+    that both texts together have after the ids of the context alone. Three cases are not defined by the harness. A
+    context without tokens (empty, or only spaces) becomes the prefix token. A continuation that merges with the last
+    token of the context ("Stat" + "es" in a vocabulary with "States") has no ids of its own, and is encoded alone. A
+    continuation without tokens has no likelihood.
 
     Raises:
       InputError: the continuation has no token.
@@ -87,7 +87,7 @@ class HarnessModel(TemplateLM):
     if not self.tok_encode(continuation) or not continuation_ids:
       raise InputError(
         f"tasks: the answer {continuation!r} to {context[-60:]!r} has no token in the run's tokenizer, so it has no "
-        "likelihood; mend the task's choices, or leave the task out"
+        "likelihood; fix the task's choices, or leave the task out"
       )
     return context_ids or [self.prefix_token_id], continuation_ids
 
@@ -96,12 +96,12 @@ class HarnessModel(TemplateLM):
     return [tuple(one) for one in self._score(pairs)]
 
   def _fitted(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-    """The end of the context that leaves room for the continuation; its last token is predicted and not read."""
+    """The pair, with only the end of the context that fits; the continuation's last token is predicted, not read."""
     room = self._max_length + 1 - len(continuation)
     if room < 1:
       raise InputError(
-        f"tasks: a continuation of {len(continuation)} tokens does not fit the {self._max_length} that the run was "
-        "trained at (config.data.sequence_length); leave the task out"
+        f"tasks: a continuation of {len(continuation)} tokens does not fit into the {self._max_length} tokens that the "
+        "run was trained on (config.data.sequence_length); leave the task out"
       )
     return context[-room:], continuation
 
@@ -109,7 +109,7 @@ class HarnessModel(TemplateLM):
     return score(self._model, self._params, pairs, batch_size=self._batch_size, keep_L=self.keep_L)
 
   def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-    """Log-likelihood of whole texts, cut into windows of the model's length; each token is predicted once."""
+    """Log-likelihood of whole texts, split into windows of the model's length; each token is predicted once."""
     del disable_tqdm
     windows: list[tuple[list[int], list[int]]] = []
     owners: list[int] = []
@@ -124,7 +124,7 @@ class HarnessModel(TemplateLM):
     return totals
 
   def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-    """Texts up to the first of a request's `until`. A request's draws depend on its number among all of them."""
+    """Continuations up to the first text of each request's `until`. A request's number determines its draws."""
     del disable_tqdm
     settings = [_Generation.of(request.args[1], self._max_length) for request in requests]
     texts: dict[int, str] = {}
@@ -149,7 +149,7 @@ class HarnessModel(TemplateLM):
 
 
 class _Generation(NamedTuple):
-  """How a request is to be continued."""
+  """The options of a generation request."""
 
   until: tuple[str, ...]
   num_tokens: int
@@ -166,7 +166,7 @@ class _Generation(NamedTuple):
     if num_tokens >= max_length:
       raise InputError(
         f"tasks: max_gen_toks={num_tokens} leaves no room for a context in the {max_length} tokens that the run was "
-        "trained at (config.data.sequence_length); lower it in the task's file"
+        "trained on (config.data.sequence_length); lower it in the task's file"
       )
     ends = [until] if isinstance(until, str) else until
     sampling = Sampling()

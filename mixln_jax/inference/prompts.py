@@ -9,19 +9,19 @@ LARGEST = 1 << 28  # bytes
 
 
 def read_prompts(path: str) -> list[str]:
-  """The prompts of a .txt file, one a line (empty lines are left out), or of a .jsonl file, `{"prompt": …}` a line.
+  """The prompts of a .txt file, one per line without empty lines, or of a .jsonl file, one `{"prompt": …}` per line.
 
   Raises:
-    InputError: the file can't be read, holds no prompt, or has a line without one.
+    InputError: the file can't be read, has no prompts, or has a JSON line without a prompt.
   """
   file = local_path(path)
   if file.suffix not in (".txt", ".jsonl"):
-    raise InputError(f"prompts={path}: must end in .txt (a prompt a line) or .jsonl (objects with `prompt`)")
+    raise InputError(f"prompts={path}: must end in .txt (one prompt per line) or .jsonl (objects with `prompt`)")
   try:
-    text = read_regular(file, LARGEST).decode("utf-8-sig")  # without the mark that some editors put first
+    text = read_regular(file, LARGEST).decode("utf-8-sig")  # -sig drops a byte order mark
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(f"prompts={path}: can't be read ({error})") from error
-  # Only a newline ends a line: U+2028 and a form feed, at which `splitlines` cuts, are part of a prompt.
+  # Not `splitlines`, which also splits at U+2028 and form feeds: those are part of a prompt.
   lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
   if not lines:
     raise InputError(f"prompts={path}: holds no prompt")

@@ -1,4 +1,4 @@
-"""How the next token is drawn from the logits."""
+"""Sampling of the next token from the logits."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,14 @@ from mixln_jax.errors import InputError
 
 
 class Sampling(NamedTuple):
-  """The settings that decide the next token. They are data: one compiled program serves all of them.
+  """The settings that determine the next token. They are data, so one compiled program serves all of them.
 
   Attributes:
     temperature: divides the logits; 0 = always the likeliest token.
     top_k: only the k likeliest tokens; 0 = all.
-    top_p: of those, only the likeliest whose probabilities reach p, at least one (arXiv 1904.09751); 1 = all.
-    seed: of the draws. The draws of a row don't depend on the rows beside it.
+    top_p: of those, only the likeliest tokens whose probabilities together reach p, at least one (arXiv 1904.09751);
+      1 = all.
+    seed: the seed of the draws. The draws of a row don't depend on the other rows.
   """
 
   temperature: float = 0.0
@@ -29,7 +30,7 @@ class Sampling(NamedTuple):
     return self.top_k > 0 or self.top_p < 1
 
   def check(self) -> None:
-    """Raises InputError, with the name of the setting, where one is invalid."""
+    """Raises InputError, which names the setting, if one is invalid."""
     if self.temperature < 0:
       raise InputError(f"temperature={self.temperature}: must be 0 (always the likeliest token) or more")
     if self.top_k < 0:
@@ -50,9 +51,9 @@ def choose(
 
   Args:
     logits_BV: fp32.
-    keys_B: a random key a row.
-    temperature: scalar; 0 = the likeliest.
-    narrowing: (top_k, top_p), scalars, as `Sampling` has them; None = both allow all.
+    keys_B: a random key per row.
+    temperature: a scalar; 0 = the likeliest token.
+    narrowing: the scalars (top_k, top_p) of `Sampling`; None = all tokens are allowed.
   """
   scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
   if narrowing is None:
@@ -65,9 +66,9 @@ def choose(
 
 
 def keep_likeliest(sorted_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-  """Logits in descending order, -inf where top-k, or then top-p, leaves a token out."""
+  """Sorted logits (descending) with -inf for the tokens that top-k, and then top-p, leave out."""
   rank_V = jnp.arange(sorted_BV.shape[-1])
   kept_BV = jnp.where((top_k == 0) | (rank_V < top_k), sorted_BV, -jnp.inf)
   probability_BV = jax.nn.softmax(kept_BV, axis=-1)
-  before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV  # of all likelier tokens
+  before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV  # the total of all likelier tokens
   return jnp.where((before_BV < top_p) | (rank_V == 0), kept_BV, -jnp.inf)

@@ -17,14 +17,14 @@ from mixln_jax.inference.generate import check_decoder
 from mixln_jax.model import Transformer
 from mixln_jax.model.transformer import project_to_logits
 
-CHUNK = 64  # most positions whose logits are formed at a time
+CHUNK = 64  # the most positions whose logits exist at the same time
 
 
 class Score(NamedTuple):
-  """The model's verdict on a continuation."""
+  """The likelihood of a continuation."""
 
-  log_likelihood: float  # of all its tokens together, nats
-  greedy: bool  # whether each of them is the likeliest one
+  log_likelihood: float  # summed over its tokens, in nats
+  greedy: bool  # whether each of its tokens is the likeliest one
 
 
 def score(
@@ -37,21 +37,21 @@ def score(
 ) -> list[Score]:
   """Log-likelihoods of continuations after their contexts.
 
-  On a mesh (`parallel.rules.on_mesh`) the rows are sharded as those of a training batch.
+  On a mesh (`parallel.rules.on_mesh`) the rows are sharded like those of a training batch.
 
   Args:
     model: config.model.
     params: the parameters.
-    pairs: ids of (context, continuation), each at least one; they are read whole, whatever their length.
-    batch_size: rows at a time; rounded up to what the mesh cuts evenly.
-    keep_L: 0 where a layer is removed.
+    pairs: (context ids, continuation ids), each at least one id; they are never truncated.
+    batch_size: rows at a time; rounded up to a number that the mesh divides evenly.
+    keep_L: 0 removes a layer, 1 keeps it.
 
   Returns:
-    A score for each pair, in their order.
+    A score for each pair, in the order of the pairs.
 
   Raises:
     ValueError: a context or a continuation is empty.
-    InputError: the model is an encoder, or has no vector for a position of a pair.
+    InputError: the model is an encoder, or has no embedding for a position of a pair.
   """
   check_decoder(model, max((len(context) + len(rest) - 1 for context, rest in pairs), default=0))
   if not all(len(context) and len(rest) for context, rest in pairs):
@@ -76,15 +76,15 @@ def score(
 def score_batch(
   config: ModelConfig, params: Any, tokens_BT: jax.Array, labels_BT: jax.Array, counts_BT: jax.Array, keep_L: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """For each row, the log-likelihood of the labels that count, and whether each of them is the likeliest token.
+  """For each row, the log-likelihood of its counted labels, and whether each of them is the likeliest token.
 
   Args:
     config: config.model, frozen.
     params: the parameters.
-    tokens_BT: what is read.
-    labels_BT: the token after each.
-    counts_BT: which labels count.
-    keep_L: 0 where a layer is removed; None = none is.
+    tokens_BT: the input tokens.
+    labels_BT: the token after each input token.
+    counts_BT: True for labels that count.
+    keep_L: 0 removes a layer, 1 keeps it; None = keep all.
   """
 
   def apply(transformer: Transformer) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness: loading them, asking a model, and what is reported.
+"""Tasks of the lm-evaluation-harness: loading them, running a model on them, and reporting the results.
 
 Importing this module imports the harness, which takes seconds.
 """
@@ -16,8 +16,9 @@ from mixln_jax.files import local_path
 from mixln_jax.inference.harness import HarnessModel, TaskManager, evaluate
 from mixln_jax.text import aligned
 
-# The paper's table 2 (arXiv 2412.13795). It names no metric and no shots; what it prints for OpenBookQA (11.6 to 18.8,
-# under the 25 of guessing) is accuracy without normalisation by length, and the harness's default is no shots.
+# The paper's table 2 (arXiv 2412.13795). It states neither the metric nor the number of shots. Its values for
+# OpenBookQA (11.6 to 18.8, below the 25 of guessing) are accuracy without length normalisation; the harness's default
+# is no shots.
 PAPER = "mixln"
 PAPER_TASKS = ("mmlu", "boolq", "arc_easy", "piqa", "hellaswag", "openbookqa", "winogrande")
 PAPER_METRIC, PAPER_SHOTS = "acc", 0
@@ -25,16 +26,16 @@ FEWSHOT_SEED, RANDOM_SEED, NUMPY_SEED = 1234, 0, 1234  # the harness's own
 
 
 class Tasks:
-  """Tasks that were loaded, each with its documents."""
+  """Loaded tasks with their documents."""
 
   def __init__(self, names: str):
     """
     Args:
       names: names of the harness's tasks (fetched over the network), paths of task files (.yaml) or of folders of
-        them, or `mixln` for the paper's seven; separated by commas.
+        them, separated by commas; or `mixln` for the paper's seven tasks.
 
     Raises:
-      InputError: one is unknown, or can't be loaded.
+      InputError: a task is unknown or can't be loaded.
     """
     self.names = names
     self.paper = names.strip() == PAPER
@@ -42,7 +43,7 @@ class Tasks:
     if not words:
       raise InputError(f"tasks={names!r}: names no task")
     random.seed(RANDOM_SEED)
-    np.random.seed(NUMPY_SEED)  # noqa: NPY002 (what the tasks' own code draws from)
+    np.random.seed(NUMPY_SEED)  # noqa: NPY002 (the tasks' own code uses this generator)
     self._loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     by_name = None
     for word in words:
@@ -63,13 +64,13 @@ class Tasks:
   def run(
     self, model: HarnessModel, *, limit: int | None = None, num_fewshot: int | None = None, only: str | None = None
   ) -> dict[str, dict[str, Any]]:
-    """Asks the model.
+    """Runs the model on the tasks.
 
     Args:
-      model: who is asked.
-      limit: only the first documents of each task.
+      model: the model.
+      limit: use only this many of the first documents of each task.
       num_fewshot: solved examples before each question; by default the task's own number.
-      only: one of the tasks.
+      only: run only this task.
 
     Returns:
       Name of a task or group -> `num_documents`, `num_fewshot`, `version`, and `metrics`: name -> `value` and `stderr`.
@@ -82,19 +83,19 @@ class Tasks:
       task.set_config("num_fewshot", (task.get_config("num_fewshot") or 0) if shots is None else shots)
       task.set_fewshot_seed(FEWSHOT_SEED)
     results: Any = evaluate(model, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
-    return {name: _described(name, found, results) for name, found in results["results"].items()}
+    return {name: _described(name, values, results) for name, values in results["results"].items()}
 
 
-def _described(name: str, found: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-  """What the harness says of a task or group, in one place: its keys are `acc,none` and `acc_stderr,none`."""
+def _described(name: str, values: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+  """The harness's results for one task or group. The keys of `values` are like `acc,none` and `acc_stderr,none`."""
   metrics: dict[str, Any] = {}
-  for key, value in found.items():
+  for key, value in values.items():
     metric, _, filtered = key.partition(",")
     if not filtered or not isinstance(value, int | float) or metric.endswith("_stderr"):
       continue
-    error = found.get(f"{metric}_stderr,{filtered}")
+    error = values.get(f"{metric}_stderr,{filtered}")
     shown = metric if filtered == "none" else f"{metric} ({filtered})"
-    stderr = float(error) if isinstance(error, int | float) else None  # "N/A" where there is none
+    stderr = float(error) if isinstance(error, int | float) else None  # it may be "N/A"
     metrics[shown] = {"value": float(value), "stderr": stderr}
   counts = results["n-samples"]
   members = [name]
@@ -109,21 +110,21 @@ def _described(name: str, found: Mapping[str, Any], results: Mapping[str, Any]) 
 
 
 def main_metric(described: Mapping[str, Any]) -> float:
-  """The number that a task is known by: its accuracy where it has one, else its first metric."""
+  """A task's main result: its accuracy if it has one, else its first metric."""
   metrics = described["metrics"]
   return metrics.get(PAPER_METRIC, next(iter(metrics.values())))["value"]
 
 
 def report(tasks: Tasks, results: Mapping[str, Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
-  """What was measured and how, as JSON; for the paper's tasks also their `mean`. It contains no path."""
-  written = {**facts, "harness": f"lm_eval {importlib.metadata.version('lm_eval')}"}
+  """The results and how they were measured, for JSON; for the paper's tasks also their `mean`. No path is included."""
+  content = {**facts, "harness": f"lm_eval {importlib.metadata.version('lm_eval')}"}
   if tasks.paper:
-    written["mean"] = float(np.mean([main_metric(results[name]) for name in PAPER_TASKS]))
-  return {**written, "tasks": dict(results)}
+    content["mean"] = float(np.mean([main_metric(results[name]) for name in PAPER_TASKS]))
+  return {**content, "tasks": dict(results)}
 
 
 def table(result: Mapping[str, Any]) -> str:
-  """The report as a table, a metric a line."""
+  """The report as a table, one metric per line."""
   rows = [("task", "documents", "shots", "metric", "value", "")]
   for name, one in result["tasks"].items():
     shots = "" if one["num_fewshot"] is None else str(one["num_fewshot"])
@@ -140,7 +141,7 @@ def _is_path(word: str) -> bool:
 
 
 def _local(word: str) -> tuple[TaskManager, list[str]]:
-  """A task file, or all tasks of a folder."""
+  """The harness's manager and task specifications for a task file, or for all tasks of a folder."""
   path = local_path(word)
   if path.is_dir():
     manager = TaskManager(include_path=str(path), include_defaults=False)
@@ -165,7 +166,7 @@ def _known(word: str, manager: TaskManager) -> str:
 def _load(manager: TaskManager, specs: list[str], word: str) -> Mapping[str, Any]:
   try:
     return manager.load(specs)
-  except Exception as error:  # a task file is anybody's, and its documents come over the network
+  except Exception as error:  # task files may contain anything, and their documents come over the network
     reason = one_line(f"{type(error).__name__}: {error}")
     raise InputError(
       f"tasks={word}: can't be loaded ({reason}); a task by name fetches its documents from the Hugging Face hub, a "

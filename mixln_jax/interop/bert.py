@@ -1,8 +1,8 @@
-"""BERT's weights and config in the layout that `hf.py` imports: encoders of any size, with a head for masked tokens or
-without one (arXiv 1810.04805).
+"""Converts BERT's weights and config to the layout that `hf.py` imports (arXiv 1810.04805).
 
-A folder of transformers' BertModel or BertForMaskedLM in safetensors. The pooler and the head for next sentences, which
-read one position alone, have no part in the loss of masked tokens and are left out.
+The input is a folder of transformers' BertModel or BertForMaskedLM in safetensors: an encoder of any size, with or
+without a masked-token head. The pooler and the next-sentence head read only one position and take no part in the
+masked-token loss, so they are left out.
 """
 
 import re
@@ -15,7 +15,7 @@ from mixln_jax.errors import InputError
 
 TYPE = "bert"
 LEFT_OUT = ("pooler.", "cls.seq_relationship.", "embeddings.position_ids")
-# Their name -> ours, as `model/parameters.py` has it, of weights and biases.
+# BERT's name -> the name in LLaMA's layout, as in `model/parameters.py`; for a module, without `.weight` or `.bias`.
 OUTSIDE = {
   "embeddings.word_embeddings.weight": "model.embed_tokens.weight",
   "embeddings.position_embeddings.weight": "model.embed_positions.weight",
@@ -36,9 +36,9 @@ IN_LAYER = {
   "output.dense": "mlp.down_proj",
   "output.LayerNorm": "post_feedforward_layernorm",
 }
-OLD_NAMES = {"gamma": "weight", "beta": "bias"}  # of a LayerNorm, in checkpoints that came from TensorFlow
-BIAS, BIAS_AGAIN = "cls.predictions.bias", "cls.predictions.decoder.bias"
-# Options of its config.json that this model lacks, and the values with which they do nothing here.
+OLD_NAMES = {"gamma": "weight", "beta": "bias"}  # in LayerNorms of checkpoints converted from TensorFlow
+BIAS, BIAS_COPY = "cls.predictions.bias", "cls.predictions.decoder.bias"
+# Options of its config.json that this model lacks, and the values with which they have no effect.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
   "hidden_act": ("gelu", None),
   "position_embedding_type": ("absolute", None),
@@ -49,7 +49,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 NO_HEAD = (
-  "the checkpoint has no head for masked tokens: its embedding stands in for one, which says little until it is trained"
+  "the checkpoint has no masked-token head: the embedding is used as the head, so losses mean little until it is "
+  "trained"
 )
 
 
@@ -59,37 +60,37 @@ class BertWeights(Mapping[str, np.ndarray]):
   def __init__(self, tensors: Mapping[str, np.ndarray]):
     """
     Args:
-      tensors: by BERT's names, with `bert.` in front or without it; each is read when it is asked for.
+      tensors: by BERT's names, with or without the prefix `bert.`; each is read when it is accessed.
 
     Raises:
-      InputError: a tensor has no place here, or the bias of the logits is there twice with two values.
+      InputError: a tensor has no counterpart in this project's BERT, or the two copies of the logit bias differ.
     """
     self._tensors = tensors
-    self._name_there: dict[str, str] = {}
+    self._bert_name: dict[str, str] = {}
     for name in tensors:
       plain = name.removeprefix("bert.")
-      if plain.startswith(LEFT_OUT) or plain == BIAS_AGAIN:
+      if plain.startswith(LEFT_OUT) or plain == BIAS_COPY:
         continue
-      self._name_there[_our_name(plain, name)] = name
-    if BIAS_AGAIN in tensors and not np.array_equal(np.asarray(tensors[BIAS_AGAIN]), np.asarray(tensors.get(BIAS))):
-      raise InputError(f"{BIAS_AGAIN} differs from {BIAS}; a BERT has one bias for each logit")
+      self._bert_name[_our_name(plain, name)] = name
+    if BIAS_COPY in tensors and not np.array_equal(np.asarray(tensors[BIAS_COPY]), np.asarray(tensors.get(BIAS))):
+      raise InputError(f"{BIAS_COPY} differs from {BIAS}; a BERT has one bias for each logit")
 
   @property
   def has_masked_head(self) -> bool:
-    """Whether there is a head for masked tokens."""
+    """Whether the checkpoint has a masked-token head."""
     return "lm_head.bias" in self
 
   def __getitem__(self, name: str) -> np.ndarray:
-    return self._tensors[self._name_there[name]]
+    return self._tensors[self._bert_name[name]]
 
   def __contains__(self, name: object) -> bool:
-    return name in self._name_there
+    return name in self._bert_name
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._name_there)
+    return iter(self._bert_name)
 
   def __len__(self) -> int:
-    return len(self._name_there)
+    return len(self._bert_name)
 
 
 def _our_name(plain: str, name: str) -> str:
@@ -103,18 +104,20 @@ def _our_name(plain: str, name: str) -> str:
     match = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", place)
     if match is not None and match[2] in IN_LAYER:
       return f"model.layers.{match[1]}.{IN_LAYER[match[2]]}.{kind}"
-  raise InputError(f"{name}: a BERT of this project has no place for it; it is another model, or has another head")
+  raise InputError(
+    f"{name}: this project's BERT has no such tensor; the checkpoint is of another model, or has another head"
+  )
 
 
 def model_fields(hf: Mapping[str, Any], *, masked_head: bool) -> dict[str, Any]:
-  """The fields of config.model that a BERT's config.json stands for.
+  """The fields of config.model that correspond to a BERT's config.json.
 
   Args:
     hf: the JSON object.
-    masked_head: whether the checkpoint has a head for masked tokens (`BertWeights.has_masked_head`).
+    masked_head: whether the checkpoint has a masked-token head (`BertWeights.has_masked_head`).
 
   Raises:
-    InputError: it has an option that this model lacks, or lacks a number.
+    InputError: the config has an unsupported option, or a number is missing or invalid.
   """
   for name, harmless in UNSUPPORTED.items():
     if hf.get(name) not in harmless:

@@ -1,10 +1,10 @@
-"""Whether an export says what the model computes. One that does not is rejected before anything is written.
+"""Checks that an export describes what the model computes, and rejects it before anything is written if not.
 
-A layout has a fixed architecture: transformers builds it from config.json and loads the tensors into it. Once the
-model's code is changed (another norm, another activation, another column of the sublayer rule), the same tensors may
-still load there, without a warning, into a model that computes something else. Three guards stand against that: every
-parameter has a name in the layout (`hf.tensors_of`), every field and column is known to the export or has its default,
-and every layer of the exported tensors computes what the model's does.
+A layout has a fixed architecture: transformers builds it from config.json and loads the tensors into it. If the model's
+code changes (another norm, another activation, another column of the sublayer rule), the same tensors may still load
+without a warning, into a model that computes something else. Three checks prevent that: every parameter has a name in
+the layout (`hf.tensors_of`), every field and column is known to the export or has its default, and every layer of the
+exported tensors computes the same as the model's layer.
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ from mixln_jax.interop import forward
 from mixln_jax.model import Transformer
 from mixln_jax.placement import STREAM_SETS
 
-# Every field of config.model that the export knows: where it goes, or why it need not go anywhere. A field that is
-# added to config.model must be added here, once the layouts carry what it means.
+# Every field of config.model that the export knows: the key that it is written to, or why it need not be written. Add a
+# new field of config.model here once the layouts can express it.
 KNOWN_FIELDS = {
   "vocab_size": "vocab_size",
   "embed_dim": "hidden_size",
   "mlp_dim": "intermediate_size",
-  "mlp_pad_to": "the columns that only pad the MLP are left out",
+  "mlp_pad_to": "columns that only pad the MLP are left out",
   "num_layers": "num_hidden_layers",
   "num_heads": "num_attention_heads",
   "num_kv_heads": "num_key_value_heads",
@@ -54,13 +54,13 @@ KNOWN_FIELDS = {
 }
 
 SEED = 0
-# Powers of two: near positions tell the order of tokens, far ones the base of RoPE. In fp32 an angle at position p is
-# only known to p · 6e-8, so that positions of thousands would need a larger tolerance.
+# Powers of two: near positions reveal the order of tokens, far positions the base of RoPE. In fp32 an angle at position
+# p is only accurate to p · 6e-8, so positions in the thousands would need a larger tolerance.
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64)
-# How far the two sides may be apart: a fraction of what a layer adds, and one of what it adds it to. Both sides compute
-# in fp32 from the same stored numbers (those of bf16 parameters are exact in fp32), so only rounding separates them,
-# 6e-8 an operation: at most 2e-6 of what a layer adds was seen, with weights of up to eight times their initial size.
-# Another norm, activation or RoPE was off by 2e-2 and more (a LayerNorm by about 1 / sqrt(D)).
+# The allowed difference: TOLERANCE times what a layer adds, plus ROUNDING times what it adds it to. Both sides compute
+# in fp32 from the same stored numbers (bf16 parameters are exact in fp32), so they differ only by rounding, 6e-8 per
+# operation. The largest difference seen was 2e-6 of what a layer adds, with weights of up to eight times their initial
+# size. Another norm, activation or RoPE differed by 2e-2 or more (a LayerNorm by about 1 / sqrt(D)).
 TOLERANCE = 1e-3
 ROUNDING = 1e-6
 
@@ -71,14 +71,14 @@ def check_export(
   """Rejects an export that would load elsewhere as another model. Call it before anything is written.
 
   Args:
-    params: the model's parameters, where they fit: NumPy arrays, or arrays on any mesh.
+    params: the model's parameters, as NumPy arrays or as arrays on any mesh.
     model: config.model.
-    tensors: `hf.export_weights`, or the opened folder.
-    description: `hf.hf_config`, what config.json says.
+    tensors: the result of `hf.export_weights`, or the opened folder.
+    description: the content of config.json, from `hf.hf_config`.
 
   Raises:
     InputError: the export does not know a field of config.model or a column of its placement, or the exported tensors
-      compute something else than the model.
+      compute something other than the model.
   """
   check_fields(model)
   check_streams(model)
@@ -89,15 +89,15 @@ def check_export(
 def check_fields(model: ModelConfig) -> None:
   """Rejects a field of config.model that the export does not know, unless it has its default.
 
-  (The default of a field is what the code did before the field was there.)
+  (The default of a field is what the code did before the field existed.)
   """
   for name, field in config_lib.FIELDS.items():
     section, _, short = name.partition(".")
     if section != "model" or short in KNOWN_FIELDS or model[short] == field.default:
       continue
     raise InputError(
-      f"export: config.{name}={model[short]!r} is unknown to the export, and the layouts know nothing of it; export a "
-      f"model with its default {field.default!r}, or teach mixln_jax/interop what it means (KNOWN_FIELDS in check.py)"
+      f"export: config.{name}={model[short]!r} is unknown to the export, and the layouts can't express it; export a "
+      f"model with its default {field.default!r}, or add it to mixln_jax/interop (KNOWN_FIELDS in check.py)"
     )
 
 
@@ -107,8 +107,8 @@ def check_streams(model: ModelConfig) -> None:
   if streams.kind:
     raise InputError(
       f"export: config.model.placement={model.placement!r} has {streams.num} residual streams "
-      f"({STREAM_SETS[streams.kind].meaning}), which the layouts and modeling_mixln.py can't say; "
-      "`mixln_jax.interop.hf.export_weights` gives its tensors by the names of the method's own code"
+      f"({STREAM_SETS[streams.kind].meaning}), which the layouts and modeling_mixln.py can't express; "
+      "`mixln_jax.interop.hf.export_weights` returns its tensors by the names of the method's own code"
     )
 
 
@@ -120,18 +120,18 @@ def check_columns(description: Mapping[str, Any]) -> None:
       if unknown:
         raise InputError(
           f"export: column {unknown[0]}={row[unknown[0]]!r} of layer {index}'s {sublayer} is unknown to the export; "
-          f"known: {', '.join(forward.COLUMNS)}; teach it to mixln_jax/interop/modeling_mixln.py and forward.py"
+          f"known: {', '.join(forward.COLUMNS)}; add it to mixln_jax/interop/modeling_mixln.py and forward.py"
         )
 
 
 def check_numbers(
   params: Any, model: ModelConfig, tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]
 ) -> None:
-  """Rejects an export whose tensors and config.json compute something else than the model; arguments as `check_export`.
+  """Rejects an export whose tensors and config.json compute something other than the model.
 
-  Each layer is compared from the model's own input of that layer: from end to end, a deep model with large weights
-  turns one rounding into another text. What is not seen is what does not show on a few tokens at short distances with
-  these weights, such as a window of attention wider than that.
+  Arguments as in `check_export`. Each layer is compared on the model's own input of that layer, because a deep model
+  with large weights amplifies rounding from end to end. The check misses what has no effect on a few tokens at short
+  distances with these weights, such as an attention window wider than those distances.
   """
   tokens_T = np.random.default_rng(SEED).integers(0, model.vocab_size, len(POSITIONS))
   positions_T = np.array(POSITIONS)
@@ -146,13 +146,13 @@ def check_numbers(
   _compare("the final norm and the head", logits_TV, exported.logits(x_TD), np.zeros_like(logits_TV))
   unread = exported.unread()
   if unread:
-    raise InputError(f"export: {unread[0]} and {len(unread) - 1} more tensors stand for nothing in config.json")
+    raise InputError(f"export: {unread[0]} and {len(unread) - 1} more tensors have no counterpart in config.json")
 
 
 def _values_of_model(
   params: Any, model: ModelConfig, tokens_T: np.ndarray, positions_T: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The model in fp32, whatever types its config computes in.
+  """Runs the model in fp32, whatever types its config has.
 
   Returns:
     The residual stream before the first layer [T, D], after each layer [L, T, D], and the logits [T, V].
@@ -167,7 +167,7 @@ def _values_of_model(
     logits_BTV = transformer.apply(*arguments, positions_BT=positions_BT)
     return taps["embedded_BTD"][0], taps["stream_LBTD"][:, 0], logits_BTV[0]
 
-  with jax.default_matmul_precision("float32"):  # accelerators multiply fp32 in fewer bits unless they are told
+  with jax.default_matmul_precision("float32"):  # by default accelerators multiply fp32 with fewer bits
     values = jax.jit(apply)(params, tokens_T[None].astype(np.int32), positions_T[None].astype(np.int32))
   embedded_TD, stream_LTD, logits_TV = jax.device_get(values)
   return embedded_TD, stream_LTD, logits_TV
@@ -180,13 +180,13 @@ def _check_finite(embedded_TD: np.ndarray, stream_LTD: np.ndarray, logits_TV: np
   for part, values in parts.items():
     if not np.isfinite(values).all():
       raise InputError(
-        f"export: {part} of this model gives numbers that are not finite, so the export can't be checked; export a "
-        "checkpoint from before it diverged"
+        f"export: {part} of this model computes numbers that are not finite, so the export can't be checked; export a "
+        "checkpoint from before the run diverged"
       )
 
 
 def _compare(part: str, model_TX: np.ndarray, exported_TX: np.ndarray, input_TX: np.ndarray) -> None:
-  """Rejects what a part of the export makes of its input where it is not what the model makes of it."""
+  """Rejects an export in which a part computes something other than the same part of the model, on equal input."""
   added_T = np.max(np.abs(model_TX - input_TX), axis=-1)
   allowed_T = TOLERANCE * added_T + ROUNDING * np.max(np.abs(model_TX), axis=-1)
   difference_T = np.max(np.abs(model_TX - exported_TX), axis=-1)
@@ -194,8 +194,8 @@ def _compare(part: str, model_TX: np.ndarray, exported_TX: np.ndarray, input_TX:
   if difference_T[token] <= allowed_T[token]:
     return
   raise InputError(
-    f"export: {part}, read from the exported tensors as config.json says, computes something else than this model: the "
-    f"largest difference is {difference_T[token]:.3g}, where the model adds up to {added_T[token]:.3g} (allowed: "
-    f"{allowed_T[token]:.3g}); the model's code computes what the layout can't say, and the folder would load "
+    f"export: {part}, computed from the exported tensors and config.json, differs from this model: the largest "
+    f"difference is {difference_T[token]:.3g}, where the model adds up to {added_T[token]:.3g} (allowed: "
+    f"{allowed_T[token]:.3g}); the layout can't express what the model's code computes, and the folder would load "
     "elsewhere as another model; nothing was written"
   )

@@ -1,4 +1,4 @@
-"""The files that go with exported weights: the modelling file of the official layout, and the tokenizer."""
+"""The files beside exported weights: the modelling file of the official layout, and the tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ from mixln_jax.interop import hf
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-  """The special tokens of config.json: no token begins a document, and this one ends it."""
+  """The special tokens for config.json: no token begins a document, and `eos_token_id` ends it."""
   return {"bos_token_id": None, "eos_token_id": tokenizer.eos_id}
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
-  """The files that `AutoTokenizer` reads, by name; none for bytes, which it can't describe.
+  """The files that `AutoTokenizer` reads, by name; none for the byte tokenizer, which it can't describe.
 
-  A SentencePiece model that is not like ours (byte-pair encoding of the text as it stands) is written alone, for
-  `sentencepiece` to read: transformers would build another tokenizer from it.
+  A SentencePiece model other than byte-pair encoding without normalisation is written alone, for the `sentencepiece`
+  library: transformers would build a different tokenizer from it.
 
   Args:
-    tokenizer: of the run.
-    max_length: tokens that the model was trained on at a time.
+    tokenizer: the run's tokenizer.
+    max_length: the sequence length that the model was trained on.
   """
   described = {"model_max_length": max_length, "clean_up_tokenization_spaces": False}
   if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -32,7 +32,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
     described |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
   elif isinstance(tokenizer, SentencePieceTokenizer):
     files = {"tokenizer.model": tokenizer.content}
-    if not _takes_text_as_it_stands(tokenizer.content):
+    if not _is_unnormalized_bpe(tokenizer.content):
       return files
     described |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False}
     described |= {"add_bos_token": False, "bos_token": None, "eos_token": "</s>", "unk_token": "<unk>"}
@@ -41,7 +41,8 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
   return files | {TOKENIZER_CONFIG: (json.dumps(described, indent=1) + "\n").encode()}
 
 
-def _takes_text_as_it_stands(content: bytes) -> bool:
+def _is_unnormalized_bpe(content: bytes) -> bool:
+  """Whether a SentencePiece model is byte-pair encoding that leaves the text as it is, with LLaMA's special tokens."""
   model = sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
   normalizer, trainer, pieces = model.normalizer_spec, model.trainer_spec, model.pieces
   plain = normalizer.name == "identity" and not normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
@@ -50,19 +51,21 @@ def _takes_text_as_it_stands(content: bytes) -> bool:
 
 
 def modeling_files(config: Mapping[str, Any]) -> dict[str, bytes]:
-  """The modelling file that a config.json names, by name; empty where transformers has the model itself."""
-  return {hf.MODELING.name: hf.MODELING.read_bytes()} if config["model_type"] == hf.OFFICIAL_TYPE else {}
+  """The modelling file that a config.json refers to, by name; empty if transformers itself has the model."""
+  if config["model_type"] != hf.OFFICIAL_TYPE:
+    return {}
+  return {hf.MODELING.name: hf.MODELING.read_bytes()}
 
 
 def loading_hint(config: Mapping[str, Any], files: Mapping[str, bytes]) -> list[str]:
-  """How to load an exported folder with transformers, and how its prompts must begin, as lines for a person.
+  """Lines of text that say how to load an exported folder with transformers, and how prompts must begin.
 
-  Generation here starts after an end-of-document token, as every document of the training data does. The exported
-  tokenizer adds none, so that it encodes a text to the ids that the model was trained on.
+  Generation in this project starts after an end-of-document token, as every document of the training data does. The
+  exported tokenizer does not add that token, so that it encodes a text to the same ids as in training.
 
   Args:
     config: the folder's config.json.
-    files: the files that go with the weights, by name.
+    files: the files beside the weights, by name.
   """
   remote = ", trust_remote_code=True" if hf.MODELING.name in files else ""
   lines = [f"model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER{remote})"]

@@ -1,5 +1,8 @@
-"""Another project's weights, whatever form they come in: tensors by the names that `hf.import_weights` asks for, the
-fields of config.model that they stand for, and what a run should say of them."""
+"""Opens another project's weights in any supported form.
+
+The result has the tensors by the names that `hf.import_weights` expects, the matching fields of config.model, and the
+facts that a run records about them.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +20,14 @@ from mixln_jax.interop.safetensors_folder import SafetensorsFolder
 
 
 class Foreign(NamedTuple):
-  """Weights that are to become a run's.
+  """Another project's weights.
 
   Attributes:
-    tensors: by name; each is read when it is asked for.
-    fields: of config.model.
-    facts: where they come from and how they were stored, for the run's folder.
-    tokenizer: the one that they bring in their own file; None where it may lie beside them.
-    notes: what a person should know, in lines.
+    tensors: by name; each is read when it is accessed.
+    fields: the matching fields of config.model.
+    facts: where the weights come from and how they were stored, for the run's folder.
+    tokenizer: the tokenizer inside the weights' file; None if there is none (it may be a file beside them).
+    notes: lines to show to the user.
   """
 
   tensors: Mapping[str, np.ndarray]
@@ -39,10 +42,10 @@ def open_foreign(source: Path, placement: str | None = None) -> Foreign:
 
   Args:
     source: the file or folder.
-    placement: the norm placement, where the weights' own config does not say it.
+    placement: the norm placement, if the weights' own config does not state it.
 
   Raises:
-    InputError: they can't be read, or are of a model that this project does not have.
+    InputError: the weights can't be read, or are of an unsupported model.
   """
   if source.suffix == GGUF:
     weights = GgufWeights(GgufFile(source))
@@ -56,6 +59,6 @@ def open_foreign(source: Path, placement: str | None = None) -> Foreign:
   tensors = bert.BertWeights(folder)
   fields = bert.model_fields(config, masked_head=tensors.has_masked_head)
   if placement not in (None, fields["placement"]):
-    raise InputError(f"placement={placement!r}: a BERT has {fields['placement']!r}; leave it out")
+    raise InputError(f"placement={placement!r}: a BERT has {fields['placement']!r}; leave placement out")
   facts |= {"masked_head": tensors.has_masked_head}
   return Foreign(tensors, fields, facts, notes=() if tensors.has_masked_head else (bert.NO_HEAD,))

@@ -1,8 +1,8 @@
-"""What a reader of an exported folder computes, in NumPy, from its config.json and its tensors alone.
+"""The forward pass of an exported folder, in NumPy, from its config.json and its tensors alone.
 
-It is written from the layouts and not from the model: nothing of `mixln_jax.model` is used, so that an export can be
-compared with the model that it came from (`check.py`). Tensors are read one at a time and none is kept, so that it
-serves models that fill most of the memory.
+It follows the layouts and uses nothing of `mixln_jax.model`, so that an export can be compared with the model that it
+came from (`check.py`). Tensors are read one at a time and not kept, so that it works for models that fill most of the
+memory.
 
 Dimensions: T tokens, D width of the residual stream, F of the MLP, H query heads, G key-value heads, K width of a head,
 V vocabulary.
@@ -36,18 +36,18 @@ COLUMNS = (
 
 
 class ExportedModel:
-  """The model that an exported folder describes, a step at a time.
+  """The model that an exported folder describes, one layer at a time.
 
-  `logits(layer(L - 1, … layer(0, embed(tokens_T))))` is its forward pass, in fp32. Every method raises InputError where
-  a tensor is missing, or has another shape than config.json says.
+  `logits(layer(L - 1, … layer(0, embed(tokens_T))))` is its forward pass, in fp32. Every method raises InputError if a
+  tensor is missing or its shape does not match config.json.
   """
 
   def __init__(self, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], positions_T: np.ndarray):
     """
     Args:
-      tensors: by name, as the folder has them, of any floating type.
+      tensors: the folder's tensors by name, of any floating type.
       config: the folder's config.json.
-      positions_T: the position of each token, for RoPE; a token reads itself and those before it in the row.
+      positions_T: the position of each token, for RoPE. A token attends to itself and to the earlier tokens.
     """
     self._reader, self._config = _Reader(tensors), config
     self._vocabulary, self._width = config["vocab_size"], config["hidden_size"]
@@ -72,21 +72,21 @@ class ExportedModel:
     return hidden_TD @ self._reader(head, self._vocabulary, self._width).T
 
   def unread(self) -> list[str]:
-    """Names of the tensors that no step so far has read."""
+    """Names of the tensors that have not been read so far."""
     return self._reader.unread()
 
 
 class _Reader:
-  """Reads tensors by name, and remembers which."""
+  """Reads tensors by name and records which ones."""
 
   def __init__(self, tensors: Mapping[str, np.ndarray]):
     self._tensors = tensors
     self._read: set[str] = set()
 
   def raw(self, name: str, *shape: int) -> np.ndarray:
-    """A tensor in its own type; an error where it is missing or has another shape."""
+    """A tensor in its own type. Raises InputError if it is missing or has another shape."""
     if name not in self._tensors:
-      raise InputError(f"export: {name} is missing, which config.json says the model has")
+      raise InputError(f"export: {name} is missing, but the model of config.json needs it")
     tensor = np.asarray(self._tensors[name])
     if tensor.shape != shape:
       raise InputError(f"export: {name} has shape {tensor.shape}, but config.json makes it {shape}")
@@ -130,14 +130,14 @@ class _Layer:
     return self.norm(name, "norm_out", sum_TD)
 
   def norm(self, sublayer: str, which: str, x_TD: np.ndarray) -> np.ndarray:
-    """One of a sublayer's norms, or x itself where its row has none there."""
+    """One of a sublayer's norms applied to x, or x itself if its row does not have that norm."""
     if not self.rows[sublayer].get(which, False):
       return x_TD
     gain_D = self.read(f"{self.norm_name(sublayer, which)}.weight", self.width)
     return _rms_norm(x_TD, gain_D, self.epsilon)
 
   def norm_name(self, sublayer: str, which: str) -> str:
-    """The official code's, Gemma 2's and OLMo 2's name of a norm; LLaMA's where nothing follows attention."""
+    """The name of a norm in the official code, Gemma 2 and OLMo 2; LLaMA's if no norm follows attention."""
     attention = self.rows["attention"]
     follows_attention = attention.get("norm_mid", False) or attention.get("norm_out", False)
     if sublayer == "attention":
@@ -147,7 +147,7 @@ class _Layer:
     return "pre_feedforward_layernorm" if follows_attention else "post_attention_layernorm"
 
   def factor(self, sublayer: str, which: str) -> np.ndarray:
-    """c_res or c_out: its constant times what is learned of it, a scalar or [D]."""
+    """c_res or c_out: its constant times its learned factors, a scalar or [D]."""
     row, module = self.rows[sublayer], {"attention": "self_attn", "mlp": "mlp"}[sublayer]
     factor = np.float32(row.get(which, 1.0))
     if row.get(f"vector_{which}", False):
@@ -169,7 +169,7 @@ class _Layer:
   def attention(self, x_TD: np.ndarray, rope: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     heads, groups, head_dim = (self.config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     q_THK = _rotate(self.project("q", x_TD, heads), rope)
-    # Each key-value head serves as many consecutive query heads.
+    # Each key-value head serves heads / groups consecutive query heads.
     k_THK = np.repeat(_rotate(self.project("k", x_TD, groups), rope), heads // groups, axis=1)
     v_THK = np.repeat(self.project("v", x_TD, groups), heads // groups, axis=1)
     scores_HTS = np.einsum("thk,shk->hts", q_THK, k_THK) / np.float32(math.sqrt(head_dim))
@@ -181,7 +181,7 @@ class _Layer:
     return out_THK.reshape(length, -1) @ self.read("self_attn.o_proj.weight", self.width, heads * head_dim).T
 
   def project(self, name: str, x_TD: np.ndarray, heads: int) -> np.ndarray:
-    """Queries, keys or values [T, heads, K], normalised where the row says so."""
+    """Queries, keys or values [T, heads, K], normalised if the row says so."""
     row, head_dim = self.rows["attention"], self.config["head_dim"]
     out_TE = x_TD @ self.read(f"self_attn.{name}_proj.weight", heads * head_dim, self.width).T
     if self.config.get("qkv_bias", self.config["model_type"] == "qwen2"):
@@ -203,7 +203,7 @@ def _silu(x: np.ndarray) -> np.ndarray:
 
 
 def _rope(config: Mapping[str, Any], positions_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Cosines and sines of RoPE's angles, [T, 1, K / 2]; the angles in fp64, of which fp32 would lose some."""
+  """Cosines and sines of RoPE's angles, [T, 1, K / 2]; the angles are computed in fp64 to avoid rounding."""
   frequencies = float(config["rope_theta"]) ** (-np.arange(0, config["head_dim"], 2) / config["head_dim"])
   scaling = config["rope_scaling"]
   if scaling is not None:
@@ -224,7 +224,7 @@ def _llama3(frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
 
 
 def _rotate(x_THK: np.ndarray, rope: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-  """Rotates the pairs (x[i], x[i + K/2]), LLaMA's half rotation."""
+  """Rotates the pairs (x[i], x[i + K/2]): LLaMA's pairing of the two halves."""
   cosine, sine = rope
   first, second = np.split(x_THK, 2, axis=-1)
   return np.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)

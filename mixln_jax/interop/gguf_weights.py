@@ -1,7 +1,7 @@
 """The weights of a GGUF file in Hugging Face's layout, from which `hf.py` imports them.
 
-llama.cpp stores each head's query and key rows with the two halves that RoPE rotates interleaved: row 2i is our row i
-and row 2i + 1 our row i + K/2. They are put back here.
+llama.cpp stores the query and key rows of each head with the two halves that RoPE rotates interleaved: its row 2i is
+Hugging Face's row i, and its row 2i + 1 is row i + K/2. This module restores the order.
 """
 
 import re
@@ -27,7 +27,7 @@ IN_LAYER = {
   "ffn_up": "mlp.up_proj",
   "ffn_down": "mlp.down_proj",
 }
-# Options of this architecture that this model lacks, and the value with which each changes nothing.
+# Options of this architecture that this model lacks, and the value with which each has no effect.
 HARMLESS: Mapping[str, Any] = {
   "expert_count": 0,
   "rope.scaling.type": "none",
@@ -39,15 +39,15 @@ HARMLESS: Mapping[str, Any] = {
 
 
 class GgufWeights(Mapping[str, np.ndarray]):
-  """The tensors of a GGUF file by their names in Hugging Face's layout, in fp32; each is read when it is asked for."""
+  """The tensors of a GGUF file by their names in Hugging Face's layout, in fp32; each is read when it is accessed."""
 
   def __init__(self, file: GgufFile):
-    """Raises InputError where the file holds no LLaMA, or one with options that this model lacks."""
+    """Raises InputError if the file does not hold a LLaMA, or one with unsupported options."""
     self.file, self.path = file, file.path
     if file.architecture != ARCHITECTURE:
       raise InputError(
         f"path={file.path}: general.architecture={file.architecture!r} is not supported; supported: {ARCHITECTURE} "
-        "(LLaMA and its kin, such as SmolLM and Mistral)"
+        "(LLaMA and models like it, such as SmolLM and Mistral)"
       )
     for name, harmless in HARMLESS.items():
       full = f"{ARCHITECTURE}.{name}"
@@ -66,7 +66,7 @@ class GgufWeights(Mapping[str, np.ndarray]):
     return value
 
   def config(self) -> dict[str, Any]:
-    """What the file says of its model, as a config.json does."""
+    """The file's description of its model, in the form of a config.json."""
     width = self._number("embedding_length")
     head_dim = self._number("attention.key_length", self._number("rope.dimension_count", width // self._heads))
     rotated = self._number("rope.dimension_count", head_dim)
@@ -97,7 +97,7 @@ class GgufWeights(Mapping[str, np.ndarray]):
     }
 
   def facts(self) -> dict[str, Any]:
-    """What a run that is made of the file should say of where its weights come from."""
+    """Where the weights come from, for the folder of a run that starts from them."""
     types = self.file.quantization()
     return {
       "file": self.path.name,
@@ -109,7 +109,7 @@ class GgufWeights(Mapping[str, np.ndarray]):
     }
 
   def storage(self) -> str:
-    """How the weights are stored, in words."""
+    """A sentence about how the weights are stored."""
     counts = ", ".join(f"{count} {kind}" for kind, count in self.file.quantization().items())
     if self.file.is_quantized:
       return f"stored as {counts}: quantized, so that the run starts from rounded weights"
@@ -142,17 +142,17 @@ def _their_name(file: GgufFile, name: str) -> str:
     return OUTSIDE[name]
   match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
   if match is None or match[2] not in IN_LAYER:
-    raise InputError(f"path={file.path}: has the tensor {name}, which a LLaMA of this project has no place for")
+    raise InputError(f"path={file.path}: has the tensor {name}, which this project's LLaMA does not have")
   return f"model.layers.{match[1]}.{IN_LAYER[match[2]]}.weight"
 
 
 def _halves_apart(array: np.ndarray, heads: int, name: str) -> np.ndarray:
-  """Rows of each head from (0, K/2, 1, K/2 + 1, …) to (0, 1, …)."""
+  """Reorders the rows of each head from (0, K/2, 1, K/2 + 1, …) to (0, 1, …)."""
   if array.ndim != 2 or array.shape[0] % (2 * heads):
-    raise InputError(f"{name}: has shape {array.shape}, which {heads} heads of even width don't divide")
+    raise InputError(f"{name}: has shape {array.shape}, which can't be divided into {heads} heads of even width")
   return array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
 
 
 def _as_written(value: float) -> float:
-  """A number that was stored in fp32 as somebody wrote it: 1e-05, and not 9.999999747378752e-06."""
+  """A number stored in fp32 as the shortest decimal: 1e-05 instead of 9.999999747378752e-06."""
   return float(str(np.float32(value)))

@@ -1,9 +1,9 @@
 """Weights and configs in Hugging Face's layout: LLaMA, Qwen 2 and 3, OLMo 2, and the official Mix-LN code's.
 
-Names are LLaMA's. The gains of a layer take their names from where its placement has norms, as the official Mix-LN
-code, Gemma 2 and OLMo 2 have them: before attention `input_layernorm`, after it `post_attention_layernorm`, after the
-MLP `post_feedforward_layernorm`, and before the MLP `pre_feedforward_layernorm`, or LLaMA's `post_attention_layernorm`
-in a layer that has no norm after attention.
+Names are LLaMA's. The name of a gain depends on where the layer has norms, as in the official Mix-LN code, Gemma 2 and
+OLMo 2: `input_layernorm` before attention, `post_attention_layernorm` after it, `post_feedforward_layernorm` after the
+MLP, and before the MLP `pre_feedforward_layernorm`, or LLaMA's `post_attention_layernorm` if the layer has no norm
+after attention. In this file "their" means Hugging Face's, and "our" this project's.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from mixln_jax.model.parameters import Param, abstract_params, gain_name, param_
 from mixln_jax.placement import SUBLAYERS, Layer, Row
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-IGNORED = ("rotary_emb.inv_freq",)  # a buffer of old versions
+IGNORED = ("rotary_emb.inv_freq",)  # a buffer in checkpoints of old versions
 
 
 class Tensor(NamedTuple):
-  """One of their tensors and where it lies in our tree."""
+  """One of their tensors, and its place in our tree."""
 
   name: str  # theirs
   path: str
   layer: int | None  # index along our leading axis
   shape: tuple[int, ...]  # ours, without the layer's axis and without columns that only pad the MLP
-  input_axes: int  # of a matrix; 0 for what is stored in our order, flattened
-  shape_elsewhere: tuple[int, ...] | None = None  # where it is stored in our order, and not flattened
+  input_axes: int  # leading input dimensions of a matrix, which they store transposed; 0 = stored in our order
+  shape_elsewhere: tuple[int, ...] | None = None  # their shape, if stored in our order and not flattened
 
   @property
   def their_shape(self) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ class Tensor(NamedTuple):
 
   @property
   def place(self) -> tuple[Any, ...]:
-    """The index of this tensor in the leaf of our tree: its layer, and the columns that do not only pad the MLP."""
+    """The index of this tensor in the leaf of our tree: its layer, without columns that only pad the MLP."""
     layer = () if self.layer is None else (self.layer,)
     return (*layer, *(slice(0, size) for size in self.shape))
 
@@ -64,7 +64,7 @@ class Tensor(NamedTuple):
 
 
 def norm_names(layer: Layer) -> dict[str, str]:
-  """Their name of each gain that a layer uses: `attention_norm`, … -> `input_layernorm`, …"""
+  """Their name for each gain that a layer uses: `attention_norm`, … -> `input_layernorm`, …"""
   after_attention = layer.attention.norm_mid or layer.attention.norm_out
   before_mlp = "pre_feedforward_layernorm" if after_attention else "post_attention_layernorm"
   attention = _gain_names("attention", layer.attention, "input_layernorm", "post_attention_layernorm")
@@ -72,7 +72,7 @@ def norm_names(layer: Layer) -> dict[str, str]:
 
 
 def _gain_names(sublayer: str, row: Row, before: str, after: str) -> dict[str, str]:
-  """Their name of each gain of a sublayer, which has one norm before it and at most one after it."""
+  """Their name for each gain of a sublayer, which has at most one norm before it and one after it."""
   names = {}
   for norm, theirs in (("norm_in", before), ("norm_mid", after), ("norm_out", after)):
     index = row.gain_index(norm)
@@ -110,7 +110,7 @@ def _their_name(param: Param) -> str:
 
 def _no_name(path: str) -> InputError:
   return InputError(
-    f"parameter {path}: Hugging Face's layouts have no name for it, and their models no place; weights can't be "
+    f"parameter {path}: Hugging Face's layouts have no name for it, and their models do not use it; weights can't be "
     "exported or imported with it until model/parameters.py names it and interop (modeling_mixln.py, forward.py) "
     "computes with it"
   )
@@ -120,34 +120,34 @@ def import_weights(tensors: Mapping[str, Any], model: ModelConfig) -> Any:
   """Their tensors as our parameter tree.
 
   Args:
-    tensors: arrays by their names (`model.layers.0.self_attn.q_proj.weight`); read one at a time.
+    tensors: arrays by their names (`model.layers.0.self_attn.q_proj.weight`), which are read one at a time.
     model: config.model; its placement says which gains each layer has.
 
   Returns:
     A tree of NumPy arrays in config.model.param_dtype, for `jax.device_put` onto any sharding.
 
   Raises:
-    InputError: a tensor is missing, of another shape, or stands for nothing in this model.
+    InputError: a tensor is missing, has another shape, or has no counterpart in this model.
   """
-  left = {name for name in tensors if not name.endswith(IGNORED)}
+  unused = {name for name in tensors if not name.endswith(IGNORED)}
   tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_params(model))
   for param in parameters(model).values():
-    if param.used_L is not None:  # what a layer does not use stays at a value that does nothing
+    if param.used_L is not None:  # in layers that do not use it, it keeps a value that has no effect
       tree["layers"][param.name][...] = 0.0 if param.name == "gpas" else 1.0
   for tensor in tensors_of(model):
     array = np.asarray(_find(tensors, tensor, model))
     if array.shape != tensor.their_shape:
       raise InputError(f"{tensor.name}: has shape {array.shape}, but config.model makes it {tensor.their_shape}")
-    left.discard(tensor.name)
+    unused.discard(tensor.name)
     tensor.leaf_of(tree)[tensor.place] = tensor.to_ours(array)
-  if model.tied_embeddings and HEAD in left:
-    left.discard(HEAD)
+  if model.tied_embeddings and HEAD in unused:
+    unused.discard(HEAD)
     if not np.array_equal(np.asarray(tensors[HEAD]), np.asarray(tensors[EMBEDDING])):
       raise InputError("lm_head.weight differs from the embedding; set config.model.tied_embeddings=False")
-  if left:
+  if unused:
     raise InputError(
-      f"{len(left)} tensors stand for nothing in config.model (placement {model.placement!r}), for instance "
-      f"{', '.join(sorted(left)[:3])}; the placement, the depth or an option differs"
+      f"{len(unused)} tensors have no counterpart in config.model (placement {model.placement!r}), for instance "
+      f"{', '.join(sorted(unused)[:3])}; the placement, the depth or an option differs"
     )
   return tree
 
@@ -158,9 +158,10 @@ def _find(tensors: Mapping[str, Any], tensor: Tensor, model: ModelConfig) -> Any
   hint = ""
   if "norm" in tensor.name and tensor.layer is not None:
     siblings = [name for name in tensors if f".{tensor.layer}." in name and "norm" in name]
-    hint = f"; the norms there are {', '.join(sorted(siblings))}" if siblings else ""
+    if siblings:
+      hint = f"; the norms of that layer are {', '.join(sorted(siblings))}"
   raise InputError(
-    f"{tensor.name} is missing, which config.model (placement {model.placement!r}) has{hint}; the placement, the "
+    f"{tensor.name} is missing, but config.model (placement {model.placement!r}) needs it{hint}; the placement, the "
     "depth or an option differs"
   )
 
@@ -168,14 +169,14 @@ def _find(tensors: Mapping[str, Any], tensor: Tensor, model: ModelConfig) -> Any
 def export_weights(params: Any, model: ModelConfig) -> Mapping[str, np.ndarray]:
   """Our parameters, or a tree of the same shapes such as their gradient, as tensors in their layout.
 
-  What a layer does not use, and columns that only pad the MLP, are left out.
+  Parameters that a layer does not use, and columns that only pad the MLP, are left out.
 
   Args:
     params: NumPy arrays, or arrays on any mesh.
     model: config.model.
 
   Returns:
-    The tensors by name. Each is brought to the host and turned into their order when it is asked for, and not kept.
+    The tensors by name. Each access copies the tensor to the host and converts it to their order; nothing is cached.
 
   Raises:
     InputError: the model has a parameter that the layout has no name for.
@@ -187,7 +188,7 @@ def export_weights(params: Any, model: ModelConfig) -> Mapping[str, np.ndarray]:
 
 
 class _Exported(Mapping[str, np.ndarray]):
-  """A parameter tree as `export_weights` gives it."""
+  """The mapping that `export_weights` returns."""
 
   def __init__(self, params: Any, model: ModelConfig):
     self._params = params
@@ -212,11 +213,11 @@ class _Exported(Mapping[str, np.ndarray]):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """One of transformers' decoders that this model can be."""
+  """A stock decoder of transformers that config.model can describe."""
 
   architecture: str
   model_type: str
-  row: Row  # of every attention sublayer; the MLP's is the same without norms of heads
+  row: Row  # of every attention sublayer; the MLP's row is the same without norms of heads
   qkv_bias: bool = False
 
 
@@ -227,7 +228,7 @@ FAMILIES = (
   Family("Olmo2ForCausalLM", "olmo2", Row(norm_mid=True, qk_norm_full=True)),
 )
 PLACEMENTS = {"llama": "pre", "qwen2": "pre", "qwen3": "pre+qk_norm", "olmo2": "reordered+qk_norm_full"}
-# Options of their configs that this model lacks, and the values with which they do nothing.
+# Options of their configs that this model lacks, and the values with which they have no effect.
 UNSUPPORTED = {
   "attention_bias": (False, None),
   "mlp_bias": (False, None),
@@ -247,19 +248,19 @@ ROPE_KEYS = (
   "original_max_position_embeddings",
   "partial_rotary_factor",
 )
-OFFICIAL_TYPE = "mixln_llama"  # no type of transformers', which would build a Pre-LN LLaMA of it
-MODELING = Path(__file__).with_name("modeling_mixln.py")  # what transformers reads that layout with; it needs torch
+OFFICIAL_TYPE = "mixln_llama"  # not "llama": transformers would then load it as a Pre-LN LLaMA
+MODELING = Path(__file__).with_name("modeling_mixln.py")  # the code with which transformers loads it; needs torch
 
 
 def model_fields(hf: Mapping[str, Any], placement_string: str | None = None) -> dict[str, Any]:
-  """The fields of config.model that a config.json stands for.
+  """The fields of config.model that correspond to a config.json.
 
   Args:
     hf: the JSON object.
-    placement_string: the placement; by default what the file says (a checkpoint of the official code does not).
+    placement_string: the placement; by default that of the file (checkpoints of the official code do not state it).
 
   Raises:
-    InputError: the model is of another kind, or has an option that this one lacks.
+    InputError: the model is of an unsupported kind, or has an unsupported option.
   """
   kind = hf.get("model_type")
   if kind not in (*PLACEMENTS, OFFICIAL_TYPE):
@@ -280,7 +281,7 @@ def model_fields(hf: Mapping[str, Any], placement_string: str | None = None) -> 
     "mlp_dim": _number(hf, "intermediate_size"),
     "num_layers": num_layers,
     "num_heads": heads,
-    "num_kv_heads": 0 if kv_heads == heads else kv_heads,  # as recipes write it
+    "num_kv_heads": 0 if kv_heads == heads else kv_heads,  # 0 as in recipes
     "head_dim": 0 if head_dim * heads == width else head_dim,
     "norm_epsilon": float(_number(hf, "rms_norm_eps", 1e-6)),
     "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
@@ -292,13 +293,13 @@ def model_fields(hf: Mapping[str, Any], placement_string: str | None = None) -> 
 
 
 def _check_placement(hf: Mapping[str, Any], placement_string: str, num_layers: int) -> None:
-  """Rejects a placement that the file contradicts, where it says one (our own do)."""
+  """Rejects a placement that contradicts the file, if the file states one (as our exports do)."""
   stated = hf.get("norm_placement")
   if stated is None:
     return
   stated_table = placement.parse(str(stated), num_layers)
   if placement.parse(placement_string, num_layers) != stated_table:
-    raise InputError(f"placement={placement_string!r}: config.json says norm_placement={stated!r}; leave it out")
+    raise InputError(f"placement={placement_string!r}: config.json says norm_placement={stated!r}; leave placement out")
   by_layer = hf.get("norm_placement_of_layers")
   if by_layer is not None and by_layer != stated_table.layer_list.split():
     raise InputError(
@@ -308,7 +309,7 @@ def _check_placement(hf: Mapping[str, Any], placement_string: str, num_layers: i
 
 
 def _number(fields: Mapping[str, Any], name: str, default: float | None = None) -> Any:
-  """A number of a config.json: whole where `default` is; the default where it is absent or null."""
+  """A number of a config.json, a whole number unless `default` is a float; the default if it is absent or null."""
   value = fields.get(name)
   if value is None and default is not None:
     return default
@@ -319,15 +320,15 @@ def _number(fields: Mapping[str, Any], name: str, default: float | None = None) 
 
 
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-  """What it says of RoPE, in the keys of transformers 4 or 5.
+  """The RoPE settings of a config.json, from the keys of transformers 4 and 5.
 
   Raises:
-    InputError: a key is unknown, or two places contradict each other: transformers would go by one of them, or by none.
+    InputError: a key is unknown, or two places contradict each other, of which transformers would follow one or none.
   """
   rope: dict[str, Any] = {}
-  where: dict[str, str] = {}
+  source: dict[str, str] = {}  # key -> the part of the file that sets it
   if hf.get("rope_theta") is not None:
-    rope["rope_theta"], where["rope_theta"] = hf["rope_theta"], "rope_theta"
+    rope["rope_theta"], source["rope_theta"] = hf["rope_theta"], "rope_theta"
   for part in ("rope_scaling", "rope_parameters"):
     values = hf.get(part) or {}
     if not isinstance(values, Mapping):
@@ -338,9 +339,9 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
         continue
       if name in rope and rope[name] != value:
         raise InputError(
-          f"config.json: {part} says {key}={value!r}, but {where[name]} says {rope[name]!r}; remove the wrong one"
+          f"config.json: {part} says {key}={value!r}, but {source[name]} says {rope[name]!r}; remove the wrong one"
         )
-      rope[name], where[name] = value, part
+      rope[name], source[name] = value, part
   rope.setdefault("rope_type", "default")
   if rope["rope_type"] not in ROPE_TYPES:
     raise InputError(
@@ -349,7 +350,7 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
   unknown = sorted(set(rope) - set(ROPE_KEYS))
   if unknown:
     raise InputError(
-      f"config.json: {where[unknown[0]]} has {unknown[0]!r}, which is unknown; known: {', '.join(ROPE_KEYS)}"
+      f"config.json: {source[unknown[0]]} has {unknown[0]!r}, which is unknown; known: {', '.join(ROPE_KEYS)}"
     )
   return rope
 
@@ -390,12 +391,12 @@ def hf_config(model: ModelConfig, max_length: int, *, official: bool = False) ->
   Args:
     model: config.model.
     max_length: positions that the model was trained on.
-    official: write it in the layout of the official Mix-LN code, and its placement with it, which MODELING, written
-      beside it, reads; without that file transformers rejects the directory.
+    official: use the layout of the official Mix-LN code, with the placement. The file MODELING, which must be written
+      beside config.json, reads it; without that file transformers rejects the directory.
 
   Raises:
-    InputError: no stock decoder computes this placement, and `official` was not asked for; or the layouts have no
-      word for config.model.rope_scaling.
+    InputError: no stock decoder computes this placement and `official` is False, or the layouts can't express
+      config.model.rope_scaling.
   """
   identity = _official_identity(model) if official else _stock_identity(model)
   return identity | {
@@ -427,9 +428,9 @@ def _stock_identity(model: ModelConfig) -> dict[str, Any]:
     known.append(f"{PLACEMENTS[other.model_type]!r}{with_bias} ({other.model_type})")
   bias = f" with config.model.qkv_bias={model.qkv_bias}" if model.qkv_bias else ""
   raise InputError(
-    f"config.model.placement={model.placement!r}{bias} is no stock decoder of transformers (those are "
-    f"{', '.join(known)}), which would load these weights as another model; the layout 'official' writes them with "
-    "their placement and a modelling file"
+    f"config.model.placement={model.placement!r}{bias} is not a stock decoder of transformers (those are "
+    f"{', '.join(known)}), which would load these weights as another model; use the layout 'official', which has the "
+    "placement and a modelling file"
   )
 
 
@@ -440,7 +441,7 @@ def _official_identity(model: ModelConfig) -> dict[str, Any]:
     "model_type": OFFICIAL_TYPE,
     "norm_placement": model.placement,
     "norm_placement_of_layers": table.layer_list.split(),
-    "placement_table": [{name: _said(getattr(layer, name)) for name in SUBLAYERS} for layer in table.layers],
+    "placement_table": [_stated_rows(layer) for layer in table.layers],
     "qkv_bias": model.qkv_bias,
     "auto_map": {
       "AutoConfig": f"{MODELING.stem}.MixLNConfig",
@@ -449,8 +450,13 @@ def _official_identity(model: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _said(row: Row) -> dict[str, Any]:
-  """What a row has that an empty row has not, without what only decides initial weights."""
+def _stated_rows(layer: Layer) -> dict[str, Any]:
+  """The rows of a layer as `placement_table` has them."""
+  return {name: _stated_columns(getattr(layer, name)) for name in SUBLAYERS}
+
+
+def _stated_columns(row: Row) -> dict[str, Any]:
+  """The columns in which a row differs from the default row, without those that affect only initial weights."""
   empty = dataclasses.asdict(Row())
   columns = dataclasses.asdict(row.without_initial())
   return {name: value for name, value in columns.items() if value != empty[name]}
@@ -460,7 +466,7 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
   if model.rope_scaling == "none":
     return None
   if model.rope_scaling != "llama3":
-    raise InputError(f"config.model.rope_scaling={model.rope_scaling!r}: the layouts have no word for it")
+    raise InputError(f"config.model.rope_scaling={model.rope_scaling!r}: the layouts can't express it")
   return {
     "rope_type": "llama3",
     "factor": model.rope_factor,

@@ -1,14 +1,14 @@
 """The model of the weights beside this file: `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`.
 
-A LLaMA whose layers normalise where config.json says. Every sublayer f (attention or MLP) of every layer is
+A LLaMA whose norms are placed as config.json says. Every sublayer f (attention or MLP) of every layer is
 
     r = N_in(x) if residual_from_normed else x
     s = c_res * g(r) + c_out * N_mid(f(c_in * N_in(x)))
     y = N_out(s) where there is an N_out, else g(s)
 
-and `placement_table` has its row: what differs from no norm at all and constants of 1. Each N is an RMSNorm or nothing;
-g(h) = h - silu(a) * h, without a gradient through the second term, where the row has `gpas`, else h. Norms, constants
-and the sum are fp32. Everything else, the cache among it, is transformers' LLaMA.
+and `placement_table` has its row, which lists what differs from a row without norms and with constants of 1. Each N is
+an RMSNorm or the identity. If the row has `gpas`, g(h) = h - silu(a) * h without a gradient through the second term,
+else g(h) = h. Norms, constants and the sum are fp32. Everything else, including the cache, is transformers' LLaMA.
 
 This file needs torch and transformers (tried with 5.24); mixln_jax copies it and never imports it.
 """
@@ -25,16 +25,16 @@ LEARNED = ("vector_c_res", "vector_c_out", "scalar_c_out")
 
 
 class MixLNConfig(LlamaConfig):
-  """LLaMA's, and of config.json `placement_table`: for each layer, the rows of `attention` and `mlp`."""
+  """LLaMA's config with `placement_table`: for each layer, the rows of `attention` and `mlp`."""
 
   model_type = "mixln_llama"
 
   def validate_architecture(self) -> None:
-    """Heads have a width of their own, which need not divide the model's."""
+    """Skips LLaMA's check: the width of a head need not divide the model's width."""
 
 
 class MixLNNorm(nn.Module):
-  """RMSNorm in fp32, its result as well."""
+  """RMSNorm whose arithmetic and result are fp32."""
 
   def __init__(self, width: int, epsilon: float):
     super().__init__()
@@ -65,7 +65,7 @@ def add_learned(module: nn.Module, row: Mapping[str, Any], width: int) -> None:
 
 
 class MixLNAttention(llama.LlamaAttention):
-  """LLaMA's attention, with norms of queries, keys and values, and biases of their projections, where there are any."""
+  """LLaMA's attention, with optional norms of queries, keys and values and optional biases of their projections."""
 
   def __init__(self, config: MixLNConfig, index: int):
     super().__init__(config, index)
@@ -105,7 +105,7 @@ class MixLNAttention(llama.LlamaAttention):
   ) -> tuple[torch.Tensor, torch.Tensor | None]:
     query, key, value = (self.project(name, hidden_states) for name in ("q", "k", "v"))
     query, key = llama.apply_rotary_pos_emb(query, key, *position_embeddings)
-    caches = [options.pop(name, None) for name in ("cache", "past_key_values")]  # its name by transformers' version
+    caches = [options.pop(name, None) for name in ("cache", "past_key_values")]  # which of them depends on transformers
     for cache in caches:
       if cache is not None:
         key, value = cache.update(key, value, self.layer_idx)
@@ -133,7 +133,7 @@ class MixLNDecoderLayer(llama.LlamaDecoderLayer):
       self.gpas_block = MixLNGate()
 
   def names_of(self, sublayer: str) -> dict[str, str]:
-    """What the official code, Gemma 2 and OLMo 2 call the norms of a sublayer."""
+    """The names of a sublayer's norms in the official code, Gemma 2 and OLMo 2."""
     attention = self.rows["attention"]
     after_attention = attention.get("norm_mid", False) or attention.get("norm_out", False)
     if sublayer == "attention":

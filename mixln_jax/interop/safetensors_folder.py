@@ -1,4 +1,4 @@
-"""Folders of safetensors files with a config.json, one file or many with an index, read a tensor at a time."""
+"""Reads and writes folders of safetensors files with a config.json: one file, or several with an index."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 
 
 class SafetensorsFolder(Mapping[str, np.ndarray]):
-  """The tensors of a folder by name; each is read when it is asked for."""
+  """The tensors of a folder by name; each is read when it is accessed."""
 
   def __init__(self, path: str | Path):
     """Opens the folder and compares its files with its index.
@@ -39,24 +39,24 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
       raise InputError(f"path={self.path}: has neither {SINGLE} nor {INDEX}; give a folder of a safetensors checkpoint")
     self._check_one_checkpoint()
     for file in sorted(set(self._file_of.values())):
-      stated = {name for name, of in self._file_of.items() if of == file}
-      there = set(self._names(file))
-      if stated - there:
-        raise InputError(f"{self.path / file}: lacks {sorted(stated - there)[0]!r}, which {INDEX} says it has")
-      if there - stated:
-        name = sorted(there - stated)[0]
-        said = f"lies in {self._file_of[name]}" if name in self._file_of else "is not there"
-        raise InputError(f"{self.path / file}: has {name!r}, of which {INDEX} says that it {said}; remove one of them")
+      indexed = {name for name, file_of_name in self._file_of.items() if file_of_name == file}
+      present = set(self._names(file))
+      if indexed - present:
+        raise InputError(f"{self.path / file}: lacks {sorted(indexed - present)[0]!r}, which {INDEX} says it has")
+      if present - indexed:
+        name = sorted(present - indexed)[0]
+        place = f"is in {self._file_of[name]}" if name in self._file_of else "does not exist"
+        raise InputError(f"{self.path / file}: has {name!r}, but {INDEX} says that it {place}; remove one of them")
 
   def _check_one_checkpoint(self) -> None:
-    """Rejects a folder with the files of two checkpoints, as two saves into one folder leave them."""
+    """Rejects a folder with the files of two checkpoints, which two saves into one folder would leave."""
     read = set(self._file_of.values())
     others = sorted(path.name for path in self.path.glob("model*.safetensors") if path.name not in read)
     if others:
-      by = INDEX if (self.path / INDEX).is_file() else SINGLE
+      entry = INDEX if (self.path / INDEX).is_file() else SINGLE
       raise InputError(
-        f"path={self.path}: holds two checkpoints, that of {by} ({len(read)} files, {sorted(read)[0]}, …) and "
-        f"{others[0]}; remove the one that is not meant"
+        f"path={self.path}: holds two checkpoints, that of {entry} ({len(read)} files, {sorted(read)[0]}, …) and "
+        f"{others[0]}; remove the one that you don't want"
       )
 
   def config(self) -> dict[str, Any]:
@@ -101,22 +101,22 @@ def write_folder(
   shard_bytes: int,
   others: Mapping[str, bytes] | None = None,
 ) -> int:
-  """Writes a checkpoint: config.json and the tensors, in as many files as keep each within `shard_bytes`.
+  """Writes a checkpoint: config.json, and the tensors in files of at most `shard_bytes`.
 
-  Tensors are read one at a time, and those of one file are in memory together.
+  Tensors are read one at a time; only those of one file are in memory together.
 
   Args:
     path: the folder; it must be new or empty.
     tensors: by name.
     config: what config.json holds.
-    shard_bytes: most bytes of tensors in a file; a larger tensor has a file of its own.
-    others: files to lie beside them, by name.
+    shard_bytes: the most bytes of tensors in a file; a larger tensor gets a file of its own.
+    others: the content of further files of the folder, by name.
 
   Returns:
     The number of safetensors files.
 
   Raises:
-    InputError: the folder is not empty, or can't be written; nothing is left there.
+    InputError: the folder is not empty or can't be written; nothing is left behind.
   """
   folder = local_path(path)
   try:
@@ -126,7 +126,7 @@ def write_folder(
     raise InputError(f"path={folder}: can't be written ({error.strerror}); nothing was left there") from error
   if occupied:
     raise InputError(f"path={folder}: not empty; give a new folder")
-  try:  # so that the folder is there whole or not at all
+  try:  # written elsewhere and then renamed, so that the folder appears complete or not at all
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     num_files = _write_shards(partial, tensors, shard_bytes)
@@ -141,13 +141,13 @@ def write_folder(
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int) -> int:
-  """Writes the tensors and, where they take several files, the index of those. Returns the number of files."""
-  written: list[Path] = []  # each is named once their number is known
+  """Writes the tensors and, if there are several files, their index. Returns the number of files."""
+  written: list[Path] = []  # renamed at the end, since the names contain the number of files
   names_of: list[list[str]] = []
   total_bytes = 0
   for shard in _shards(tensors, shard_bytes):
     file = folder / f"shard-{len(written)}"
-    safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})  # how to read it, for transformers
+    safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})  # transformers requires it
     written.append(file)
     names_of.append(list(shard))
     total_bytes += sum(tensor.nbytes for tensor in shard.values())
@@ -165,7 +165,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: 
 
 
 def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
-  """The tensors in their order, cut so that each part is within `shard_bytes` (or is one larger tensor)."""
+  """Splits the tensors, in order, into parts of at most `shard_bytes` (or of one larger tensor)."""
   shard: dict[str, np.ndarray] = {}
   size = 0
   for name, tensor in tensors.items():

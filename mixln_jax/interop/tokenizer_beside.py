@@ -1,7 +1,7 @@
-"""Whether a recipe names the tokenizer that the weights of a folder were trained with.
+"""Checks that a recipe names the tokenizer that imported weights were trained with.
 
-Ids mean nothing without it: weights that read another tokenizer's ids lose what they learned, without an error, and two
-tokenizers may have the same number of ids (T5's and LLaMA 2's have 32,000).
+With another tokenizer's ids the weights are useless, without any error: two tokenizers may have the same number of ids
+(T5's and LLaMA 2's both have 32,000).
 """
 
 from pathlib import Path
@@ -12,21 +12,21 @@ from mixln_jax.data.records import has_records, named_tokenizer, open_corpus
 from mixln_jax.data.tokenizer import FILES, GGUF, HUGGING_FACE, SENTENCEPIECE, Tokenizer, are_same, read_tokenizer
 from mixln_jax.errors import InputError
 
-NAMES = (FILES[HUGGING_FACE], FILES[SENTENCEPIECE], "spiece.model")  # the last one is T5's
+NAMES = (FILES[HUGGING_FACE], FILES[SENTENCEPIECE], "spiece.model")  # the last is T5's name
 
 
 def check_tokenizer(place: Path, config: Config) -> str | None:
-  """Rejects a config whose tokenizer is not the one that lies beside the weights, or in their file.
+  """Rejects a config whose tokenizer is not the one beside the weights or in their file.
 
   Args:
-    place: the folder of the weights, or a GGUF file, which brings its tokenizer.
+    place: the folder of the weights, or a GGUF file, which contains its tokenizer.
     config: the recipe that the imported run is to be trained with.
 
   Returns:
-    A warning, where there is a tokenizer that can't be compared; None if all is well, or there is none.
+    A warning if there is a tokenizer that can't be read and compared; None if they match or there is none.
 
   Raises:
-    InputError: config.data.tokenizer is another one than the folder's, or can't be read.
+    InputError: config.data.tokenizer is not the weights' tokenizer, or can't be read.
   """
   files = [place / name for name in NAMES if (place / name).is_file()]
   if place.suffix == GGUF:
@@ -48,13 +48,11 @@ def check_tokenizer(place: Path, config: Config) -> str | None:
     raise InputError(f"{error} ({advice})") from error
   if ours is None:
     raise InputError(
-      f"config.data.tokenizer={config.data.tokenizer!r} would be trained on the corpus, and these weights read another "
-      f"one; {advice}"
+      f"config.data.tokenizer={config.data.tokenizer!r} would be trained on the corpus, but these weights need another "
+      f"tokenizer; {advice}"
     )
   if not any(are_same(ours, other) for other in theirs.values()):
-    raise InputError(
-      f"config.data.tokenizer={config.data.tokenizer!r} is not the tokenizer that these weights read; {advice}"
-    )
+    raise InputError(f"config.data.tokenizer={config.data.tokenizer!r} is not the tokenizer of these weights; {advice}")
   return None
 
 

@@ -13,19 +13,18 @@ from mixln_jax.config import ModelConfig
 def rope_frequencies(model: ModelConfig) -> jax.Array:
   """RoPE's angle for one position, [head_dim / 2], fp32 (arXiv 2104.09864, eq. 15).
 
-  With `rope_scaling="llama3"`, frequencies whose wavelength is longer than the length that the model was first trained
-  at are divided by `rope_factor`, short ones are kept, and between `rope_low_frequency_factor` and
-  `rope_high_frequency_factor` wavelengths a context the two are blended (Llama 3.1, arXiv 2407.21783, as its
-  released code does it).
+  With `rope_scaling="llama3"` a frequency is scaled by how many turns it makes within `rope_original_length`: below
+  `rope_low_frequency_factor` turns it is divided by `rope_factor`, above `rope_high_frequency_factor` it is unchanged,
+  and in between the two are blended (Llama 3.1, arXiv 2407.21783, as in its released code).
   """
   width = config_lib.head_dim(model)
   frequencies = model.rope_base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
   if model.rope_scaling == "none":
     return frequencies
   low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
-  turns = model.rope_original_length * frequencies / (2 * math.pi)  # in the length of the first training
-  kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-  return frequencies * (kept + (1 - kept) / model.rope_factor)
+  turns = model.rope_original_length * frequencies / (2 * math.pi)
+  unchanged = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # the fraction of the blend that is not divided
+  return frequencies * (unchanged + (1 - unchanged) / model.rope_factor)
 
 
 def rope_table(positions_BT: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -35,7 +34,7 @@ def rope_table(positions_BT: jax.Array, frequencies: jax.Array) -> tuple[jax.Arr
 
 
 def rotate(x_BTHK: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates the pairs (x[i], x[i + K/2]) by the angles of `rope`, in fp32; LLaMA's half rotation."""
+  """Rotates the pairs (x[i], x[i + K/2]) by the angles of `rope`, in fp32: LLaMA's pairing of the two halves."""
   cosine, sine = rope
   first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)
@@ -68,7 +67,7 @@ def attention(
 
 
 def attention_statistics(q_BTHK: jax.Array, k_BSGK: jax.Array, mask_BTS: jax.Array | None) -> dict[str, jax.Array]:
-  """What the softmax of `attention` looks like; the same arguments. Materialises the logits [B, H, T, S], in fp32.
+  """Statistics of the softmax of `attention`; same arguments. Materialises the logits [B, H, T, S] in fp32.
 
   Returns:
     `largest_logit_BT`: the largest q·k/√K of each query, over its heads and the keys that it may read;
@@ -95,12 +94,12 @@ def attention_mask(
   *,
   bidirectional: bool = False,
 ) -> jax.Array | None:
-  """What each query may read, [B, T, S] (or [1, T, S] for all rows); None = causal over the row itself.
+  """The keys that each query may read, [B, T, S] (or [1, T, S] for all rows); None = causal over the row itself.
 
   An encoder's query reads the whole row, or with segment ids all of its own segment.
 
-  With a cache, keys lie at the slot of their position, so a query reads the slots up to its own position: whatever lies
-  behind (padding of a shorter prompt) is overwritten before its turn comes.
+  With a cache, the key of position p is in slot p, so a query reads the slots up to its own position. Later slots may
+  hold the padding of a shorter prompt, which is overwritten before any query reads it.
   """
   if cache is not None:
     num_slots = cache["k"].shape[2]
@@ -132,8 +131,12 @@ def init_cache(
 def update_cache(
   cache: dict[str, jax.Array], layer: jax.Array | int, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-  """Writes keys and values at (layer, row, position); returns the cache, and the layer's own [B, S, G, K]."""
-  places_BT2 = jnp.stack(jnp.broadcast_arrays(layer, jnp.broadcast_to(positions_BT, k_BTGK.shape[:2])), axis=-1)
+  """Writes keys and values at (layer, row, position).
+
+  Returns:
+    The cache, and the keys and values of this layer, each [B, S, G, K].
+  """
+  indices_BT2 = jnp.stack(jnp.broadcast_arrays(layer, jnp.broadcast_to(positions_BT, k_BTGK.shape[:2])), axis=-1)
   # `.at[].set` would index the rows as well: where they are sharded, each device would gather the keys of all of them.
   numbers = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(2, 3),
@@ -145,7 +148,7 @@ def update_cache(
 
   def write(cache_LBSGK: jax.Array, new_BTGK: jax.Array) -> jax.Array:
     new_BTGK = new_BTGK.astype(cache_LBSGK.dtype)
-    return jax.lax.scatter(cache_LBSGK, places_BT2, new_BTGK, numbers, unique_indices=True)
+    return jax.lax.scatter(cache_LBSGK, indices_BT2, new_BTGK, numbers, unique_indices=True)
 
   k, v = write(cache["k"], k_BTGK), write(cache["v"], v_BTGK)
   return {"k": k, "v": v}, k[layer], v[layer]

@@ -1,18 +1,18 @@
-"""Self-attention behind one door, each platform with the implementation that does best there.
+"""The one entry point to self-attention, with the implementation that is fastest on each platform.
 
 All compute softmax(q·k / √K) · v with fp32 logits and softmax, H query heads sharing G key-value heads; query t reads
 the keys up to t, and with segment ids those of its own segment:
 
   xla      the plain form, `jax.nn.dot_product_attention` with all logits [B, H, T, T] as one array: runs everywhere,
-           and is the only one that is not causal, for encoders
-  blocks   the same arithmetic, blocks of queries against the keys up to their end, for a CPU
+           and is the only implementation that supports encoders, which are not causal
+  blocks   for CPUs: the same arithmetic, one block of queries at a time against the keys up to the block's end
            (`tuned/attention_blocks.py`)
-  cudnn    cuDNN's fused attention by `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16, no segment ids
-  splash   JAX's Pallas kernel for TPUs (`tuned/attention_splash.py`); elsewhere it is interpreted, which only a test
-           wants
-  splash_length_minor   the same with the length as the last dimension of what the kernel gets, for heads narrower than
-           128. The TPU compiler promises a faster step and does not see into the kernel, so it must be asked for until
-           a chip has timed it (docs/tpu_programs.md)
+  cudnn    cuDNN's fused attention through `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16, no segment ids
+  splash   JAX's Pallas kernel for TPUs (`tuned/attention_splash.py`); on other platforms it is interpreted, which is
+           slow and only for tests
+  splash_length_minor   the same kernel on arrays whose last dimension is the length, for heads narrower than 128. The
+           TPU compiler estimates a faster step, but it cannot see into the kernel; so `auto` does not pick it until it
+           has been timed on a chip (docs/tpu_programs.md)
 """
 
 import jax
@@ -26,14 +26,14 @@ from mixln_jax.model.tuned.attention_blocks import attention_in_blocks
 from mixln_jax.parallel.rules import platform, shards
 
 BEST = {"cpu": "blocks", "gpu": "cudnn", "tpu": "splash"}
-# Shorter rows stay in a TPU's fast memory without a kernel (compiled for v5e: 1 MB of temporaries at a length of 256,
-# 806 MB at 1,024, where the kernel moves a third of the bytes).
+# The logits of shorter rows fit a TPU's fast memory without a kernel. Compiled for v5e, `xla` has 1 MB of temporaries
+# at a length of 256 and 806 MB at 1,024, where the kernel moves a third of the bytes.
 SPLASH_FROM_LENGTH = 1024
 CUDNN_MOST_WIDTH = 128
 
 
 def choose_attention(model: ModelConfig, length: int, *, segments: bool = False) -> str:
-  """The implementation that config.model.attention stands for, on the mesh in use.
+  """The implementation to use: config.model.attention, or for `auto` the best one for the platform and the mesh in use.
 
   Args:
     model: config.model.
@@ -41,12 +41,13 @@ def choose_attention(model: ModelConfig, length: int, *, segments: bool = False)
     segments: whether there are segment ids.
 
   Raises:
-    InputError: the implementation that is asked for can't do this.
+    InputError: config.model.attention names an implementation that does not support this model, length or mesh.
   """
   if model.attention != "auto":
-    if found := _obstacles(model.attention, model, length, segments):
+    obstacles = _obstacles(model.attention, model, length, segments)
+    if obstacles:
       raise InputError(
-        f"config.model.attention={model.attention!r} does not go with {', '.join(found)}; use auto or xla"
+        f"config.model.attention={model.attention!r} does not support {', '.join(obstacles)}; use auto or xla"
       )
     return model.attention
   best = BEST.get(platform(), "xla")
@@ -56,7 +57,7 @@ def choose_attention(model: ModelConfig, length: int, *, segments: bool = False)
 
 
 def _obstacles(implementation: str, model: ModelConfig, length: int, segments: bool) -> list[str]:
-  """What keeps an implementation from running this model, in the words of an error message."""
+  """The reasons why an implementation can't run this model, worded for an error message."""
   width = config_lib.head_dim(model)
   encoder = {"config.model.bidirectional": model.bidirectional}
   conditions = {
@@ -72,7 +73,7 @@ def _obstacles(implementation: str, model: ModelConfig, length: int, segments: b
     "splash": {
       **encoder,
       "config.mesh.sequence > 1": shards("length") > 1,
-      f"length {length}, no multiple of {attention_splash.LANES}": length % attention_splash.LANES != 0,
+      f"length {length}, which is not a multiple of {attention_splash.LANES}": length % attention_splash.LANES != 0,
     },
   }
   conditions["splash_length_minor"] = conditions["splash"]
@@ -90,12 +91,12 @@ def self_attention(
   """Attention of a row to itself, [B, T, H, K] in the queries' type.
 
   Args:
-    implementation: as `choose_attention` names them.
+    implementation: one that `choose_attention` returns.
     q_BTHK: queries.
     k_BTGK: keys.
     v_BTGK: values.
-    mask_BTT: True where query t may read key s; None = all keys up to its own.
-    segment_ids_BT: what the mask was made of, or None.
+    mask_BTT: True where query t may read key s; None = causal.
+    segment_ids_BT: the segment ids that the mask was made from, or None.
   """
   if implementation == "blocks":
     return attention_in_blocks(q_BTHK, k_BTGK, v_BTGK, mask_BTT)

@@ -1,4 +1,4 @@
-"""Counted cost of the model, from its table of parameters. (XLA's own count sees a scan's body once.)"""
+"""FLOPs of the model, counted from its table of parameters. (XLA's own count takes the body of a scan only once.)"""
 
 import math
 
@@ -11,9 +11,9 @@ LOOKED_UP = ("position_embedding", "token_type_embedding")
 
 
 def matmul_params(model: ModelConfig) -> int:
-  """Parameters that take part in a matrix product for every token: all but the embedding's rows and the gains.
+  """Parameters that every token is multiplied with in a matrix product: all but embeddings, gains, biases and scalars.
 
-  A tied embedding is the head's matrix too, and counts as that.
+  A tied embedding counts, as the head's matrix.
   """
   count = 0
   for path, param in parameters(model).items():
@@ -35,11 +35,11 @@ def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 def executed_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-  """FLOPs of the matrix products that the training step really does for a token: with recomputation, masked positions.
+  """FLOPs of the matrix products that a training step executes per token, with recomputation and masked positions.
 
-  Attention is taken to multiply all T positions, masked or not, as `xla` does. With remat full the backward pass does
-  the layers' forward products again (but `down`, whose result it does not need), with dots_no_batch those of attention.
-  Attention residuals are recomputed as with full, whatever it says (`model/append_only.py`).
+  Attention is counted over all T positions, masked or not, as `xla` computes it. With remat=full the backward pass
+  repeats the layers' forward products (except `down`, whose result it does not need); with remat=dots_no_batch it
+  repeats those of attention. Attention residuals are always recomputed as with remat=full (`model/append_only.py`).
   """
   attention = 4.0 * model.num_layers * model.num_heads * head_dim(model) * sequence_length
   forward = 2.0 * matmul_params(model) + attention
@@ -47,5 +47,5 @@ def executed_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   down = math.prod(parameters(model)["layers/down"].logical_shape)
   layers = forward - 2.0 * head - 2.0 * down
   recomputed = {"none": 0.0, "dots": 0.0, "dots_no_batch": attention, "full": layers}
-  always = Columns.of(config_lib.table(model)).only_sources and model.unroll > 0
-  return 3.0 * forward + recomputed["full" if always else model.remat]
+  always_full = Columns.of(config_lib.table(model)).only_sources and model.unroll > 0
+  return 3.0 * forward + recomputed["full" if always_full else model.remat]

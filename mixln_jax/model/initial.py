@@ -1,4 +1,4 @@
-"""Initial weights, drawn by name and layer: the same numbers on any mesh, in any order, for any placement."""
+"""Initial weights, drawn by name and layer: the same numbers on any mesh, in any order and for any placement."""
 
 import zlib
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from mixln_jax.model.parameters import Param, parameters, tree_of
 
 
 def starting_values(model: ModelConfig, columns: Columns | None = None) -> dict[str, float | np.ndarray]:
-  """What each parameter starts from, a number or one for each layer [L]: the std of a drawn one, the value of the rest.
+  """For each parameter the std of its random initial values, or its initial value: one number, or one per layer [L].
 
-  With the seed it is all that the initial weights of one shape depend on, so that runs of several placements can be
-  started as one program, these numbers being data. Arguments as `parameters` has them.
+  For a given shape of the model, the initial weights depend only on the seed and on these numbers. Passing them as data
+  lets one program initialise runs of several placements. Arguments as in `parameters`.
   """
   starts: dict[str, float | np.ndarray] = {}
   for path, param in parameters(model, columns).items():
@@ -26,8 +26,10 @@ def starting_values(model: ModelConfig, columns: Columns | None = None) -> dict[
 
 
 def initial_params(model: ModelConfig, seed: int | jax.Array) -> Any:
-  """The initial parameters of config.model: normal matrices, gains of 1, biases of 0, what else a placement learns from
-  its table. Call it under jit. (`admin` wants a profiling pass after it: `model/admin.py`.)
+  """The initial parameters of config.model. Call it under jit.
+
+  Matrices are normal, gains are 1, biases are 0, and other parameters of a placement start as `model/parameters.py`
+  says. The placement `admin` needs a profiling pass afterwards (`model/admin.py`).
 
   Each leaf is drawn from `fold_in(fold_in(key(seed), crc32(path)), layer)`, so equal seeds give equal numbers whatever
   the placement, the mesh or the order of declaration.
@@ -38,13 +40,13 @@ def initial_params(model: ModelConfig, seed: int | jax.Array) -> Any:
 def draw_params(
   model: ModelConfig, seed: int | jax.Array, start: Mapping[str, Any], columns: Columns | None = None
 ) -> Any:
-  """`initial_params` with all that it depends on as data.
+  """`initial_params` with everything but the shapes as data.
 
   Args:
     model: config.model; only its shapes are read.
-    seed: of the draws.
-    start: `starting_values`, numbers or arrays.
-    columns: as `parameters` has them.
+    seed: the seed of the draws.
+    start: `starting_values`, as numbers or arrays.
+    columns: as in `parameters`.
   """
   key = jax.random.key(seed)
   leaves = {}
@@ -55,13 +57,13 @@ def draw_params(
 
 
 def _filled(param: Param, value: Any) -> jax.Array:
-  """A parameter that is not drawn: `value` everywhere, or a value for each layer [L]."""
+  """A parameter that is not random: `value` everywhere, or a value for each layer [L, …]."""
   value = jnp.asarray(value)
   return jnp.broadcast_to(value.reshape(value.shape + (1,) * (len(param.shape) - value.ndim)), param.shape)
 
 
 def _drawn(param: Param, key: jax.Array, std: Any) -> jax.Array:
-  """A drawn parameter, zeros where it only pads."""
+  """A random parameter, with zeros in its padding."""
   leaf_key = jax.random.fold_in(key, zlib.crc32(param.path.encode()))
   shape = param.logical_shape
   if not param.in_layers:

@@ -24,16 +24,16 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Cross entropy, summed over counted positions; the division happens once, at the end of all sums.
 
-  `all_logits_loss` says what is computed. Every platform gets the chunked form: where all logits fit in one chunk the
-  TPU compiler makes the same of both, and where they don't the plain one holds them all (docs/tuned.md). The result
-  can be differentiated once, in reverse.
+  `all_logits_loss` defines it. Every platform uses the chunked form: where all logits fit in one chunk, the TPU
+  compiler produces the same program for both forms, and where they don't, the plain form holds all logits in memory
+  (docs/tuned.md). The result can be differentiated once, in reverse mode.
 
   Args:
     hidden_BTD: final hidden states.
     head_DV: output projection; multiplied in the hidden states' type, with fp32 logits.
     labels_BT: the token to predict at each position.
     weights_BT: 1 where a position counts, else 0.
-    chunk: positions of a row whose logits exist at once; by default what `tuned/loss.py` allows.
+    chunk: positions per row whose logits exist at the same time; by default what `tuned/loss.py` allows.
 
   Returns:
     (sum of the losses in nats, number of counted positions), fp32 scalars.
@@ -46,7 +46,7 @@ def next_token_loss(
 def all_logits_loss(
   hidden_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
-  """The weighted sum of the losses, with all logits [B, T, V] at once; arguments as `chunked_loss`."""
+  """The weighted sum of the losses, with all logits [B, T, V] in memory; arguments as in `chunked_loss`."""
   head_DV = constrain(head_DV, "activation_embed", "vocab")
   logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
   logits_BTV = constrain(logits_BTV, "batch", "length", "vocab")
@@ -62,17 +62,17 @@ def batch_loss(
   columns: Columns | None = None,
   keep_L: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-  """The loss of a batch, and what the model saw on the way.
+  """The loss of a batch, and the taps of the model.
 
   Args:
-    model: the model; with its `observe`, the taps are what that makes of them.
+    model: the model; if it has an `observe`, the taps are what that returns.
     params: its parameters.
-    batch: `tokens_BT`, `labels_BT`, `weights_BT`, and with documents kept apart `segment_ids_BT`, `positions_BT`.
+    batch: `tokens_BT`, `labels_BT`, `weights_BT`, and with document masks `segment_ids_BT`, `positions_BT`.
     columns: the placement as data.
-    keep_L: 0 where a layer is removed.
+    keep_L: 0 removes a layer, 1 keeps it.
 
   Returns:
-    The summed loss, the number of counted positions (as `next_token_loss`), and the taps (as `Transformer.hidden`).
+    The summed loss and the number of counted positions, as in `next_token_loss`, and the taps of `Transformer.hidden`.
   """
 
   def apply(model: Transformer) -> tuple[jax.Array, jax.Array, dict[str, Any]]:

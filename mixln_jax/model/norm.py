@@ -1,4 +1,4 @@
-"""The norms: RMSNorm, LayerNorm, and the two point-wise functions that have been put in their place. All in fp32."""
+"""The norms: RMSNorm, LayerNorm, and point-wise functions that replace a norm (DyT, Derf). All in fp32."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 Flag = bool | jax.Array
 
-# What a norm of each kind learns besides its gain: name -> whether it is a vector [D], else [1]. All start at 0, but
-# alpha, whose first value depends on where the norm stands (`model/parameters.py`).
+# The parameters of each kind of norm besides its gain: name -> True for a vector [D], False for [1]. All start at 0
+# except alpha, whose first value depends on where the norm stands (`model/parameters.py`).
 EXTRA_PARAMETERS: Mapping[str, Mapping[str, bool]] = {
   "rmsnorm": {},
   "layernorm": {"bias": True},
@@ -20,7 +20,7 @@ EXTRA_PARAMETERS: Mapping[str, Mapping[str, bool]] = {
 
 
 class NormParams(NamedTuple):
-  """What one norm learns; None for what its kind lacks."""
+  """The parameters of one norm; None for those that its kind does not have."""
 
   gain: jax.Array  # [D]
   bias: jax.Array | None = None  # [D]
@@ -29,12 +29,12 @@ class NormParams(NamedTuple):
 
 
 def norm_params(weights: Mapping[str, jax.Array], name: str, kind: str) -> NormParams:
-  """The parameters of the norm `name`: its gain has that name, the others `name_bias` and so on."""
+  """The parameters of the norm `name`: its gain has that name, the others are `name_bias` and so on."""
   return NormParams(weights[name], **{extra: weights[f"{name}_{extra}"] for extra in EXTRA_PARAMETERS[kind]})
 
 
 def neutral_params(kind: str, width: int) -> NormParams:
-  """Parameters of the same shapes as those of a norm of the kind, in fp32: what a scan carries where none is owed."""
+  """Placeholder parameters for a norm of this kind, in fp32: what a scan carries where no norm is pending."""
   extras = {}
   for extra, is_vector in EXTRA_PARAMETERS[kind].items():
     extras[extra] = jnp.zeros(width if is_vector else 1, jnp.float32)
@@ -50,7 +50,7 @@ def norm(
   on: Flag = True,
   scale: float | jax.Array = 1.0,
 ) -> jax.Array:
-  """`scale * N(x)` where `on`, else `scale * x`; in fp32, of x's shape.
+  """`scale * N(x)` where `on`, else `scale * x`; in fp32, with x's shape. N by kind:
 
     rmsnorm    gain * x / sqrt(mean(x²) + epsilon)                               arXiv 1910.07467
     layernorm  gain * (x - mean(x)) / sqrt(var(x) + epsilon) + bias              arXiv 1607.06450
@@ -100,8 +100,8 @@ def rms_norm(
 ) -> jax.Array:
   """`scale * gain * x / sqrt(mean(x²) + epsilon)` where `on`, else `scale * x`.
 
-  A Python `on` or `scale` is compiled in. A traced one gates the per-row factor and the gain, never the tensor, so a
-  layer that skips its norm at run time costs no second copy of x.
+  A Python `on` or `scale` is compiled in. A traced one selects between factors and gains, never between tensors, so a
+  layer that skips its norm at run time needs no second copy of x.
 
   Args:
     x_BTD: activations of any floating type.

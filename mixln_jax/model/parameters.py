@@ -1,8 +1,8 @@
-"""Every parameter of the model, one declaration each: shape, logical axes, where it starts, whether it decays, who
-uses it, what it is called elsewhere.
+"""The table of all parameters of the model, one declaration each: shape, logical axes, initial value, weight decay,
+the layers that use it, and its name in LLaMA's layout.
 
-The module's declarations, initial draws, the mask of weight decay, counts, FLOPs, the parts of the diagnostics and the
-names in other layouts are read from this table. Dimensions are those of `model/transformer.py`.
+Linen's declarations, initial draws, the weight-decay mask, counts, FLOPs, the parts of the diagnostics and the names in
+other layouts all come from this table. Dimensions are those of `model/transformer.py`.
 
 `python -c "from mixln_jax.model.parameters import describe; print(describe())"` prints it for the default config.
 """
@@ -29,9 +29,9 @@ from mixln_jax.text import aligned
 LAYERS = "layers/"
 GAIN = "gain_"  # what the part of a norm's gain ends with
 
-# What a learning rate, weight decay or epsilon can be given for: the two ends, the matrices of the two sublayers, norms
-# inside the layers (gains, and what else a norm learns), the final norm, biases of projections, and what else a
-# placement learns.
+# The groups of parameters that can have a learning rate, weight decay or epsilon of their own. `attention` and `mlp`
+# are the matrices of the two sublayers, `gains` all parameters of the norms inside the layers, `biases` those of
+# projections, and `scalars` all other parameters that a placement adds.
 GROUPS = ("embedding", "head", "attention", "mlp", "gains", "final_norm", "biases", "scalars")
 
 
@@ -40,26 +40,27 @@ class Param:
   """One parameter. Those below `layers/` hold all layers, stacked along their first axis.
 
   Attributes:
-    path: its name in the tree, `layers/query`. It seeds the draw, so it never changes.
+    path: its name in the tree, such as `layers/query`. It seeds the draw, so it never changes.
     shape: as stored.
     axes: the logical axis of each dimension (`parallel/rules.py`).
-    std: standard deviation that it is drawn with, one number or one for each layer [L]; None: it is not drawn.
-    value: what one that is not drawn starts from, one number or one for each layer [L].
-    used_L: which layers use it, bool [L]; None: all do, or it lies outside the layers.
-    part: what it belongs to in the diagnostics, as a prefix of a statistic's name: `attention/` and `mlp/` (weights and
-      biases), `attention/gain_` and `mlp/gain_` (gains of norms, those of heads among them), `embedding/`, `head/`,
-      `final_norm/`; None for what else a placement learns.
-    elsewhere: its name in LLaMA's layout, without the layer's `model.layers.0.`; of a sublayer's norm, whose name there
-      depends on the placement, only what follows that name; None where it has none.
-    norm: of a parameter of a sublayer's norm, the norm: the name of its gain.
-    input_L: of the same, in which layers that norm stands before its branch, and not after it, bool [L].
-    input_axes: of a matrix whose stored order theirs turns around, how many of its leading dimensions are summed over;
-      0 for all else.
-    shape_elsewhere: of a tensor of one layer (or of the model) that is stored there as here, its shape there; None:
-      flattened.
-    logical_shape: the shape without columns that only pad the MLP.
-    rate, decay, epsilon: what config.optimizer's learning rate, weight decay and Adam's epsilon are times for it, one
-      number or one for each layer [L] (`training/groups.py` sets them).
+    std: the standard deviation of its random initial values, one number or one per layer [L]; None if it is not random.
+    value: its initial value if it is not random, one number or one per layer [L, …].
+    used_L: the layers that use it, bool [L]; None if all do, or if it lies outside the layers.
+    part: the diagnostics' statistics that it counts towards, as the prefix of their names: `attention/` and `mlp/` for
+      weights and biases, `attention/gain_` and `mlp/gain_` for gains of norms (those of heads too), `embedding/`,
+      `head/`, `final_norm/`; None for all other parameters that a placement adds.
+    elsewhere: its name in LLaMA's layout, without the prefix `model.layers.0.` of its layer. A sublayer's norm has a
+      name there that depends on the placement, and `elsewhere` is only the part after that name. None if LLaMA's
+      layout has no such parameter.
+    norm: for a parameter of a sublayer's norm, the name of that norm's gain; else "".
+    input_L: for the same parameters, the layers where the norm stands before its branch and not after it, bool [L].
+    input_axes: for a matrix that LLaMA's layout stores transposed, how many of the leading dimensions here are inputs;
+      0 for all other parameters.
+    shape_elsewhere: for a tensor that LLaMA's layout stores without transposing, its shape there (of one layer); None
+      if it is flattened.
+    logical_shape: the shape without the columns that only pad the MLP.
+    rate, decay, epsilon: factors on config.optimizer's learning rate, weight decay and Adam epsilon for this parameter,
+      one number or one per layer [L] (`training/groups.py` sets them).
   """
 
   path: str
@@ -83,7 +84,7 @@ class Param:
     if not self.logical_shape:
       object.__setattr__(self, "logical_shape", self.shape)
     if self.decay is None:
-      object.__setattr__(self, "decay", float(self.drawn))  # not for gains, biases and scalars
+      object.__setattr__(self, "decay", float(self.drawn))  # gains, biases and scalars do not decay
 
   @property
   def name(self) -> str:
@@ -96,12 +97,12 @@ class Param:
 
   @property
   def drawn(self) -> bool:
-    """Whether it is a matrix, the embedding or the head: drawn at random, and multiplied with activations."""
+    """Whether its initial values are random: it is a matrix, the embedding or the head."""
     return self.std is not None
 
   @property
   def decays(self) -> bool:
-    """Whether weight decay is for it, in any layer."""
+    """Whether weight decay applies to it in any layer."""
     return bool(np.any(self.decay))
 
   @property
@@ -124,8 +125,11 @@ class Param:
 
   @property
   def folded_axes(self) -> tuple[tuple[int, ...], ...]:
-    """Dimensions by what they are of one matrix: of the layers' matrices ((layers), (inputs), (outputs)), with the
-    heads on one side; of all else each alone."""
+    """Dimensions grouped as those of a matrix.
+
+    For the layers' matrices the groups are ((layers), (inputs), (outputs)), with heads and head_dim in one group; for
+    all other parameters each dimension is a group.
+    """
     ndim = len(self.shape)
     if not self.is_layer_matrix:
       return tuple((axis,) for axis in range(ndim))
@@ -134,7 +138,7 @@ class Param:
 
   @property
   def size(self) -> int:
-    """Numbers that the model has of it: without padding, and without layers that do not use it."""
+    """How many of its numbers the model uses: without padding, and without layers that do not use it."""
     if self.used_L is None:
       return math.prod(self.logical_shape)
     return math.prod(self.logical_shape[1:]) * int(self.used_L.sum())
@@ -144,9 +148,9 @@ def parameters(model: ModelConfig, columns: Columns | None = None) -> dict[str, 
   """The table of config.model's parameters, by path.
 
   Args:
-    model: config.model; where the parameters start, and who uses them, is what its placement says.
-    columns: of one of several placements that share a tree (`Columns.of_many`), which has what any of them uses; by
-      default of config.placement alone.
+    model: config.model. Its placement decides the initial values and the layers that use a parameter.
+    columns: for a tree that several placements share (`Columns.of_many`), which has all parameters that any of them
+      uses; by default those of this placement alone.
   """
   table = config_lib.table(model)
   columns = Columns.of(table) if columns is None else columns
@@ -183,7 +187,7 @@ def parameters(model: ModelConfig, columns: Columns | None = None) -> dict[str, 
 
 
 def _of_embedding(model: ModelConfig) -> list[Param]:
-  """What is added to the embedding, and its norm (BERT, arXiv 1810.04805)."""
+  """The tables that are added to the embedding, and its norm (BERT, arXiv 1810.04805)."""
   width, std = model.embed_dim, model.embedding_deviation
   params = []
   for name, rows in (("position", model.learned_positions), ("token_type", model.token_types)):
@@ -199,7 +203,7 @@ def _of_embedding(model: ModelConfig) -> list[Param]:
 
 
 def _of_head(model: ModelConfig) -> list[Param]:
-  """What BERT's head for masked tokens has besides its matrix: a layer of its own, and a bias for each logit."""
+  """The parameters of BERT's masked-token head besides its matrix: a dense layer with a norm, and logit biases."""
   if not model.head_transform:
     return []
   width, part = model.embed_dim, "head/"
@@ -213,7 +217,7 @@ def _of_head(model: ModelConfig) -> list[Param]:
 
 
 def _stack(param: Param, num_layers: int) -> Param:
-  """A parameter of one layer as that of all of them."""
+  """The stacked parameter of all layers, from that of one layer."""
   return dataclasses.replace(
     param,
     path=LAYERS + param.path,
@@ -224,14 +228,13 @@ def _stack(param: Param, num_layers: int) -> Param:
 
 
 def _matrices(model: ModelConfig, table: Table) -> Iterable[Param]:
-  """The matrices of a layer: seven, or six with `activation=gelu`. Only the MLP's width may be stored wider than it
-  is."""
+  """The matrices of a layer: seven, or six with `activation=gelu`. Only the MLP's width may be padded."""
   width, heads, kv_heads = model.embed_dim, model.num_heads, config_lib.num_kv_heads(model)
   head, hidden, stored = config_lib.head_dim(model), model.mlp_dim, config_lib.stored_mlp_dim(model)
 
   def matrix(name: str, sublayer: str, shape: Any, axes: Any, elsewhere: str, **more: Any) -> Param:
     logical = more.get("logical_shape", shape)
-    # Xavier's fans, of the matrix as LLaMA has it: the model's width on one side, all the rest on the other.
+    # Xavier's fans are those of LLaMA's two-dimensional matrix: the model's width, and all other dimensions together.
     xavier = math.sqrt(2 / (width + math.prod(logical) // width))
     std_L = np.where(table.column(sublayer, "xavier"), xavier, model.init_deviation) * model.matrix_std_multiplier
     if name not in ("query", "key"):
@@ -277,8 +280,8 @@ def _qkv_biases(model: ModelConfig) -> Iterable[Param]:
     yield Param(f"{name}_bias", (heads, head), (axis, "head_dim"), value=0.0, part="attention/", elsewhere=elsewhere)
 
 
-# First alpha of the point-wise norms, by the part of the model that they stand in: DyT's, as its code for a LLaMA of 7B
-# has them (arXiv 2503.10622, §7 and appendix), and 0.5 for the kinds that have a bias.
+# Initial alpha of the point-wise norms. DyT's depends on the part of the model, as in its code for a LLaMA of 7B
+# (arXiv 2503.10622, §7 and appendix); the kinds with a bias start at 0.5 everywhere.
 DYT_ALPHA = {"attention/": 0.8, "mlp/": 0.2, "final_norm/": 0.2}
 ALPHA = 0.5
 
@@ -332,7 +335,7 @@ def _head_norms(model: ModelConfig, table: Table, columns: Columns) -> Iterable[
 
 
 def _learned(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Param]:
-  """What else a placement learns: GPAS's gate, and factors of the sublayer rule."""
+  """The other parameters of a placement with one stream: GPAS's gate, and learned factors of the sublayer rule."""
   if any(columns.uses(sublayer, "gpas") for sublayer in SUBLAYERS):
     used_L = table.column("attention", "gpas") | table.column("mlp", "gpas")
     yield Param("gpas", (), (), value=0.0, used_L=used_L, elsewhere="gpas_block.gate")
@@ -350,14 +353,14 @@ def _learned(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Par
       yield Param(f"{sublayer}_{name}", shape, axes, value=value, used_L=used_L, elsewhere=elsewhere)
 
 
-# Several residual streams. Names and shapes elsewhere are those of the methods' own code.
+# Parameters of several residual streams. `elsewhere` and `shape_elsewhere` follow the methods' own code.
 
 STREAM_AXES = ("stream_from", "stream_to")
 HYPER = {"attention": "attn_hc.", "mlp": "mlp_hc."}
 
 
 def _wired(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Param]:
-  """What the wirings of a layer's two sublayers learn, and the norms and mixtures that go with several streams."""
+  """The parameters of the wirings of a layer's two sublayers, of the streams' norms and of value residuals."""
   if columns.uses("attention", f"{WIRED}x0"):
     used_L = np.array([row.wiring == "x0" for row in table.rows("attention")])
     yield Param(
@@ -384,7 +387,7 @@ def _wired(model: ModelConfig, table: Table, columns: Columns) -> Iterable[Param
 
 
 def _of_wirings(model: ModelConfig, sublayer: str, rows: list[Row], columns: Columns) -> Iterable[Param]:
-  """What a sublayer's hyper-connections learn. Static and dynamic ones share tensors, and so do iHC and mHC."""
+  """The parameters of a sublayer's hyper-connections. Static and dynamic ones share tensors; so do iHC and mHC."""
   declared: dict[str, Param] = {}
   users: dict[str, set[str]] = {}
   for wiring, declare in _WIRINGS.items():
@@ -403,13 +406,13 @@ def _of_wirings(model: ModelConfig, sublayer: str, rows: list[Row], columns: Col
 
 
 def _for_each(used_L: np.ndarray, value: Any) -> np.ndarray:
-  """A first value for each layer, [L, …]; what a layer does not use is 1."""
+  """An initial value for each layer, [L, …]: `value` where the layer uses the parameter, else 1."""
   value = np.asarray(value, float)
   return np.where(used_L.reshape((-1,) + (1,) * value.ndim), value, 1.0)
 
 
 def _sources(model: ModelConfig, name: str, elsewhere: str, used_L: np.ndarray | None) -> list[Param]:
-  """The query and the gain of a softmax over sources (arXiv 2603.15031, §3: every query starts at 0)."""
+  """The query and the gain of a softmax over sources; every query starts at 0 (arXiv 2603.15031, §3)."""
   width = model.embed_dim
   query = Param(f"{name}_query", (width,), ("norm",), value=0.0, used_L=used_L, elsewhere=f"{elsewhere}_proj.weight")
   gain = Param(f"{name}_norm", (width,), ("norm",), used_L=used_L, elsewhere=f"{elsewhere}_norm.weight")
@@ -430,7 +433,7 @@ def _static(_model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
 
 
 def _dynamic(norm: str, scale_shape: tuple[int, ...]) -> Any:
-  """The dynamic ones (eq. 10 to 13). `norm`: what normalises a stream before them, or nothing for one without gain."""
+  """Dynamic hyper-connections (eq. 10 to 13). `norm`: `rmsnorm`, `layernorm`, or "" for an RMSNorm without a gain."""
 
   def declare(model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
     width, scale_axes = model.embed_dim, ("norm",) * len(scale_shape)
@@ -458,14 +461,14 @@ def _manifold(*names: str) -> Any:
     params = []
     for name in names:
       shape = (num, num) if name == "res" else (num,)
-      target_L = {"pre": [row.read for row in rows], "res": [row.mix for row in rows], "post": [None for _ in rows]}[
-        name
-      ]
       bias_L = []
-      for row, target in zip(rows, target_L, strict=True):
-        # The sigmoid, and the balanced exponential, of ± the size are close to 1 and 0.
-        no_bias = target is None or row.static_size == 0.0
-        bias_L.append(np.zeros(shape) if no_bias else row.static_size * (2.0 * np.array(target) - 1.0))
+      for row in rows:
+        bias = np.zeros(shape)
+        target = {"pre": row.read, "res": row.mix, "post": None}[name]
+        if target is not None and row.static_size != 0.0:
+          # The sigmoid, and the balanced exponential, of +size and -size are close to 1 and 0.
+          bias = row.static_size * (2.0 * np.array(target) - 1.0)
+        bias_L.append(bias)
       size, axes = math.prod(shape), STREAM_AXES[: len(shape)]
       params += [
         Param(f"hc_phi_{name}", (num * model.embed_dim, size), ("embed", "norm"), std_L, elsewhere=f"phi_{name}"),
@@ -478,7 +481,7 @@ def _manifold(*names: str) -> Any:
 
 
 def _v4(parts: int, scale: float) -> Any:
-  """The same as DeepSeek-V4 stores it: one matrix and one base for all parts, and a scale for each."""
+  """iHC and mHC as DeepSeek-V4 stores them: one matrix and one base for all parts, and a scale for each part."""
 
   def declare(model: ModelConfig, rows: list[Row], num: int) -> list[Param]:
     size = 2 * num if parts == 2 else 2 * num + num * num
@@ -496,7 +499,8 @@ def _v4(parts: int, scale: float) -> Any:
   return declare
 
 
-# wiring -> (config.model, the sublayer's rows, number of streams) -> what it learns, named without the sublayer.
+# wiring -> function(config.model, the sublayer's rows, number of streams) -> its parameters, named without the
+# sublayer.
 _WIRINGS = {
   "hc": _static,
   "dhc": _dynamic("rmsnorm", (1,)),
@@ -510,7 +514,7 @@ _WIRINGS = {
 
 
 def _of_read_out(model: ModelConfig, columns: Columns) -> list[Param]:
-  """What the head's read of several streams learns."""
+  """The parameters of the read-out of several streams."""
   streams, width = columns.streams, model.embed_dim
   if streams.read_out == "siamese":
     params = []
@@ -531,11 +535,11 @@ def _of_read_out(model: ModelConfig, columns: Columns) -> list[Param]:
   return []
 
 
-# What is read from the table.
+# Functions that read the table.
 
 
 def abstract_params(model: ModelConfig, columns: Columns | None = None) -> Any:
-  """The tree of the parameters' shapes and types; nothing is traced. Arguments as `parameters` has them."""
+  """The tree of the parameters' shapes and types, without tracing the model. Arguments as in `parameters`."""
   dtype, table = jnp.dtype(model.param_dtype), parameters(model, columns)
   return tree_of({path: jax.ShapeDtypeStruct(param.shape, dtype) for path, param in table.items()})
 
@@ -544,14 +548,14 @@ def param_shardings(model: ModelConfig, mesh: Mesh, columns: Columns | None = No
   """The tree of the parameters' shardings on a mesh.
 
   Raises:
-    InputError: the mesh does not divide a tensor, or leaves a large one replicated.
+    InputError: the mesh does not divide a tensor evenly, or leaves a large one replicated.
   """
   axes = {path: PartitionSpec(*param.axes) for path, param in parameters(model, columns).items()}
   return rules.shardings(abstract_params(model, columns), tree_of(axes), mesh)
 
 
 def tree_of(by_path: Mapping[str, Any]) -> dict[str, Any]:
-  """`{"layers/query": x, "head": y}` as the tree of parameters."""
+  """The tree of parameters from values by path, such as `{"layers/query": x, "head": y}`."""
   tree: dict[str, Any] = {"layers": {}}
   for path, value in by_path.items():
     node = tree["layers"] if path.startswith(LAYERS) else tree
@@ -560,17 +564,17 @@ def tree_of(by_path: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def abstract_sharded_params(model: ModelConfig, mesh: Mesh) -> Any:
-  """Shapes, types and shardings of the parameters on a mesh: what a checkpoint is restored onto."""
+  """Shapes, types and shardings of the parameters on a mesh: the target that a checkpoint is restored onto."""
   return attach(abstract_params(model), param_shardings(model, mesh))
 
 
 def count_params(model: ModelConfig) -> int:
-  """Number of parameters that the model has: without columns that only pad the MLP, and what a layer does not use."""
+  """Number of parameters of the model, without columns that only pad the MLP and without what a layer does not use."""
   return sum(param.size for param in parameters(model).values())
 
 
 def used_by_layer(model: ModelConfig) -> dict[str, np.ndarray]:
-  """Which layers use each parameter of `layers/` that not every placement has: name in the layer -> bool [L]."""
+  """The layers that use each parameter that not every placement has: name in the layer -> bool [L]."""
   table = parameters(model).values()
   return {param.name: param.used_L for param in table if param.used_L is not None}
 
@@ -583,7 +587,7 @@ def param_paths(params: Mapping[str, Any]) -> Any:
 
 
 def describe(model: ModelConfig | None = None) -> str:
-  """The table as text, a line a parameter."""
+  """The table as text, one line per parameter."""
   model = config_lib.base().model if model is None else model
   rows = [("path", "shape", "axes", "starts at", "decays", "layers", "elsewhere")]
   for param in parameters(model).values():

@@ -1,8 +1,8 @@
-"""Products of activations with weights, behind one door.
+"""Products of activations with weights: the one entry point, with what each platform needs.
 
-Where the mesh cuts weights over fsdp, each product gathers its weight whole, multiplies, and lets go of it. That is
-written out here. The TPU compiler, left to choose, cuts most of these products into as many steps as there are pieces
-of the weight: each adds a partial sum to the whole result, which is read, rounded and written again every time.
+Where the mesh shards weights over fsdp, each product gathers its whole weight, multiplies, and frees it. The code here
+spells that out. Otherwise the TPU compiler splits most of these products into one step per shard of the weight, and
+every step reads, rounds and writes the whole result again to add its partial sum.
 """
 
 from functools import partial
@@ -13,18 +13,19 @@ import jax.numpy as jnp
 from mixln_jax.model.tuned.product import multiply_narrow_first
 from mixln_jax.parallel.rules import constrain, gathered, platform, shards
 
-# The logical axis of each letter of a weight's dimensions, which are those of the legend in `transformer.py`.
+# The logical axis of each letter in a weight's term of an equation; the letters are those of `transformer.py`.
 AXES = {"d": "embed", "e": "norm", "f": "mlp", "h": "heads", "k": "head_dim"}
 
 
 def multiply(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-  """`jnp.einsum(equation, x, weight)`; on a CPU its gradient is formed in another order (`tuned/product.py`).
+  """`jnp.einsum(equation, x, weight)`; a CPU computes the weight's gradient in another order (`tuned/product.py`).
 
-  Where the mesh cuts D, the weight is gathered for the product and its gradient is cut again; the result can then be
-  differentiated once, in reverse.
+  Where the mesh shards D, the weight is gathered for the product and its gradient is sharded again. The result can then
+  be differentiated once, in reverse mode.
 
   Args:
-    equation: of two operands, each letter in two of the three terms, the weight's letters those of AXES: `btd,df->btf`.
+    equation: two operands; each letter is in two of the three terms; the weight's letters are keys of AXES:
+      `btd,df->btf`.
     x: activations.
     weight: a weight in the type of the activations.
   """
@@ -34,7 +35,7 @@ def multiply(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _product(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-  """The product with a weight that is not cut over fsdp, in the platform's form."""
+  """The product with a weight that is not sharded over fsdp, in the form that suits the platform."""
   if platform() == "cpu":
     return multiply_narrow_first(equation, x, weight)
   return jnp.einsum(equation, x, weight)
@@ -46,7 +47,7 @@ def _gather_and_multiply(equation: str, x: jax.Array, weight: jax.Array) -> jax.
 
 
 def _forward(equation: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  # The backward pass gets the weight as it is cut: the whole ones of all layers would be the whole model.
+  # Save the sharded weight: the gathered weights of all layers would be the whole model.
   return _gather_and_multiply(equation, x, weight), (x, weight)
 
 
@@ -54,9 +55,9 @@ def _backward(equation: str, operands: tuple[jax.Array, jax.Array], gradient: ja
   x, weight = operands
   axes = _weight_axes(equation)
   whole_axes = gathered(axes)
-  _, gradients_of = jax.vjp(partial(_product, equation), x, constrain(weight, *whole_axes))
-  x_gradient, weight_gradient = gradients_of(gradient)
-  # Whole first: cut at once, the product that forms it would be cut into steps.
+  _, pull_back = jax.vjp(partial(_product, equation), x, constrain(weight, *whole_axes))
+  x_gradient, weight_gradient = pull_back(gradient)
+  # Whole first, then sharded: constrained only to its shards, the product would be split into steps as well.
   return x_gradient, constrain(constrain(weight_gradient, *whole_axes), *axes)
 
 

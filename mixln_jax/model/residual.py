@@ -1,4 +1,4 @@
-"""The sublayer rule: how a sublayer meets the residual stream. The heart of the project.
+"""The sublayer rule: how a sublayer reads and updates the residual streams. The heart of the project.
 
 Every sublayer f (attention or MLP) of every layer, for n residual streams H_0 … H_{n-1}, is
 
@@ -8,12 +8,13 @@ Every sublayer f (attention or MLP) of every layer, for n residual streams H_0 �
     H_0 ← N_out(s) where there is an N_out, else g(s)          R_i = H_i
     H_j ← Σ_i mix_ij R_i + write_j b                           the further streams
 
-and a placement (`mixln_jax/placement.py`) is the table of its columns. Pre-LN has one stream and only N_in, Post-LN
-only N_out (Xiong et al., arXiv 2002.04745), Mix-LN both by depth (arXiv 2412.13795, eq. 5); with one stream read = mix
-= write = 1, and the rule is s = c_res g(x) + b. Each c is a number of the table, times what the row learns for it;
-what read, mix and write are made of is in `model/wiring.py`. g is the identity, or with `gpas`
-g(h) = h - silu(a) * stop_gradient(h) (arXiv 2506.22049), which stands where its source has it: on the residual where
-there is an N_out, else on the sum.
+A placement (`mixln_jax/placement.py`) is a table whose columns are the symbols of this rule. Pre-LN has one stream and
+only N_in, Post-LN only N_out (Xiong et al., arXiv 2002.04745), Mix-LN one or the other by depth (arXiv 2412.13795,
+eq. 5). With one stream read = mix = write = 1, and the rule is s = c_res g(x) + b.
+
+Each c is a number from the table, times a learned factor if the row has one. `model/wiring.py` computes read, mix and
+write. g is the identity, or with `gpas` g(h) = h - silu(a) * stop_gradient(h) (arXiv 2506.22049). As in that paper, g
+is applied to the residual where there is an N_out, else to the sum.
 """
 
 from __future__ import annotations
@@ -28,49 +29,49 @@ import jax.numpy as jnp
 from mixln_jax.model.columns import Flag, Number, TracedRow
 from mixln_jax.model.norm import NormParams, mean_square, neutral_params, norm
 from mixln_jax.model.tuned.fence import backward_fence, fenced
-from mixln_jax.model.wiring import Seen, weighted_sum, wiring_of
+from mixln_jax.model.wiring import WiringInputs, weighted_sum, wiring_of
 from mixln_jax.parallel.rules import platform
 from mixln_jax.placement import LEARNED
 
 
 class Stream(flax.struct.PyTreeNode):
-  """A residual stream between two sublayers: a sum, and the N_out that it still owes.
+  """A residual stream between two sublayers: a sum, and a pending N_out that has not been applied to it yet.
 
-  A layer's last norm is applied by whoever reads the stream next. What the backward pass needs of a norm is its input,
-  and that is what the scan over layers saves anyway: so a layer that ends with a norm costs neither memory nor
-  recomputation more than one that does not.
+  The next reader of the stream applies a layer's last norm. The backward pass of a norm needs its input, which is then
+  what the scan over layers saves anyway. So a layer that ends with a norm needs no more memory or recomputation than
+  one that does not.
 
   Attributes:
-    sum_BTD: the sum s of the last sublayer; before the first one, the embedded tokens.
-    owed: the parameters of the N_out; None = no layer owes one.
-    owes: whether there is an N_out, a constant or data; None where `owed` is.
+    sum_BTD: the sum s of the last sublayer; before the first sublayer, the embedded tokens.
+    pending: the parameters of the N_out; None if no layer has one.
+    is_pending: whether the N_out is to be applied, as a constant or as data; None if `pending` is None.
   """
 
   sum_BTD: jax.Array
-  owed: NormParams | None = None
-  owes: Flag | None = None
+  pending: NormParams | None = None
+  is_pending: Flag | None = None
 
   def value(self, kind: str, epsilon: float) -> jax.Array:
-    """The stream [B, T, D] with its norm, of config.model.norm's kind, applied; in the sum's type."""
-    if self.owed is None or self.owes is None:
+    """The stream [B, T, D] with its pending norm, of config.model.norm's kind, applied; in the sum's type."""
+    if self.pending is None or self.is_pending is None:
       return self.sum_BTD
-    normed_BTD = norm(kind, self.sum_BTD, self.owed, epsilon=epsilon, on=self.owes)
+    normed_BTD = norm(kind, self.sum_BTD, self.pending, epsilon=epsilon, on=self.is_pending)
     return normed_BTD.astype(self.sum_BTD.dtype)
 
-  def carried(self, kind: str) -> Stream:
-    """The same with a norm, owed or not, as data in fp32: the form that a scan carries where any layer owes one."""
-    if self.owed is None or self.owes is None:
+  def as_scan_carry(self, kind: str) -> Stream:
+    """The stream with all fields as arrays, the norm's in fp32: what a scan carries if any layer ends with a norm."""
+    if self.pending is None or self.is_pending is None:
       return Stream(self.sum_BTD, neutral_params(kind, self.sum_BTD.shape[-1]), jnp.asarray(False))
-    owed = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.owed)
-    return Stream(self.sum_BTD, owed, jnp.asarray(self.owes))
+    pending = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self.pending)
+    return Stream(self.sum_BTD, pending, jnp.asarray(self.is_pending))
 
 
-Branch = Callable[[jax.Array], tuple[jax.Array, Any]]  # f
+Branch = Callable[[jax.Array], tuple[jax.Array, Any]]  # f, with an auxiliary output
 Terms = dict[str, jax.Array]  # the two terms of a sublayer's sum
 
 
 class Streams(flax.struct.PyTreeNode):
-  """All residual streams between two sublayers: only the first one can owe a norm."""
+  """All residual streams between two sublayers. Only the first one can have a pending norm."""
 
   first: Stream
   further: tuple[jax.Array, ...] = ()  # each [B, T, D]
@@ -85,38 +86,39 @@ class Sources(flax.struct.PyTreeNode):
 
   buffer_SBTD: jax.Array
 
-  def mixture(self, query_D: jax.Array, gain_D: jax.Array, epsilon: float, there_S: jax.Array) -> jax.Array:
-    """Σ softmax(query · RMSNorm(v)) v over the sources v that are there, [B, T, D] in fp32.
+  def mixture(self, query_D: jax.Array, gain_D: jax.Array, epsilon: float, available_S: jax.Array) -> jax.Array:
+    """Σ softmax(query · RMSNorm(v)) v over the available sources v, [B, T, D] in fp32.
 
-    The gain and the query are one vector, and the norm a number a position, so that a source is read twice and no fp32
-    copy of it is made.
+    The gain is folded into the query, and the norm's factor (one number per position) into the score. So each source is
+    read twice, and no fp32 copy of it is made.
     """
     scale_D = gain_D.astype(jnp.float32) * query_D.astype(jnp.float32)
     sources_SBTD = self.buffer_SBTD.astype(jnp.float32)
     score_SBT = jnp.sum(sources_SBTD * scale_D, axis=-1)
     score_SBT = score_SBT * jax.lax.rsqrt(mean_square(sources_SBTD)[..., 0] + epsilon)
-    score_SBT = jnp.where(there_S[:, None, None] > 0, score_SBT, -jnp.inf)
+    score_SBT = jnp.where(available_S[:, None, None] > 0, score_SBT, -jnp.inf)
     return jnp.sum(jax.nn.softmax(score_SBT, axis=0)[..., None] * sources_SBTD, axis=0)
 
   def added(self, slot: jax.Array, branch_BTD: jax.Array) -> Sources:
-    """With the branch added to one source."""
+    """The sources after the branch is added to source `slot`."""
     branch_BTD = branch_BTD.astype(self.buffer_SBTD.dtype)
     return Sources(self.buffer_SBTD.at[slot].add(branch_BTD))
 
 
 class Sublayer(NamedTuple):
-  """What a sublayer is made of, besides f.
+  """The parts of a sublayer besides f.
 
   Attributes:
-    norms: its norms in order of application.
-    stream_norms: M_0 and M_1, where there are any.
-    learned: what else it learns, by column (`placement.LEARNED`, and `gpas`) or by wiring. Only what the row asks for
-      is read.
+    norms: the parameters of its norms, in order of application.
+    stream_norms: the parameters of M_0 and M_1; empty if there are none.
+    learned: its other parameters, by column (`placement.LEARNED` and `gpas`) or by the name that its wiring gives them.
+      Only those that the row needs are read.
     row: its columns.
-    kind: of the norms, config.model.norm.
+    kind: config.model.norm.
     epsilon: of the norms.
-    dtype: what f reads.
-    hides: whether g hides from the gradient what `gpas` takes off; else it is the function that it computes.
+    dtype: the type of f's input.
+    gpas_stops_gradient: whether g has the `stop_gradient` of `gpas`; without it, derivatives are those of the function
+      that g computes.
   """
 
   norms: Sequence[NormParams]
@@ -126,10 +128,10 @@ class Sublayer(NamedTuple):
   kind: str
   epsilon: float
   dtype: Any
-  hides: bool = True
+  gpas_stops_gradient: bool = True
 
   def normed(self, h_BTD: jax.Array, on: Flag, index: int | jax.Array, scale: Number = 1.0) -> jax.Array:
-    """The norm number `index` of h where `on`, times `scale`, in fp32."""
+    """Norm number `index` applied to h where `on`, else h; times `scale`, in fp32."""
     params = None if on is False else _pick(self.norms, index)
     return norm(self.kind, h_BTD, params, epsilon=self.epsilon, on=on, scale=scale)
 
@@ -138,32 +140,33 @@ class Sublayer(NamedTuple):
     if on is False:
       return h_BTD
     amount = _where(on, jax.nn.silu(self.learned["gpas"].astype(jnp.float32)), 0.0)
-    return h_BTD - amount * (jax.lax.stop_gradient(h_BTD) if self.hides else h_BTD)
+    subtracted_BTD = jax.lax.stop_gradient(h_BTD) if self.gpas_stops_gradient else h_BTD
+    return h_BTD - amount * subtracted_BTD
 
   def branch(self, f: Branch, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-    """b = c_out N_mid(f(c_in N_in(x))) in fp32, and what else f said."""
+    """b = c_out N_mid(f(c_in N_in(x))) in fp32, and the auxiliary output of f."""
     row = self.row
     input_BTD = self.normed(x_BTD, row.norm_in, row.gain_norm_in, scale=_factor("c_in", row, self.learned))
     input_BTD = input_BTD.astype(self.dtype)
     if platform() == "tpu" and not isinstance(row.norm_in, bool):
       input_BTD = backward_fence(input_BTD)
-    f_BTD, said = f(input_BTD)
+    f_BTD, auxiliary = f(input_BTD)
     f_BTD = self.normed(f_BTD, row.norm_mid, row.gain_norm_mid)
-    return _times(_factor("c_out", row, self.learned), f_BTD), said
+    return _times(_factor("c_out", row, self.learned), f_BTD), auxiliary
 
   def apply(self, f: Branch, streams: Sequence[jax.Array]) -> tuple[Streams, Any, Terms]:
-    """One step of the residual streams. Norms, coefficients and the sums are fp32; each sum is cast once.
+    """Applies the sublayer to the residual streams. Norms, coefficients and sums are fp32; each sum is cast once.
 
     Args:
-      f: the sublayer itself, from [B, T, D] in `dtype` to ([B, T, D], whatever else it has to say).
-      streams: H, n arrays [B, T, D] of one type, which is kept.
+      f: the sublayer itself, from [B, T, D] in `dtype` to ([B, T, D], an auxiliary output).
+      streams: H, n arrays [B, T, D] of one type, which the results have too.
 
     Returns:
-      The streams after the sublayer; what else f said; and the two terms of the sum s, `residual_BTD` and
+      The streams after the sublayer; the auxiliary output of f; and the two terms of the sum s, `residual_BTD` and
       `branch_BTD`, in fp32.
     """
     row, n, dtype = self.row, len(streams), streams[0].dtype
-    wiring = wiring_of(Seen(row, streams, self.learned, self.epsilon))
+    wiring = wiring_of(WiringInputs(row, streams, self.learned, self.epsilon))
     read_from = list(streams)  # M_i(H_i)
     if row.norm_streams is not False:
       for index, params in enumerate(self.stream_norms):
@@ -172,15 +175,18 @@ class Sublayer(NamedTuple):
     write_is_constant = all(isinstance(weight, float) for weight in wiring.write)
     if platform() == "tpu" and row.wired and not write_is_constant:  # their gradients are sums over f's output
       f = fenced(f)
-    branch_BTD, said = self.branch(f, x_BTD)
+    branch_BTD, auxiliary = self.branch(f, x_BTD)
 
-    kept = [read_from[0], *streams[1:]]  # R_i
+    residuals = [read_from[0], *streams[1:]]  # R_i
     from_normed = _and(row.norm_in, row.residual_from_normed)
     if n == 1 and not row.wired:
-      kept[0] = self.normed(x_BTD, from_normed, row.gain_norm_in)
+      residuals[0] = self.normed(x_BTD, from_normed, row.gain_norm_in)
     elif from_normed is not False:
-      kept[0] = _where(from_normed, self.normed(x_BTD, row.norm_in, row.gain_norm_in), kept[0])
-    mixed = [weighted_sum([wiring.mix[source][to] for source in range(n)], kept) for to in range(n)]
+      residuals[0] = _where(from_normed, self.normed(x_BTD, row.norm_in, row.gain_norm_in), residuals[0])
+    mixed = []
+    for to in range(n):
+      coefficients = [wiring.mix[source][to] for source in range(n)]
+      mixed.append(weighted_sum(coefficients, residuals))
 
     residual_BTD = _times(_factor("c_res", row, self.learned), self.gated(mixed[0], _and(row.gpas, row.norm_out)))
     sum_BTD = weighted_sum([1.0, wiring.write[0]], [residual_BTD, branch_BTD])
@@ -191,25 +197,25 @@ class Sublayer(NamedTuple):
     further = []
     for to in range(1, n):
       further.append(weighted_sum([1.0, wiring.write[to]], [mixed[to], branch_BTD]).astype(dtype))
-    # What the sum takes of the branch, where that is not all.
-    branch_BTD = weighted_sum([wiring.write[0]], [branch_BTD])
-    return Streams(first, tuple(further)), said, {"residual_BTD": residual_BTD, "branch_BTD": branch_BTD}
+    written_BTD = weighted_sum([wiring.write[0]], [branch_BTD])  # the branch's term of the sum s
+    return Streams(first, tuple(further)), auxiliary, {"residual_BTD": residual_BTD, "branch_BTD": written_BTD}
 
   def append(self, f: Branch, sources: Sources) -> tuple[Sources, Any, Terms]:
-    """The same for attention residuals alone, whose streams are one buffer that is only added to.
+    """`apply` for a model whose sublayers are all attention residuals: its streams are one append-only buffer.
 
-    read is a softmax over the sources that are there, mix the identity, and write says which source grows.
+    read is a softmax over the available sources, mix is the identity, and write is one-hot: the source that the branch
+    is added to.
     """
-    there_S, slot = jnp.asarray(self.row.read), jnp.argmax(jnp.asarray(self.row.write))
+    available_S, slot = jnp.asarray(self.row.read), jnp.argmax(jnp.asarray(self.row.write))
     query_D, gain_D = self.learned["source_query"], self.learned["source_norm"]
-    x_BTD = sources.mixture(query_D, gain_D, self.epsilon, there_S)
-    branch_BTD, said = self.branch(f, x_BTD)
+    x_BTD = sources.mixture(query_D, gain_D, self.epsilon, available_S)
+    branch_BTD, auxiliary = self.branch(f, x_BTD)
     terms = {"residual_BTD": x_BTD, "branch_BTD": branch_BTD}
-    return sources.added(slot, branch_BTD), said, terms
+    return sources.added(slot, branch_BTD), auxiliary, terms
 
 
 def _factor(name: str, row: TracedRow, learned: Mapping[str, jax.Array]) -> Number:
-  """A coefficient of the rule: the table's number, times what the row learns for it."""
+  """A coefficient of the rule: the number from the table, times the learned factor if the row has one."""
   factor: Number = getattr(row, name)
   for column, kind in LEARNED.items():
     on: Flag = getattr(row, column)
@@ -218,8 +224,8 @@ def _factor(name: str, row: TracedRow, learned: Mapping[str, jax.Array]) -> Numb
   return factor
 
 
-# Arithmetic that leaves out what a Python constant decides: so a placement with constant columns compiles to what a
-# layer written by hand compiles to.
+# Arithmetic that is resolved at trace time where its operands are Python constants. A placement whose columns are
+# constants therefore compiles to the same program as a hand-written layer.
 
 
 def _pick(norms: Sequence[NormParams], index: int | jax.Array) -> NormParams:

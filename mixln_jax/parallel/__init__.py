@@ -1,1 +1,1 @@
-"""The mesh, the rules from logical axes to it, and global arrays."""
+"""The mesh, the rules that map logical axes to it, global arrays, and the processes of a run."""

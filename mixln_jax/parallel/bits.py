@@ -1,4 +1,4 @@
-"""Exact sums of the bits of arrays: equal for equal numbers on any mesh, and another for one flipped bit."""
+"""Exact sums of the bits of arrays: the same on any mesh, and different if a single bit flips."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 def bit_sums(tree: Any) -> dict[str, jax.Array]:
   """The sum of each tensor's bit patterns, modulo 2^32: name -> uint32.
 
-  Call it under jit, so that sharded tensors are reduced where they lie.
+  Call it under jit, so that each device reduces its own shards.
   """
 
   def total(leaf: jax.Array) -> jax.Array:
@@ -23,6 +23,6 @@ def bit_sums(tree: Any) -> dict[str, jax.Array]:
 
 
 def hash_of_sums(sums: Mapping[str, Any]) -> str:
-  """One short hash of `bit_sums`."""
+  """A short hash of all sums of `bit_sums`."""
   lines = "".join(f"{name} {int(value)}\n" for name, value in sorted(sums.items()))
   return hashlib.sha256(lines.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What is known of the devices that models run on."""
+"""Peak rates and memory sizes of the devices that models run on."""
 
 from typing import Any, NamedTuple
 
@@ -6,14 +6,14 @@ GIB = 2**30
 
 
 class Device(NamedTuple):
-  """What one device, as JAX counts devices, can do.
+  """The capabilities of one device, as JAX counts devices.
 
   Attributes:
     peak_flops: dense bf16 FLOP/s, without sparsity.
-    memory_bytes: what a program may use of its memory.
+    memory_bytes: the memory that a program can use.
     memory_bandwidth: bytes/s between the memory and the cores.
-    network_bandwidth: bytes/s that it sends to the others of its slice or box, over all its links, in one direction.
-    clock: cycles/s of a TPU's cores; None where nothing counts cycles.
+    network_bandwidth: bytes/s that it can send to other devices of its slice or host, over all links in one direction.
+    clock: cycles/s of a TPU's cores; None for other devices.
   """
 
   peak_flops: float
@@ -23,12 +23,12 @@ class Device(NamedTuple):
   clock: float | None = None
 
 
-# By `device_kind`. Sources: Google Cloud TPU documentation, the pages of v4, v5e, v5p and v6e (they give the inter-chip
-# bandwidth of the last three as the sum of both directions; that of v4 is from arXiv 2304.01433: 6 links of 50 GB/s);
-# NVIDIA's A100, H100 SXM and H200 SXM data sheets (NVLink: the sum of both directions). Memory of TPUs: what is left of
-# it for a program, as libtpu 0.0.42's compiler says when one is too large; of GPUs: the data sheet's, of which JAX
-# takes three quarters unless it is told otherwise. Clocks: the peak over two FLOPs for each multiplier of the matrix
-# units, of which a chip of v4 and v5p has 8 × 128², of v5e 4 × 128², of v6e 4 × 256² (the same pages).
+# By `device_kind`. Sources: the Google Cloud TPU documentation of v4, v5e, v5p and v6e (for the last three it gives the
+# inter-chip bandwidth as the sum of both directions; that of v4 is from arXiv 2304.01433: 6 links of 50 GB/s), and
+# NVIDIA's data sheets of A100, H100 SXM and H200 SXM (NVLink: the sum of both directions). The memory of TPUs is what
+# libtpu 0.0.42's compiler reports as available to a program; that of GPUs is from the data sheet (JAX takes three
+# quarters of it by default). Clocks are the peak divided by two FLOPs for each multiplier of the matrix units: 8 × 128²
+# per chip for v4 and v5p, 4 × 128² for v5e, 4 × 256² for v6e (same pages).
 DEVICES: dict[str, Device] = {
   "TPU v4": Device(275e12, int(30.75 * GIB), 1200e9, 300e9, 1.05e9),
   "TPU v5 lite": Device(197e12, int(15.75 * GIB), 819e9, 200e9, 1.5e9),
@@ -42,6 +42,6 @@ DEVICES: dict[str, Device] = {
 
 
 def peak_flops(device: Any) -> float | None:
-  """Peak bf16 FLOP/s of a device; None where it is not in the table (a guess would make up any utilisation)."""
+  """Peak bf16 FLOP/s of a device; None if it is not in the table, since a guess would make any utilisation wrong."""
   known = DEVICES.get(device.device_kind)
   return None if known is None else known.peak_flops

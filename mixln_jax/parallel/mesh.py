@@ -22,10 +22,10 @@ def make_mesh(sizes: Sizes, devices: Sequence[Any] | None = None) -> Mesh:
   """The mesh of `config.mesh` over all devices.
 
   Args:
-    sizes: devices along each axis within a slice, and `dcn_AXIS` over slices; one may be -1, all that are left. Where
-      the devices don't say which slice they belong to (CPUs; GPUs of one NVLink domain), each process counts as one;
-      a TPU slice is one, however many processes it has.
-    devices: by default all of them.
+    sizes: devices along each axis within a slice, and `dcn_AXIS` across slices; one may be -1, all remaining devices.
+      If the devices don't say which slice they belong to (CPUs; GPUs of one NVLink domain), each process counts as a
+      slice. A TPU slice is one slice, however many processes it has.
+    devices: by default all devices of the run.
 
   Raises:
     InputError: the sizes don't multiply to the number of devices.
@@ -44,15 +44,15 @@ def make_mesh(sizes: Sizes, devices: Sequence[Any] | None = None) -> Mesh:
 def _grid_over_slices(ici: Sequence[int], dcn: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
   slices = {getattr(device, "slice_index", 0) for device in devices}
   processes = {device.process_index for device in devices}
-  # Chips of one slice are on one torus, whatever hosts hold them.
+  # Chips of one TPU slice are on one torus, whichever hosts they belong to.
   by_process = len(slices) == 1 and devices[0].platform != "tpu"
   arrange = functools.partial(mesh_utils.create_hybrid_device_mesh, process_is_granule=by_process)
   try:
     return _arranged(arrange, ici, dcn, devices)
   except ValueError as error:
     raise InputError(
-      f"config.mesh.dcn_*: they ask for {math.prod(dcn)} slices of {math.prod(ici)} devices, but the slices number "
-      f"{len(slices)}, the processes {len(processes)} ({error}); change them, or set them to 1"
+      f"config.mesh.dcn_*: they ask for {math.prod(dcn)} slices of {math.prod(ici)} devices, but there are "
+      f"{len(slices)} slices and {len(processes)} processes ({error}); change them, or set them to 1"
     ) from error
 
 
@@ -62,7 +62,7 @@ def describe_mesh(sizes: Mapping[str, int]) -> str:
 
 
 def _arranged(arrange: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
-  """A grid of devices whose axes run along those of the torus where they can (8 × 2 on 4 × 4 can't, and splits one)."""
+  """A grid of devices whose axes follow those of the torus if possible (8 × 2 on 4 × 4 has to split one)."""
   try:
     return arrange(*arguments)
   except NotImplementedError:
@@ -70,7 +70,7 @@ def _arranged(arrange: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray
 
 
 def abstract_mesh(sizes: Sizes, num_devices: int) -> Any:
-  """The mesh of `config.mesh` without devices: enough to know the shardings on it, which take it as they take a mesh.
+  """The mesh of `config.mesh` without devices, which is enough to compute shardings on it.
 
   Raises:
     InputError: the sizes don't multiply to the number of devices.
@@ -102,8 +102,8 @@ def _fill(sizes: Sizes, num_devices: int) -> dict[str, int]:
 def rows_share(mesh: Mesh) -> tuple[int, int]:
   """(i, n): this process loads the i-th of n equal parts of the rows of a batch.
 
-  Processes between which only a tensor or sequence axis runs hold the same rows and load the same part. Where the rows
-  of two processes overlap in part, each loads all rows (0, 1) and uses those that it holds.
+  Processes that are separated only along a tensor or sequence axis hold the same rows and load the same part. If the
+  rows of two processes overlap only partly, every process loads all rows, (0, 1), and uses those that it holds.
   """
   groups = _row_groups(mesh)
   parts = sorted(set(groups.values()), key=min)
@@ -115,12 +115,12 @@ def rows_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def ways_of_rows(mesh: Mesh | AbstractMesh) -> int:
-  """How many parts a batch's rows are cut into; 1 on a mesh without axes."""
+  """The number of shards of a batch's rows; 1 on a mesh without axes."""
   return math.prod(mesh.shape.get(axis, 1) for axis in rules.mesh_axes(rules.RULES["batch"]))
 
 
 def _row_groups(mesh: Mesh) -> dict[int, frozenset[int]]:
-  """Which pieces of a batch's rows each process holds, numbered in their order."""
+  """The shards of a batch's rows that each process holds, numbered in their order."""
   ways = ways_of_rows(mesh)
   held: dict[int, set[int]] = {}
   for device, index in rules.batch_sharding(mesh).devices_indices_map((ways, mesh.shape["sequence"])).items():
@@ -129,10 +129,10 @@ def _row_groups(mesh: Mesh) -> dict[int, frozenset[int]]:
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """The rows that this process loaded (`rows_share`) as global arrays [B, T], sharded by rows and positions."""
+  """Global arrays [B, T], sharded by rows and positions, from the rows that this process loaded (`rows_share`)."""
   sharding = rules.batch_sharding(mesh)
   _, count = rows_share(mesh)
-  # With the global shape JAX knows of each dimension whether all of it is here or the pieces of this process.
+  # From the global shape JAX infers for each dimension whether this process has all of it or only its own shards.
   return {
     name: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * count, *rows.shape[1:]))
     for name, rows in batch.items()
@@ -140,7 +140,7 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
 
 
 def attach(abstract: Any, shardings: Any) -> Any:
-  """Shapes and types of `abstract` with the shardings of `shardings`: what orbax restores onto."""
+  """Shapes and types of `abstract` with the shardings of `shardings`: a target for orbax to restore onto."""
 
   def leaf(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

@@ -1,7 +1,7 @@
-"""Several processes as one run: joining them, waiting for one another, agreeing, failing and stopping together.
+"""Several processes as one run: they join, wait for each other, agree, fail and stop together.
 
-All messages go through JAX's coordination service, which process 0 runs. No device is involved, so a missing process
-causes a timeout error instead of a hung collective.
+All messages go through JAX's coordination service, which runs in process 0. No device is involved, so a missing process
+causes a timeout error instead of a hanging collective.
 """
 
 import atexit
@@ -25,16 +25,16 @@ from mixln_jax.text import whole_number
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 POLL_SECONDS, STOP_POLL_SECONDS = 0.1, 0.5
-SILENT_SECONDS = 15.0  # of waiting for others, before a line says so
+SILENT_SECONDS = 15.0  # of waiting for other processes before a message is printed
 MOST_PROCESSES = 100_000
-MOST_DIFFERENCES = 5  # that a message names
+MOST_DIFFERENCES = 5  # named in a message
 
 _meetings = itertools.count()
 _seconds_to_wait = 300  # config.parallel.join_timeout of the process that joined
 
 
 class _Named(NamedTuple):
-  """The run that VARIABLES name; None where they don't."""
+  """The values of VARIABLES; None for those that are not set."""
 
   address: str | None
   num_processes: int | None
@@ -44,17 +44,17 @@ class _Named(NamedTuple):
 def join(parallel: ParallelConfig) -> None:
   """Joins the processes of a run. Call it before any device is touched.
 
-  They are those that VARIABLES name; else those of the cluster that JAX detects: a TPU VM, GKE, Slurm (inside srun),
-  Open MPI, or a Kubernetes job (with the package `kubernetes`). JAX_COORDINATOR_PORT sets the port of a detected one.
-  Without either, the process is alone and nothing is done. Where the others don't join within `parallel.join_timeout`
-  seconds, the process ends with an error and status 1.
+  VARIABLES define the processes; without them, the cluster that JAX detects does: a TPU VM, GKE, Slurm (inside srun),
+  Open MPI, or a Kubernetes job (with the package `kubernetes`). JAX_COORDINATOR_PORT sets the port of a detected
+  cluster. Without either, the process is alone and nothing is done. If the others don't join within
+  `parallel.join_timeout` seconds, the process exits with an error and status 1.
 
   Args:
     parallel: config.parallel.
 
   Raises:
-    InputError: the variables contradict one another, the cluster does not say who is in it, or there is no device.
-    Stopped: a signal came while it waited.
+    InputError: the variables contradict each other, the cluster does not describe its processes, or there is no device.
+    Stopped: a signal arrived while waiting.
   """
   global _stop_together
   if not jax.distributed.is_initialized():
@@ -63,13 +63,13 @@ def join(parallel: ParallelConfig) -> None:
   if service.client is not None and service.num_processes > 1 and _stop_together is None:
     signals.stop_with_others()
     _stop_together = _StopTogether(service.client, service.num_processes, service.process_id)
-    atexit.register(_stop_together.close)  # before JAX's own end, which takes the service away
-  if _stop_together is None:  # several processes would wait here for one another's devices
-    _devices()  # whoever asks next would get JAX's own traceback
+    atexit.register(_stop_together.close)  # runs before JAX's own exit handler, which ends the service
+  if _stop_together is None:  # several processes would wait here for each other's devices
+    _devices()  # fails here with a clear message if there is no device
 
 
 def _initialize(parallel: ParallelConfig) -> None:
-  """Joins the processes that the environment names, where it names any."""
+  """Joins the processes that the environment defines, if it defines any."""
   cluster = _cluster()
   named = _named(complete=cluster is None)
   if named == _Named(None, None, None) and cluster is None:
@@ -80,9 +80,9 @@ def _initialize(parallel: ParallelConfig) -> None:
   _seconds_to_wait = parallel.join_timeout
   where = named.address or f"the coordinator that JAX finds ({cluster})"
   too_late = (
-    f"error: the processes of the run did not all come to {where} in config.parallel.join_timeout={_seconds_to_wait} "
-    "seconds; start it on all hosts, look at each log (the first error there is the cause), and see that they can "
-    "reach that address (on TPU VMs a firewall may want JAX_COORDINATOR_PORT=8476)"
+    f"error: not all processes of the run joined at {where} within config.parallel.join_timeout={_seconds_to_wait} "
+    "seconds; start the run on all hosts, look at each log (the first error there is the cause), and check that the "
+    "hosts can reach that address (on TPU VMs a firewall may require JAX_COORDINATOR_PORT=8476)"
   )
   count = "" if named.num_processes is None else f" ({named.num_processes} altogether)"
   waiting = f"waiting    for the other processes of the run{count} at {where}, {_seconds_to_wait} seconds at most"
@@ -93,7 +93,7 @@ def _initialize(parallel: ParallelConfig) -> None:
       named.address,
       named.num_processes,
       named.process_id,
-      initialization_timeout=_seconds_to_wait + 60,  # JAX aborts the process then; ours says why before
+      initialization_timeout=_seconds_to_wait + 60,  # after our own timeout: JAX aborts without a clear message
       heartbeat_timeout_seconds=parallel.heartbeat_timeout,
       shutdown_timeout_seconds=parallel.heartbeat_timeout,
     )
@@ -107,11 +107,11 @@ def _initialize(parallel: ParallelConfig) -> None:
 
 
 def _check_address(address: str, *, serves: bool) -> None:
-  """Rejects an address that no process can come to; JAX would wait for it without a word, or crash.
+  """Rejects an address that no process can reach; JAX would wait silently, or crash.
 
   Args:
     address: JAX_COORDINATOR_ADDRESS.
-    serves: whether this process is the one that listens there.
+    serves: whether this process listens at the address.
 
   Raises:
     InputError: it is not HOST:PORT, or this process can't listen there.
@@ -128,19 +128,19 @@ def _check_address(address: str, *, serves: bool) -> None:
       pass
   except (OSError, UnicodeError) as error:
     raise InputError(
-      f"JAX_COORDINATOR_ADDRESS={address}: process 0 can't listen there ({one_line(error)}); give a name of its host "
-      "and a port that nobody uses"
+      f"JAX_COORDINATOR_ADDRESS={address}: process 0 can't listen there ({one_line(error)}); use the name of its host "
+      "and a free port"
     ) from error
 
 
 def _named(*, complete: bool) -> _Named:
-  """What VARIABLES say of the run.
+  """The values of VARIABLES.
 
   Args:
-    complete: whether all of them are needed where one is set: no cluster says the rest.
+    complete: whether all of them are required if one is set, because no cluster provides the rest.
 
   Raises:
-    InputError: they are incomplete, or contradict one another.
+    InputError: they are incomplete, or contradict each other.
   """
   values = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
   missing = [name for name in VARIABLES if name not in values]
@@ -163,7 +163,7 @@ def _whole(name: str, text: str | None, maximum: int) -> int | None:
 
 
 def _cluster() -> str | None:
-  """The kind of cluster that JAX's own detectors see around this process; None where it is alone."""
+  """The kind of cluster that JAX detects around this process; None if there is none."""
   from jax._src.clusters import ClusterEnv  # JAX has no public way to ask before joining
 
   kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method and kind.is_env_present())
@@ -172,7 +172,7 @@ def _cluster() -> str | None:
 
 @contextlib.contextmanager
 def _after(seconds: float, message: str, *, end: bool = False) -> Iterator[None]:
-  """Prints a message where the context is still open after so long; `end` = and ends the process, with status 1."""
+  """Prints a message if the context is still open after `seconds`; with `end`, also exits with status 1."""
 
   def act() -> None:
     print(message, file=sys.stderr, flush=True)
@@ -189,10 +189,10 @@ def _after(seconds: float, message: str, *, end: bool = False) -> Iterator[None]
 
 
 def check_devices(parallel: ParallelConfig) -> None:
-  """Rejects other devices than `config.parallel` expects: JAX itself would fall back to the CPU with a warning.
+  """Rejects devices that `config.parallel` does not expect; JAX itself would fall back to the CPU with a warning.
 
   Raises:
-    InputError: the platform or the number of devices (of all processes together) is another, or there is no device.
+    InputError: the platform or the total number of devices of all processes differs, or there is no device.
   """
   devices = _devices()
   found = (
@@ -201,7 +201,7 @@ def check_devices(parallel: ParallelConfig) -> None:
   if parallel.expect_platform not in ("", devices[0].platform):
     raise InputError(
       f"config.parallel.expect_platform={parallel.expect_platform!r}: {found}; install requirements-tpu.txt or "
-      "requirements-gpu.txt, see that no other process holds the chips (`sudo lsof -w /dev/accel* /dev/vfio/*`), or "
+      "requirements-gpu.txt, check that no other process holds the chips (`sudo lsof -w /dev/accel* /dev/vfio/*`), or "
       "leave the field empty"
     )
   if parallel.expect_devices not in (0, len(devices)):
@@ -211,10 +211,10 @@ def check_devices(parallel: ParallelConfig) -> None:
 
 
 def _devices() -> list[Any]:
-  """All devices of the run; raises InputError where JAX finds none."""
+  """All devices of the run; raises InputError if JAX finds none."""
   try:
     return jax.devices()
-  except (RuntimeError, AssertionError) as error:  # of one platform JAX asserts, where it finds nothing
+  except (RuntimeError, AssertionError) as error:  # JAX asserts if JAX_PLATFORMS names a platform without one
     platforms = os.environ.get("JAX_PLATFORMS", "")
     set_to = f" with JAX_PLATFORMS={platforms}" if platforms else ""
     raise InputError(
@@ -224,12 +224,12 @@ def _devices() -> list[Any]:
 
 
 def is_first() -> bool:
-  """Whether this process is the one that writes what is written once."""
+  """Whether this process is process 0, which writes what a run writes only once."""
   return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-  """Waits until every process has reached this point; `what` names it, the same on all.
+  """Waits until every process has reached this point; `what` is its name, the same in all processes.
 
   Raises:
     InputError: another process rejected its input.
@@ -242,14 +242,14 @@ def agree(what: str, facts: Mapping[str, Any]) -> None:
   """Waits until every process has given its facts (JSON values), and compares them.
 
   Raises:
-    InputError: one differs; every process names it, the fact, and both values.
+    InputError: a fact differs; in every process the message names the process, the fact, and both values.
     OtherProcessError: another process failed, or timed out.
   """
-  _meet(what, json.dumps(dict(facts)), lambda said: _first_difference([json.loads(text) for text in said]))
+  _meet(what, json.dumps(dict(facts)), lambda texts: _first_difference([json.loads(text) for text in texts]))
 
 
 def _first_difference(facts: list[dict[str, Any]]) -> str:
-  """The first process that says something else than process 0, in words; empty where all agree."""
+  """A description of the first process whose facts differ from those of process 0; "" if all agree."""
   first = facts[0]
   for process, other in enumerate(facts):
     names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
@@ -267,17 +267,17 @@ def _first_difference(facts: list[dict[str, Any]]) -> str:
 
 
 def _meet(what: str, value: str, judge: Callable[[list[str]], str]) -> None:
-  """Every process gives a value; process 0 judges all of them, and all raise its verdict where it is not empty.
+  """Every process contributes a value; process 0 judges all values, and if its verdict is not "", all raise InputError.
 
-  Where one was asked to stop and nothing has to be saved yet, all raise Stopped.
+  If a process was asked to stop before there is anything to save, all raise Stopped.
   """
-  # The service says which process this is: touching a device would wait for the devices of the others.
+  # The process index comes from the service, because asking a device would wait for the devices of the others.
   client, count, index = _client(), _service().num_processes, _service().process_id
   if client is None or count == 1:
     return
   place = f"mixln_jax/meeting/{next(_meetings)}"
 
-  def said() -> list[dict[str, Any]] | None:
+  def all_values() -> list[dict[str, Any]] | None:
     values = dict(client.key_value_dir_get(f"{place}/values/"))
     if len(values) < count:
       return None
@@ -289,9 +289,9 @@ def _meet(what: str, value: str, judge: Callable[[list[str]], str]) -> None:
 
   client.key_value_set(f"{place}/values/{index}", json.dumps({"value": value, "stop": signals.to_stop_now()}))
   if index == 0:
-    values = _wait_until(what, said)
-    stops = [one["stop"] for one in values if one["stop"] is not None]
-    problem = judge([one["value"] for one in values])
+    messages = _wait_until(what, all_values)
+    stops = [message["stop"] for message in messages if message["stop"] is not None]
+    problem = judge([message["value"] for message in messages])
     client.key_value_set(f"{place}/verdict/0", json.dumps({"problem": problem, "stop": stops[0] if stops else None}))
   judged = _wait_until(what, verdict)
   if judged["problem"]:
@@ -309,7 +309,7 @@ def _wait_until(what: str, ready: Callable[[], Any]) -> Any:
     if time.monotonic() > deadline:
       raise OtherProcessError(
         f"waited {_seconds_to_wait} seconds (config.parallel.join_timeout) for the other processes at {what!r}: one of "
-        "them hangs or is gone; look at each log (the first error there is the cause)",
+        "them hangs or has ended; look at each log (the first error there is the cause)",
         gone=True,
       )
     time.sleep(POLL_SECONDS)
@@ -318,9 +318,9 @@ def _wait_until(what: str, ready: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-  """Tells the other processes of an error that leaves the context, so that they need not wait until they time out.
+  """Reports an error that leaves the context to the other processes, so that they don't wait until they time out.
 
-  (They notice it while they wait in `wait_for_all` or `agree`; in a collective they wait for JAX's heartbeat.)
+  (They notice it while they wait in `wait_for_all` or `agree`; in a collective they depend on JAX's heartbeat.)
   """
   try:
     yield
@@ -331,7 +331,7 @@ def failing_together() -> Iterator[None]:
     if client is not None:
       refused = isinstance(error, InputError)
       text = str(error) if refused else f"{type(error).__name__}: {one_line(error)}"
-      with contextlib.suppress(Exception):  # the service may be what failed
+      with contextlib.suppress(Exception):  # the service itself may have failed
         client.key_value_set(f"mixln_jax/failed/{_service().process_id}", json.dumps([refused, text]))
     raise
 
@@ -346,46 +346,46 @@ def _raise_failures_of_others() -> None:
 
 
 def _client() -> Any:
-  """JAX's client of its coordination service; None where the process is alone."""
+  """JAX's client of its coordination service; None if the process is alone."""
   return _service().client
 
 
 def _service() -> Any:
-  from jax._src import distributed  # where orbax and jax.experimental.multihost_utils have it from
+  from jax._src import distributed  # private, but orbax and jax.experimental.multihost_utils use it too
 
   return distributed.global_state
 
 
-# Stopping together. JAX has a service for it, which hears SIGTERM only and takes that signal from the program, even
-# where the process is alone and nobody asks the service (`join` turns it off).
+# Stopping together. JAX's own preemption service handles only SIGTERM, and takes that signal from the program even if
+# the process is alone or the service is not used; `join` turns it off.
 
 
 class _StopTogether:
-  """Tells all processes that one was asked to stop, and agrees with them on the step after which all do.
+  """Tells all processes that one of them was asked to stop, and agrees with them on the step after which all stop.
 
-  A thread speaks with the others, so that a process which waits in a collective is no obstacle: it says how far the
-  loop is, and holds the loop there until all have said so. The last step of the one that is furthest, plus one, is
-  ahead of all of them.
+  A thread communicates with the others, so that it works even while a process waits in a collective. The thread reports
+  the loop's current step, and holds the loop at that step until all processes have reported theirs. One step after the
+  largest of these steps, no process has gone past it, so all stop there.
   """
 
   def __init__(self, client: Any, count: int, index: int):
     self._client, self._count, self._index = client, count, index
     self._held = threading.Lock()
-    self._step: int | None = None  # the last one that was begun; None before the loop
-    self._last: int | None = None  # after which all stop
+    self._step: int | None = None  # the loop's current step; None before the loop
+    self._last: int | None = None  # the agreed last step
     self._loops = 0
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._listen, daemon=True)
     self._thread.start()
 
   def begin(self, step: int) -> None:
-    """A loop begins on all processes after `step`."""
+    """A loop begins in all processes, after `step` finished steps."""
     with self._held:
       self._loops += 1
       self._step, self._last = step, None
 
   def stops_at(self, step: int) -> bool:
-    """Whether all stop after this step; to be asked after each one."""
+    """Whether all processes stop after this step; call it after each step."""
     with self._held:
       self._step = step
       return self._last is not None and step >= self._last
@@ -395,13 +395,13 @@ class _StopTogether:
     self._thread.join()
 
   def _listen(self) -> None:
-    told = False
-    with contextlib.suppress(Exception):  # the service is gone, and with it the run: its other users say so
+    reported = False
+    with contextlib.suppress(Exception):  # the service ended, and the run with it, which its other users report
       while not self._ended.wait(STOP_POLL_SECONDS):
         own = signals.requested_by()
-        if own is not None and not told:
+        if own is not None and not reported:
           self._client.key_value_set(f"mixln_jax/stop/asked/{self._index}", own)
-          told = True
+          reported = True
         for _, name in self._client.key_value_dir_get("mixln_jax/stop/asked/"):
           signals.note(name)
         with self._held:
@@ -409,33 +409,33 @@ class _StopTogether:
             self._last = self._agreed(self._step)
 
   def _agreed(self, step: int) -> int | None:
-    """One more than the furthest step of all; None where the program ends before all have said theirs."""
+    """One more than the largest step of all processes; None if this process ends before all have reported."""
     place = f"mixln_jax/stop/loop_{self._loops}/"
     self._client.key_value_set(f"{place}{self._index}", str(step))
-    while len(said := self._client.key_value_dir_get(place)) < self._count:
+    while len(reports := self._client.key_value_dir_get(place)) < self._count:
       if self._ended.wait(POLL_SECONDS):
         return None
-    return 1 + max(int(text) for _, text in said)
+    return 1 + max(int(text) for _, text in reports)
 
 
 _stop_together: _StopTogether | None = None
 
 
 def begin_loop(step: int) -> None:
-  """To be called on all processes when a loop begins that has done `step` steps."""
+  """Call it in all processes when a loop begins, after `step` finished steps."""
   if _stop_together is not None:
     _stop_together.begin(step)
 
 
 def all_stop_at(step: int) -> str | None:
-  """The signal for which all processes stop after this step; None where they don't. All ask after every step."""
+  """The signal for which all processes stop after this step, else None; call it in all of them after every step."""
   if _stop_together is not None and _stop_together.stops_at(step):
     return signals.requested_by()
   return None
 
 
 def leave() -> None:
-  """Leaves the processes of the run in an orderly way, which waits for them, where there are others."""
+  """Disconnects from the other processes of the run, if there are any, after waiting for them."""
   global _stop_together
   if _stop_together is not None:
     _stop_together.close()

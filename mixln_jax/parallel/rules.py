@@ -1,4 +1,4 @@
-"""Which mesh axes each logical axis is sharded over: one table for parameters and activations."""
+"""The mesh axes that each logical axis is sharded over: one table for parameters and activations."""
 
 import contextlib
 import math
@@ -24,58 +24,58 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "stream_from": None,
   "stream_to": None,
   "batch": ("data", "fsdp"),
-  "data_batch": "data",  # of an array that fsdp cuts along another dimension
+  "data_batch": "data",  # for an array that fsdp shards along another dimension
   "length": "sequence",
-  "key_length": None,  # of keys and values: each device sees all of them
+  "key_length": None,  # keys and values: each device has all positions
   "activation_embed": None,
 }
 
-# More elements than this, left whole on every device of an fsdp or tensor axis, are a mistake and not a choice (16 MB
-# in fp32; the gains of a hundred layers of width 16,384 have 1.6 M).
+# A parameter with more elements than this that is replicated over an fsdp or tensor axis is a mistake (16 MB in fp32;
+# the gains of a hundred layers of width 16,384 have 1.6 M).
 LARGEST_REPLICATED = 4 * 2**20
 
 
 def logical_rules() -> list[tuple[str, Any]]:
-  """The table as `flax.linen.logical_axis_rules` takes it."""
+  """The table in the form that `flax.linen.logical_axis_rules` takes."""
   return list(RULES.items())
 
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
-  """The contexts in which the model's logical axes mean something."""
+  """Sets the mesh, and the rules that map the model's logical axes to it, within the context."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules()):
     yield
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Lays out an activation on the mesh by the logical axis of each of its dimensions; without a mesh, changes nothing.
+  """Constrains the sharding of an activation by the logical axes of its dimensions; without a mesh, does nothing.
 
   Raises:
-    ValueError: as `check_axes`.
+    ValueError: as in `check_axes`.
   """
   check_axes("an activation", axes)
   return nn.with_logical_constraint(x, axes)
 
 
 def gathered(axes: Sequence[str]) -> tuple[str, ...]:
-  """The logical axes of a weight that was gathered over fsdp: its own, but for the width, which is whole."""
+  """The logical axes of a weight after it is gathered over fsdp: the same, except that the width is not sharded."""
   return tuple("activation_embed" if axis == "embed" else axis for axis in axes)
 
 
 def shards(axis: str) -> int:
-  """The number of pieces into which the mesh in use (`jax.set_mesh`) cuts a logical axis; 1 where there is none."""
+  """The number of shards of a logical axis on the mesh in use (`jax.set_mesh`); 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape.get(name, 1) for name in mesh_axes(RULES[axis]))
 
 
 def platform() -> str:
-  """The platform of a program that is traced now, `cpu`, `gpu` or `tpu`: the mesh's, or JAX's default backend."""
+  """The platform of the program that is being traced, `cpu`, `gpu` or `tpu`: the mesh's, or JAX's default backend."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
 
 
 def check_axes(name: str, axes: Iterable[str | None]) -> None:
-  """Checks the logical axes of one tensor. (flax would silently leave it unsharded.)
+  """Checks the logical axes of one tensor. (flax would silently replicate the tensor.)
 
   Raises:
     ValueError: an axis has no rule, or two of them are sharded over the same mesh axis.
@@ -106,13 +106,13 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
   """The sharding of each tensor of a tree.
 
   Args:
-    shapes: the tree of what has a shape.
-    axes: the same tree, of PartitionSpecs over logical axes.
-    mesh: what they are cut over.
+    shapes: a tree of arrays or shapes.
+    axes: the same tree with a PartitionSpec over logical axes for each.
+    mesh: the mesh to shard over.
 
   Raises:
-    ValueError: as `check_axes`.
-    InputError: the mesh does not divide a tensor, or leaves a large one replicated.
+    ValueError: as in `check_axes`.
+    InputError: the mesh does not divide a tensor evenly, or leaves a large one replicated.
   """
   for path, spec in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_spec):
     check_axes(jax.tree_util.keystr(path, simple=True, separator="/"), spec)
@@ -126,31 +126,31 @@ def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
 
 
 def check_divides(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
-  """Raises InputError, with the tensor, its size and the axes, where a sharding can't cut it into equal pieces."""
+  """Raises InputError, which names the tensor, the size and the axes, if the shards would not be equal."""
   for size, entry in zip(shape, sharding.spec, strict=False):
     axes = mesh_axes(entry)
     ways = math.prod(sharding.mesh.shape[axis] for axis in axes)
     if size % ways:
       raise InputError(
-        f"config.mesh.{' × '.join(axes)}={ways} does not divide the {size} of {name} {shape}; "
+        f"config.mesh.{' × '.join(axes)}={ways} does not divide the dimension {size} of {name} {shape}; "
         "change the mesh, or that size"
       )
 
 
 def check_not_replicated(name: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:
-  """Rejects a large parameter that every device of the mesh's fsdp and tensor axes would hold whole.
+  """Rejects a large parameter that is replicated over the mesh's fsdp and tensor axes.
 
   Raises:
-    InputError: it has more than LARGEST_REPLICATED elements, and no such axis cuts it.
+    InputError: it has more than LARGEST_REPLICATED elements, and no such axis shards it.
   """
   over = {axis: sharding.mesh.shape[axis] for axis in ("fsdp", "tensor") if sharding.mesh.shape[axis] > 1}
-  cut = {axis for entry in sharding.spec for axis in mesh_axes(entry)}
-  if over and not cut & over.keys() and math.prod(shape) > LARGEST_REPLICATED:
+  sharded = {axis for entry in sharding.spec for axis in mesh_axes(entry)}
+  if over and not sharded & over.keys() and math.prod(shape) > LARGEST_REPLICATED:
     mesh = " × ".join(f"{axis} {size}" for axis, size in over.items())
     raise InputError(
-      f"{name} {shape}: its {math.prod(shape):,} elements would lie whole on every device of config.mesh ({mesh}), and "
-      f"more than {LARGEST_REPLICATED:,} must not; give its axes a rule in mixln_jax/parallel/rules.py, or set "
-      "these mesh axes to 1"
+      f"{name} {shape}: its {math.prod(shape):,} elements would be replicated on every device of config.mesh ({mesh}), "
+      f"which is allowed for at most {LARGEST_REPLICATED:,}; give its axes a rule in mixln_jax/parallel/rules.py, or "
+      "set these mesh axes to 1"
     )
 
 

@@ -1,8 +1,8 @@
-"""Settings of JAX that decide what a run computes.
+"""Settings of JAX that affect what a run computes.
 
-A shell can set each of them (JAX_ENABLE_X64=1), and initial weights or a resumed run's losses would be others. They
-are stated here instead, each as JAX has it by default. XLA's flags and what only tunes a compilation stay the user's:
-`environment.json` says what they were, and a resumed run says that they changed.
+A shell can set each of them (JAX_ENABLE_X64=1), which would change initial weights or the losses of a resumed run. So
+they are fixed here, to JAX's defaults. XLA's flags, and settings that only tune compilation, are left to the user:
+`environment.json` records them, and a resumed run reports if they changed.
 """
 
 import os
@@ -27,7 +27,7 @@ STATED: dict[str, Any] = {
   "jax_random_seed_offset": 0,
   "jax_threefry_partitionable": True,
 }
-TUNING = (  # the same numbers up to rounding; what their defaults are differs between versions of JAX
+TUNING = (  # they change results by rounding only; their defaults differ between versions of JAX
   "jax_compiler_enable_remat_pass",
   "jax_custom_vjp3",
   "jax_exec_time_optimization_effort",
@@ -41,42 +41,43 @@ TUNING = (  # the same numbers up to rounding; what their defaults are differs b
   "jax_use_direct_linearize",
   "jax_use_shardy_partitioner",
 )
-VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # that the compilers read, besides XLA_FLAGS
+VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")  # read by the compilers, besides XLA_FLAGS
 
 
 def _others() -> dict[str, Any]:
-  """The settings of this process that are not as stated."""
-  found = jax.config.values  # a setting that this version of JAX lacks is none
-  return {name: found[name] for name, value in STATED.items() if name in found and not _is(found[name], value)}
-
-
-def _is(found: Any, stated: Any) -> bool:
-  return getattr(found, "value", found) == stated  # some are members of an enumeration
+  """The settings of this process that differ from STATED."""
+  current = jax.config.values  # a version of JAX may lack some of them
+  others = {}
+  for name, stated in STATED.items():
+    if name in current and getattr(current[name], "value", current[name]) != stated:  # some are enumeration members
+      others[name] = current[name]
+  return others
 
 
 def state_settings() -> None:
-  """Sets what is not as stated, and warns of each; the front door does it before anything is computed."""
+  """Resets settings that differ from STATED, with a warning for each; called before anything is computed."""
   for name, value in _others().items():
-    said = f"{name.upper()}={os.environ[name.upper()]}" if name.upper() in os.environ else f"{name}={value}"
-    print(f"warning: {said} is ignored: a run would compute something else with it", file=sys.stderr)
+    variable = name.upper()
+    setting = f"{variable}={os.environ[variable]}" if variable in os.environ else f"{name}={value}"
+    print(f"warning: {setting} is ignored: it would change what a run computes", file=sys.stderr)
     jax.config.update(name, STATED[name])
 
 
 def check_settings() -> None:
-  """Rejects settings that are not as stated; for programs that import this package.
+  """Rejects settings that differ from STATED; for programs that import this package.
 
   Raises:
-    InputError: naming each of them.
+    InputError: some settings differ; the message names each of them.
   """
   others = [f"{name}={getattr(value, 'value', value)!r}, not {STATED[name]!r}" for name, value in _others().items()]
   if others:
     raise InputError(
-      f"JAX is set to {'; '.join(others)}, so that a run would compute something else; "
-      "mixln_jax.parallel.settings.state_settings() sets what runs are made with"
+      f"JAX is set to {'; '.join(others)}, which would change what a run computes; call "
+      "mixln_jax.parallel.settings.state_settings() to reset it"
     )
 
 
 def tuning() -> dict[str, Any]:
-  """What else of the settings of this process may change how a run's numbers are rounded, for its facts."""
+  """Other settings of this process that may change the rounding of a run's results, for its facts."""
   values = {name: jax.config.values[name] for name in TUNING if name in jax.config.values}
   return values | {name: os.environ[name] for name in VARIABLES if name in os.environ}

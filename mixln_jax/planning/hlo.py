@@ -1,12 +1,12 @@
-"""What a compiled program moves, counted from the text of its optimized HLO.
+"""The bytes that a compiled program moves, counted from the text of its optimized HLO.
 
 XLA's own cost analysis counts the body of a loop once. Here the program is walked from its entry, and the body of a
-`while` counts as often as the loop turns: its `known_trip_count` where the compiler wrote it down (CPU, GPU), else what
-its condition `i < N`, its step `i + s` and its first value say (TPU). A loop with neither counts once, and is named.
-Every branch of a conditional counts.
+`while` is counted once per iteration. The number of iterations is `known_trip_count` if the compiler states it (CPU,
+GPU); otherwise it is derived from the condition `i < N`, the step `i + s` and the first value (TPU). A loop with
+neither is counted once, and reported by name. Every branch of a conditional is counted.
 
-The TPU compiler starts a collective in one fusion, carries it forward in others beside their own work, even through the
-turns of a loop, and ends it in a last one. It counts where it starts.
+The TPU compiler starts a collective in one fusion, advances it in others beside their own work (even across iterations
+of a loop), and ends it in another one. The collective is counted where it starts.
 """
 
 import math
@@ -23,15 +23,15 @@ COLLECTIVES = (
   "collective-permute",
   "collective-broadcast",
 )
-# Instructions that move nothing themselves.
+# Instructions that move no bytes themselves.
 FREE = (
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
   *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"),
 )
 
-LEAVES = ("constant", "parameter")  # their operand is a value, or a number, and no name
-SLICES = ("dynamic-slice", "slice", "gather")  # they read as much of their first operand as they return
-KERNEL = "tpu_custom_call"  # a Pallas kernel, as a custom call's target
+LEAVES = ("constant", "parameter")  # their operand is a value or a number, not the name of an instruction
+SLICES = ("dynamic-slice", "slice", "gather")  # they read only as much of their first operand as they return
+KERNEL = "tpu_custom_call"  # the custom-call target of Pallas kernels
 
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -39,7 +39,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 
 
 class Array(NamedTuple):
-  """An array of a program: its bytes, without what a layout pads, and whether it lies in the device's main memory."""
+  """An array of a program: its bytes without padding by the layout, and whether it is in the device's main memory."""
 
   bytes: int
   in_memory: bool
@@ -48,7 +48,7 @@ class Array(NamedTuple):
 class Instruction(NamedTuple):
   name: str
   opcode: str
-  arrays: list[Array]  # of its result
+  arrays: list[Array]  # the arrays of its result
   operands: list[str]
   attributes: str
   is_root: bool
@@ -58,13 +58,13 @@ Computation = dict[str, Instruction]  # in the order of the program
 
 
 class Collective(NamedTuple):
-  """All collectives of one kind in a step, of one device.
+  """All collectives of one kind in a step, on one device.
 
   Attributes:
-    runs: how many of them.
-    bytes: of their operands, over all runs.
-    sent: bytes that the device sends for them by the ring algorithms, whatever the compiler chooses.
-    waited_for: of those, the bytes of collectives that are not asynchronous: nothing else runs meanwhile.
+    runs: the number of executions.
+    bytes: the bytes of their operands, over all executions.
+    sent: the bytes that the device sends for them if ring algorithms are used (the compiler may choose others).
+    waited_for: the part of `sent` of synchronous collectives, during which nothing else runs.
   """
 
   runs: int = 0
@@ -73,22 +73,22 @@ class Collective(NamedTuple):
   waited_for: float = 0.0
 
   def plus(self, runs: int, size: int, sent: float, waits: bool) -> "Collective":
-    """With so many runs more; `size` and `sent` are bytes of one run."""
+    """The sum with further executions; `size` and `sent` are bytes of one execution."""
     return Collective(
       self.runs + runs, self.bytes + runs * size, self.sent + runs * sent, self.waited_for + runs * sent * waits
     )
 
 
 class Traffic(NamedTuple):
-  """What one device moves in one run of a program.
+  """The traffic of one device in one execution of a program.
 
   Attributes:
     collectives: by kind.
-    memory_bytes: read from and written to the main memory by the instructions, each operand read once.
-    cycles: what the compiler itself estimates that the instructions take, one after the other; 0 where it says nothing
-      (CPU, GPU). Collectives and kernels are not in it.
-    kernel_runs: runs of Pallas kernels on a TPU, of which the compiler knows neither FLOPs nor cycles.
-    unknown_loops: loops whose number of turns is not known; they count once.
+    memory_bytes: bytes that the instructions read from and write to main memory, with each operand read once.
+    cycles: the compiler's own estimate of the instructions' cycles, executed sequentially; 0 if it gives none (CPU,
+      GPU). Collectives and kernels are not included.
+    kernel_runs: executions of Pallas kernels on a TPU, for which the compiler knows neither FLOPs nor cycles.
+    unknown_loops: loops with an unknown number of iterations, which are counted once.
   """
 
   collectives: dict[str, Collective]
@@ -99,7 +99,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(text: str) -> Traffic:
-  """Counts what a program moves; `text` is `compiled.as_text()` of one that runs on each of its devices (SPMD)."""
+  """Counts the traffic of an SPMD program; `text` is its `compiled.as_text()`."""
   program = _Program(text)
   totals: dict[str, Collective] = {}
   memory, cycles, kernel_runs = 0.0, 0.0, 0
@@ -122,8 +122,8 @@ def traffic(text: str) -> Traffic:
 
 
 def _estimated_cycles(instruction: Instruction) -> int:
-  found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-  return int(found.group(1)) if found else 0
+  match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+  return int(match.group(1)) if match else 0
 
 
 def _hops(kind: str, group: int) -> float:
@@ -156,21 +156,21 @@ class _Program:
         self.entry = match.group(2) if match.group(1) else self.entry
 
   def executed(self) -> Iterator[tuple[str, str, int]]:
-    """(the computation whose instructions run one by one, it or one that is fused into it, how often) of each."""
+    """Each executed computation, as (the computation that it is fused into, or itself; its name; executions)."""
     pending = [(self.entry, self.entry, 1)]
     while pending:
       owner, name, times = pending.pop()
       yield owner, name, times
       for instruction in self.computations[name].values():
-        turns = times
+        executions = times
         if instruction.opcode == "while":
-          turns *= self.trip_count(name, instruction)
+          executions *= self.trip_count(name, instruction)
         for called in _called(instruction):
           fused = instruction.opcode in ("fusion", "async-start")
-          pending.append((owner if fused else called, called, turns))
+          pending.append((owner if fused else called, called, executions))
 
   def stage(self, name: str) -> Literal["start", "step", "done"] | None:
-    """The part of an asynchronous collective that a fused computation of the TPU compiler holds, if it holds one."""
+    """The part of an asynchronous collective that a fused computation of the TPU compiler contains, if any."""
     instructions = self.computations[name].values()
     if any('custom_call_target="AsyncCollectiveStart"' in instruction.attributes for instruction in instructions):
       return "start"
@@ -191,7 +191,7 @@ class _Program:
     return derived
 
   def _derived_trip_count(self, name: str, loop: Instruction) -> int | None:
-    """Turns of `for (i = first; i < limit; i += step)`; None where the loop is something else."""
+    """Iterations of a loop of the form `for (i = first; i < limit; i += step)`; None for other loops."""
     condition, body = (self.computations[_attribute(loop, key)] for key in ("condition", "body"))
     test, operands = self._through_fusion(condition, _root(condition))
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
@@ -210,19 +210,19 @@ class _Program:
   def _through_fusion(
     self, computation: Computation, instruction: Instruction
   ) -> tuple[Instruction, list[Instruction]]:
-    """An instruction, or the root of the fusion that it is; and where its operands come from, outside of the fusion."""
+    """An instruction, or its root if it is a fusion; and its operands, as instructions outside of the fusion."""
     if instruction.opcode in LEAVES:
       return instruction, []
     operands = [_source(computation, operand) for operand in instruction.operands]
     if instruction.opcode != "fusion":
       return instruction, operands
     inner = self.computations[_attribute(instruction, "calls")]
-    given = dict(zip(_parameters(inner), operands, strict=True))
+    outer_operands = dict(zip(_parameters(inner), operands, strict=True))
     root = _root(inner)
-    return root, [given.get(operand, inner[operand]) for operand in root.operands]
+    return root, [outer_operands.get(operand, inner[operand]) for operand in root.operands]
 
   def _increment(self, body: Computation, name: str, index: int) -> int | None:
-    """The constant s of the value `i + s`, i being element `index` of the loop's state."""
+    """The constant s if the value is `i + s`, where i is element `index` of the loop's state."""
     value, operands = self._through_fusion(body, _source(body, name))
     if value.opcode != "add" or len(operands) != 2:
       return None
@@ -236,7 +236,7 @@ class _Program:
     return steps[0] if len(steps) == num_counters == 1 else None
 
   def _first_value(self, name: str, loop: Instruction, index: int) -> int | None:
-    """The constant that element `index` of the loop's state starts from."""
+    """The initial value of element `index` of the loop's state, if it is a constant."""
     computation = self.computations[name]
     state = computation[loop.operands[0]]
     if state.opcode != "tuple":
@@ -260,13 +260,13 @@ class _Program:
     return self.num_devices
 
   def memory_bytes(self, name: str, instruction: Instruction) -> int:
-    """Bytes of the main memory that one run of an instruction reads and writes."""
+    """Bytes of main memory that one execution of an instruction reads and writes."""
     opcode, computation = instruction.opcode, self.computations[name]
     if opcode in FREE or opcode.endswith(("-done", "-update")):
       return 0
     reads = [_in_memory(computation[operand].arrays) for operand in instruction.operands]
     written = _in_memory(instruction.arrays)
-    if opcode.endswith("-start"):  # its result names what it reads, what it writes, and its own state
+    if opcode.endswith("-start"):  # its result is (what it reads, what it writes, its own state)
       written = _in_memory(instruction.arrays[1:2])
       if opcode.removesuffix("-start") in SLICES:
         reads[0] = min(reads[0], _size(instruction.arrays[1:2]))
@@ -279,13 +279,13 @@ class _Program:
     return sum(reads) + written
 
   def _fusion(self, instruction: Instruction, reads: list[int], written: int) -> tuple[list[int], int]:
-    """The bytes that a fusion reads of each operand and writes: where it only cuts a piece out, those of the piece."""
+    """The bytes that a fusion reads of each operand (of its slices, if it only slices it), and the bytes it writes."""
     called = _attribute(instruction, "calls")
     inner, stage, reads = self.computations[called], self.stage(called), list(reads)
     if stage == "done":
       return [], 0
     if stage is not None:
-      # The buffers of the collective only pass through. Its start counts as all that it reads and writes.
+      # The buffers of the collective only pass through a step; all reads and writes are counted at its start.
       aliases = _aliases(instruction)
       own = [array for number, array in enumerate(instruction.arrays) if number not in aliases]
       written = _in_memory(own)
@@ -307,9 +307,9 @@ class _Program:
     return reads, written
 
   def _users(self, computation: Computation, name: str) -> Iterator[tuple[Instruction, int, Computation]]:
-    """Instructions that use a value, itself or as a bitcast, here or in a nested fusion.
+    """Instructions that use a value, directly or through bitcasts, here or in a nested fusion.
 
-    Each comes with the position of the value among its operands, and with the computation that it stands in.
+    Each comes with the position of the value among its operands, and with the computation that contains it.
     """
     for instruction in computation.values():
       if instruction.opcode == "parameter":
@@ -335,7 +335,7 @@ def _instruction(match: re.Match[str]) -> Instruction:
 
 
 def _closing_parenthesis(text: str) -> int:
-  """Where the parenthesis closes that was opened before the text."""
+  """The index of the parenthesis that closes one opened before the text."""
   depth = 1
   for position, character in enumerate(text):
     if character == "(":
@@ -356,7 +356,7 @@ def _arrays(shape: str) -> list[Array]:
 
 
 def _bits(kind: str) -> int:
-  """The width of one element: f32, bf16, s4, f8e4m3fn, pred; a token has none."""
+  """The bits of one element of a type such as f32, bf16, s4, f8e4m3fn or pred; 0 for a token."""
   if kind == "pred":
     return 8
   if kind == "token":
@@ -366,7 +366,7 @@ def _bits(kind: str) -> int:
 
 
 def _elsewhere(layout: str) -> bool:
-  """Whether a layout names another memory space than the main one, as a TPU's on-chip memory."""
+  """Whether a layout is in another memory space than main memory, such as a TPU's on-chip memory."""
   space = re.search(r"S\((\d+)\)", layout)
   return space is not None and space.group(1) != "0"
 
@@ -380,7 +380,7 @@ def _in_memory(arrays: list[Array]) -> int:
 
 
 def _called(instruction: Instruction) -> list[str]:
-  """Computations that an instruction runs as a whole; not those that a reduction applies to scalars, nor conditions."""
+  """Computations that an instruction executes; not a reduction's scalar function, nor a loop's condition."""
   if instruction.opcode == "call":
     return [_attribute(instruction, "to_apply")]
   if instruction.opcode == "while":
@@ -396,7 +396,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _aliases(instruction: Instruction) -> dict[int, int]:
-  """The arrays of a fusion's result that are operands of it, in the same place: number of the array -> operand."""
+  """The arrays of a fusion's result that alias its operands: index of the array -> index of the operand."""
   text = instruction.attributes.partition("output_to_operand_aliasing={")[2].partition("calls=")[0]
   return {int(output or 0): int(operand) for output, operand in re.findall(r"\{(\d*)\}: \((\d+),", text)}
 
@@ -414,8 +414,9 @@ def _root(computation: Mapping[str, Instruction]) -> Instruction:
 
 def _parameters(computation: Mapping[str, Instruction]) -> list[str]:
   """Names of a computation's parameters, in their order."""
-  found = [instruction for instruction in computation.values() if instruction.opcode == "parameter"]
-  return [instruction.name for instruction in sorted(found, key=lambda instruction: int(instruction.operands[0]))]
+  parameters = [instruction for instruction in computation.values() if instruction.opcode == "parameter"]
+  parameters.sort(key=lambda instruction: int(instruction.operands[0]))
+  return [instruction.name for instruction in parameters]
 
 
 def _source(computation: Mapping[str, Instruction], name: str) -> Instruction:

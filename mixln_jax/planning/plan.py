@@ -1,4 +1,4 @@
-"""What one run will need: parameters, FLOPs, memory by kind, collectives, and an estimate of its time."""
+"""The needs of one run: parameters, FLOPs, memory by kind, collectives, and an estimate of its time."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from mixln_jax.training.optimizer import update_flops
 from mixln_jax.training.program import abstract_batch, lower_train_step, program_hash
 from mixln_jax.training.step import abstract_state, state_shardings
 
-EFFICIENCY = 0.5  # fraction of the peak that the matrix products reach: an assumption, not a measurement
+EFFICIENCY = 0.5  # the fraction of the peak that matrix products reach: an assumption, not a measurement
 
 
 class Counted(NamedTuple):
@@ -32,12 +32,12 @@ class Counted(NamedTuple):
 
   parameters: int
   moments: int
-  counters: int  # of steps and of skipped updates; and the learning rate, which is data of the step
+  counters: int  # the counters of steps and of skipped updates, and the learning rate, which is an argument of the step
   batch: int
 
 
 class Memory(NamedTuple):
-  """Bytes of one device that the compiled step takes. The new state replaces the old one in place."""
+  """Bytes that the compiled step needs on one device. The new state replaces the old one in place."""
 
   arguments: int
   temporaries: int
@@ -53,11 +53,11 @@ class Compiled(NamedTuple):
   """The compiled step.
 
   Attributes:
-    program: hash of its StableHLO; a run on the same mesh logs the same.
-    seconds: how long it took to compile.
-    memory: None where it does not fit.
-    too_much: why it does not fit; empty where it does.
-    traffic: None where it does not fit.
+    program: hash of its StableHLO; a run on the same mesh logs the same hash.
+    seconds: the time to compile it.
+    memory: its memory; None if the compiler ran out of memory.
+    too_much: why it does not fit; "" if it does.
+    traffic: the bytes that it moves; None if the compiler ran out of memory.
   """
 
   program: str
@@ -67,10 +67,10 @@ class Compiled(NamedTuple):
   traffic: Traffic | None
 
   def to_json(self) -> dict[str, Any]:
-    """For machines, all numbers of one device; None for what is not known of a step that does not fit."""
+    """The values for JSON, per device; None for values that are unknown because the step does not fit."""
     result: dict[str, Any] = {"program": self.program, "seconds": round(self.seconds, 1), "too_much": self.too_much}
-    of_text = ("collectives", "memory_traffic_bytes", "cycles", "kernel_runs", "unknown_loops")
-    result |= dict.fromkeys(("memory_bytes", *of_text))
+    traffic_keys = ("collectives", "memory_traffic_bytes", "cycles", "kernel_runs", "unknown_loops")
+    result |= dict.fromkeys(("memory_bytes", *traffic_keys))
     if self.memory is not None:
       result["memory_bytes"] = self.memory._asdict() | {"total": self.memory.total}
     if self.traffic is not None:
@@ -84,12 +84,12 @@ class Compiled(NamedTuple):
 
 
 class Estimate(NamedTuple):
-  """Seconds of one training step, by arithmetic: nothing here was timed.
+  """Estimated seconds of one training step; nothing here was timed.
 
   Attributes:
-    compute: executed FLOPs / (devices × peak × efficiency), and those of the update / (peak × efficiency).
-    memory: bytes that a device reads and writes / its memory's bandwidth; None where nothing was compiled.
-    network: bytes that a device sends / the bandwidth of all its links to the slice; None where nothing was compiled.
+    compute: executed FLOPs / (devices × peak × efficiency), plus FLOPs of the update / (peak × efficiency).
+    memory: bytes that a device reads and writes / the bandwidth of its memory; None if nothing was compiled.
+    network: bytes that a device sends / the bandwidth of all its links within the slice; None if nothing was compiled.
   """
 
   compute: float
@@ -98,7 +98,7 @@ class Estimate(NamedTuple):
 
   @property
   def step(self) -> float:
-    """The time where all three overlap: the largest."""
+    """The time if all three overlap: the largest of them."""
     return max(self.known())
 
   @property
@@ -111,7 +111,7 @@ class Estimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a run will need."""
+  """The needs of a run."""
 
   config: Config
   topology: Topology
@@ -139,12 +139,12 @@ class Plan:
 
   @property
   def update_flops(self) -> float:
-    """FLOPs of the matrix products of one update of the optimizer: none but with muon."""
+    """FLOPs of the matrix products of one update of the optimizer; 0 except for muon."""
     return update_flops(self.config)
 
   @property
   def fits(self) -> bool | None:
-    """None where it is not known: nothing was compiled, or the device's memory is not in the table."""
+    """Whether it fits; None if unknown, because nothing was compiled or the device is not in the table."""
     if self.device is None:
       return None
     if self.compiled is None:
@@ -153,9 +153,9 @@ class Plan:
 
   @property
   def compiler_seconds(self) -> float | None:
-    """The compiler's own estimate of a step's instructions, one after the other (`Traffic.cycles`); None without one.
+    """The compiler's own estimate of a step, as a sequence of instructions (`Traffic.cycles`); None without one.
 
-    Collectives and Pallas kernels are not in it.
+    Collectives and Pallas kernels are not included.
     """
     moved = None if self.compiled is None else self.compiled.traffic
     if moved is None or not moved.cycles or self.device is None or self.device.clock is None:
@@ -164,12 +164,12 @@ class Plan:
 
   @property
   def estimate(self) -> Estimate | None:
-    """None where the device is not in the table."""
+    """The estimate; None if the device is not in the table."""
     if self.device is None:
       return None
     peak = self.topology.num_devices * self.device.peak_flops * self.efficiency
     compute = self.executed_flops_per_token * self.tokens_per_step / peak
-    # As if each device did all of the update: an upper bound where the parameters are cut.
+    # As if each device did the whole update: an upper bound if the parameters are sharded.
     compute += self.update_flops * self.topology.num_devices / peak
     moved = None if self.compiled is None else self.compiled.traffic
     if moved is None:
@@ -179,7 +179,7 @@ class Plan:
     return Estimate(compute, memory, sent / self.device.network_bandwidth)
 
   def to_json(self) -> dict[str, Any]:
-    """For machines: bytes, seconds and FLOPs, of one device where not said otherwise."""
+    """The plan for JSON: bytes, seconds and FLOPs, per device unless the name says otherwise."""
     return {
       "placement": config_lib.table(self.config.model).layer_list,
       "parameters": self.parameters,
@@ -214,7 +214,7 @@ def arithmetic(config: Config, topology: Topology, efficiency: float = EFFICIENC
   """The part of a plan that needs no compiler.
 
   Raises:
-    InputError: config and topology contradict one another, as they would when the run starts.
+    InputError: config and topology contradict each other, as they would when the run starts.
   """
   config = with_derived(config)
   config_lib.validate(config)
@@ -240,13 +240,13 @@ def _bytes_of_one_device(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
 
 
 class Step(NamedTuple):
-  """The training step as a compiler made it.
+  """The result of compiling the training step.
 
   Attributes:
-    program: hash of its StableHLO; a run on the same mesh logs the same.
-    seconds: how long it took to compile.
-    memory: None where the compiler gave up for too little memory.
-    message: what it said then.
+    program: hash of its StableHLO; a run on the same mesh logs the same hash.
+    seconds: the time to compile it.
+    memory: its memory; None if the compiler ran out of memory.
+    message: the compiler's message if it ran out of memory.
     text: the optimized program.
   """
 
@@ -258,10 +258,10 @@ class Step(NamedTuple):
 
 
 def compile_step(plan: Plan, devices: Sequence[Any]) -> Step:
-  """Compiles the very step that training runs.
+  """Compiles exactly the step that training runs.
 
   Raises:
-    jax.errors.JaxRuntimeError: the compiler failed for another reason than too little memory.
+    jax.errors.JaxRuntimeError: the compiler failed for a reason other than too little memory.
   """
   mesh = make_mesh(plan.config.mesh, devices)
   lowered = lower_train_step(plan.config, mesh, state_shardings(plan.config, mesh))
@@ -284,7 +284,7 @@ def compile_step(plan: Plan, devices: Sequence[Any]) -> Step:
 
 
 def with_step(plan: Plan, step: Step) -> Plan:
-  """Completes a plan by what was compiled for it."""
+  """The plan completed with its compiled step."""
   if step.memory is None:
     made = Compiled(step.program, step.seconds, None, too_much(step.message), None)
     return dataclasses.replace(plan, compiled=made)
@@ -292,38 +292,38 @@ def with_step(plan: Plan, step: Step) -> Plan:
   if plan.device and step.memory.total > plan.device.memory_bytes:
     over = (step.memory.total - plan.device.memory_bytes) / 1e9
     needed = f"{step.memory.total / 1e9:.2f} GB of {plan.device.memory_bytes / 1e9:.2f} GB"
-    made = made._replace(too_much=f"it needs {needed} a device: {over:.2f} GB too much")
+    made = made._replace(too_much=f"it needs {needed} per device: {over:.2f} GB too much")
   return dataclasses.replace(plan, compiled=made)
 
 
 def compile_plan(plan: Plan, devices: Sequence[Any]) -> Plan:
-  """Completes a plan by compiling the very step that training runs; raises as `compile_step`."""
+  """The plan completed by compiling exactly the step that training runs; raises as `compile_step` does."""
   return with_step(plan, compile_step(plan, devices))
 
 
 def too_much(message: str) -> str:
-  """A compiler's message of too little memory, in GB."""
+  """A compiler's out-of-memory message, with the numbers in GB."""
   size = r"([\d.]+)([KMGT])"
   patterns = (rf"Used {size}i?B? of {size}", rf"\({size}\) exceeds available HBM \({size}\)")
-  found = [match for pattern in patterns if (match := re.search(pattern, message))]
-  if not found:
+  matches = [match for pattern in patterns if (match := re.search(pattern, message))]
+  if not matches:
     return message.strip().splitlines()[0]
   units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-  number, unit, other_number, other_unit = found[0].groups()
+  number, unit, other_number, other_unit = matches[0].groups()
   needed = float(number) * units[unit] / 1e9
   available = float(other_number) * units[other_unit] / 1e9
-  return f"the compiler needs {needed:.2f} GB of {available:.2f} GB a device: {needed - available:.2f} GB too much"
+  return f"the compiler needs {needed:.2f} GB of {available:.2f} GB per device: {needed - available:.2f} GB too much"
 
 
 def advice(plan: Plan) -> list[str]:
-  """What to try where a run does not fit, the cheapest first."""
-  config, tried = plan.config, []
+  """What to try if a run does not fit, cheapest first."""
+  config, suggestions = plan.config, []
   if config.model.remat != "full":
-    tried.append("config.model.remat=full")
+    suggestions.append("config.model.remat=full")
   rows = plan.mesh["data"] * plan.mesh["fsdp"]
   micro = 2 * config.train.micro_batches
   if config.train.batch_size % (micro * rows) == 0:
-    tried.append(f"config.train.micro_batches={micro}")
+    suggestions.append(f"config.train.micro_batches={micro}")
   if plan.mesh["data"] > 1:
-    tried.append("config.mesh.data=1 and config.mesh.fsdp=-1 (parameters and moments sharded over all devices)")
-  return [*tried, "a larger slice", "a search, which tries them"]
+    suggestions.append("config.mesh.data=1 and config.mesh.fsdp=-1 (parameters and moments sharded over all devices)")
+  return [*suggestions, "a larger slice", "a search, which tries them"]

@@ -16,14 +16,14 @@ from mixln_jax.planning.plan import Plan, arithmetic, compile_plan
 from mixln_jax.planning.topology import Topology
 from mixln_jax.training.loop import check_batches
 
-REMAT = ("full", "dots_no_batch", "dots", "none")  # the least memory first
+REMAT = ("full", "dots_no_batch", "dots", "none")  # from least to most memory
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 TENSOR = (1, 2, 4, 8)
-NOT_TRIED = "not tried: as many as max_compilations allows were compiled before"
+NOT_TRIED = "not tried: max_compilations was reached"
 
 
 class Candidate(NamedTuple):
-  """What a search varies of a config."""
+  """The values of the config fields that a search varies."""
 
   mesh: tuple[tuple[str, int], ...]
   remat: str
@@ -31,7 +31,7 @@ class Candidate(NamedTuple):
 
   @property
   def flags(self) -> str:
-    """The overrides of a config that make it, as a command takes them."""
+    """The candidate as config overrides of a command."""
     mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in self.mesh)
     return f"--config.model.remat={self.remat} --config.train.micro_batches={self.micro_batches} {mesh}"
 
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
     return f"{mesh}, remat {self.remat}, micro-batches {self.micro_batches}"
 
   def needs_at_least(self, other: "Candidate") -> bool:
-    """Whether it takes at least as much memory as another: the same mesh, no more recomputed, no smaller pieces."""
+    """Whether it needs at least as much memory as another: same mesh, no more remat, no more micro-batches."""
     return (
       self.mesh == other.mesh
       and REMAT.index(self.remat) >= REMAT.index(other.remat)
@@ -51,7 +51,7 @@ class Candidate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-  """A candidate, and either its plan or why it has none."""
+  """A candidate with its plan, or with the reason why it has none or does not fit."""
 
   candidate: Candidate
   plan: Plan | None
@@ -59,7 +59,7 @@ class Tried:
 
   @property
   def rank(self) -> tuple[float, float]:
-    """Seconds a step, then memory; without an estimate the work that is executed."""
+    """Seconds per step (without an estimate, executed FLOPs per token), then memory."""
     assert self.plan is not None
     estimate, made = self.plan.estimate, self.plan.compiled
     memory = made.memory.total if made and made.memory else 0
@@ -76,26 +76,27 @@ def search(
   report: Callable[[str], None],
   tried: list[Tried] | None = None,
 ) -> list[Tried]:
-  """Compiles up to `max_compilations` candidates, the config as it is first, then the most promising.
+  """Compiles up to `max_compilations` candidates: first the unchanged config, then the most promising ones.
 
-  A candidate that needs at least as much as another one, which did not fit, is not compiled. Candidates that the mesh
-  does not divide, or whose state alone is too large, cost nothing.
+  A candidate is not compiled if it needs at least as much memory as one that did not fit, if its mesh does not divide
+  the model or batch, or if its state alone is too large.
 
   Args:
-    config: what is varied.
-    topology: what it would run on.
-    devices: those of the topology.
-    max_compilations: how many candidates are compiled.
-    efficiency: fraction of the peak that is assumed.
-    report: gets a line for each compilation.
-    tried: an empty list that gets each candidate when it is known; a search that is stopped leaves them there.
+    config: the config to vary.
+    topology: the devices to plan for.
+    devices: the devices of the topology.
+    max_compilations: the most candidates to compile.
+    efficiency: the assumed fraction of the peak.
+    report: called with a line for each compilation.
+    tried: an empty list to which each candidate is added as soon as its result is known, so that an interrupted search
+      keeps its results.
 
   Returns:
     All candidates, `ranked`.
   """
   tried = [] if tried is None else tried
   compilations = 0
-  own = _own(config, topology)
+  own = _unchanged(config, topology)
   for candidate, plan, reason in _ordered(config, topology, efficiency, own):
     smaller = _too_large_and_needs_no_more(candidate, tried)
     if plan is None:
@@ -113,16 +114,16 @@ def search(
 
 
 def ranked(tried: Sequence[Tried]) -> list[Tried]:
-  """First those that fit, the fastest by estimate before the others; then all others."""
-  fitting = sorted((one for one in tried if _fits(one)), key=lambda one: one.rank)
-  return fitting + [one for one in tried if not _fits(one)]
+  """The candidates that fit, from the fastest by estimate, and then all others."""
+  fitting = sorted((result for result in tried if _fits(result)), key=lambda result: result.rank)
+  return fitting + [result for result in tried if not _fits(result)]
 
 
 def _too_large_and_needs_no_more(candidate: Candidate, tried: Sequence[Tried]) -> Candidate | None:
-  """One that was compiled, did not fit, and needs no more memory than the candidate."""
-  for one in tried:
-    if one.plan is not None and not _fits(one) and candidate.needs_at_least(one.candidate):
-      return one.candidate
+  """A candidate that was compiled, did not fit, and needs no more memory than this one; None if there is none."""
+  for result in tried:
+    if result.plan is not None and not _fits(result) and candidate.needs_at_least(result.candidate):
+      return result.candidate
   return None
 
 
@@ -142,12 +143,12 @@ def _outcome(tried: Tried) -> str:
   made = tried.plan and tried.plan.compiled
   if tried.reason or not made or not made.memory or not tried.plan:
     return tried.reason
-  time = f", {tried.plan.estimate.step:.3g} s a step (estimate)" if tried.plan.estimate else ""
+  time = f", {tried.plan.estimate.step:.3g} s per step (estimate)" if tried.plan.estimate else ""
   return f"{made.memory.total / 1e9:.2f} GB{time}; compiled in {made.seconds:.0f} s"
 
 
-def _own(config: Config, topology: Topology) -> Candidate:
-  """The config as it is."""
+def _unchanged(config: Config, topology: Topology) -> Candidate:
+  """The candidate with the values of the config itself."""
   whole, slices = arithmetic(config, topology).mesh, config.mesh
   mesh = (
     ("data", whole["data"] // slices.dcn_data),
@@ -160,11 +161,11 @@ def _own(config: Config, topology: Topology) -> Candidate:
 def _ordered(
   config: Config, topology: Topology, efficiency: float, own: Candidate
 ) -> Iterator[tuple[Candidate, Plan | None, str]]:
-  """Each candidate with its plan before it is compiled, or why there is none: `own`, then by a guess of their time."""
+  """Each candidate with its uncompiled plan, or the reason why there is none; `own` first, then by estimated time."""
   found: list[tuple[Candidate, Plan | None, str]] = []
   micro_batches = [number for number in MICRO_BATCHES if config.train.batch_size % number == 0]
   for mesh in dict.fromkeys((own.mesh, *_meshes(config, topology))):
-    # Shapes and shardings are those of the mesh, whatever is recomputed and however the batch is cut.
+    # Shapes and shardings depend on the mesh only, not on remat or micro-batches.
     first = Candidate(mesh, REMAT[0], 1)
     try:
       plan = arithmetic(_changed(config, first), topology, efficiency)
@@ -173,11 +174,11 @@ def _ordered(
       continue
     if plan.fits is False:
       size = f"{sum(plan.counted) / 1e9:.2f} GB"
-      found.append((first, None, f"parameters, moments and batch alone take {size} a device"))
+      found.append((first, None, f"parameters, moments and batch alone take {size} per device"))
       continue
     of_mesh = [Candidate(mesh, remat, number) for remat, number in itertools.product(REMAT, micro_batches)]
     if mesh == own.mesh:
-      of_mesh.append(own)  # its number of micro-batches may be another
+      of_mesh.append(own)  # its number of micro-batches may not be in MICRO_BATCHES
     for candidate in dict.fromkeys(of_mesh):
       changed = _changed(config, candidate)
       try:
@@ -187,8 +188,8 @@ def _ordered(
       else:
         found.append((candidate, dataclasses.replace(plan, config=changed), ""))
 
-  def order(one: tuple[Candidate, Plan | None, str]) -> tuple[bool, tuple[bool, float]]:
-    candidate, plan, _ = one
+  def order(entry: tuple[Candidate, Plan | None, str]) -> tuple[bool, tuple[bool, float]]:
+    candidate, plan, _ = entry
     return plan is not None and candidate != own, _guess(plan)
 
   return iter(sorted(found, key=order))
@@ -202,7 +203,7 @@ def _changed(config: Config, candidate: Candidate) -> Config:
 
 
 def _meshes(config: Config, topology: Topology) -> list[tuple[tuple[str, int], ...]]:
-  """Shapes data × fsdp × tensor of a slice: parameters over all of it, over a quarter of it, or over tensor alone."""
+  """Shapes data × fsdp × tensor of a slice, with fsdp over all, a quarter or none of the devices left by tensor."""
   fixed = config.mesh.run * config.mesh.sequence
   devices = topology.num_devices // topology.num_slices
   if fixed < 1 or devices % fixed:
@@ -220,7 +221,7 @@ def _meshes(config: Config, topology: Topology) -> list[tuple[tuple[str, int], .
 
 
 def _guess(plan: Plan | None) -> tuple[bool, float]:
-  """The order in which candidates are tried, and nothing else: first those that may fit, by a guess of their time."""
+  """A sort key, used only for the order in which candidates are tried: those that may fit first, by estimated time."""
   if plan is None:
     return False, 0.0
   too_large = plan.device is not None and _guess_bytes(plan) > plan.device.memory_bytes
@@ -228,7 +229,7 @@ def _guess(plan: Plan | None) -> tuple[bool, float]:
 
 
 def _guess_bytes(plan: Plan) -> float:
-  """Memory of a device: arguments, fp32 gradients, logits and their gradient, and what the scan saves of each layer."""
+  """Estimated memory of a device: arguments, fp32 gradients, logits and their gradient, saved activations of layers."""
   model, mesh, length = plan.config.model, plan.mesh, plan.config.data.sequence_length
   width = jnp.dtype(model.dtype).itemsize
   tokens = plan.tokens_per_step / (mesh["data"] * mesh["fsdp"] * plan.config.train.micro_batches)
@@ -242,10 +243,10 @@ def _guess_bytes(plan: Plan) -> float:
 
 
 def _guess_seconds(plan: Plan) -> float:
-  """Time of a step.
+  """Estimated time of a step: the longer of compute and network.
 
-  Products at the assumed efficiency, or the traffic of weights (gathered twice and reduced once a micro-batch over
-  fsdp, reduced over data) and of activations (four all-reduces a layer over tensor), whichever takes longer.
+  Compute is the matrix products at the assumed efficiency. Network is the traffic of weights (per micro-batch, gathered
+  twice and reduced once over fsdp; reduced over data) and of activations (four all-reduces per layer over tensor).
   """
   model, mesh = plan.config.model, plan.mesh
   if plan.device is None:

@@ -1,4 +1,4 @@
-"""A plan, and a search, as lines for a person."""
+"""A plan, and a search, as text."""
 
 from collections.abc import Iterator, Sequence
 
@@ -24,11 +24,11 @@ def _lines(plan: Plan) -> Iterator[str]:
   yield f"model      {plan.parameters / 1e6:.2f} M parameters, {shape}"
   yield f"devices    {topology.name}{slices}: {topology.num_devices} × {topology.device_kind}, mesh: {mesh}"
   yield (
-    f"FLOPs      {plan.model_flops_per_token:.4g} a token (counted); {plan.executed_flops_per_token:.4g} are executed "
-    f"(masked positions, and what remat={config.model.remat} recomputes)"
+    f"FLOPs      {plan.model_flops_per_token:.4g} per token (counted); {plan.executed_flops_per_token:.4g} are "
+    f"executed (with masked positions and what remat={config.model.remat} recomputes)"
   )
   if plan.update_flops:
-    yield f"           {plan.update_flops:.4g} an update of {config.optimizer.name}, on each device (counted)"
+    yield f"           {plan.update_flops:.4g} per update of {config.optimizer.name}, on each device (counted)"
   yield (
     f"step       {config.train.batch_size} × {config.data.sequence_length} = {plan.tokens_per_step:,} tokens in "
     f"{config.train.micro_batches} micro-batches"
@@ -48,7 +48,7 @@ def _gb(size: float) -> str:
 def _memory(plan: Plan) -> Iterator[str]:
   counted, device, made = plan.counted, plan.device, plan.compiled
   kinds = ", ".join(f"{kind} {_gb(size)}" for kind, size in counted._asdict().items() if kind != "counters")
-  yield f"memory     GB a device, counted: {kinds} = {_gb(sum(counted))}"
+  yield f"memory     GB per device, counted: {kinds} = {_gb(sum(counted))}"
   if made and made.memory:
     memory = made.memory
     yield (
@@ -108,7 +108,7 @@ def _terms(plan: Plan, estimate: Estimate) -> Iterator[str]:
   assert device is not None
   flops = plan.executed_flops_per_token * plan.tokens_per_step / plan.topology.num_devices + plan.update_flops
   yield (
-    f"           compute  {estimate.compute:>8.3g} s = {flops / 1e12:.4g} TFLOP a device / ({plan.efficiency:g} "
+    f"           compute  {estimate.compute:>8.3g} s = {flops / 1e12:.4g} TFLOP per device / ({plan.efficiency:g} "
     f"(assumed) × {device.peak_flops / 1e12:g} TFLOP/s)"
   )
   if plan.compiler_seconds is not None and made and made.traffic:
@@ -130,9 +130,9 @@ def _terms(plan: Plan, estimate: Estimate) -> Iterator[str]:
 
 
 def describe_search(tried: Sequence[Tried]) -> str:
-  """The ranking, what did not fit, and the flags of the best."""
+  """The ranking, the candidates that do not fit, and the flags of the best one."""
   fitting = [one for one in tried if one.plan and not one.reason]
-  rows = [("rank", "GB a device", "s a step", "tokens/s", "candidate (times are estimates)")]
+  rows = [("rank", "GB per device", "s per step", "tokens/s", "candidate (times are estimates)")]
   for rank, one in enumerate(fitting, 1):
     assert one.plan is not None
     made, estimate = one.plan.compiled, one.plan.estimate

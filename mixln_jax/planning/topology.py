@@ -1,4 +1,4 @@
-"""Devices to plan for: a TPU slice that is not here, as libtpu's compiler knows it, or the devices of this process."""
+"""Devices to plan for: a TPU slice that libtpu can compile for without having it, or the devices of this process."""
 
 import importlib.util
 import math
@@ -20,7 +20,7 @@ class _Tpu(NamedTuple):
   options: dict[str, Any]
 
 
-# libtpu counts the two cores of a v4 chip as devices unless it is told to join them, as a TPU VM does.
+# By default libtpu counts the two cores of a v4 chip as devices; a TPU VM joins them (megacore).
 TPUS = {
   "v4": _Tpu("TPU v4", 3, {"chip_config_name": "megacore"}),
   "v5e": _Tpu("TPU v5 lite", 2, {}),
@@ -30,17 +30,17 @@ TPUS = {
 
 
 class MissingLibtpuError(InputError):
-  """libtpu is not installed: nothing can be compiled for a TPU."""
+  """libtpu is not installed, so nothing can be compiled for a TPU."""
 
 
 class Topology(NamedTuple):
-  """What a run would have.
+  """The devices of a planned run.
 
   Attributes:
-    name: as it was given.
-    num_slices: more than one where config.mesh.dcn_* says so.
+    name: the name that was given to `parse`.
+    num_slices: from config.mesh.dcn_*.
     num_devices: in all slices together.
-    device_kind: as JAX names the devices.
+    device_kind: JAX's name of the devices.
   """
 
   name: str
@@ -50,12 +50,12 @@ class Topology(NamedTuple):
 
 
 def parse(name: str, config: Config) -> Topology:
-  """The topology of a name.
+  """The topology with a name.
 
   Args:
-    name: `v5e:4x4`, `v5p:2x2x4`, …, chips along each dimension of one slice; `cpu` or `gpu`, the devices of this
-      process.
-    config: its mesh.dcn_* says how many slices there are.
+    name: the chips along each dimension of one slice, as in `v5e:4x4` or `v5p:2x2x4`; or `cpu` or `gpu`, for the
+      devices of this process.
+    config: the config, whose mesh.dcn_* is the number of slices.
 
   Raises:
     InputError: there is no such topology.
@@ -66,7 +66,7 @@ def parse(name: str, config: Config) -> Topology:
     devices = _here(name)
     return Topology(name, 1, len(devices), devices[0].device_kind)
   if -1 in slices:
-    raise InputError(f"topology={name}: say in config.mesh.dcn_* how many slices there are, without -1")
+    raise InputError(f"topology={name}: set config.mesh.dcn_* to the number of slices, without -1")
   match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
   if match is None or match.group(1) not in TPUS:
     raise InputError(
@@ -90,11 +90,11 @@ def _here(platform: str) -> list[Any]:
 
 
 def devices(topology: Topology) -> list[Any]:
-  """The devices of a topology, of which those of a TPU can only be compiled for.
+  """The devices of a topology; for TPUs, one can only compile for them.
 
   Raises:
-    MissingLibtpuError: it is a TPU's, and libtpu is not installed.
-    InputError: libtpu knows no such slice.
+    MissingLibtpuError: it is a TPU slice, and libtpu is not installed.
+    InputError: libtpu does not know this slice.
   """
   if topology.name in HERE:
     return _here(topology.name)

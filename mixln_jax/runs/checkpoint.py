@@ -1,7 +1,7 @@
-"""Checkpoints through orbax: written in the background, atomic, restored onto any mesh.
+"""Checkpoints with orbax: written in the background, atomic, and restorable onto any mesh.
 
-A checkpoint is one thing: named trees (`params`, and `rest` of the train state, so that parameters can be read alone)
-and the facts that say what they are (config, placement table, data fingerprint).
+A checkpoint has named trees (`params`, and `rest` of the train state, so that parameters can be read alone) and the
+facts that describe them (config, placement table, data fingerprint).
 """
 
 import contextlib
@@ -28,22 +28,21 @@ from mixln_jax.runs.remote import as_unreachable
 T = TypeVar("T")
 
 METRIC = "validation_loss"
-SUMS, SEAL = "bit_sums", "sha256"  # facts that say whether the rest is what was written
+SUMS, SEAL = "bit_sums", "sha256"  # facts to verify the trees and the other facts
 
-
-_DESCRIPTIONS = ("metrics/metrics", "_CHECKPOINT_METADATA")  # files of a checkpoint that orbax reads to list it
+_DESCRIPTIONS = ("metrics/metrics", "_CHECKPOINT_METADATA")  # the files that orbax reads to list checkpoints
 _FACTS: Kinds = {"config": OBJECT.optional(), "fingerprint": TEXT.optional(), SUMS: OBJECT}
 
-# A reader has no lock: the process that trains may remove what it reads, file by file.
+# A reader has no lock: the training process may remove the checkpoint that it reads, file by file.
 REMOVAL_SECONDS, POLL_SECONDS = 3.0, 0.05
 
 
 class DamagedError(InputError):
-  """A checkpoint is not what was written."""
+  """A checkpoint differs from what was written."""
 
 
 class RemovedError(InputError):
-  """A checkpoint was removed while it was read: the run trains, and has newer ones."""
+  """A checkpoint was removed while it was read, because the run is training and has newer ones."""
 
 
 class Checkpoints:
@@ -59,13 +58,15 @@ class Checkpoints:
     read_only: bool = False,
     check_held: Callable[[], None] = lambda: None,
   ):
-    """Keeps the `keep_last` newest, the `keep_best` of lowest validation loss, and those of `keep_steps`.
+    """Opens the checkpoints of a folder.
 
     Args:
-      folder: on a disk or in a bucket.
-      keep_last, keep_best, keep_steps: as above.
-      read_only: nothing is made or removed.
-      check_held: raises where this process no longer holds the run; asked while something is waited for.
+      folder: the folder, on a disk or in a bucket.
+      keep_last: how many of the newest checkpoints to keep.
+      keep_best: how many of the checkpoints with the lowest validation loss to keep.
+      keep_steps: steps whose checkpoints are always kept.
+      read_only: create and remove nothing.
+      check_held: raises if this process no longer holds the run's lock; it is called while waiting.
     """
     self._folder, self._check_held = str(folder).rstrip("/"), check_held
     managers = checkpoint_managers
@@ -94,17 +95,17 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _reached(self, what: str) -> Iterator[None]:
-    """Says each minute what is waited for; raises as `_named`."""
+    """Prints once a minute what is waited for; converts errors as `_named` does."""
     with self._named(), waiting.said(f"{what} ({self._folder})"):
       yield
 
   @contextlib.contextmanager
   def _named(self) -> Iterator[None]:
-    """What orbax and tensorstore raise as what it is.
+    """Converts errors of orbax and tensorstore.
 
     Raises:
-      UnreachableError: the checkpoints lie in a bucket that can't be reached.
-      TryAgainError: a thread of orbax met it, for instance that the lock was lost.
+      UnreachableError: the checkpoints are in a bucket that can't be reached.
+      TryAgainError: one was raised in a thread of orbax, for instance because the lock was lost.
     """
     try:
       yield
@@ -124,14 +125,14 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def best_step(self) -> int | None:
-    """The one of lowest validation loss; None where none was evaluated."""
+    """The step of lowest validation loss; None if no checkpoint was evaluated."""
     try:
       return self._manager.best_step()
     except (TypeError, LookupError) as error:
       raise _damaged_description(epath.Path(self._manager.directory), error) from error
 
   def _looking(self, look: Callable[[], T]) -> T:
-    """The result of a look at the folder; a reader's is repeated where a checkpoint was removed during it."""
+    """Calls `look`, which reads the folder; a reader calls it again if a checkpoint was removed meanwhile."""
     deadline = time.monotonic() + REMOVAL_SECONDS
     while True:
       try:
@@ -145,7 +146,7 @@ class Checkpoints:
   ) -> None:
     """Starts to write a checkpoint; returns once the trees are copied.
 
-    With it goes the exact sum of each tensor's bits: orbax restores a flipped bit as another number without a word.
+    The facts include the exact sum of each tensor's bits, because orbax does not detect flipped bits on restore.
 
     Raises:
       UnreachableError: the bucket can't be reached.
@@ -163,31 +164,29 @@ class Checkpoints:
       raise RuntimeError(f"orbax did not save the checkpoint of step {step}; the folder has {self.all_steps()}")
 
   def facts(self, step: int) -> dict[str, Any]:
-    """What a checkpoint is: `config`, `placement`, `fingerprint`.
+    """The facts of a checkpoint: `config`, `placement`, `fingerprint`, …
 
     Raises:
-      DamagedError: they can't be read, or are not those that were written.
-      RemovedError: the process that trains has removed the checkpoint.
+      DamagedError: they can't be read, or differ from what was written.
+      RemovedError: the training process has removed the checkpoint.
       UnreachableError: the bucket can't be reached.
-      Exception: of orbax, as it is, where a disk could not be reached or did not let us in.
+      Exception: an error of orbax, unchanged, if a disk could not be reached or denied access.
     """
     facts = self._restore(step, facts=ocp.args.JsonRestore())["facts"]
     try:
       if not isinstance(facts, dict) or facts.get(SEAL) != _seal(facts):
-        raise self._unreadable(step, "its facts are not those that were written")
+        raise self._unreadable(step, "its facts differ from what was written")
       check_kinds(facts, "facts", _FACTS)
     except (TypeError, RecursionError) as error:
       raise self._unreadable(step, one_line(error)) from error
     return facts
 
   def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Some or all of the trees, in the shapes, types and shardings of `abstract`.
+    """The trees named in `abstract`, with its shapes, types and shardings.
 
     Raises:
-      DamagedError: they can't be read, are of other shapes, or a tensor is not what was written, bit for bit.
-      RemovedError: the process that trains has removed the checkpoint.
-      UnreachableError: the bucket can't be reached.
-      Exception: of orbax, as it is, where a disk could not be reached or did not let us in.
+      DamagedError: the trees can't be read, have other shapes, or differ by any bit from what was written.
+      RemovedError, UnreachableError, Exception: as in `facts`.
     """
     expected = self.facts(step)[SUMS]
     restored = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
@@ -195,7 +194,7 @@ class Checkpoints:
     for tree_name, tree in trees.items():
       for name, total in _sums(tree).items():
         if expected.get(tree_name, {}).get(name) != total:
-          raise self._unreadable(step, f"{tree_name}/{name} is not what was written")
+          raise self._unreadable(step, f"{tree_name}/{name} differs from what was written")
     return trees
 
   def _restore(self, step: int, **items: Any) -> Any:
@@ -211,7 +210,7 @@ class Checkpoints:
       raise self._unreadable(step, reason) from error
 
   def _unreadable(self, step: int, reason: str) -> DamagedError | RemovedError:
-    """The error for a checkpoint that can't be read: damaged, unless it is gone or going."""
+    """The error for a checkpoint that can't be read: it is damaged, unless it has been or is being removed."""
     folder = epath.Path(self._manager.directory) / str(step)
     deadline = time.monotonic() + (REMOVAL_SECONDS if self._read_only else 0.0)
     while folder.exists():
@@ -221,37 +220,37 @@ class Checkpoints:
     return RemovedError(f"{folder}: the checkpoint was removed while it was read; name a step that the run keeps")
 
   def move(self, steps: Iterable[int], target: epath.PathLike) -> None:
-    """Moves checkpoints into the folder `target`, which exists."""
+    """Moves checkpoints into the existing folder `target`."""
     with self._reached("checkpoints to be moved"):
       for step in steps:
         (epath.Path(self._manager.directory) / str(step)).rename(epath.Path(target) / str(step))
       self._manager.reload()
 
   def reload(self) -> None:
-    """Looks at the folder again, after another process changed it."""
+    """Reads the folder again, after another process changed it."""
     with self._reached("the checkpoints to be listed"):
       self._looking(self._manager.reload)
 
   def check(self) -> None:
-    """Raises what went wrong in the background since the last save, and where the run is no longer this process's."""
+    """Raises errors of background saves, and LostLockError if this process no longer holds the run."""
     self._check_held()
     with self._named():
       self._manager.check_for_errors()
 
   def wait(self) -> None:
-    """Waits until all is written; raises what went wrong in the background, as `save` does."""
+    """Waits until everything is written; raises errors of background saves, as `save` does."""
     with self._reached("a checkpoint to be written"):
       waiting.until_done(self._manager.wait_until_finished, self._check_held)
 
   def close(self) -> None:
-    """Waits and closes; raises what went wrong in the background."""
+    """Waits and closes; raises errors of background saves."""
     self.wait()
     with self._reached("the checkpoints to be closed"):
       self._manager.close()
 
 
 def _damaged_description(folder: epath.Path, error: Exception) -> InputError:
-  """The error for checkpoints that orbax can't even list, since what one of them says of itself is damaged."""
+  """The error for checkpoints that orbax can't list because the metadata of one of them is damaged."""
   for step in sorted(folder.iterdir()):
     for name in _DESCRIPTIONS:
       file = step / name
@@ -265,7 +264,7 @@ def _damaged_description(folder: epath.Path, error: Exception) -> InputError:
 
 @contextlib.contextmanager
 def _hints_silenced() -> Iterator[None]:
-  """While the context is open, orbax does not warn that what is opened to be read can't be written."""
+  """Within the context, orbax does not warn that read-only checkpoints can't be written."""
   logger = logging.getLogger("absl")
   level = logger.level
   logger.setLevel(logging.ERROR)
@@ -280,6 +279,6 @@ def _sums(tree: Any) -> dict[str, int]:
 
 
 def _seal(facts: Mapping[str, Any]) -> str:
-  """Hash over all facts but itself."""
+  """A hash of all facts except the seal itself."""
   content = {name: value for name, value in facts.items() if name != SEAL}
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run says of itself besides numbers: its config, the machine and code that ran it, its parameters."""
+"""The facts that a run records: its config, the machine and code that ran it, its parameters."""
 
 import hashlib
 import importlib.metadata
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 def read_config(folder: RunFolder) -> Config:
-  """The config of a run, perhaps of an earlier version.
+  """The config of a run, which an earlier version may have written.
 
   Raises:
     InputError: the folder holds no run, its config.json is damaged, or it has a field that this version does not know.
@@ -52,7 +52,7 @@ def read_config(folder: RunFolder) -> Config:
 
 
 def read_environment(folder: RunFolder) -> dict[str, Any]:
-  """The environment.json of a run; empty where it has none, or one that can't be read."""
+  """The environment.json of a run; empty if it is missing or can't be read."""
   try:
     return folder.facts(ENVIRONMENT, {"version": TEXT.optional(), "git": TEXT.optional()}) or {}
   except InputError:
@@ -60,7 +60,7 @@ def read_environment(folder: RunFolder) -> dict[str, Any]:
 
 
 def written_by(folder: RunFolder) -> str:
-  """The version of this package that last trained a run, as its environment.json says, in words."""
+  """The version of this package that last trained a run, in words, from its environment.json."""
   environment = read_environment(folder)
   if not environment:
     return "another version"
@@ -86,29 +86,30 @@ def environment() -> dict[str, Any]:
   }
 
 
-COMPUTES = ("train_step", "devices", "xla_flags")  # facts of an environment that decide a run's bits
+COMPUTES = ("train_step", "devices", "xla_flags")  # facts of an environment that can change a run's bits
 
 
 def environment_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """What of two environments decides a run's bits and differs, in words; a fact that `old` lacks is left out."""
+  """The differences between two environments that can change a run's bits, in words. Facts missing in `old` are left
+  out."""
   stated = [name for name in COMPUTES if name in old]
   changes = _changes_of(old, new, stated)
   changes += _changes_of(old.get("packages"), new.get("packages", {}), ("jax", "jaxlib"))
-  tuned, tunes_now = old.get("tuning"), new.get("tuning", {})
-  known = tuned if isinstance(tuned, Mapping) else {}
-  changes += _changes_of(tuned, tunes_now, tuple(dict.fromkeys((*known, *tunes_now))))
+  old_tuning, new_tuning = old.get("tuning"), new.get("tuning", {})
+  old_names = tuple(old_tuning) if isinstance(old_tuning, Mapping) else ()
+  changes += _changes_of(old_tuning, new_tuning, tuple(dict.fromkeys((*old_names, *new_tuning))))
   return changes
 
 
 def _changes_of(old: Any, new: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-  """What differs of a group of facts; nothing where `old`, of a file, is no such group."""
+  """The differences within a group of facts, in words; none if `old`, which comes from a file, is not a mapping."""
   if not isinstance(old, Mapping):
     return []
   return [f"{name} {shown(old.get(name))} -> {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
 
 
 def code_hash() -> str:
-  """A hash of this package's source files: what runs, whether or not it lies in a repository."""
+  """A hash of this package's source files, which also identifies code outside a git repository."""
   root = Path(__file__).parents[1]
   digest = hashlib.sha256()
   for path in sorted(root.rglob("*.py")):
@@ -128,28 +129,28 @@ def _git_revision() -> str | None:
 
 
 def parameter_table(params: Any, count: int) -> str:
-  """parameters.txt: a line a tensor (name, shape, type, how it is sharded, what one device holds of it, its size), as
-  stored, and the model's own count.
+  """The content of parameters.txt: one line per stored tensor, and the model's own count.
+
+  A line has the tensor's name, shape, type, sharding, shape on one device, and size.
 
   Args:
     params: a tree of arrays, or of shapes with shardings.
-    count: parameters that the model has, without what is only stored (columns that pad the MLP, unused gains).
+    count: the number of parameters of the model, without padding of the MLP and unused gains.
   """
   rows = [("name", "shape", "dtype", "sharding", "on a device", "size")]
-  total = held = 0
+  total = on_one_device = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     shape, piece = tuple(leaf.shape), leaf.sharding.shard_shape(leaf.shape)
     rows.append((name, str(shape), str(leaf.dtype), describe_sharding(leaf.sharding), str(piece), f"{leaf.size:,}"))
     total += leaf.size
-    held += math.prod(piece)
-  return (
-    "\n".join([*aligned(rows), f"stored {total:,}, of which a device holds {held:,}", f"parameters {count:,}"]) + "\n"
-  )
+    on_one_device += math.prod(piece)
+  sizes = f"stored {total:,}, of which a device holds {on_one_device:,}"
+  return "\n".join([*aligned(rows), sizes, f"parameters {count:,}"]) + "\n"
 
 
 def describe_sharding(sharding: Any) -> str:
-  """How a tensor lies on the mesh, in words: `axis 1 over fsdp 4, axis 2 over tensor 2`; `whole on every device`."""
+  """A sharding in words, such as `axis 1 over fsdp 4, axis 2 over tensor 2`, or `whole on every device`."""
   cuts = []
   for number, entry in enumerate(getattr(sharding, "spec", ())):
     sizes = {axis: sharding.mesh.shape[axis] for axis in mesh_axes(entry)}

@@ -1,23 +1,23 @@
-"""What a run leaves on disk.
+"""The folder of a run.
 
-config.json        the config, one flat field a line
-placement.txt      the layer list, first layer first: post post post pre …
-parameters.txt     name, shape, type and size of each tensor, how it is sharded, what one device holds
-data.json          the records that it is trained on: their fingerprint, folder (absolute) and tokenizer
-tokenizer/         the tokenizer in its own format, so that a copied run generates anywhere
-start.json         of a fine-tuned run: the run and checkpoint that it started from, a hash of its weights' bits
-imported.json      of a run that `convert` made: where its weights come from, and how they were stored there
+config.json        the config, one flat field per line
+placement.txt      the layer list, from the first layer: post post post pre …
+parameters.txt     name, shape, type and size of each tensor, its sharding, and its shape on one device
+data.json          the records that the run is trained on: their fingerprint, folder (absolute) and tokenizer
+tokenizer/         the tokenizer in its own format, so that a copied run can generate anywhere
+start.json         for a fine-tuned run: the run and checkpoint that it started from, and a hash of those weights' bits
+imported.json      for a run that `convert` made: where its weights come from, and how they were stored there
 environment.json   versions, devices, git revision, command, hash of the training step's program
 initial_weights.json  a hash of the weights before the first update, and the sum of bits of each tensor
-metrics.jsonl      the truth: one object a line, each (split, step) once
-diagnostics.jsonl  statistics by layer, one object a line, each diagnostic step once
-changes.jsonl      fields that were changed when the run was resumed, and from which step
-non_finite_STEP/   batch and gradient norms of a step that could not be made
-damaged_STEP/      quarantined checkpoints that were not what was written
-diagnose/STEP/     what `diagnose` measured on the checkpoint of that step
-tasks/STEP/        what `evaluate --tasks` measured on it
-outcome.json       why the run ended, and with what
-checkpoints/       one folder a step
+metrics.jsonl      the metrics of record: one object per line, each (split, step) once
+diagnostics.jsonl  statistics by layer, one object per line, each diagnostic step once
+changes.jsonl      the fields that were changed when the run was resumed, and the step
+non_finite_STEP/   batch and gradient norms of a step whose update was not finite
+damaged_STEP/      quarantined checkpoints that differ from what was written
+diagnose/STEP/     the results of `diagnose` on the checkpoint of that step
+tasks/STEP/        the results of `evaluate --tasks` on that checkpoint
+outcome.json       how the run ended, with its last results
+checkpoints/       one folder per step
 tensorboard/  profile/
 """
 
@@ -63,12 +63,12 @@ class RunFolder:
   """A run's folder: on a disk, or `gs://BUCKET/FOLDER`.
 
   Attributes:
-    remote: the folder in a bucket; None on a disk.
-    address: the path or URL, as people and messages name it.
+    remote: the folder in a bucket; None if the run is on a disk.
+    address: the path or URL, for messages.
   """
 
   def __init__(self, path: str | Path):
-    """Raises InputError for a path that can't be a work directory: another URL, or one that lost a slash."""
+    """Raises InputError for a path that can't be a work directory: an unsupported URL, or one that lost a slash."""
     check_scheme(path, "workdir")
     self.remote = Remote(str(path)) if is_url(path) else None
     self._spool: Spool | None = None
@@ -78,7 +78,7 @@ class RunFolder:
 
   @property
   def path(self) -> Path:
-    """Where its small files lie on this machine: the folder itself; of one in a bucket, the copy of this process."""
+    """The folder of the small files on this machine: the run's folder, or this process's copy of it if in a bucket."""
     return self._local if self.remote is None else self.spool.folder
 
   @property
@@ -96,11 +96,11 @@ class RunFolder:
     return self.path / name
 
   def place(self, name: str) -> epath.Path:
-    """Where something large (checkpoints) of this name lies, which is never copied: on the disk, or in the bucket."""
+    """The path of a large entry (checkpoints), on the disk or in the bucket; large entries are never copied."""
     return epath.Path(self.address) / name
 
   def shown(self, path: Path) -> str:
-    """A path in the folder (`folder / name`) as messages name it: of a run in a bucket, where it will be there."""
+    """A path in the folder (`folder / name`) for messages; for a run in a bucket, its future URL there."""
     return f"{self.address}/{path.relative_to(self.path).as_posix()}"
 
   @property
@@ -108,7 +108,7 @@ class RunFolder:
     return self.remote.exists(CONFIG) if self.remote else (self / CONFIG).is_file()
 
   def occupants(self) -> list[str]:
-    """What lies in the folder; empty where there is none, or no folder.
+    """The names of the entries of the folder; empty if there are none, or no folder.
 
     Raises:
       InputError: the path is not a folder, or can't be read.
@@ -125,14 +125,14 @@ class RunFolder:
       ) from error
 
   def create(self, config_json: str) -> None:
-    """Makes the folder for a new run and writes its config, which makes it one; of several processes the first does.
+    """Creates the folder of a new run with its config.json, in the first process only.
 
     Raises:
       InputError: the path is not a folder, can't be written, or holds something else.
     """
     if not is_first():
       return
-    # What a process that died while it wrote the config left behind is no reason to refuse.
+    # Partial files, left by a process that died while writing the config, are ignored.
     occupied = [name for name in self.occupants() if not is_partial(name)]
     if occupied:
       raise InputError(
@@ -149,36 +149,37 @@ class RunFolder:
       raise InputError(f"workdir={self.path}: not writable ({error.strerror}); choose another folder") from error
 
   def check_shared(self, seconds: float = 60.0) -> None:
-    """Refuses a folder that another process made and that is not to be seen here.
+    """Checks that this process sees the folder that process 0 created.
 
     Raises:
-      InputError: it does not appear in so many seconds (a network file system may be late).
+      InputError: it does not appear within this time (a network file system may be late).
     """
     deadline = time.monotonic() + seconds
     while not self.has_run:
       if time.monotonic() > deadline:
         raise InputError(
-          f"workdir={self.address}: process 0 made the run there, and process {jax.process_index()} on "
+          f"workdir={self.address}: process 0 created the run there, but process {jax.process_index()} on "
           f"{platform.node()} does not see it; give a folder that all processes share, or gs://…"
         )
       time.sleep(0.5)
 
   def unused(self, name: str) -> Path:
-    """A path in the folder that does not exist: `name`, or `name_2`, … (`shown` is how messages name it)."""
+    """A path in the folder that does not exist yet: `name`, or `name_2`, … (use `shown` for messages)."""
     candidates = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
     return self / next(name for name in candidates if not ((self / name).exists() or self.place(name).exists()))
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
-    """Keeps a second process from writing to the run. Of several processes of one run the first one holds it for all;
-    the others meet it at `wait_for_all` after they entered, so that they hear of a lock that was refused.
+    """Holds the run's lock while the context is open, so that no other process writes to the run.
 
-    The lock says who holds it and since when, and its holder touches it while it lives (`runs/lock.py`).
+    If the run has several processes, the first one holds the lock for all. On a disk, the others enter at once; they
+    learn at their next `wait_for_all` whether the lock was refused. In a bucket, all processes enter together, and the
+    copy of the small files (`path`) exists while the lock is held.
 
-    Of a run in a bucket, the small files are there (`path`) while the lock is held, and all processes enter together.
+    The lock file says who holds it and since when, and the holder touches it regularly (`runs/lock.py`).
 
     Raises:
-      InputError: another process holds it, or the folder can't be written.
+      InputError: another process holds the lock, or the folder can't be written.
     """
     if self.remote is not None:
       with self._remote_lock():
@@ -198,18 +199,18 @@ class RunFolder:
         if is_first():
           self._lock = Lock(self.remote, LOCK, identity())
           stack.enter_context(self._lock())
-        wait_for_all("the lock of the run in the bucket")  # before, another run may still write what is fetched
+        wait_for_all("the lock of the run in the bucket")  # only then is no other run writing the files to fetch
         self.spool.fetch(skip=LOCK)
         if self._lock is not None and self._lock.taken_over:
           self.spool.claim(self._lock.check)
         try:
           yield
         except (LostLockError, UnreachableError):
-          raise  # nothing is ours to copy, or nothing can be; what the newest checkpoint needs was copied before it
+          raise  # nothing may or can be copied; the files of the newest checkpoint were copied before it
         except BaseException:
           try:
             self.copy_out()
-          except Exception as error:  # the first error is the one to tell
+          except Exception as error:  # the original error is raised below, this one only printed
             print(f"warning: {self.address} lacks what changed since the last checkpoint ({error})", file=sys.stderr)
           raise
         self.copy_out()
@@ -218,21 +219,21 @@ class RunFolder:
       self.leave()
 
   def leave(self) -> None:
-    """Removes the copy of a run in a bucket from this machine."""
+    """Removes this machine's copy of a run in a bucket."""
     if self._spool is not None:
       self._spool.remove()
       self._spool = None
 
   def check_held(self) -> None:
-    """Raises LostLockError where this process is known to hold the run no longer. It asks nobody."""
+    """Raises LostLockError if this process knows that it no longer holds the run; it makes no request."""
     if self._lock is not None:
       self._lock.check_clock()
 
   def copy_out(self) -> None:
-    """Copies what changed to the bucket; of several processes the first one does. Nothing is to be done on a disk.
+    """Copies changed files to the bucket, in the first process only; does nothing for a run on a disk.
 
     Raises:
-      LostLockError: another process has taken the run over, or may have.
+      LostLockError: another process has taken over the run, or may have.
       UnreachableError: the bucket can't be reached.
     """
     if self.remote is None or not is_first():
@@ -243,7 +244,7 @@ class RunFolder:
       self.spool.copy_out(self._lock.check)
 
   def read(self, name: str) -> str:
-    """A file of facts.
+    """The text of a file of facts.
 
     Raises:
       InputError: the folder holds no run, or the file can't be read.
@@ -256,21 +257,21 @@ class RunFolder:
       raise InputError(f"workdir={self.address}: no run there ({name}: {reason}); give the folder of a run") from error
 
   def fetched(self, name: str) -> Path:
-    """Where a file of the run can be read, as it is now: of a run in a bucket, a copy. There may be none."""
+    """The path where the current content of a file can be read, a copy if the run is in a bucket. It may not exist."""
     if self.remote is not None and self._lock is None:
       with contextlib.suppress(FileNotFoundError):
         self.remote.get(name, self.path / name)
     return self.path / name
 
   def facts(self, name: str, kinds: Kinds | None = None) -> dict[str, Any] | None:
-    """The object that a file of facts holds; None where there is no such file.
+    """The JSON object in a file of facts; None if there is no such file.
 
     Args:
-      name: of the file.
-      kinds: what its members must be.
+      name: the name of the file.
+      kinds: the required kinds of its members.
 
     Raises:
-      InputError: it can't be read, or holds something else.
+      InputError: the file can't be read, or its content is invalid.
     """
     try:
       text = self.read(name)
@@ -281,7 +282,7 @@ class RunFolder:
     return json_object(text, f"{self.address}/{name}", kinds)
 
   def write(self, name: str, text: str) -> None:
-    """Writes a file of facts, whole or not at all; of several processes the first one does."""
+    """Writes a file of facts atomically, in the first process only."""
     if not is_first():
       return
     write_whole(self / name, text)
@@ -290,10 +291,12 @@ class RunFolder:
     self.write(name, json.dumps(value, indent=1) + "\n")
 
   def make_writable(self, name: str, parameter: str = "output") -> None:
-    """Makes the folder, before anything is measured that `name` is to hold. Of several processes the first one does.
+    """Creates the folder and checks that it can be written, in the first process only.
+
+    Call it before a long measurement whose result goes to the file `name`.
 
     Raises:
-      InputError: nothing can be written there; `parameter` is what it was given as.
+      InputError: nothing can be written there; `parameter` is the name of the parameter in the message.
     """
     probe = f".{name}.partial"
     try:

@@ -1,11 +1,11 @@
-"""Google Cloud Storage as orbax sees it: Google's own client behind the few calls that fsspec and etils make.
+"""Google Cloud Storage for orbax: Google's own client behind the few calls that fsspec and etils make.
 
-gcsfs is not used for this. It reads a refusal or an outage as "there is no such folder" (a run would start anew beside
-its checkpoints), writes each small file in two requests, and asks for what is known: 218 requests a checkpoint of a
-small model against fewer than half here.
+gcsfs is not used for this. It reports a denied request or an outage as "there is no such folder" (a run would start
+from scratch beside its checkpoints), writes each small file in two requests, and repeats requests whose answer is
+known: 218 requests per checkpoint of a small model, against fewer than half here.
 
-Writes below a *guarded* folder are allowed only while its lock is held: what removes or moves asks first, and a
-checkpoint's commit file is made by the lock itself (`runs/remote_lock.py`).
+Writes below a *guarded* folder are allowed only while its lock is held: removing and moving check the lock first, and
+the lock itself creates a checkpoint's commit file (`runs/remote_lock.py`).
 """
 
 import contextlib
@@ -24,38 +24,38 @@ from fsspec.spec import AbstractFileSystem
 from mixln_jax.errors import InputError
 from mixln_jax.reach import code_of, why_unreachable
 
-COMMIT = "commit_success.txt"  # orbax: what makes a checkpoint in a bucket a checkpoint
-PATIENCE_SECONDS = 90.0  # how long a request is tried again while the bucket is away or busy
-TIMEOUT_SECONDS = (10.0, 60.0)  # of one try: to connect, and between two pieces of the answer
+COMMIT = "commit_success.txt"  # orbax: a checkpoint in a bucket is complete once this file exists
+PATIENCE_SECONDS = 90.0  # how long a request is retried while the bucket is unreachable or busy
+TIMEOUT_SECONDS = (10.0, 60.0)  # of one attempt: to connect, and between two parts of the answer
 FIELDS = "items(name,size,updated,generation),prefixes,nextPageToken"
-BATCH = 100  # deletions in a request; the most that Google takes
+BATCH = 100  # deletions per request; Google's maximum
 
 
 class Guard(Protocol):
-  """Who may write below a folder."""
+  """Checks whether this process may write below a folder."""
 
   def check_clock(self) -> None:
-    """Raises where this process is known not to be allowed any more."""
+    """Raises if it is known that this process may no longer write; makes no request."""
     ...
 
   def check(self) -> None:
-    """Raises where this process no longer may; it asks the bucket."""
+    """Raises if this process may no longer write; asks the bucket."""
     ...
 
   def commit(self, key: str) -> None:
-    """Makes the object, if this process still may at the moment in which it appears."""
+    """Creates the object, atomically on the condition that this process may still write."""
     ...
 
 
 class _Guarded(NamedTuple):
-  """A folder that this process alone may write below."""
+  """A folder that only this process may write below."""
 
   place: str  # BUCKET/FOLDER
   guard: Guard
-  seen: dict[str, dict[str, Any]]  # BUCKET/KEY -> what lies there: nobody else removes it, so it is asked for once
+  seen: dict[str, dict[str, Any]]  # cache, BUCKET/KEY -> info; valid because nobody else removes anything
 
   def is_commit(self, path: str) -> bool:
-    """Whether a path is what makes one of the folder's checkpoints a checkpoint."""
+    """Whether a path is the commit file of one of the folder's checkpoints."""
     return re.fullmatch(rf"{re.escape(self.place)}/(.*/)?\d+/{COMMIT}", path) is not None
 
 
@@ -64,25 +64,25 @@ _guarded: list[_Guarded] = []
 
 @contextlib.contextmanager
 def guarded(bucket: str, folder: str, guard: Guard) -> Iterator[None]:
-  """While the context is open, what this process writes below a folder is subject to `guard`."""
-  one = _Guarded(f"{bucket}/{folder}", guard, {})
-  _guarded.append(one)
+  """Within the context, `guard` controls this process's writes below a folder."""
+  guarded_folder = _Guarded(f"{bucket}/{folder}", guard, {})
+  _guarded.append(guarded_folder)
   try:
     yield
   finally:
-    _guarded.remove(one)
+    _guarded.remove(guarded_folder)
 
 
 def _guarded_at(path: str) -> _Guarded | None:
-  """The guarded folder that BUCKET/KEY lies in."""
-  for one in tuple(_guarded):
-    if path == one.place or path.startswith(f"{one.place}/"):
-      return one
+  """The guarded folder that contains BUCKET/KEY."""
+  for guarded_folder in tuple(_guarded):
+    if path == guarded_folder.place or path.startswith(f"{guarded_folder.place}/"):
+      return guarded_folder
   return None
 
 
 def _check_removal(path: str) -> None:
-  """Before something is removed: whether this process may; what is known of the folder no longer holds."""
+  """Checks before a removal whether this process may do it, and clears the cache of the folder."""
   guarded_folder = _guarded_at(path)
   if guarded_folder is not None:
     guarded_folder.guard.check()
@@ -90,7 +90,7 @@ def _check_removal(path: str) -> None:
 
 
 def client() -> Any:
-  """Google's client for this process; one for each emulator that the tests start.
+  """Google's client, one for each process and for each emulator that the tests start.
 
   Raises:
     ImportError: the package is not installed.
@@ -102,10 +102,10 @@ def client() -> Any:
 def _client(address: str, process: int) -> Any:
   from google.cloud import storage
 
-  del process  # it only tells the clients apart
-  # For its tracing, the client looks the bucket itself up after each 404, which takes rights that a run does not need.
+  del process  # only a key of the cache
+  # After each 404 the client's tracing would query the bucket itself, which needs rights that a run need not have.
   os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-  credentials = _emulators_credentials() if address else None  # of the machine
+  credentials = _emulators_credentials() if address else None  # None: those of the machine
   return storage.Client(project=None, credentials=credentials)  # objects need no project
 
 
@@ -114,13 +114,13 @@ def _emulators_credentials() -> Any:
 
   class Credentials(AnonymousCredentials):
     def refresh(self, request: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-      """None are needed; without this a status 401 would become an error that does not say so."""
+      """Does nothing. Without this method a status 401 would end in an error about refreshing credentials."""
 
   return Credentials()
 
 
 def options(seconds: float | None = None) -> dict[str, Any]:
-  """How each request is made: again while the bucket is away or busy, for so many seconds (PATIENCE_SECONDS)."""
+  """Options of each request: retry while the bucket is unreachable or busy, for `seconds` (PATIENCE_SECONDS)."""
   from google.api_core.retry import Retry
 
   retry = Retry(_may_pass, initial=0.5, maximum=8.0, multiplier=2.0, timeout=seconds or PATIENCE_SECONDS)
@@ -128,20 +128,20 @@ def options(seconds: float | None = None) -> dict[str, Any]:
 
 
 def _may_pass(error: Exception) -> bool:
-  """Whether a request is made again after an error; raises where this process may no longer write anyway."""
-  for one in tuple(_guarded):
-    one.guard.check_clock()
+  """Whether a request is retried after an error; raises if this process may no longer write."""
+  for guarded_folder in tuple(_guarded):
+    guarded_folder.guard.check_clock()
   return why_unreachable(error) is not None and code_of(error) not in (401, 403, 407)
 
 
 class Storage(AbstractFileSystem):
-  """`gs://` for etils, and so for orbax. Paths are BUCKET/KEY; a folder is what keys share."""
+  """`gs://` for etils, and thus for orbax. Paths are BUCKET/KEY; a folder is a common prefix of keys."""
 
   protocol = ("gcs", "gs")
-  cachable = False  # instances hold nothing
+  cachable = False  # instances have no state
 
   def info(self, path: str, **_: Any) -> dict[str, Any]:
-    """Raises FileNotFoundError where there is neither an object nor a folder."""
+    """Raises FileNotFoundError if there is neither an object nor a folder."""
     bucket, key = _split(path)
     if not key:
       return {"name": bucket, "size": 0, "type": "directory"}
@@ -149,15 +149,15 @@ class Storage(AbstractFileSystem):
     guarded_folder = _guarded_at(place)
     seen = {} if guarded_folder is None else guarded_folder.seen
     if place not in seen:
-      # One listing answers for both: the object itself, and the folder as the key with a slash.
+      # One listing finds both: the object itself, and the folder as the key with a slash.
       objects, folders = listed(bucket, key, delimiter="/")
-      seen.update({one["name"]: one for one in objects})
+      seen.update({entry["name"]: entry for entry in objects})
       seen.update({f"{bucket}/{folder.rstrip('/')}": _folder(f"{bucket}/{folder}") for folder in folders})
     if place not in seen:
       raise FileNotFoundError(f"gs://{place}")
     return seen[place]
 
-  def exists(self, path: str, **_: Any) -> bool:  # fsspec's own takes any error for a no
+  def exists(self, path: str, **_: Any) -> bool:  # fsspec's own method returns False on any error
     return self._type(path) is not None
 
   def isdir(self, path: str) -> bool:
@@ -173,19 +173,19 @@ class Storage(AbstractFileSystem):
       return None
 
   def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-    """Raises FileNotFoundError where there is no such folder."""
+    """Raises FileNotFoundError if there is no such folder."""
     bucket, key = _split(path)
     objects, folders = listed(bucket, f"{key}/" if key else "", delimiter="/")
     entries = [*objects, *(_folder(f"{bucket}/{name}") for name in sorted(folders))]
     if not entries:
-      entries = [self.info(path)]  # a file, or nothing
+      entries = [self.info(path)]  # a file, or FileNotFoundError
     return entries if detail else [entry["name"] for entry in entries]
 
   def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
-    """Folders are not made: they are there with their first object."""
+    """Does nothing: a folder exists once it contains an object."""
 
   def makedirs(self, path: str, exist_ok: bool = False) -> None:
-    """As `mkdir`."""
+    """Does nothing, like `mkdir`."""
 
   def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
     blob = _blob(path)
@@ -210,20 +210,20 @@ class Storage(AbstractFileSystem):
     return _Written(self, path)
 
   def rm_file(self, path: str) -> None:
-    """Raises FileNotFoundError where there is no such object."""
+    """Raises FileNotFoundError if there is no such object."""
     place = "/".join(_split(path))
     guarded_folder = _guarded_at(place)
     if guarded_folder is not None:
       guarded_folder.guard.check_clock()
       guarded_folder.seen.pop(place, None)
       if _is_commit(place):
-        # orbax removes what it is about to write. There is none; and if there were, it would be another process's.
+        # orbax removes a commit file before it writes one. If one existed here, it would be another process's.
         raise FileNotFoundError(path)
     with not_found(path):
       _blob(path).delete(**options())
 
   def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:  # noqa: ARG002
-    """Removes an object, or with `recursive` all below a folder, its commit file first: it is no checkpoint then."""
+    """Removes an object, or with `recursive` a folder. The commit file goes first: the rest is no checkpoint."""
     if not recursive:
       self.rm_file(path)
       return
@@ -235,17 +235,17 @@ class Storage(AbstractFileSystem):
     _remove(bucket, names)
 
   def mv(self, path1: str, path2: str, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:  # noqa: ARG002
-    """Moves an object or a folder, its commit file last: a half is no checkpoint, neither here nor there."""
+    """Moves an object or a folder. The commit file is copied last, so that a partial copy is not a checkpoint."""
     (bucket, source), (target_bucket, target) = _split(path1), _split(path2)
     _check_removal(f"{bucket}/{source}")
     names = _names_below(bucket, source)
     if not names:
       raise FileNotFoundError(path1)
-    places = client().bucket(bucket), client().bucket(target_bucket)
+    source_bucket, destination = client().bucket(bucket), client().bucket(target_bucket)
     for name in sorted(names, key=_is_commit):
-      copied, token = places[1].blob(target + name.removeprefix(source)), None
+      copied, token = destination.blob(target + name.removeprefix(source)), None
       while True:
-        token, _, _ = copied.rewrite(places[0].blob(name), token=token, **options())
+        token, _, _ = copied.rewrite(source_bucket.blob(name), token=token, **options())
         if token is None:
           break
     _remove(bucket, names)
@@ -260,7 +260,7 @@ class _Written(io.BytesIO):
 
   def __exit__(self, *error: Any) -> None:
     if error[0] is not None:
-      super().close()  # a half is never written
+      super().close()  # a partial file is never uploaded
     super().__exit__(*error)
 
   def close(self) -> None:
@@ -285,22 +285,24 @@ def _blob(path: str) -> Any:
 
 
 def listed(bucket: str, prefix: str, delimiter: str | None) -> tuple[list[dict[str, Any]], set[str]]:
-  """The objects that begin with a prefix, up to the delimiter behind it, and the folders among them."""
-  found = client().list_blobs(bucket, prefix=prefix, delimiter=delimiter, fields=FIELDS, **options())
-  objects = [
-    {"name": f"{bucket}/{blob.name}", "size": blob.size or 0, "type": "file", "mtime": blob.updated} for blob in found
-  ]
-  return [one for one in objects if not one["name"].endswith("/")], set(found.prefixes)
+  """The objects whose keys begin with a prefix and have no delimiter after it, and the folders among them."""
+  blobs = client().list_blobs(bucket, prefix=prefix, delimiter=delimiter, fields=FIELDS, **options())
+  objects = []
+  for blob in blobs:
+    if not blob.name.endswith("/"):
+      entry = {"name": f"{bucket}/{blob.name}", "size": blob.size or 0, "type": "file", "mtime": blob.updated}
+      objects.append(entry)
+  return objects, set(blobs.prefixes)
 
 
 def _names_below(bucket: str, key: str) -> list[str]:
   """The keys of all objects at or below a key."""
-  found = client().list_blobs(bucket, prefix=key, fields=FIELDS, **options())
-  return [blob.name for blob in found if blob.name == key or blob.name.startswith(f"{key}/")]
+  blobs = client().list_blobs(bucket, prefix=key, fields=FIELDS, **options())
+  return [blob.name for blob in blobs if blob.name == key or blob.name.startswith(f"{key}/")]
 
 
 def upload(bucket: str, key: str, local: Path) -> None:
-  """Writes a file to an object."""
+  """Uploads a file to an object."""
   client().bucket(bucket).blob(key).upload_from_filename(str(local), **options())
 
 
@@ -323,7 +325,7 @@ def _remove_batch(place: Any, names: list[str]) -> None:
     with client().batch():
       for name in names:
         place.blob(name).delete(timeout=TIMEOUT_SECONDS)
-  except Exception:  # one of them is gone, or the bucket was away: the requests of a batch are not tried again
+  except Exception:  # an object is gone, or the bucket was unreachable; the requests of a batch are not retried
     for name in names:
       _remove_one(place, name)
 
@@ -337,7 +339,7 @@ def _remove_one(place: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def not_found(path: str) -> Iterator[None]:
-  """Google's error for what is not there as Python's."""
+  """Converts Google's error for a missing object to FileNotFoundError."""
   from google.api_core.exceptions import NotFound
 
   try:
@@ -347,7 +349,7 @@ def not_found(path: str) -> Iterator[None]:
 
 
 def register() -> None:
-  """Makes etils, and so orbax, use this for `gs://`; raises InputError where Google's client is not installed."""
+  """Makes etils, and thus orbax, use `Storage` for `gs://`. Raises InputError if Google's client is not installed."""
   try:
     import google.cloud.storage  # noqa: F401
   except ImportError as error:
@@ -360,7 +362,7 @@ _unraisablehook = sys.unraisablehook
 
 
 def _without_late_results(unraisable: Any) -> None:
-  """Of a save that failed, tensorstore still gives results to orbax's event loops, which are closed: a page each."""
+  """Hides the tracebacks of results that tensorstore passes to orbax's closed event loops after a failed save."""
   error = unraisable.exc_value
   if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
     _unraisablehook(unraisable)

@@ -1,4 +1,4 @@
-"""The lock of a run on a disk: who writes there, and whether that process is alive."""
+"""The lock of a run on a disk: which process writes to the run, and whether that process is alive."""
 
 import contextlib
 import datetime
@@ -16,17 +16,18 @@ from mixln_jax.errors import InputError, one_line
 from mixln_jax.files import TEXT, json_object
 from mixln_jax.text import printable
 
-STALE_SECONDS, TOUCH_SECONDS = 120.0, 15.0  # a holder that was silent for so long is presumed dead; how often it speaks
+STALE_SECONDS = 120.0  # a holder that did not touch its lock for this long is presumed dead
+TOUCH_SECONDS = 15.0  # how often a holder touches its lock
 POLL_SECONDS = 2.0
 
 
 def identity() -> dict[str, Any]:
-  """What a lock says of its holder: this process."""
+  """The description of this process as the holder of a lock."""
   return {"host": platform.node(), "process": os.getpid(), "since": datetime.datetime.now().astimezone().isoformat()}
 
 
 def holder_of(content: bytes | str) -> dict[str, Any]:
-  """Who a lock says holds it; empty where it does not."""
+  """The holder that the content of a lock names; empty if it names none."""
   try:
     return json_object(content, "the lock", {"host": TEXT.optional()})
   except InputError:
@@ -34,7 +35,7 @@ def holder_of(content: bytes | str) -> dict[str, Any]:
 
 
 def read_holder(path: Path) -> dict[str, Any]:
-  """Who a lock file says holds it; empty where there is no such file, or it does not say."""
+  """The holder that a lock file names; empty if there is no such file, or if it names none."""
   try:
     return holder_of(path.read_bytes())
   except OSError:
@@ -42,35 +43,35 @@ def read_holder(path: Path) -> dict[str, Any]:
 
 
 def describe_holder(holder: Mapping[str, Any]) -> str:
-  """One phrase for a person."""
+  """A holder as a phrase for messages."""
   words = ", ".join(f"{name} {value}" for name, value in holder.items() if name not in ("beat", "nonce"))
   return one_line(printable(words))
 
 
 def held_error(workdir: str, holder: Mapping[str, Any]) -> InputError:
   """The error for a work directory that another process writes to."""
-  who = describe_holder(holder) or "one that does not say who it is"
+  who = describe_holder(holder) or "unidentified"
   return InputError(f"workdir={workdir}: another process trains there ({who}); wait for it, or stop it")
 
 
 class Liveness:
   """Whether the holders of lock files on other machines are alive.
 
-  A living holder touches its file every TOUCH_SECONDS. One whose file did not change for STALE_SECONDS *by this
-  machine's clock* is presumed dead. The file's own time is never compared with this clock: it is the file server's, and
-  a clock that is ahead would take the lock from the living.
+  A living holder touches its file every TOUCH_SECONDS. A holder whose file did not change for STALE_SECONDS *by this
+  machine's clock* is presumed dead. The file's modification time is never compared with this clock: it comes from the
+  file server, and if one clock is ahead of the other, the lock of a living holder would be taken.
   """
 
   def __init__(self) -> None:
-    self._seen: dict[Path, tuple[float, float]] = {}  # path -> the file's time, and when it was first seen by ours
+    self._seen: dict[Path, tuple[float, float]] = {}  # path -> the file's time, and when this process first saw it
 
   def is_dead(self, path: Path) -> bool:
-    """Whether the file was watched for long enough without a sign of life."""
+    """Whether the file has been watched for STALE_SECONDS without a change."""
     seen, since = self._look(path)
     return path.stat().st_mtime == seen and time.monotonic() - since >= STALE_SECONDS
 
   def wait(self, path: Path) -> bool:
-    """Watches a file until its holder gives a sign of life (True) or is presumed dead (False)."""
+    """Watches a file until its holder touches it (True) or is presumed dead (False)."""
     seen, _ = self._look(path)
     while path.stat().st_mtime == seen:
       if self.is_dead(path):
@@ -87,17 +88,16 @@ class Liveness:
 
 @contextlib.contextmanager
 def lock(path: Path, workdir: str) -> Iterator[None]:
-  """Holds a lock file while the context is open, and touches it so that other machines see that we live.
+  """Holds a lock file while the context is open, and touches it so that other machines see that this process lives.
 
-  On one machine the system frees the lock of a process that died. A holder on another machine is watched
-  (`Liveness`).
+  The system frees the lock of a process on this machine that died. A holder on another machine is watched (`Liveness`).
 
   Args:
     path: the lock file.
-    workdir: what it locks, for messages.
+    workdir: the folder that it locks, for messages.
 
   Raises:
-    InputError: another process holds it, or the folder can't be written.
+    InputError: another process holds the lock, or the folder can't be written.
   """
   with contextlib.ExitStack() as stack:
     try:
@@ -122,9 +122,9 @@ def lock(path: Path, workdir: str) -> Iterator[None]:
 
 
 def is_held(path: Path, liveness: Liveness) -> bool:
-  """Whether another process holds a lock file; it looks, and takes nothing that a run could miss.
+  """Whether another process holds a lock file; it never blocks a run from taking the lock.
 
-  A holder on another machine counts as alive until `liveness` has watched it for long enough.
+  A holder on another machine counts as alive until `liveness` has watched it for STALE_SECONDS.
   """
   try:
     return is_held_elsewhere(path) and not liveness.is_dead(path)
@@ -138,7 +138,7 @@ def is_held_elsewhere(path: Path) -> bool:
   """Whether a lock file names a holder on another machine, dead or alive.
 
   Raises:
-    BlockingIOError: a process on this machine holds it, which lives for certain.
+    BlockingIOError: a process on this machine holds it, so it is alive.
     OSError: there is no such file.
   """
   with path.open("rb") as file:
@@ -158,7 +158,7 @@ def _overwrite(file: IO[str], text: str) -> None:
 
 @contextlib.contextmanager
 def _touched(path: Path) -> Iterator[None]:
-  """Touches a file now and then, until the context is left or the process is gone."""
+  """Touches a file every TOUCH_SECONDS while the context is open."""
 
   def touch() -> None:
     with contextlib.suppress(OSError):

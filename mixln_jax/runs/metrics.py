@@ -1,4 +1,4 @@
-"""metrics.jsonl, the truth, and its mirrors, which can never stop a run."""
+"""metrics.jsonl, the metrics of record, and its mirrors (TensorBoard, wandb), whose failures never stop a run."""
 
 import json
 import netrc
@@ -15,12 +15,12 @@ from mixln_jax.errors import InputError
 from mixln_jax.files import COUNT, NUMBER, TEXT, Kinds, json_number, read_json_lines, write_whole
 from mixln_jax.parallel.processes import is_first
 
-METRICS_LINE: Kinds = {"step": COUNT, "split": TEXT, "loss": NUMBER}  # and numbers, each under its name
-STEP_LINE: Kinds = {"step": COUNT}  # of the other files of lines
+METRICS_LINE: Kinds = {"step": COUNT, "split": TEXT, "loss": NUMBER}  # and further numbers by name
+STEP_LINE: Kinds = {"step": COUNT}  # in the other files of JSON lines
 
 
 class Mirror(Protocol):
-  """Somewhere else that metrics go."""
+  """Another destination of metrics."""
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None: ...
 
@@ -35,7 +35,7 @@ class TensorBoardMirror:
   """TensorBoard event files."""
 
   def __init__(self, folder: Path, purge_step: int):
-    """`purge_step`: TensorBoard hides what an earlier process wrote from this step on."""
+    """`purge_step`: TensorBoard hides what an earlier process wrote at this step and later."""
     import tensorboardX
 
     self._writer = tensorboardX.SummaryWriter(logdir=str(folder), purge_step=purge_step)
@@ -55,12 +55,12 @@ class TensorBoardMirror:
 
 
 class WandbMirror:
-  """Weights & Biases, where it is installed."""
+  """Weights & Biases, if it is installed."""
 
   def __init__(self, project: str, folder: Path, name: str, config: Mapping[str, Any]):
     import wandb  # pyright: ignore[reportMissingImports]
 
-    # The run's identity over there lies in its folder: a folder that is moved stays one run, a new one is another.
+    # The run's wandb id is stored in its folder, so that a moved folder is still the same run.
     path = folder / "wandb_id.txt"
     if not path.exists():
       path.write_text(uuid.uuid4().hex[:16])
@@ -81,14 +81,14 @@ class WandbMirror:
     self._run.log({name: self._image(pixels_HWC)}, step=step)
 
   def flush(self) -> None:
-    """It sends by itself."""
+    """Does nothing: wandb sends by itself."""
 
   def close(self) -> None:
     self._run.finish()
 
 
 def _has_wandb_key() -> bool:
-  """Whether wandb.init would find a key; without one it would ask, and a run would wait for the answer."""
+  """Whether wandb.init would find a key. Without one it would prompt for it, and the run would wait."""
   if "WANDB_API_KEY" in os.environ:
     return True
   try:
@@ -98,13 +98,13 @@ def _has_wandb_key() -> bool:
 
 
 class JsonLines:
-  """A file of JSON objects, one a line, each with its `step`. Of several processes the first one writes."""
+  """A file of JSON objects, one per line, each with its `step`. Only the first process writes."""
 
   def __init__(self, path: Path, start_step: int, kinds: Kinds = STEP_LINE):
-    """Opens it and cuts it back to `start_step`, the step that was restored (0 = empty).
+    """Opens the file and truncates it after the lines of `start_step`, the restored step (0 = empty).
 
     Raises:
-      InputError: a line other than the last one is not JSON, or a member is not of its kind.
+      InputError: a line other than the last one is not JSON, or a member has the wrong kind.
     """
     self._file = None
     if not is_first():
@@ -115,7 +115,7 @@ class JsonLines:
 
   @property
   def writes(self) -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this process writes the file."""
     return self._file is not None
 
   def write(self, line: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ class JsonLines:
 
 
 class Metrics:
-  """Writes each (split, step) once."""
+  """Writes metrics.jsonl and its mirrors; each (split, step) once."""
 
   def __init__(self, path: Path, start_step: int):
     """Opens metrics.jsonl as `JsonLines` does."""
@@ -137,7 +137,7 @@ class Metrics:
     self._lines = JsonLines(path, start_step, METRICS_LINE)
 
   def add_mirror(self, make: Any, *args: Any) -> None:
-    """Adds `make(*args)`; a mirror that can't be made is reported and left out."""
+    """Adds the mirror `make(*args)`; if it can't be created, prints a warning and goes without it."""
     if not self._lines.writes:
       return
     try:
@@ -152,7 +152,7 @@ class Metrics:
     self._tell_mirrors(lambda mirror: mirror.write(step, split, values), f"from step {step} on")
 
   def picture(self, step: int, name: str, draw: Callable[[], np.ndarray | None]) -> None:
-    """Gives the mirrors a picture, uint8 [height, width, 3], of a step; it is drawn only where there are any."""
+    """Sends a picture of a step, uint8 [height, width, 3], to the mirrors; it is drawn only if there are any."""
     if not self._mirrors:
       return
     try:
@@ -164,7 +164,7 @@ class Metrics:
       self._tell_mirrors(lambda mirror: mirror.picture(step, name, pixels_HWC), f"from step {step} on")
 
   def flush(self) -> None:
-    """Puts all that was written into the files."""
+    """Flushes the mirrors."""
     self._tell_mirrors(lambda mirror: mirror.flush(), "from here on")
 
   def _tell_mirrors(self, tell: Callable[[Mirror], None], when: str) -> None:
@@ -185,7 +185,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-  """All whole lines of a metrics.jsonl; none where there is none.
+  """All complete lines of a metrics.jsonl; none if there is no such file.
 
   Raises:
     InputError: a line is not an object with a step, a split, and numbers.
@@ -194,5 +194,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
   for line in lines:
     for name, value in line.items():
       if name != "split" and not NUMBER.fits(value):
-        raise InputError(f"{path}: {name} of step {line['step']} is not a number; mend or remove the file")
+        raise InputError(f"{path}: {name} of step {line['step']} is not a number; repair or remove the file")
   return lines

@@ -1,4 +1,4 @@
-"""How a run ended: `outcome.json`, its statuses, its one writer and its one reader."""
+"""How a run ended: `outcome.json`, with the functions that write and read it."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,7 @@ from mixln_jax.files import COUNT, FLAG, NUMBER, NUMBERS, OBJECT, TEXT, Kinds, c
 from mixln_jax.runs.folder import OUTCOME, RunFolder
 
 FINISHED, STOPPED, NON_FINITE, DIVERGED, FAILED = "finished", "stopped", "non_finite", "diverged", "failed"
-ENDED_ITSELF = (NON_FINITE, DIVERGED)  # it would end in the same way again
-
+ENDED_ITSELF = (NON_FINITE, DIVERGED)  # a repeated run would end in the same way
 
 _KINDS: Kinds = {
   "status": TEXT,
@@ -29,15 +28,16 @@ class Outcome(NamedTuple):
   """How a run ended.
 
   Attributes:
-    status: finished; stopped (by a signal: the same command resumes it); non_finite; diverged; or failed.
+    status: finished; stopped (by a signal; the same command resumes the run); non_finite; diverged; or failed.
     step: updates done when it ended.
     last_checkpoint: step of its newest checkpoint.
     validation: the last evaluation's line of metrics.jsonl.
-    best_validation: the line of lowest loss.
-    diverged: whether it was back, or stuck, at the unigram entropy of its data (last evaluation after the warm-up).
-    skipped_updates: of the whole run, because their loss or gradient was not finite.
-    seconds: of this process: total, compile, input, evaluation, checkpoint, steps, and the goodput.
-    message: one line for a person.
+    best_validation: the evaluation's line of lowest loss.
+    diverged: whether the loss was at the unigram entropy of the data, returned to it or never below it (at the last
+      evaluation after the warm-up).
+    skipped_updates: updates of the whole run that were skipped because their loss or gradient was not finite.
+    seconds: the time of this process: total, compile, input, evaluation, checkpoint, steps; and the goodput.
+    message: one line for the user.
   """
 
   status: str
@@ -52,17 +52,17 @@ class Outcome(NamedTuple):
 
 
 def write_outcome(folder: RunFolder, outcome: Outcome) -> None:
-  """Writes outcome.json; of several processes the first one does."""
+  """Writes outcome.json, in the first process only."""
   folder.write_json(OUTCOME, outcome._asdict())
 
 
 def read_outcome(folder: RunFolder) -> Outcome | None:
-  """How the run ended; None where it has not ended yet, or is training again.
+  """How the run ended; None if it has not ended yet, or is training again.
 
-  Fields that an earlier version did not write have their defaults, and fields of a later one are left out.
+  Fields that an earlier version did not write take their defaults; unknown fields of a later version are ignored.
 
   Raises:
-    InputError: outcome.json is not what a run writes.
+    InputError: outcome.json is invalid.
   """
   try:
     content = read_json(folder / OUTCOME, _KINDS)
@@ -75,7 +75,7 @@ def read_outcome(folder: RunFolder) -> Outcome | None:
 
 
 def best_of(validations: list[dict[str, Any]]) -> dict[str, Any] | None:
-  """The line of lowest loss; one that is not finite is the highest."""
+  """The line of lowest loss; a loss that is not finite counts as infinite."""
 
   def loss_of(line: dict[str, Any]) -> float:
     loss = float(line["loss"])

@@ -1,7 +1,8 @@
-"""A folder in a bucket: the small files of a run, and what a bucket does instead of a disk.
+"""A run's folder in a bucket: its small files, and the operations that replace those of a disk.
 
-Buckets know no appending. What a run writes bit by bit lies in a local folder, the spool, and process 0 copies what
-changed at each checkpoint and at the end; checkpoints are written to the bucket itself, by orbax (`runs/gcs.py`).
+Objects in a bucket can't be appended to. So a run writes its small files to a local folder, the spool, and process 0
+copies changed files to the bucket at each checkpoint and at the end. orbax writes checkpoints to the bucket directly
+(`runs/gcs.py`).
 """
 
 import contextlib
@@ -27,17 +28,17 @@ SPOOL_PREFIX, SPOOL_LOCK = "mixln_jax_", ".spool.partial"
 
 
 class ChangedError(Exception):
-  """An object is not of the generation that a request was meant for."""
+  """An object has another generation than a request requires."""
 
 
 class Remote:
   """A folder in a bucket."""
 
   def __init__(self, url: str, parameter: str = "workdir"):
-    """`url`: `gs://BUCKET/FOLDER`; `parameter`: what it was given as, for messages.
+    """`url`: `gs://BUCKET/FOLDER`; `parameter`: the name of the parameter, for messages.
 
     Raises:
-      InputError: it is no such URL, or Google's client is not installed.
+      InputError: the URL is invalid, or Google's client is not installed.
     """
     self.url, self.parameter = url.rstrip("/"), parameter
     self.bucket, self.folder = check_bucket_folder(url, parameter)
@@ -45,7 +46,7 @@ class Remote:
       gcs.register()
     except InputError as error:
       raise InputError(f"{parameter}={url}: needs the package gcsfs; run `pip install gcsfs`") from error
-    self._allowed: set[str] = set()  # of read and write, what the bucket has let us do already
+    self._allowed: set[str] = set()  # which of "read" and "write" have succeeded before
 
   def key(self, name: str) -> str:
     return f"{self.folder}/{name}"
@@ -54,11 +55,11 @@ class Remote:
     return gcs.client().bucket(self.bucket).blob(self.key(name))
 
   def exists(self, name: str) -> bool:
-    """Raises InputError where the bucket itself does not exist."""
+    """Raises InputError if the bucket itself does not exist."""
     return self.generation(name) != 0
 
   def entries(self) -> list[str]:
-    """What lies directly in the folder; empty where there is none."""
+    """The names of the entries directly in the folder; empty if there is no folder."""
     return [name for name, _ in self._listed()]
 
   def files(self) -> list[str]:
@@ -66,7 +67,7 @@ class Remote:
     return [name for name, kind in self._listed() if kind == "file"]
 
   def _listed(self) -> list[tuple[str, str]]:
-    """Name and kind (`file`, `directory`) of what lies directly in the folder."""
+    """Name and kind (`file`, `directory`) of each entry directly in the folder."""
     with self._named("read"):
       try:
         entries = gcs.Storage().ls(f"{self.bucket}/{self.folder}")
@@ -75,13 +76,13 @@ class Remote:
     return [(entry["name"].rsplit("/", 1)[-1], entry["type"]) for entry in entries]
 
   def all_files(self) -> list[str]:
-    """All files below the folder, by their path in it."""
+    """The relative paths of all files below the folder."""
     with self._named("read"):
       listed, _ = gcs.listed(self.bucket, f"{self.folder}/", delimiter=None)
     return [entry["name"].removeprefix(f"{self.bucket}/{self.folder}/") for entry in listed]
 
   def generation(self, name: str, seconds: float | None = None) -> int:
-    """Which version of the object is there: the bucket gives each a number of its own; 0 where there is none."""
+    """The version number that the bucket gave to the object; 0 if there is no object."""
     with self._named("read", FileNotFoundError):
       blob = self._blob(name)
       try:
@@ -93,11 +94,11 @@ class Remote:
     return int(blob.generation)
 
   def read(self, name: str) -> bytes:
-    """Raises FileNotFoundError where there is no such object."""
+    """The content; raises FileNotFoundError if there is no such object."""
     return self.read_version(name)[0]
 
   def read_version(self, name: str, seconds: float | None = None) -> tuple[bytes, int]:
-    """The content and its generation; raises FileNotFoundError where there is no such object."""
+    """The content and its generation; raises FileNotFoundError if there is no such object."""
     with self._named("read", FileNotFoundError):
       blob = self._blob(name)
       try:
@@ -109,7 +110,7 @@ class Remote:
     return content, int(blob.generation)
 
   def _check_bucket(self) -> None:
-    """Looks whether the bucket exists: a missing one answers as a missing object does."""
+    """Checks that the bucket exists, because a missing bucket gives the same answer as a missing object."""
     if "read" not in self._allowed:
       gcs.listed(self.bucket, f"{self.folder}/", delimiter="/")
 
@@ -117,13 +118,13 @@ class Remote:
     """Writes an object; returns its generation.
 
     Args:
-      name: in the folder.
-      content: what it will hold.
-      generation: of what is replaced, 0 = nothing; None = whatever is there.
-      seconds: how long it is tried.
+      name: the name in the folder.
+      content: the new content.
+      generation: the required generation of the replaced object, 0 = there must be none; None = any.
+      seconds: how long the request is retried.
 
     Raises:
-      ChangedError: something else is there. After a lost answer that may be what this very call wrote.
+      ChangedError: the object has another generation. After a lost answer it may be the one that this call wrote.
     """
     with self._named("write", ChangedError), _unchanged():
       blob = self._blob(name)
@@ -131,47 +132,47 @@ class Remote:
     return int(blob.generation)
 
   def copy(self, name: str, key: str, generation: int) -> None:
-    """Copies an object to another key of the bucket that does not exist, in one step: only if it is of `generation`.
+    """Copies an object to a new key of the bucket, atomically, on the condition that it has this generation.
 
     Raises:
-      ChangedError: it is not, or the other exists.
+      ChangedError: it has another generation, or the new key exists.
     """
     with self._named("write", ChangedError), _unchanged():
-      place = gcs.client().bucket(self.bucket)
-      place.copy_blob(
-        self._blob(name), place, key, if_source_generation_match=generation, if_generation_match=0, **gcs.options()
+      bucket = gcs.client().bucket(self.bucket)
+      bucket.copy_blob(
+        self._blob(name), bucket, key, if_source_generation_match=generation, if_generation_match=0, **gcs.options()
       )
 
   def get(self, name: str, local: Path) -> int:
-    """Brings an object; returns its generation. Raises FileNotFoundError where there is no such object."""
+    """Downloads an object; returns its generation. Raises FileNotFoundError if there is no such object."""
     with self._named("read", FileNotFoundError), gcs.not_found(name):
       blob = self._blob(name)
       blob.download_to_filename(str(local), raw_download=True, **gcs.options())
     return int(blob.generation)
 
   def put(self, local: Path, name: str, generation: int | None = None) -> int:
-    """Writes a file to an object, as `write`."""
+    """Uploads a file to an object, like `write`."""
     with self._named("write", ChangedError), _unchanged():
       blob = self._blob(name)
       blob.upload_from_filename(str(local), if_generation_match=generation, **gcs.options())
     return int(blob.generation)
 
   def remove(self, name: str, generation: int | None = None, seconds: float | None = None) -> None:
-    """Raises ChangedError where another version is there; an object that is not there is removed already."""
+    """Removes an object, if there is one. Raises ChangedError if it has another generation."""
     with self._named("write", ChangedError), contextlib.suppress(FileNotFoundError), gcs.not_found(name), _unchanged():
       self._blob(name).delete(if_generation_match=generation, **gcs.options(seconds))
 
   @contextlib.contextmanager
   def _named(self, act: str, *expected: type[Exception]) -> Iterator[None]:
-    """What a bucket refuses or does not answer as an error that names it.
+    """Converts errors of a request to errors that name the bucket.
 
     Args:
       act: read or write.
-      expected: errors that the caller looks at.
+      expected: errors that the caller handles; they are not converted.
 
     Raises:
-      InputError: it is refused (no such bucket, no rights), and was never allowed before.
-      UnreachableError: the bucket is not reached, or no longer lets us in.
+      InputError: the request was rejected (no such bucket, no permission) and no such request succeeded before.
+      UnreachableError: the bucket can't be reached, or no longer grants access.
     """
     try:
       with waiting.said(f"an answer of {self.url}"):
@@ -179,10 +180,10 @@ class Remote:
     except (*expected, InputError, TryAgainError):
       self._allowed.add(act)
       raise
-    except Exception as error:  # of Google's client, its credentials and its connections
+    except Exception as error:  # from Google's client, its credentials or its connections
       if act not in self._allowed and _is_refusal(error):
         raise InputError(
-          f"{self.parameter}={self.url}: can't be used ({type(error).__name__}: {one_line(error, 200)}); see that "
+          f"{self.parameter}={self.url}: can't be used ({type(error).__name__}: {one_line(error, 200)}); check that "
           f"the bucket {self.bucket} exists and that this machine may read and write it"
         ) from error
       raise as_unreachable(error, self.url, self.parameter) from error
@@ -190,7 +191,7 @@ class Remote:
 
 
 def as_unreachable(error: Exception, url: str, parameter: str = "workdir") -> Exception:
-  """The error of a bucket that can't be reached, or the same error where it says something else."""
+  """UnreachableError if the error means that the bucket can't be reached, else the error itself."""
   reason = why_unreachable(error)
   if reason is None:
     return error
@@ -198,8 +199,10 @@ def as_unreachable(error: Exception, url: str, parameter: str = "workdir") -> Ex
 
 
 def _is_refusal(error: Exception) -> bool:
-  """Whether a bucket says that something is missing or forbidden, which it would say again. A network that fails, a
-  server that is busy and credentials that expired may pass."""
+  """Whether an error is permanent: something is missing or forbidden.
+
+  A failing network, a busy server and expired credentials may recover.
+  """
   no_credentials = type(error).__name__ == "DefaultCredentialsError"
   return no_credentials or code_of(error) in (403, 404) or isinstance(error, FileNotFoundError)
 
@@ -215,44 +218,45 @@ def _unchanged() -> Iterator[None]:
 
 
 class Spool:
-  """The small files of a run in a bucket, as they lie on this machine while it runs; `remove()` removes them here."""
+  """The local copy of the small files of a run in a bucket, while it runs; `remove()` removes the copy."""
 
   def __init__(self, remote: Remote):
     self._remote = remote
     _remove_abandoned(Path(tempfile.gettempdir()))
     self.folder = Path(tempfile.mkdtemp(prefix=SPOOL_PREFIX))
     lock = os.open(self.folder / SPOOL_LOCK, os.O_CREAT | os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_SH)  # the system lets go of it however this process ends
+    fcntl.flock(lock, fcntl.LOCK_SH)  # the system releases it however this process ends
     self.remove = weakref.finalize(self, _remove, self.folder, lock)  # also at the end of the process
-    self._copied: dict[str, tuple[int, int]] = {}  # name -> time and size of what the bucket has
-    self._generations: dict[str, int] = {}  # name -> version of what the bucket has
+    self._copied: dict[str, tuple[int, int]] = {}  # name -> local time and size when it was last copied
+    self._generations: dict[str, int] = {}  # name -> generation of the object in the bucket
 
   def fetch(self, skip: str) -> None:
-    """Brings the files that lie directly in the run's folder, all but `skip`."""
+    """Downloads the files directly in the run's folder, except `skip`."""
     for name in self._remote.files():
       if name != skip:
         self._generations[name] = self._remote.get(name, self.folder / name)
         self._copied[name] = _stamp(self.folder / name)
 
   def claim(self, check: Callable[[], None]) -> None:
-    """Writes anew all that was fetched. Their generations change, so that a holder of the run that was presumed dead,
-    and is not, can't replace any of them from then on."""
+    """Writes all fetched files again, which changes their generations.
+
+    A previous holder of the run that was presumed dead but is alive can then no longer replace any of them.
+    """
     self._copied.clear()
     self.copy_out(check)
 
   def copy_out(self, check: Callable[[], None] = lambda: None) -> None:
-    """Copies what changed since the last time, and removes what is gone. Files in the making (`.NAME.partial`) stay.
+    """Copies files that changed since the last call, and removes deleted ones; skips partial files (`.NAME.partial`).
 
-    An object is replaced only where it is the one that was last read or written here.
+    An object is replaced only if it is the version that this process last read or wrote.
 
     Args:
-      check: raises where this process no longer holds the run; asked before, and where an object is another one.
+      check: raises if this process no longer holds the run; called before copying, and when an object has changed.
     """
-    files = {
-      path.relative_to(self.folder).as_posix(): path
-      for path in sorted(self.folder.rglob("*"))
-      if path.is_file() and not is_partial(path.name)
-    }
+    files: dict[str, Path] = {}
+    for path in sorted(self.folder.rglob("*")):
+      if path.is_file() and not is_partial(path.name):
+        files[path.relative_to(self.folder).as_posix()] = path
     gone = self._copied.keys() - files.keys()
     changed = {name: path for name, path in files.items() if self._copied.get(name) != _stamp(path)}
     if not gone and not changed:
@@ -270,7 +274,7 @@ class Spool:
     try:
       return act(self._generations.get(name, 0))
     except ChangedError:
-      check()  # not ours any more, or an answer of the bucket was lost
+      check()  # raises if the run is another process's; otherwise an answer of the bucket was lost
       return act(self._remote.generation(name))
 
 
@@ -285,7 +289,7 @@ def _remove(folder: Path, lock: int) -> None:
 
 
 def _remove_abandoned(temporary: Path) -> None:
-  """Removes the spools of processes that were killed: nobody holds their locks."""
+  """Removes the spools of processes that were killed, whose locks nobody holds."""
   for folder in temporary.glob(f"{SPOOL_PREFIX}*"):
     with contextlib.suppress(OSError), (folder / SPOOL_LOCK).open("r+") as lock:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -294,11 +298,13 @@ def _remove_abandoned(temporary: Path) -> None:
 
 @contextlib.contextmanager
 def writable_place(place: str, parameter: str) -> Iterator[Path]:
-  """Where to write a file or a folder that is meant for `place`: there; of one in a bucket, a temporary path whose
-  files are uploaded when the context is left without an error.
+  """The local path at which to write the file or folder `place`.
+
+  It is the place itself or, for a place in a bucket, a temporary path whose files are uploaded when the context is left
+  without an error.
 
   Raises:
-    InputError: it is no place to write to; `parameter` is what it was given as.
+    InputError: the place can't be written; `parameter` is the name of the parameter in the message.
     UnreachableError: the bucket can't be reached.
   """
   check_scheme(place, parameter)
@@ -307,7 +313,7 @@ def writable_place(place: str, parameter: str) -> Iterator[Path]:
     return
   remote = Remote(place, parameter)
   probe = f".{SPOOL_PREFIX}probe"
-  remote.write(probe, b"")  # before the work: what can't be written is said at once
+  remote.write(probe, b"")  # fails before the work if the place can't be written
   remote.remove(probe)
   with tempfile.TemporaryDirectory(prefix="mixln_jax_output_") as temporary:
     local = Path(temporary) / remote.url.rsplit("/", 1)[-1]
@@ -328,15 +334,17 @@ def writable_place(place: str, parameter: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def readable_place(place: str, parameter: str, skip: str = r"$^") -> Iterator[Path]:
-  """Where the files of `place` can be read: there; of a folder in a bucket, a copy that goes with the context.
+  """The local path at which to read the files of `place`.
+
+  It is the place itself or, for a folder in a bucket, a copy that is removed when the context is left.
 
   Args:
-    place: what was given.
-    parameter: what it was given as.
-    skip: a pattern; files whose path in the folder begins so are not copied.
+    place: a path or a URL.
+    parameter: the name of the parameter, for messages.
+    skip: a regular expression; files whose relative path matches it from the start are not copied.
 
   Raises:
-    InputError: it is no place to read from, or nothing is there.
+    InputError: the place can't be read, or it is empty.
     UnreachableError: the bucket can't be reached.
   """
   check_scheme(place, parameter)
@@ -346,7 +354,7 @@ def readable_place(place: str, parameter: str, skip: str = r"$^") -> Iterator[Pa
   remote = Remote(place, parameter)
   names = [name for name in remote.all_files() if not re.match(skip, name)]
   if not names:
-    raise InputError(f"{parameter}={place}: nothing is there; give a folder that holds something")
+    raise InputError(f"{parameter}={place}: the folder is empty or does not exist; give another one")
   with tempfile.TemporaryDirectory(prefix="mixln_jax_input_") as temporary:
     local = Path(temporary) / remote.url.rsplit("/", 1)[-1]
     for name in names:

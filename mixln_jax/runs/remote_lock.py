@@ -1,9 +1,9 @@
-"""The lock of a run in a bucket: an object of which the bucket itself says which version is there.
+"""The lock of a run in a bucket: an object whose version the bucket itself checks in each request.
 
-The bucket numbers the versions of an object (generations) and does what a request asks only if the object is of the
-number that the request names. All that the lock promises rests on that: of several processes one creates it, one takes
-over from a holder that is presumed dead, and a holder that lost it can't write it, remove it or commit a checkpoint,
-however long it slept between a look and an act.
+The bucket numbers the versions of an object (generations), and executes a conditional request only if the object has
+the generation that the request names. All guarantees of the lock rest on that: only one of several processes can create
+it; only one can take it over from a holder that is presumed dead; and a holder that lost it can't write it, remove it
+or commit a checkpoint, no matter how long it was suspended between a check and an action.
 """
 
 import contextlib
@@ -22,27 +22,27 @@ from mixln_jax.runs.remote import ChangedError, Remote
 
 
 def clock() -> float:
-  """Seconds that also pass while the machine is suspended, where the system counts them."""
+  """A clock in seconds that keeps running while the machine is suspended, if the system has one."""
   if hasattr(time, "CLOCK_BOOTTIME"):
     return time.clock_gettime(time.CLOCK_BOOTTIME)
   return time.monotonic()
 
 
 class Lock:
-  """An object that only one process can create, and that its holder writes anew again and again.
+  """An object that only one process can create, and that its holder rewrites regularly to show that it is alive.
 
   Attributes:
-    lost: why this process holds it no longer; None while it does.
-    taken_over: it was another's, which was presumed dead.
+    lost: the error that says why this process no longer holds the lock; None while it does.
+    taken_over: whether the lock was taken from a holder that was presumed dead.
   """
 
   def __init__(self, remote: Remote, name: str, me: Mapping[str, Any]):
     self._remote, self._name = remote, name
-    self._me = {**me, "nonce": uuid.uuid4().hex}  # tells what an earlier process of the same number wrote
+    self._me = {**me, "nonce": uuid.uuid4().hex}  # distinguishes this process from an earlier one with the same id
     self._beat = itertools.count()
     self._generation = 0
-    self._spoken = 0.0  # when the last request began that proved the lock to be ours
-    self._mutex = threading.RLock()  # between the thread that speaks and a check or a commit
+    self._spoken = 0.0  # start time of the last request that proved that this process holds the lock
+    self._mutex = threading.RLock()  # between the heartbeat thread and a check or a commit
     self.lost: LostLockError | None = None
     self.taken_over = False
 
@@ -50,7 +50,7 @@ class Lock:
   def __call__(self) -> Iterator[None]:
     """Holds the lock.
 
-    One that lies there is watched for STALE_SECONDS: where its holder speaks it is held, else it is taken over.
+    An existing lock is watched for STALE_SECONDS. If its holder rewrites it, it is held; otherwise it is taken over.
 
     Raises:
       InputError: another process holds it.
@@ -64,28 +64,28 @@ class Lock:
         yield
     finally:
       done.set()
-      thread.join(timeout=lock_lib.TOUCH_SECONDS)  # it may wait for a bucket that is away
+      thread.join(timeout=lock_lib.TOUCH_SECONDS)  # the thread may be waiting for an unreachable bucket
       if self.lost is None and not thread.is_alive():
-        with contextlib.suppress(Exception):  # another's, or it times out by itself
+        with contextlib.suppress(Exception):  # if this fails, the lock is another process's or times out by itself
           self._remote.remove(self._name, self._generation, lock_lib.TOUCH_SECONDS)
 
   def check_clock(self) -> None:
-    """Asks nobody: raises LostLockError where the lock is known to be lost, or this process was silent for too long."""
-    # Without the mutex, which the speaking thread holds while a bucket is away: training goes on meanwhile.
+    """Raises LostLockError if the lock is known to be lost or was not renewed for too long; makes no request."""
+    # No mutex here: the heartbeat thread holds it while the bucket is unreachable, and training must not wait.
     silent = clock() - self._spoken
     if self.lost is None and silent >= lock_lib.STALE_SECONDS:
       self._lose(
-        f"this process could not say that it lives for {silent:.0f} s (it was suspended, or the bucket was away), so "
-        "that another may have taken the run over"
+        f"this process could not renew it for {silent:.0f} s (it was suspended, or the bucket was unreachable), so "
+        "another process may have taken over the run"
       )
     if self.lost is not None:
       raise LostLockError(str(self.lost))
 
   def check(self) -> None:
-    """Asks the bucket.
+    """Asks the bucket whether this process still holds the lock.
 
     Raises:
-      LostLockError: the lock is another's, is gone, or this process was silent for too long.
+      LostLockError: another process holds it, it is gone, or it was not renewed for too long.
       UnreachableError: the bucket does not answer.
     """
     with self._mutex:
@@ -97,10 +97,10 @@ class Lock:
         self._look()
 
   def commit(self, key: str) -> None:
-    """Makes an object as a copy of the lock, in one step of the bucket: only if the lock is still ours.
+    """Creates an object as a copy of the lock, atomically on the condition that this process still holds the lock.
 
     Raises:
-      LostLockError: it is not.
+      LostLockError: it does not.
       UnreachableError: the bucket does not answer.
     """
     with self._mutex:
@@ -108,7 +108,7 @@ class Lock:
       try:
         self._remote.copy(self._name, key, self._generation)
       except ChangedError:
-        self.check()  # still ours: the object is there, since an answer was lost
+        self.check()  # still held: then an answer was lost, and the object may exist
         if not gcs.Storage().exists(f"{self._remote.bucket}/{key}"):
           self._remote.copy(self._name, key, self._generation)
 
@@ -123,26 +123,26 @@ class Lock:
       except ChangedError:
         pass
       try:
-        found, generation = self._remote.read_version(self._name)
+        content, generation = self._remote.read_version(self._name)
       except FileNotFoundError:
         continue
-      if self._is_mine(found):  # the answer to our writing it was lost
+      if self._is_mine(content):  # this process wrote it, and the answer was lost
         self._generation, self._spoken = generation, began
         return
-      holder = lock_lib.holder_of(found)
+      holder = lock_lib.holder_of(content)
       if not seen:
         seen, since = generation, time.monotonic()
         who = lock_lib.describe_holder(holder)
         print(f"waiting    to see whether the holder of {self._remote.url} is alive ({who})", flush=True)
       elif generation != seen:
         raise lock_lib.held_error(self._remote.url, holder)
-      if time.monotonic() - since >= lock_lib.STALE_SECONDS:  # by this clock alone: the bucket's may be another
+      if time.monotonic() - since >= lock_lib.STALE_SECONDS:  # by this machine's clock only
         self._take_over(seen)
         return
       time.sleep(lock_lib.POLL_SECONDS)
 
   def _take_over(self, stale: int) -> None:
-    """Replaces a lock whose holder is presumed dead; of several processes that do, the bucket lets one."""
+    """Replaces a lock whose holder is presumed dead. If several processes try, the bucket lets only one succeed."""
     began = clock()
     try:
       self._generation = self._remote.write(self._name, self._content(), generation=stale)
@@ -164,7 +164,7 @@ class Lock:
           self.check_clock()
           began = clock()
           try:
-            # Tried for less than a lifetime: a check that waits for this thread must not wait for long.
+            # Retried for a short time only, because a check has to wait for this thread.
             self._generation = self._remote.write(self._name, self._content(), self._generation, lock_lib.TOUCH_SECONDS)
             self._spoken = began
           except ChangedError:
@@ -172,18 +172,22 @@ class Lock:
       except LostLockError:
         return
       except (InputError, UnreachableError):
-        continue  # the next time
+        continue  # try again at the next heartbeat
 
   def _look(self) -> None:
-    """After the bucket said that the lock is of another generation: ours, since an answer was lost, or another's."""
+    """Finds out why the lock has another generation: an answer was lost, or another process holds it.
+
+    Raises:
+      LostLockError: another process holds it, or it is gone.
+    """
     began = clock()
     try:
       content, generation = self._remote.read_version(self._name, lock_lib.TOUCH_SECONDS)
     except FileNotFoundError:
-      self._lose("the lock is gone, so that another process took the run over and ended")
+      self._lose("the lock is gone, so another process took over the run and ended")
       raise LostLockError(str(self.lost)) from None
     if not self._is_mine(content):
-      who = lock_lib.describe_holder(lock_lib.holder_of(content)) or "one that does not say who it is"
+      who = lock_lib.describe_holder(lock_lib.holder_of(content)) or "unidentified"
       self._lose(f"another process trains there ({who})")
       raise LostLockError(str(self.lost))
     self._generation, self._spoken = generation, began

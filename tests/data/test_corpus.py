@@ -163,8 +163,8 @@ def test_parquet_reads_the_texts_and_no_other_column(tmp_path):
   pyarrow.parquet.write_table(table, path)
   assert texts(str(path)) == texts(str(path), "data.body") == TEXTS
   for field, words in (
-    ("when", "that column of .* is timestamp, no text; its texts: text, data.body"),
-    ("data.n", "is int64, no text"),
+    ("when", "that column of .* is timestamp, not text; its texts: text, data.body"),
+    ("data.n", "is int64, not text"),
     ("tags.list.element", "no text"),
     ("body", "has no such column; its texts: text, data.body"),
   ):
@@ -198,7 +198,7 @@ def test_a_field_of_a_field_and_what_is_there_instead(tmp_path):
   for content in (json.dumps([{"text": "tea"}] * 3), json.dumps([{"text": "tea"}], indent=1)):
     path.write_text(content)
     first = everything(str(path))[0]
-    assert "the file is a JSON list, not an object a line; `jq -c '.[]'" in first.where
+    assert "the file is a JSON list, not one object per line; convert it with `jq -c '.[]'" in first.where
 
 
 def test_nothing_of_a_folder_is_left_out_without_a_word(tmp_path):
@@ -416,7 +416,7 @@ def test_an_empty_file_is_no_document_and_other_sources_are_refused(tmp_path, mo
   for source, words in (
     (str(tmp_path / "nothing"), "no corpus there"),
     (str(tmp_path / "*.json"), "no corpus there"),
-    (str(tmp_path / "a.pkl"), r"a\.pkl is of no known kind"),
+    (str(tmp_path / "a.pkl"), r"a\.pkl is of an unknown kind"),
     ("gs://bucket/c4/*.json.gz", "gcsfs"),
     ("nosuch://bucket", "nosuch"),
   ):

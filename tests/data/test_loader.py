@@ -246,7 +246,7 @@ def test_what_on_the_fly_can_not_do_is_refused(on_the_fly):
   config, _ = on_the_fly
   for changes, words in (
     ({"source": "sotu"}, "not addressed by number"),
-    ({"validation_source": ""}, "validation_source is needed"),
+    ({"validation_source": ""}, "validation_source is required"),
     ({"tokenizer": "sentencepiece"}, "trained by `prepare`"),
     ({"validation_source": config.data.source}, "which is training data"),
     ({"text_field": "body"}, "set config.data.text_field to one of its texts: 'text'"),

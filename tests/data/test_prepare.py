@@ -210,7 +210,7 @@ def test_what_decides_the_bytes_is_in_the_plan_and_in_the_manifest(make_config, 
 
 def test_what_is_trained_on_can_not_validate(make_config, c4, tmp_path):
   overlapping = {"data.source": str(c4[0] / "*.json.gz")}
-  with pytest.raises(InputError, match=r"both have .*c4-validation.*what is trained on can't validate"):
+  with pytest.raises(InputError, match=r"both have .*c4-validation.*training data can't be used for validation"):
     prepare(c4_config(make_config, c4, tmp_path / "records", **overlapping), progress=False)
 
 
@@ -255,7 +255,7 @@ def test_two_at_once_and_too_many_bad_documents_are_refused(make_config, c4, tmp
   config = c4_config(make_config, c4, tmp_path / "records")
   (tmp_path / ".records.partial").mkdir()
   busy = prepare_lib._locked(tmp_path / ".records.partial", tmp_path / "records")
-  with busy, pytest.raises(InputError, match="another process prepares it"):
+  with busy, pytest.raises(InputError, match="another process is preparing it"):
     prepare(config, progress=False)
   config.data.max_bad_share = 0.0
   with pytest.raises(InputError, match=r"2 of 6302 documents can't be used .not JSON: .*00002-of.*byte \d+; no text"):
@@ -301,7 +301,7 @@ def test_a_tokenizer_is_trained_and_used(make_config, c4, tmp_path, name, capsys
   assert main(arguments) == 0
   assert "400 ids" in capsys.readouterr().out
   assert main(arguments) == 2
-  assert "is there already" in capsys.readouterr().err
+  assert "exists already" in capsys.readouterr().err
   overrides = [f"--config.data.tokenizer={tmp_path / name}", "--config.model.vocab_size=400"]
   assert main(["prepare", f"--config={recipe}", *overrides]) == 0
   output = capsys.readouterr().out

@@ -171,7 +171,7 @@ def test_generation_that_can_not_be_done_is_named(harness_model, options, words)
 
 
 def test_a_continuation_that_does_not_fit_is_named(harness_model):
-  with pytest.raises(InputError, match="continuation of 33 tokens does not fit the 32"):
+  with pytest.raises(InputError, match="continuation of 33 tokens does not fit into the 32"):
     harness_model.loglikelihood([Instance("loglikelihood", {}, ("tea", "x" * 33), 0)])
 
 

@@ -136,9 +136,9 @@ def test_without_a_head_for_masked_tokens_the_embedding_stands_in():
     (lambda t, c: c.update(hidden_size="24"), "hidden_size='24' is not a whole number"),
     (lambda t, c: c.update(is_decoder=True), "is_decoder=True is not supported"),
     (lambda t, c: t.pop("bert.encoder.layer.1.output.dense.bias"), r"layers\.1\.mlp\.down_proj\.bias is missing"),
-    (lambda t, c: t.update({"bert.encoder.layer.0.adapter.weight": np.ones(3)}), "adapter.weight: a BERT of this"),
+    (lambda t, c: t.update({"bert.encoder.layer.0.adapter.weight": np.ones(3)}), "adapter.weight: this project"),
     (lambda t, c: t.update({"cls.predictions.decoder.bias": np.ones(50)}), "differs from cls.predictions.bias"),
-    (lambda t, c: t.update({"qa_outputs.weight": np.ones((2, 24))}), "qa_outputs.weight: a BERT of this project"),
+    (lambda t, c: t.update({"qa_outputs.weight": np.ones((2, 24))}), "qa_outputs.weight: this project's BERT"),
   ],
 )
 def test_another_encoder_is_rejected_by_name(change, words):
@@ -183,7 +183,7 @@ def test_an_encoder_does_not_generate_score_or_export():
   with pytest.raises(InputError, match=r"train\.sample_tokens=5: an encoder"):
     config_lib.validate(config)
   config.train.sample_tokens, config.model.learned_positions = 0, 100
-  with pytest.raises(InputError, match=r"sequence_length=256 is over config\.model\.learned_positions=100"):
+  with pytest.raises(InputError, match=r"sequence_length=256 exceeds config\.model\.learned_positions=100"):
     config_lib.validate(config)
 
 
@@ -195,9 +195,9 @@ def test_a_decoder_with_learned_positions_stops_where_they_end():
   # In one pass without the cache, whose rows are padded beyond the table.
   logits = jax.jit(Transformer(model).apply)({"params": params}, jnp.array([[1, 2, 3, *added]]))
   assert added == logits[0, 2:-1].argmax(axis=-1).tolist()
-  with pytest.raises(InputError, match=r"9 tokens: there is no vector.*learned_positions=8"):
+  with pytest.raises(InputError, match=r"9 tokens: the model has embeddings only for .*learned_positions=8"):
     generate(model, params, [[1, 2, 3]], 6)
-  with pytest.raises(InputError, match="9 tokens: there is no vector"):
+  with pytest.raises(InputError, match="9 tokens: the model has embeddings only"):
     score(model, params, [([1] * 5, [2] * 5)], batch_size=1)
 
 

@@ -61,7 +61,7 @@ def test_the_run_says_how_its_weights_were_stored(run, tmp_path, capsys):
   assert facts["tensors_by_type"] == {"Q4_1": 14, "F32": 5, "Q8_0": 1}
   arguments = ["--config=configs/tiny.py", f"--input={TINY}", f"--workdir={tmp_path / 'other'}"]
   assert main(["convert", *arguments, "--config.data.tokenizer=bytes"]) == 2
-  assert "is not the tokenizer that these weights read" in capsys.readouterr().err
+  assert "is not the tokenizer of these weights" in capsys.readouterr().err
   assert main(["convert", *arguments]) == 0
   assert "stored as 14 Q4_1, 5 F32, 1 Q8_0: quantized" in capsys.readouterr().out
 

@@ -71,7 +71,7 @@ def test_any_placement_comes_back_from_the_official_layout(name, tmp_path):
   model = small_model(placement=name, mlp_pad_to=32, num_kv_heads=1)
   params = random_params(model)
   if hf.family_of(model) is None:
-    with pytest.raises(InputError, match=r"no stock decoder.*layout .official."):
+    with pytest.raises(InputError, match=r"not a stock decoder.*layout .official."):
       hf.hf_config(model, 64)
   write_folder(tmp_path, hf.export_weights(params, model), hf.hf_config(model, 64, official=True), 10**9)
   folder = SafetensorsFolder(tmp_path)
@@ -158,16 +158,16 @@ def test_the_official_names_follow_where_a_layer_has_its_norms():
   [
     (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"layers\.1\.mlp\.up_proj\.weight is missing"),
     (lambda t: t.update({"model.norm.weight": np.ones(3)}), r"model\.norm\.weight: has shape \(3,\).*\(16,\)"),
-    (lambda t: t.update({"model.layers.2.x": np.ones(3)}), r"1 tensors stand for nothing.*model\.layers\.2\.x"),
+    (lambda t: t.update({"model.layers.2.x": np.ones(3)}), r"1 tensors have no counterpart.*model\.layers\.2\.x"),
     (
       lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(16)}),
-      r"stand for nothing.*q_proj\.bias",
+      r"have no counterpart.*q_proj\.bias",
     ),
     (
       lambda t: t.update(
         {"model.layers.1.post_feedforward_layernorm.weight": t.pop("model.layers.1.input_layernorm.weight")}
       ),
-      r"layers\.1\.input_layernorm\.weight is missing.*placement 'pre'.*norms there are.*post_feedforward_layernorm",
+      r"layers\.1\.input_layernorm\.weight is missing.*'pre'.*norms of that layer are.*post_feedforward",
     ),
   ],
 )
@@ -259,7 +259,7 @@ def test_a_folder_of_two_checkpoints_is_named(tmp_path):
   lost = next(name for name, file in index["weight_map"].items() if files.count(file) > 1)
   del index["weight_map"][lost]
   (many / "model.safetensors.index.json").write_text(json.dumps(index))
-  with pytest.raises(InputError, match=rf"has '{lost}', of which .*index.json says that it is not there"):
+  with pytest.raises(InputError, match=rf"has '{lost}', but .*index.json says that it does not exist"):
     SafetensorsFolder(many)
 
 

@@ -93,11 +93,11 @@ def test_a_cache_gives_what_recomputing_gives(unroll):
     pieces.append(logits)
   assert_near(jnp.concatenate(pieces, 1), expected)
   at = {"positions_BT": jnp.broadcast_to(jnp.arange(10), (2, 10))}
-  with pytest.raises(ValueError, match="10 tokens don't fit into a cache of 9 slots"):
+  with pytest.raises(ValueError, match="10 tokens do not fit into a cache of 9 slots"):
     apply(model, params, tokens, cache=empty_cache(model, 2, 9), **at)
   with pytest.raises(ValueError, match="segment_ids_BT can't be given with a cache"):
     apply(model, params, tokens, cache=cache, segment_ids_BT=tokens, **at)
-  with pytest.raises(ValueError, match="positions_BT is needed"):
+  with pytest.raises(ValueError, match="positions_BT is required"):
     Transformer(model).apply({"params": params}, tokens, cache=cache)
 
 

@@ -30,7 +30,7 @@ def test_a_folder_that_somebody_else_made_is_not_used(no_cache, monkeypatch, cap
   monkeypatch.setattr(os, "getuid", lambda: 12345)
   assert use_compile_cache() is None
   assert not jax.config.jax_compilation_cache_dir
-  assert "belongs to somebody else" in capsys.readouterr().err
+  assert "belongs to another user" in capsys.readouterr().err
 
 
 def test_a_user_without_a_home_trains_without_a_cache(no_cache, monkeypatch, capsys):

@@ -168,12 +168,15 @@ def test_diagnostics_are_those_of_one_device(config_json):
 
 def test_what_a_mesh_does_not_divide_is_named(on_eight):
   refused = on_eight["refused"]
-  assert "config.mesh.tensor=8 does not divide the 4 of layers/query" in refused["heads"] or (
-    "config.mesh.tensor=8 does not divide the 2 of layers/key" in refused["heads"]
+  assert "config.mesh.tensor=8 does not divide the dimension 4 of layers/query" in refused["heads"] or (
+    "config.mesh.tensor=8 does not divide the dimension 2 of layers/key" in refused["heads"]
   )
-  assert "config.mesh.dcn_*: they ask for 2 slices of 4 devices, but the slices number 1" in refused["slices"]
-  assert "config.mesh.data × fsdp=8 does not divide the 12 of config.train.batch_size" in refused["rows"]
-  assert "config.mesh.sequence=8 does not divide the 20 of config.train.batch_size (16, 20)" in refused["positions"]
+  assert "config.mesh.dcn_*: they ask for 2 slices of 4 devices, but there are 1 slices" in refused["slices"]
+  assert "config.mesh.data × fsdp=8 does not divide the dimension 12 of config.train.batch_size" in refused["rows"]
+  assert (
+    "config.mesh.sequence=8 does not divide the dimension 20 of config.train.batch_size (16, 20)"
+    in refused["positions"]
+  )
   assert "config.mesh (data=3): the axes ask for a multiple of 3 devices, but there are 8" in refused["devices"]
 
 
@@ -242,5 +245,5 @@ def test_the_hosts_of_one_slice_of_chips_are_no_slices():
   chips = [Chip(x, y, 0) for y in range(4) for x in range(4)]
   mesh = config_lib.base().mesh
   mesh.update({"data": 1, "fsdp": -1, "dcn_data": 2})
-  with pytest.raises(InputError, match=r"they ask for 2 slices of 8 devices, but the slices number 1, the processes 2"):
+  with pytest.raises(InputError, match=r"they ask for 2 slices of 8 devices, but there are 1 slices and 2 processes"):
     make_mesh(mesh, chips)

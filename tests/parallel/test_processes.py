@@ -27,7 +27,7 @@ def test_one_that_never_starts_is_waited_for_no_longer_than_said():
   started = time.monotonic()
   first = pod.start(["-m", "parallel.meet", "meets", TIMEOUT], 1, of=2)  # as process 1
   (output,) = pod.finish(first, [1])
-  assert "the processes of the run did not all come to 127.0.0.1:" in output
+  assert "not all processes of the run joined at 127.0.0.1:" in output
   assert "config.parallel.join_timeout=3 seconds" in output
   assert time.monotonic() - started < 60
 

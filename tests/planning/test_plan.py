@@ -145,7 +145,10 @@ def test_without_libtpu_it_says_what_to_install_and_gives_the_arithmetic(recipe,
     (["--topology=v5e:4x4", "--config.mesh.data=3"], "multiple of 3 devices, but there are 16"),
     (["--topology=v5e:4x4", "--config.mesh.tensor=4"], "config.mesh.tensor=4 does not divide"),
     (["--topology=v5e:8x8"], "config.train.batch_size / micro_batches"),
-    (["--topology=v5e:4x4", "--config.mesh.dcn_data=-1", "--config.mesh.data=1"], "say in config.mesh.dcn_*"),
+    (
+      ["--topology=v5e:4x4", "--config.mesh.dcn_data=-1", "--config.mesh.data=1"],
+      "set config.mesh.dcn_* to the number of slices",
+    ),
     (["--topology=cpu", "--efficiency=1.5"], "--efficiency=1.5"),
     ([], "--topology is required"),
   ],
@@ -204,7 +207,7 @@ def test_the_compilers_own_estimate_stands_beside_the_arithmetic(config):
 
 def test_a_message_of_too_little_memory_is_read():
   message = "the total memory required for HLO temporaries (480.00G) exceeds available HBM (15.75G)."
-  expected = "the compiler needs 515.40 GB of 16.91 GB a device: 498.48 GB too much"
+  expected = "the compiler needs 515.40 GB of 16.91 GB per device: 498.48 GB too much"
   assert planning.too_much(message) == expected
   assert planning.too_much("Ran out of memory.\nUsed 480.00G of 15.75G hbm. Exceeded hbm capacity by …") == expected
   assert planning.too_much("something else\nmore") == "something else"

@@ -116,7 +116,9 @@ def test_small_files_go_out_and_come_back_whole(bucket):
   with pytest.raises(InputError, match=r"workdir=gs://bucket/spool: not empty and holds no run"):
     again.create("{}")
   for act in (lambda: RunFolder("gs://nobody/run").has_run, lambda: RunFolder("gs://nobody/run").create("{}")):
-    with pytest.raises(InputError, match=r"workdir=gs://nobody/run: can't be used .*see that the bucket nobody exists"):
+    with pytest.raises(
+      InputError, match=r"workdir=gs://nobody/run: can't be used .*check that the bucket nobody exists"
+    ):
       act()
 
 
@@ -217,7 +219,7 @@ def test_a_holder_that_was_silent_for_a_lifetime_by_its_own_clock_has_lost_the_l
       (folder / "metrics.jsonl").write_text("late\n")
       folder.copy_out()
 
-  with pytest.raises(LostLockError, match=r"could not say that it lives for \d+ s"):
+  with pytest.raises(LostLockError, match=r"could not renew it for \d+ s"):
     write_after_a_sleep()
   assert not bucket.exists("slept/metrics.jsonl")
 

@@ -52,7 +52,7 @@ def test_stopped_and_resumed_is_the_untouched_run(make_config, tmp_path, placeme
   jax.tree.map(np.testing.assert_array_equal, saved_params(tmp_path / "run"), saved_params(tmp_path / "whole"))
   with mixln_jax.open_run(tmp_path / "run") as run:
     assert run.logits([1, 2, 3]).shape == (1, 3, 259)
-    with pytest.raises(InputError, match=r"residual streams .* can't say"):
+    with pytest.raises(InputError, match=r"residual streams .* can't express"):
       check.check_export(run.params, run.config.model, {}, {})
 
 

@@ -1,10 +1,10 @@
-"""What is tuned for one platform, out of the model's reading order.
+"""Code that is tuned for one platform, kept apart so that the model reads without it.
 
-The model calls a door, a function that picks by platform between a plain form and a tuned one. The plain form says what
-is computed and stands beside the door; a test holds the two to the same values and gradients. docs/tuned.md has what
-each tuned form is worth.
+The model calls an entry point, a function that picks the plain form or a tuned form by platform. The plain form defines
+the result and stands beside the entry point; tests check that both give the same values and gradients. docs/tuned.md
+says how much each tuned form gains.
 
-  door                                     plain form                       tuned form
+  entry point                              plain form                       tuned form
   model/product.py `multiply`              `jnp.einsum`                     `product.py`: a CPU's weight gradient
   model/loss.py `next_token_loss`          optax's cross entropy            `loss.py`: logits in chunks, one pass
   model/attention_kernels.py               `jax.nn.dot_product_attention`   `attention_blocks.py`: a CPU's

@@ -1,6 +1,6 @@
-"""Causal attention in plain JAX, one block of queries after another against the keys up to the block's end.
+"""Causal attention in plain JAX, one block of queries at a time against the keys up to the block's end.
 
-What a CPU does best: no logits above the diagonal but those of the last block of keys, and blocks that fit its caches.
+It suits a CPU: the only logits above the diagonal are those inside a block of queries, and the blocks fit the caches.
 """
 
 import functools
@@ -9,18 +9,19 @@ import math
 import jax
 import jax.numpy as jnp
 
-# On a CPU, of blocks of 32 to 256 queries at a length of 256, 64 took the least time; more than 8 make a long program.
+# On a CPU at a length of 256, of blocks of 32 to 256 queries, 64 took the least time. More than 8 blocks would make the
+# program long.
 SMALLEST_BLOCK, MOST_BLOCKS = 64, 8
 
 
 def attention_in_blocks(
   q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, mask_BTT: jax.Array | None
 ) -> jax.Array:
-  """As `attention_kernels.self_attention`; R query heads share each of the G key-value heads."""
+  """See `attention_kernels.self_attention`; R query heads share each of the G key-value heads."""
   batch, length, heads, width = q_BTHK.shape
   groups = k_BTGK.shape[2]
   q_BTHK = (q_BTHK.astype(jnp.float32) / math.sqrt(width)).astype(q_BTHK.dtype)
-  # Heads before positions: a CPU's products want each matrix in one piece.
+  # Heads before positions: on a CPU, products are faster if each matrix is contiguous.
   q_BGRTK = jnp.moveaxis(q_BTHK.reshape(batch, length, groups, heads // groups, width), 1, 3)
   k_BGTK, v_BGTK = jnp.moveaxis(k_BTGK, 1, 2), jnp.moveaxis(v_BTGK, 1, 2)
   block = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
@@ -43,5 +44,5 @@ def _block(q_BGRTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, allowed: ja
   largest_BGRT1 = jax.lax.stop_gradient(jnp.max(logits_BGRTS, axis=-1, keepdims=True))
   powers_BGRTS = jnp.exp(logits_BGRTS - largest_BGRT1)
   out_BGRTK = product("bgrts,bgsk->bgrtk", powers_BGRTS.astype(v_BGSK.dtype), v_BGSK)
-  # Divided after the product: K numbers a query instead of S.
+  # Dividing after the product touches K numbers per query instead of S.
   return (out_BGRTK / jnp.sum(powers_BGRTS, axis=-1, keepdims=True)).astype(q_BGRTK.dtype)

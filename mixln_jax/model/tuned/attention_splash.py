@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from mixln_jax.parallel.rules import RULES, platform, shards
 
 BLOCK = 512
-LANES = 128  # blocks are multiples of them
+LANES = 128  # blocks are multiples of this
 
 
 def splash_attention(
@@ -21,20 +21,22 @@ def splash_attention(
   *,
   length_minor: bool = False,
 ) -> jax.Array:
-  """As `attention_kernels.self_attention`, on each device's own rows and heads; the length is a multiple of LANES.
+  """See `attention_kernels.self_attention`. Each device computes its own rows and heads.
+
+  The length must be a multiple of LANES.
 
   Args:
     q_BTHK: queries.
     k_BTGK: keys.
     v_BTGK: values.
-    segment_ids_BT: as there.
-    length_minor: hand the kernel arrays whose last dimension is the length. With heads narrower than LANES the products
-      before it and RoPE then fill a TPU's lanes, and the kernel turns its tiles around.
+    segment_ids_BT: a query reads only keys of its own segment; None: there are no segments.
+    length_minor: pass the kernel arrays whose last dimension is the length. With heads narrower than LANES, RoPE and
+      the products before the kernel then fill a TPU's lanes, and the kernel transposes its tiles.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
   length, heads, width = q_BTHK.shape[1:]
-  q_BTHK = (q_BTHK.astype(jnp.float32) / math.sqrt(width)).astype(q_BTHK.dtype)  # the kernel doesn't scale
+  q_BTHK = (q_BTHK.astype(jnp.float32) / math.sqrt(width)).astype(q_BTHK.dtype)  # the kernel does not scale
   axes = (RULES["batch"], RULES["length"])
 
   def on_device(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -49,13 +51,13 @@ def splash_attention(
   queries = PartitionSpec(*axes, RULES["heads"])
   keys = PartitionSpec(*axes, RULES["kv_heads"])
   specs: Any = (queries, keys, keys, PartitionSpec(*axes))
-  # A Pallas call can't say how it varies over a mesh, hence no check of that.
+  # A Pallas call does not declare how its result varies over the mesh, so that check is switched off.
   run = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
   return run(q_BTHK, k_BTGK, v_BTGK, segment_ids_BT)
 
 
 def _kernel(length: int, heads: int, length_minor: bool) -> Any:
-  # Imported here and not above: only a program that uses it depends on what JAX calls experimental.
+  # Imported here so that only programs that use the kernel depend on an experimental part of JAX.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 

@@ -1,4 +1,4 @@
-"""Fences, for compilers that fuse more than is good."""
+"""Fusion barriers, for compilers that fuse too much."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,10 @@ import jax
 
 @jax.custom_vjp
 def backward_fence(x: jax.Array) -> jax.Array:
-  """x; the compiler may fuse nothing across the point where its gradient is formed. To be differentiated in reverse.
+  """Returns x; in the backward pass the compiler can't fuse across the gradient of x. Reverse mode only.
 
-  Behind a norm that only some layers have, a TPU's compiler takes the sums over the norm's width into the product that
-  forms the gradient, whose tiles then no longer fill the matrix units.
+  After a norm that only some layers have, the TPU compiler fuses the norm's sums over the width into the product that
+  computes the gradient, whose tiles then no longer fill the matrix units.
   """
   return x
 
@@ -28,14 +28,14 @@ backward_fence.defvjp(_forward, _backward)
 
 
 def fenced(f: Callable[[jax.Array], tuple[jax.Array, Any]]) -> Callable[[jax.Array], tuple[jax.Array, Any]]:
-  """f, across whose first result the compiler may fuse nothing, forward and backward.
+  """f with a fusion barrier around its first result, in the forward and in the backward pass.
 
-  Where it is learned how much of a branch's output each stream takes, a TPU's compiler takes the sums over that output
-  into the product that makes it, whose tiles then no longer fill the matrix units.
+  Where learned weights say how much of a branch's output each stream receives, the TPU compiler fuses the sums that use
+  that output into the product that computes it, whose tiles then no longer fill the matrix units.
   """
 
   def with_fence(x: jax.Array) -> tuple[jax.Array, Any]:
-    output, said = f(x)
-    return jax.lax.optimization_barrier(output), said
+    output, auxiliary = f(x)
+    return jax.lax.optimization_barrier(output), auxiliary
 
   return with_fence

@@ -1,10 +1,10 @@
-"""The head's loss without all logits at once: chunks of positions, value and gradient in one pass.
+"""The head's loss in chunks of positions, so that not all logits exist at once; value and gradient in one pass.
 
 Dimensions (D, V, and T as in the model):
   N  chunks, in the order in which they are computed
-  P  pieces of the batch, one for each group of devices that holds different rows
-  Q  pieces of the length, likewise
-  B  rows of a piece
+  P  shards of the batch, one for each group of devices that holds different rows
+  Q  shards of the length, likewise
+  B  rows of a shard
   C  positions of a chunk
 """
 
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from mixln_jax.parallel.rules import constrain, platform, shards
 
-# Logits that a device forms at once. On a CPU 256 tokens of a vocabulary of 32,000 (33 MB) were among the fastest of 64
-# to 2,048, at widths 128 and 512. On an accelerator 1 GB: of 2^25 to 2^29 the TPU compiler gives it little more traffic
-# and memory than the best of each (docs/tpu_programs.md); no chip was timed.
+# Logits that a device computes at once. On a CPU, of 64 to 2,048 tokens of a vocabulary of 32,000, 256 tokens (33 MB)
+# were among the fastest at widths 128 and 512. On an accelerator it is 1 GB: of 2^25 to 2^29 logits, the TPU compiler
+# reports little more traffic and memory for it than the lowest of each (docs/tpu_programs.md). No chip was timed.
 CHUNK_LOGITS = {"cpu": 2**23, "accelerator": 2**28}
 PIECE = ("batch", "length", None, None)  # the logical axes of P, Q, B, C
 
@@ -31,20 +31,20 @@ def chunked_loss(
   weights_BT: jax.Array,
   chunk: int | None = None,
 ) -> jax.Array:
-  """What `all_logits_loss` computes, in the memory of one chunk of logits.
+  """`all_logits_loss` in the memory of one chunk of logits.
 
-  Logits exist for a chunk of positions at a time, and once: where a gradient is wanted, it is computed from them in the
-  same pass and saved instead. So memory does not grow with tokens × vocabulary, and the head takes part in three
-  products, as it does where all logits are saved (a rematerialised chunk needs a fourth). A chunk is cut along the
-  sequence out of the positions that a device holds: no hidden state leaves its device, and the head's gradient is
-  added over devices once. The result can be differentiated once, in reverse.
+  The logits of a chunk are computed once. If a gradient is needed, it is computed from them in the same pass and saved
+  instead of them. So memory does not grow with tokens × vocabulary, and there are three products with the head, as
+  there are when all logits are saved (rematerialising a chunk would need a fourth). Chunks are cut along the sequence
+  from the positions that a device holds, so no hidden state leaves its device, and the head's gradient is summed over
+  devices once. The result can be differentiated once, in reverse mode.
 
   Args:
     hidden_BTD: final hidden states.
     head_DV: output projection, in the hidden states' type.
     labels_BT: the token to predict at each position.
-    weights_BT: fp32, what each position's loss is multiplied by.
-    chunk: positions of a row whose logits exist at once; by default what `CHUNK_LOGITS` allows.
+    weights_BT: fp32, the weight of each position's loss.
+    chunk: positions per row whose logits exist at the same time; by default what `CHUNK_LOGITS` allows.
 
   Returns:
     The weighted sum of the losses in nats, an fp32 scalar.
@@ -63,14 +63,15 @@ def chunked_loss(
 
 
 def _num_pieces(size: int, axis: str) -> int:
-  """Into how many pieces the mesh cuts a dimension; one where it can't cut it evenly."""
+  """How many shards the mesh makes of a dimension; one if it can't divide it evenly."""
   return 1 if size % shards(axis) else shards(axis)
 
 
 def _cut(x_BT: jax.Array, rows: int, columns: int, chunk: int) -> jax.Array:
-  """[B, T, …] as [N, P, Q, B / P, C, …]: N chunks of each of the P × Q pieces that lie on different devices.
+  """[B, T, …] as [N, P, Q, B / P, C, …]: N chunks of each of the P × Q shards that lie on different devices.
 
-  C is at most `chunk`. Where N·C is more than the positions of a piece, the last ones are zeros: their weight too.
+  C is at most `chunk`. If N·C exceeds the positions of a shard, the last ones are padded with zeros, also their
+  weights.
   """
   batch, length, *rest = x_BT.shape
   piece_length = length // columns
@@ -89,7 +90,7 @@ def _cut(x_BT: jax.Array, rows: int, columns: int, chunk: int) -> jax.Array:
 def _summed_loss(
   hidden_NPQBCD: jax.Array, head_DV: jax.Array, labels_NPQBC: jax.Array, weights_NPQBC: jax.Array
 ) -> jax.Array:
-  """The loss alone, where nobody asks for a gradient."""
+  """The loss alone, when no gradient is needed."""
   head_DV = _gathered(head_DV)
 
   def add(sum_PQ: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
@@ -104,15 +105,15 @@ def _summed_loss(
 def _loss_and_gradients(
   hidden_NPQBCD: jax.Array, head_DV: jax.Array, labels_NPQBC: jax.Array, weights_NPQBC: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """The loss, and its gradients by the hidden states and the head, which the backward pass has only to scale."""
+  """The loss, and its gradients by the hidden states and the head, which the backward pass only scales."""
   head_DV = _gathered(head_DV)
   product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-  # One sum for each piece: with a single one, all devices would have to agree on it after every chunk. Where there is
-  # but one chunk, they agree at once, each on its own part of a cut head: a whole fp32 sum would be among the largest
-  # arrays of a step.
-  is_cut = shards("embed") > 1 and len(labels_NPQBC) == 1
-  sum_term = "dv" if is_cut else "pqdv"
-  sum_axes = ("embed", "vocab") if is_cut else ("batch", "length", "activation_embed", "vocab")
+  # Each shard has its own sum of the head's gradient; a single one would need an all-reduce after every chunk. With
+  # only one chunk the sum is reduced right away, into the shards of the head: a whole fp32 sum would be among the
+  # largest arrays of a step.
+  is_sharded = shards("embed") > 1 and len(labels_NPQBC) == 1
+  sum_term = "dv" if is_sharded else "pqdv"
+  sum_axes = ("embed", "vocab") if is_sharded else ("batch", "length", "activation_embed", "vocab")
 
   def add(sums: Any, chunk: Any) -> tuple[Any, jax.Array]:
     sum_PQ, head_gradient = sums
@@ -121,28 +122,28 @@ def _loss_and_gradients(
     gradient_PQBCV = gradient_PQBCV.astype(head_DV.dtype)
     hidden_gradient_PQBCD = product("pqbcv,dv->pqbcd", gradient_PQBCV, head_DV) * factor_PQBC1
     scaled_hidden_PQBCD = (hidden_PQBCD * factor_PQBC1).astype(head_DV.dtype)
-    of_chunk = product(f"pqbcd,pqbcv->{sum_term}", scaled_hidden_PQBCD, gradient_PQBCV)
-    head_gradient += constrain(of_chunk, *sum_axes) if is_cut else of_chunk
+    chunk_gradient = product(f"pqbcd,pqbcv->{sum_term}", scaled_hidden_PQBCD, gradient_PQBCV)
+    head_gradient += constrain(chunk_gradient, *sum_axes) if is_sharded else chunk_gradient
     hidden_gradient_PQBCD = constrain(hidden_gradient_PQBCD.astype(head_DV.dtype), *PIECE, None)
     return (sum_PQ + loss_PQ, head_gradient), hidden_gradient_PQBCD
 
   pieces = labels_NPQBC.shape[1:3]
-  sum_shape = head_DV.shape if is_cut else (*pieces, *head_DV.shape)
+  sum_shape = head_DV.shape if is_sharded else (*pieces, *head_DV.shape)
   head_gradient = constrain(jnp.zeros(sum_shape), *sum_axes)
   sums = (jnp.zeros(pieces), head_gradient)
   sums, hidden_gradient_NPQBCD = _scan(add, sums, (hidden_NPQBCD, labels_NPQBC, weights_NPQBC))
   sum_PQ, head_gradient = sums
   total = jnp.sum(sum_PQ)
-  head_gradient_DV = head_gradient if is_cut else jnp.sum(head_gradient, axis=(0, 1))
+  head_gradient_DV = head_gradient if is_sharded else jnp.sum(head_gradient, axis=(0, 1))
   if shards("embed") > 1:
     head_gradient_DV = constrain(head_gradient_DV, "embed", "vocab")
   return total, (hidden_gradient_NPQBCD, head_gradient_DV)
 
 
 def _gathered(head_DV: jax.Array) -> jax.Array:
-  """The head, gathered over fsdp: once, and not by each chunk.
+  """The head, gathered over fsdp once and not for each chunk.
 
-  It stands inside the rule of the gradient. Outside, its own derivative would gather the head's gradient again.
+  It is called inside the custom derivative rule. Outside of it, its own derivative would gather the head's gradient.
   """
   return head_DV if shards("embed") == 1 else constrain(head_DV, "activation_embed", "vocab")
 
@@ -162,8 +163,8 @@ def _chunk_loss(
   """The summed loss of each piece, and its gradient by the logits in two factors; all fp32.
 
   That gradient is weight · (softmax − one-hot) = weight / sum · (powers − sum · one-hot), where powers are the
-  exponentials of the logits and sum is their sum. The first factor is left for the much smaller arrays before and after
-  the products with the head: one pass fewer over all logits.
+  exponentials of the logits and sum is their sum. The caller applies the first factor to the much smaller arrays before
+  and after the products with the head, which saves one pass over all logits.
 
   Returns:
     (loss_PQ, powers_PQBCV − sum · one-hot, weight / sum [P, Q, B, C, 1]).
@@ -180,20 +181,20 @@ def _chunk_loss(
 
 
 def _subtract_at(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
-  """x minus the amount at the label's place."""
+  """x with the amount subtracted at the label's index."""
   if platform() == "cpu" and shards("vocab") == 1:
     return _scatter_subtract(labels_PQBC, x_PQBCV, amount_PQBC1)
   return _compare_and_subtract(labels_PQBC, x_PQBCV, amount_PQBC1)
 
 
 def _compare_and_subtract(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
-  """The plain form, which an accelerator fuses into what forms the operand of the products."""
+  """The plain form, which an accelerator fuses into the computation of the products' operand."""
   is_label_PQBCV = jnp.arange(x_PQBCV.shape[-1]) == labels_PQBC[..., None]
   return jnp.where(is_label_PQBCV, x_PQBCV - amount_PQBC1, x_PQBCV)
 
 
 def _scatter_subtract(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
-  """In place, one number a position."""
+  """In place, one number per position."""
   batch_dims = (0, 1, 2, 3)
   numbers = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(),
@@ -206,7 +207,7 @@ def _scatter_subtract(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: 
 
 
 def _scan(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-  """`jax.lax.scan`, without a loop where there is one chunk."""
+  """`jax.lax.scan`, without a loop if there is only one chunk."""
   if len(jax.tree.leaves(xs)[0]) > 1:
     return jax.lax.scan(body, carry, xs)
   carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 def multiply_narrow_first(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
   """`jnp.einsum(equation, x, weight)`, whose weight gradient transposes the smaller of its operands.
 
-  The weight gradient is a product that sums over positions. For it a CPU copies the first operand, transposed, and JAX
+  The weight gradient is a product that sums over positions. A CPU makes a transposed copy of the first operand, and JAX
   puts the output's gradient first, even where that is the wider one (2.7 times wider in LLaMA's MLP). Here the narrower
-  operand goes first. The result can be differentiated once, in reverse.
+  operand comes first. The result can be differentiated once, in reverse mode.
 
   Args:
-    equation: of two operands, each letter in two of the three terms: `btd,df->btf`.
+    equation: two operands; each letter is in two of the three terms: `btd,df->btf`.
     x: activations.
     weight: a weight in the type of the activations.
   """
@@ -33,8 +33,8 @@ def _backward(equation: str, operands: tuple[jax.Array, jax.Array], gradient: ja
   x_gradient = jnp.einsum(f"{output_term},{weight_term}->{x_term}", gradient, weight)
   if x.size <= gradient.size:
     return x_gradient, jnp.einsum(f"{x_term},{output_term}->{weight_term}", x, gradient)
-  # With the gradient first, its letters come first in the product: the weight's gradient, which is much smaller than
-  # either operand, is transposed afterwards.
+  # With the gradient first, its letters come first in the result. The result is the weight's gradient, much smaller
+  # than either operand, so it is transposed afterwards.
   transposed_term = "".join(sorted(weight_term, key=lambda letter: letter in x_term))
   transposed_gradient = jnp.einsum(f"{output_term},{x_term}->{transposed_term}", gradient, x)
   return x_gradient, jnp.einsum(f"{transposed_term}->{weight_term}", transposed_gradient)
