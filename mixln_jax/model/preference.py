@@ -182,13 +182,20 @@ def preference_loss(
     The sums, and the taps (as `Transformer.hidden`).
   """
   log_probabilities_BT, taps = _log_probabilities(model, params, batch, columns)
+  return pair_sums(preference, log_probabilities_BT, batch), taps
+
+
+def pair_sums(
+  preference: PreferenceConfig, log_probabilities_BT: jax.Array, batch: Mapping[str, jax.Array]
+) -> PairSums:
+  """As `preference_loss`, of the log-probabilities of a batch's labels, in nats."""
   chosen, rejected, is_pair_BP = answers_of(log_probabilities_BT, batch)
   pair = LOSSES[preference.loss](preference, chosen, rejected)
 
   def total(x_BP: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(is_pair_BP, x_BP, 0.0))
 
-  sums = PairSums(
+  return PairSums(
     loss=total(pair.loss),
     pairs=jnp.sum(is_pair_BP, dtype=jnp.float32),
     tokens=jnp.sum(batch["weights_BT"], dtype=jnp.float32),
@@ -196,7 +203,6 @@ def preference_loss(
     chosen_reward=total(pair.chosen_reward),
     rejected_reward=total(pair.rejected_reward),
   )
-  return sums, taps
 
 
 def sequence_log_probabilities(

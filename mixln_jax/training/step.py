@@ -31,12 +31,12 @@ class Sums(NamedTuple):
 
   Attributes:
     loss: the summed loss.
-    count: of what its mean is over: tokens or pairs.
-    measures: the other sums, by name; `tokens` where they are not the count.
+    number: of what its mean is over: tokens or pairs.
+    measures: the other sums, by name; `tokens` where the number is not theirs.
   """
 
   loss: jax.Array
-  count: jax.Array
+  number: jax.Array
   measures: dict[str, jax.Array]
 
 
@@ -148,7 +148,7 @@ def gradient_sum(
 ) -> tuple[jax.Array, jax.Array, Any]:
   """Loss sum, count and gradient of the loss sum, in fp32, added over the micro-batches."""
   sums, grads, _ = gradient_and_statistics(loss, model, params, batch, micro_batches, columns)
-  return sums.loss, sums.count, grads
+  return sums.loss, sums.number, grads
 
 
 def gradient_and_statistics(
@@ -209,7 +209,7 @@ def make_train_step(config: Config, *, diagnose: bool = False) -> Callable[..., 
     sums, grads, statistics = gradient_and_statistics(
       loss_to_train, model, state.params, batch, config.train.micro_batches, columns
     )
-    total, count = sums.loss, sums.count
+    total, count = sums.loss, sums.number
     # Take the norm of the sums, and multiply by 1 / count: a norm of means, or a division, would make a CPU write all
     # gradients to memory once more.
     loss, gradient_norm = total / count, optax.tree.norm(grads) / count

@@ -118,9 +118,9 @@ def _losses(hidden_NPQBCD: jax.Array, head_DV: jax.Array, labels_NPQBC: jax.Arra
   """The loss of each position, [N, P, Q, B, C]."""
   head_DV = _gathered(head_DV)
 
-  def of_chunk(_: None, chunk: Any) -> tuple[None, jax.Array]:
+  def of_chunk(carry: None, chunk: Any) -> tuple[None, jax.Array]:
     losses_PQBC, _, _ = _chunk_losses(head_DV, *chunk)
-    return None, losses_PQBC
+    return carry, losses_PQBC
 
   return _scan(of_chunk, None, (hidden_NPQBCD, labels_NPQBC))[1]
 
