@@ -26,6 +26,7 @@ from mixln_jax.training.finetune import resolve
 from mixln_jax.training.loop import train
 
 TASK = Path("work/era_pairs")
+SIZES = {"train": 2400, "validation": 400}  # 150 steps of 8 records of two pairs see each of them once
 ANSWERS = {"before": f" before {finetuning.BEFORE}.", "after": f" after {finetuning.AFTER}."}
 
 
@@ -33,9 +34,9 @@ def make_task(folder: Path) -> None:
   """Writes train.jsonl and validation.jsonl, the pairs of the passages that `finetuning.make_task` chooses."""
   finetuning.make_task(finetuning.TASK)
   folder.mkdir(parents=True, exist_ok=True)
-  for split in finetuning.SIZES:
+  for split, size in SIZES.items():
     lines = []
-    for example in json.loads((finetuning.TASK / f"{split}.json").read_text()):
+    for example in json.loads((finetuning.TASK / f"{split}.json").read_text())[:size]:
       passage = example["instruction"].removeprefix(finetuning.QUESTION).strip()
       right, wrong = example["output"], next(word for word in ANSWERS if word != example["output"])
       pair = {"prompt": f"{passage}\nThis was said", "chosen": ANSWERS[right], "rejected": ANSWERS[wrong]}
@@ -76,7 +77,7 @@ def main() -> None:
     parser.error("give --base=RUN, a run of configs/tiny.py, or --only_task")
   make_task(TASK)
   if arguments.only_task:
-    print(f"wrote      {TASK}: {', '.join(f'{split}.jsonl' for split in finetuning.SIZES)}")
+    print(f"wrote      {TASK}: {', '.join(f'{split}.jsonl, {size:,} pairs' for split, size in SIZES.items())}")
     return
   results = [tune(base) for base in arguments.base]
   for one in results:

@@ -1,7 +1,11 @@
 """Tuning on pairs: it learns what is preferred, exactly over a crash, against references that are its start's."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +32,7 @@ from mixln_jax.training.checkpoints import open_checkpoints, restore_state, spli
 from mixln_jax.training.finetune import resolve
 from mixln_jax.training.program import abstract_batch, lower_train_step, program_hash
 from mixln_jax.training.references import with_references
+from training import pairs_on_eight
 from training.test_start import curve
 
 NUM_STEPS = 24
@@ -222,3 +227,21 @@ def test_two_rates_as_one_program_are_the_runs_that_they_would_be_alone(recipe, 
   last = read_metrics(runs[1].folder / "metrics.jsonl")[-1]
   assert last["split"] == "validation"
   assert last["loss"] != alone[-1]["loss"]
+
+
+@pytest.mark.slow
+def test_eight_devices_train_on_pairs_as_one_does():
+  """Sums over a sequence whose positions lie on several devices, or pairs that one of them counts alone, would show."""
+  script = Path(pairs_on_eight.__file__)
+  root = Path(__file__).parents[2]
+  environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
+  result = subprocess.run(
+    [sys.executable, str(script)], capture_output=True, text=True, timeout=900, env=environment, check=False
+  )
+  assert result.returncode == 0, result.stderr[-3000:]
+  found = json.loads(result.stdout.splitlines()[-1])
+  for mesh in pairs_on_eight.MESHES:
+    for actual, expected in zip(found[mesh], found["one"], strict=True):
+      assert actual.keys() == expected.keys()
+      for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=1e-5, err_msg=f"{mesh}: {name}")
