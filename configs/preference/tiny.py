@@ -4,7 +4,8 @@ Command:  python -m benchmarks.preferences --only_task (writes work/era_pairs), 
           python -m mixln_jax prepare, then python -m mixln_jax finetune --workdir=DIR, both with
           --config=configs/preference/tiny.py --config.train.start_from=RUN
 Hardware: 2 CPU cores, as configs/finetune/tiny.py: a step has as many tokens.
-Result:   see docs/preferences.md.
+Result:   never run to its end. As far as it was (mix:0.25; a start of 42 steps, 23 of 60 steps, measured):
+          82.5 % of 400 held-out pairs, from 50.0 % after 15.
 Source:   ours; the embedded corpus.
 """
 
