@@ -9,7 +9,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.data.loader import example
 from mixln_jax.data.records import Answered, PairPacker
 from mixln_jax.parallel.mesh import make_mesh
-from mixln_jax.parallel.rules import batch_sharding
+from mixln_jax.parallel.rules import batch_sharding, replicated
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.program import lower_train_step
 
@@ -55,9 +55,10 @@ def run(sizes):
   shardings = step_lib.state_shardings(config, mesh)
   state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
   step = lower_train_step(config, mesh, shardings).compile()
+  rate = jax.device_put(np.float32(config.optimizer.learning_rate), replicated(mesh))
   metrics = []
   for _ in range(2):
-    state, values = step(state, jax.device_put(batch(), batch_sharding(mesh)))
+    state, values = step(state, jax.device_put(batch(), batch_sharding(mesh)), None, rate)
     metrics.append({name: float(value) for name, value in values.items()})
   return metrics
 

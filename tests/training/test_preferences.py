@@ -206,7 +206,7 @@ def test_the_planned_step_is_the_one_that_a_run_runs(tuned):
   """`plan` has no data: a batch without references, or with more than dpo reads, would be another program's."""
   config = config_of(tuned("mix:0.25"))
   mesh = make_mesh(config.mesh)
-  lowered = lower_train_step(config, mesh, step_lib.state_shardings(config, mesh), rate_is_data=True)
+  lowered = lower_train_step(config, mesh, step_lib.state_shardings(config, mesh))
   environment = json.loads((tuned("mix:0.25") / "environment.json").read_text())
   assert program_hash(lowered) == environment["train_step"]
   assert "references_BT" in abstract_batch(config, mesh)
