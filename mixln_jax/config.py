@@ -32,7 +32,9 @@ SCHEDULES = ("cosine", "linear", "wsd", "trapezoid", "constant")
 DECAYING_AT_THE_END = ("wsd", "trapezoid")  # schedules that are constant up to a final decay
 ACTIVATIONS = ("swiglu", "gelu")
 NORMS = ("rmsnorm", "layernorm", "dyt", "dyt_bias", "derf")
-RECORD_MODES = ("pack", "pad", "instructions")
+RECORD_MODES = ("pack", "pad", "instructions", "preferences")
+WHOLE_EXAMPLES = ("instructions", "preferences")  # modes whose records hold whole examples and count their answers
+PREFERENCE_LOSSES = ("none", "dpo", "simpo", "orpo")
 NEWEST, BEST = "newest", "best"
 
 # Whether a field may change when a run is resumed.
@@ -288,8 +290,8 @@ class DataConfig(Section):
     Field(
       "pack",
       "pack: documents concatenated and split; pad: one document per record, truncated and padded; instructions: "
-      "several whole examples of instruction, input and output per record, where only the output counts (needs "
-      "data.document_mask)",
+      "several whole examples of instruction, input and output per record, where only the output counts; preferences: "
+      "several whole pairs of answers per record, for preference.loss (both need data.document_mask)",
       choices=RECORD_MODES,
     ),
   ]
@@ -382,6 +384,52 @@ class TrainConfig(Section):
   ]
   sample_tokens: Annotated[
     int, Field(0, "tokens of sample text to generate at the end of the run; 0 = none", minimum=0, on_resume=FREE)
+  ]
+
+
+class PreferenceConfig(Section):
+  """The loss over pairs of answers, of which the first is preferred (mixln_jax/model/preference.py)."""
+
+  loss: Annotated[
+    str,
+    Field(
+      "none",
+      "what is minimised over the pairs of data.mode=preferences: dpo (arXiv 2305.18290), simpo (2405.14734), orpo "
+      "(2403.07691); none = the loss of each next token",
+      choices=PREFERENCE_LOSSES,
+    ),
+  ]
+  dpo_beta: Annotated[
+    float,
+    Field(
+      0.1, "dpo: β, how strongly the model is held to the one that it starts from (arXiv 2305.18290, app. B)", above=0.0
+    ),
+  ]
+  simpo_beta: Annotated[
+    float,
+    Field(2.0, "simpo: β, the scale of the mean log-probability as a reward (arXiv 2405.14734, app. B)", above=0.0),
+  ]
+  simpo_gamma: Annotated[
+    float,
+    Field(
+      1.0,
+      "simpo: γ, the margin of the rewards that is asked for (its code's README: start at γ/β = 0.5)",
+      minimum=0.0,
+    ),
+  ]
+  orpo_lambda: Annotated[
+    float,
+    Field(0.1, "orpo: λ, weight of the odds ratio beside the chosen answer's loss (arXiv 2403.07691)", minimum=0.0),
+  ]
+  label_smoothing: Annotated[
+    float,
+    Field(
+      0.0,
+      "dpo, simpo: the fraction of pairs that are presumed to be labelled the wrong way round (conservative DPO, "
+      "ericmitchell.ai/cdpo.pdf)",
+      minimum=0.0,
+      below=0.5,
+    ),
   ]
 
 
@@ -654,6 +702,7 @@ class Config(Section):
   model: ModelConfig
   data: DataConfig
   train: TrainConfig
+  preference: PreferenceConfig
   optimizer: OptimizerConfig
   checkpoint: CheckpointConfig
   evaluate: EvaluateConfig
@@ -771,6 +820,7 @@ def validate(config: Config) -> None:
   _validate_optimizer(config.optimizer)
   _validate_encoder(config)
   _validate_training(config)
+  _validate_preference(config)
 
 
 def _validate_places(config: Config) -> None:
@@ -848,9 +898,9 @@ def _validate_encoder(config: Config) -> None:
   if not model.bidirectional:
     return
   _contradiction(
-    data.document_mask or data.mode == "instructions",
-    "config.model.bidirectional=True can't be combined with config.data.document_mask or mode=instructions; use pack "
-    "or pad",
+    data.document_mask or data.mode in WHOLE_EXAMPLES,
+    "config.model.bidirectional=True can't be combined with config.data.document_mask or "
+    f"mode={' or '.join(WHOLE_EXAMPLES)}; use pack or pad",
   )
   _contradiction(
     config.train.sample_tokens > 0,
@@ -948,8 +998,8 @@ def _validate_training(config: Config) -> None:
     "config.data.document_mask=True needs config.data.mode=pack (padded records hold one document each)",
   )
   _contradiction(
-    config.data.mode == "instructions" and not config.data.document_mask,
-    "config.data.mode=instructions needs config.data.document_mask=True (a record holds several examples)",
+    config.data.mode in WHOLE_EXAMPLES and not config.data.document_mask,
+    f"config.data.mode={config.data.mode} needs config.data.document_mask=True (a record holds several examples)",
   )
   start = train.start_checkpoint
   _contradiction(
@@ -963,6 +1013,52 @@ def _validate_training(config: Config) -> None:
   zeros = [axis for axis in config.mesh if config.mesh[axis] == 0]
   _contradiction(
     bool(zeros), f"config.mesh.{zeros[0] if zeros else ''}=0: an axis has at least 1 device; use 1 to switch it off"
+  )
+
+
+# Which loss reads a field of config.preference.
+_READ_BY = {
+  "dpo_beta": ("dpo",),
+  "simpo_beta": ("simpo",),
+  "simpo_gamma": ("simpo",),
+  "orpo_lambda": ("orpo",),
+  "label_smoothing": ("dpo", "simpo"),
+}
+
+
+def _validate_preference(config: Config) -> None:
+  """What a loss over pairs needs of the other fields."""
+  preference, data = config.preference, config.data
+  loss = preference.loss
+  for name, readers in _READ_BY.items():
+    stated = preference[name] != FIELDS[f"preference.{name}"].default
+    _contradiction(
+      stated and loss not in readers,
+      f"config.preference.{name}={preference[name]:g} is read by {' and '.join(readers)} and not by "
+      f"config.preference.loss={loss}; leave it out, or choose another loss",
+    )
+  _contradiction(
+    (loss == "none") != (data.mode != "preferences"),
+    f"config.preference.loss={loss} with config.data.mode={data.mode}: a loss over pairs reads records of pairs, and "
+    f"those have no other; set preference.loss to {', '.join(PREFERENCE_LOSSES[1:])} and data.mode=preferences, or "
+    "neither",
+  )
+  if loss == "none":
+    return
+  _contradiction(
+    loss == "dpo" and data.mixture != "",
+    "config.data.mixture with config.preference.loss=dpo: the reference log-probabilities are stored with one folder "
+    "of records; prepare the sources as one, or use simpo or orpo",
+  )
+  _contradiction(
+    config.train.stop_when_diverged,
+    f"config.train.stop_when_diverged=True with config.preference.loss={loss}: divergence is known by the unigram "
+    "entropy of next tokens, and a loss over pairs has no such mark; set it to False",
+  )
+  _contradiction(
+    config.evaluate.official_compat,
+    f"config.evaluate.official_compat=True with config.preference.loss={loss}: the official evaluator knows next "
+    "tokens only; set it to False",
   )
 
 

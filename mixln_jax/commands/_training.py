@@ -107,6 +107,11 @@ def _show(outcome: Outcome) -> None:
     print(f"skipped    {outcome.skipped_updates} updates, whose loss or gradient was not finite")
   stream = sys.stderr if outcome.status == NON_FINITE else sys.stdout
   print(printable(f"{outcome.status:<10} {outcome.message}"), file=stream)
-  if outcome.validation:
+  if outcome.validation and "accuracy" in outcome.validation:
+    print(
+      f"validation loss {loss:.4f}, accuracy {float(validation['accuracy']):.1%}, margin "
+      f"{float(validation['margin']):.4f} (step {validation['step']})"
+    )
+  elif outcome.validation:
     loss, perplexity = (float(outcome.validation[name]) for name in ("loss", "perplexity"))
     print(f"validation loss {loss:.4f}, perplexity {perplexity:.3f} (step {outcome.validation['step']})")

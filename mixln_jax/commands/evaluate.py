@@ -1,4 +1,5 @@
-"""Evaluate a run's checkpoint: loss and perplexity on its validation set, or accuracy on tasks (--tasks)."""
+"""Evaluate a run's checkpoint: loss and perplexity on its validation set (of a run on pairs: accuracy, margin and
+rewards), or accuracy on tasks (--tasks)."""
 
 import json
 from typing import Any
@@ -13,8 +14,9 @@ from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.text import for_stdout
 from mixln_jax.training.divergence import MEANING, NOT_YET, Divergence
-from mixln_jax.training.evaluation import Evaluator
+from mixln_jax.training.evaluation import Evaluator, PairEvaluation
 from mixln_jax.training.program import SingleProgram
+from mixln_jax.training.references import with_references
 
 FILE = "tasks.json"
 
@@ -48,7 +50,12 @@ def main(argv: list[str]) -> int:
 def _on_validation(run: OpenRun) -> list[str]:
   setup, config = run.setup, run.config
   check_batch(setup, "--batch_size", config.evaluate.batch_size)
+  setup = with_references(setup, [run.folder])
   evaluation = Evaluator(SingleProgram(config, setup.mesh), setup)(run.params, run.step)[0]
+  if isinstance(evaluation, PairEvaluation):
+    metrics = evaluation.metrics(official_compat=False)
+    line = f"validation step {run.step}  {evaluation.describe(official_compat=False)}"
+    return [line, json.dumps({"step": run.step, **metrics})]
   rows = make_loader(setup, config.evaluate.batch_size, all_rows=True).validation(config.evaluate.max_tokens)
   entropy = unigram_entropy(rows)
   distance = evaluation.loss - entropy

@@ -1,4 +1,4 @@
-"""Fine-tune a model on instructions: `train` from the weights of the run that config.train.start_from names.
+"""Fine-tune a model on instructions or on pairs of answers: `train` from the weights of config.train.start_from's run.
 
 The model and the tokenizer are those of that run; `prepare` with the same --config makes the records. The result is an
 ordinary run: the same command resumes it, and so does `train`.

@@ -16,7 +16,7 @@ import hashlib
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class Part:
   """A piece of a corpus.
 
   Attributes:
-    kind: a key of READERS, or `instructions.KIND`.
+    kind: a key of READERS, `instructions.KIND`, or `preferences.JSON`.
     paths: files; or the name and the split of a data set with random access.
     names: the names of text files within the corpus, which decide which files are held out.
     begin, end: a range of bytes of a file, of row groups, or of example indices; end -1 = up to the last one.
@@ -168,7 +168,7 @@ def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Par
         texts = []
       texts.append(_TextFile(_unpacked_name(name), path, size))
     elif has_suffix(path, PARQUET):
-      parts += _parquet_parts(path)
+      parts += parquet_parts(path)
     elif has_suffix(path, JSON_LINES):
       parts += _json_lines_parts(path, size)
     else:
@@ -176,6 +176,41 @@ def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Par
   if texts:
     parts.append(_text_part(texts))
   return parts
+
+
+def files_of(
+  source: str, suffixes: tuple[str, ...], field: str, left_out: Counter[str] | None, *, mode: str
+) -> list[tuple[str, int]]:
+  """The files of a source that may be of a few kinds only, and their sizes, in an order that never changes.
+
+  Args:
+    source: a path, folder or glob.
+    suffixes: of those kinds.
+    field: config.data.source or config.data.validation_source, which a message names.
+    left_out: counts, by reason, the files that lie there and are not read.
+    mode: config.data.mode, for messages.
+
+  Raises:
+    InputError: there are no files, or one is of another kind.
+  """
+  try:
+    _check_no_data_set(source, field)
+    with _reached(source):
+      found = find(source, suffixes)
+      sizes = [(path, File(path).stat()[0]) for _, path in found.files]
+  except OSError as error:
+    raise InputError(f"{field}={source!r}: can't be read ({error}); mend or replace it") from error
+  if left_out is not None:
+    left_out.update(found.left_out)
+  other = [path for path, _ in sizes if not has_suffix(path, suffixes)]
+  if other or not sizes:
+    kinds = [suffix for suffix in suffixes if suffix.count(".") == 1]
+    problem = f"{other[0]} is not a file of {mode}" if other else f"there are no {mode}"
+    raise InputError(
+      f"{field}={source!r}: {problem}; with config.data.mode={mode} give a path, folder or glob of "
+      f"{', '.join(kinds[:-1])} or {kinds[-1]} files"
+    )
+  return sizes
 
 
 def _check_no_data_set(source: str, field: str) -> None:
@@ -229,7 +264,8 @@ def _parquet(path: str) -> Any:
     raise InputError(f"config.data.source: {path} is not a Parquet file ({error}); download it again") from error
 
 
-def _parquet_parts(path: str) -> list[Part]:
+def parquet_parts(path: str) -> list[Part]:
+  """The row groups of a file, a few at a time."""
   parts, begin, size = [], 0, 0
   metadata = _parquet(path).metadata
   for group in range(metadata.num_row_groups):
@@ -346,6 +382,27 @@ def json_values(path: str, begin: int = 0, end: int | None = None) -> Iterator[t
       yield where, value
 
 
+def json_list_or_lines(path: str) -> Iterator[tuple[str, Any]]:
+  """(where, value) of what a file holds, a JSON list or a value a line; Bad stands for a line that can't be read.
+
+  Raises:
+    InputError: it begins like a list and is not one, or is one too large to be read whole.
+  """
+  if not File(path).begins_with(b"["):
+    return json_values(path)
+  content = File(path).content(files.BOMB_BYTES)
+  if len(content) > files.BOMB_BYTES:
+    raise InputError(
+      f"{SOURCE}: {path} is a JSON list of more than {files.BOMB_BYTES:,} bytes, which is read whole; "
+      f"`jq -c '.[]' {path}` makes lines of it, which are not"
+    )
+  try:
+    values = json.loads(content)
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"{SOURCE}: {path} is not a JSON list ({error}); mend it, or download it again") from error
+  return ((f"{path}, number {number}", value) for number, value in enumerate(values))
+
+
 def document_of_field(value: dict[str, Any], text_field: str, where: str) -> Document | Bad:
   """The document in a field of an object; a dotted name, `data.text`, is a field of a field."""
   text = field_of(value, text_field)
@@ -381,28 +438,67 @@ def _flat(value: dict[str, Any], prefix: str = "", depth: int = 4) -> Iterator[t
 
 
 def _parquet_rows(part: Part, text_field: str) -> Iterator[Document | Bad]:
-  import pyarrow
-
   path = part.paths[0]
   where = f"{path}, row groups {part.begin} to {part.end}"
-  unpacked, row = 0, 0
-  limit = max(files.BOMB_BYTES, files.BOMB_RATIO * File(path).stat()[0])
-  try:
+  row = 0
+  with _undamaged(path):
     file = _parquet(path)
     _check_text_column(file, path, text_field)
+    unpacked = _Unpacked(path)
     for batch in file.iter_batches(BATCH_ROWS, row_groups=range(part.begin, part.end), columns=[text_field]):
       for value in _column(batch, text_field):
         text = value.as_py()
-        unpacked += ROW_COST + len(text or "")
-        if unpacked > limit:
-          raise InputError(
-            f"{SOURCE}: {path} unpacks to more than {limit:,} bytes, {files.BOMB_RATIO} times its size: no text does; "
-            "remove it, or unpack it yourself"
-          )
+        unpacked.add(len(text or ""))
         yield document_of(text, f"{where}, row {row}")
         row += 1
+
+
+def parquet_objects(part: Part, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(where, object) of the rows of a part, of each the columns that it has of those named.
+
+  Raises:
+    InputError: the file is damaged, or unpacks to more than a text does.
+  """
+  path = part.paths[0]
+  where = f"{path}, row groups {part.begin} to {part.end}"
+  row = 0
+  with _undamaged(path):
+    file = _parquet(path)
+    columns = [name for name in names if name in file.schema_arrow.names]
+    unpacked = _Unpacked(path)
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=range(part.begin, part.end), columns=columns):
+      unpacked.add(batch.nbytes, rows=len(batch))
+      for value in batch.to_pylist():
+        yield f"{where}, row {row}", value
+        row += 1
+
+
+@contextlib.contextmanager
+def _undamaged(path: str) -> Iterator[None]:
+  """Turns an error of Arrow's into one that names the file."""
+  import pyarrow
+
+  try:
+    yield
   except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise InputError(f"{SOURCE}: {path} is damaged ({one_line(error)}); download it again") from error
+
+
+class _Unpacked:
+  """Counts what a file of Parquet unpacks to."""
+
+  def __init__(self, path: str):
+    self._path, self._bytes = path, 0
+    self._limit = max(files.BOMB_BYTES, files.BOMB_RATIO * File(path).stat()[0])
+
+  def add(self, size: int, rows: int = 1) -> None:
+    """Counts rows of so many bytes together; raises InputError where the file is a decompression bomb."""
+    self._bytes += ROW_COST * rows + size
+    if self._bytes > self._limit:
+      raise InputError(
+        f"{SOURCE}: {self._path} unpacks to more than {self._limit:,} bytes, {files.BOMB_RATIO} times its size: no "
+        "text does; remove it, or unpack it yourself"
+      )
 
 
 def _check_text_column(file: Any, path: str, text_field: str) -> None:

@@ -6,18 +6,13 @@ with the output: nothing else counts in the loss.
 """
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mixln_jax.data import corpus as corpus_lib
-from mixln_jax.data import files
 from mixln_jax.data.corpus import BAD_UNICODE, JSON_LINES, SOURCE, Bad, Part
-from mixln_jax.data.files import File
-from mixln_jax.data.finding import find, has_suffix
 from mixln_jax.data.tokenizer import Tokenizer
-from mixln_jax.errors import InputError
 
 KIND = "instructions"  # the kind of a part, and the mode of its records
 NO_OBJECT, NO_INSTRUCTION, NO_OUTPUT, NO_TEXT = "not an object", "no instruction", "no output", "input is no text"
@@ -68,6 +63,24 @@ def prompt_of(instruction: str, text: str = "") -> str:
   return template.format(instruction=instruction, input=text)
 
 
+def conversation_prompt(messages: Sequence[tuple[str, str]]) -> str:
+  """The prompt that (role, content) messages are, up to where the next answer begins.
+
+  One message of a user is `prompt_of` of it. Further turns follow in the same words, and a system's message takes the
+  place of the line above the first instruction.
+  """
+  preamble, heading = WITHOUT_INPUT.split("\n\n", 1)
+  turns = []
+  for role, content in messages:
+    if role == "system":
+      preamble = content
+    elif role == "user":
+      turns.append(heading.format(instruction=content))
+    else:
+      turns.append(f"{content}\n\n")
+  return f"{preamble}\n\n{''.join(turns)}"
+
+
 def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = None) -> list[Part]:
   """The files of a path, folder or glob, one part each, in an order that never changes.
 
@@ -79,22 +92,9 @@ def parts_of(source: str, field: str = SOURCE, left_out: Counter[str] | None = N
   Raises:
     InputError: there are no files, or one is of another kind.
   """
-  try:
-    found = find(source, JSON_LINES)
-    paths = [path for _, path in found.files]
-    parts = [Part(KIND, (path,), size=File(path).stat()[0]) for path in paths]
-  except OSError as error:
-    raise InputError(f"{field}={source!r}: can't be read ({error}); mend or replace it") from error
-  if left_out is not None:
-    left_out.update(found.left_out)
-  other = [path for path in paths if not has_suffix(path, JSON_LINES)]
-  if other or not paths:
-    problem = f"{other[0]} is not a file of instructions" if other else "there are no instructions"
-    raise InputError(
-      f"{field}={source!r}: {problem}; with config.data.mode={KIND} give a path, folder or glob of .jsonl, .json or "
-      ".ndjson files"
-    )
-  return parts
+  # A whole file each: what begins like a list can only be read from its beginning.
+  sizes = corpus_lib.files_of(source, JSON_LINES, field, left_out, mode=KIND)
+  return [Part(KIND, (path,), size=size) for path, size in sizes]
 
 
 def read(part: Part) -> Iterator[Example | Bad]:
@@ -105,25 +105,8 @@ def read(part: Part) -> Iterator[Example | Bad]:
   """
   (path,) = part.paths
   with corpus_lib.reading(path):
-    values = _of_list(path) if File(path).begins_with(b"[") else corpus_lib.json_values(path)
-    for where, value in values:
+    for where, value in corpus_lib.json_list_or_lines(path):
       yield value if isinstance(value, Bad) else _example_of(value, where)
-
-
-def _of_list(path: str) -> Iterator[tuple[str, Any]]:
-  content = File(path).content(files.BOMB_BYTES)
-  if len(content) > files.BOMB_BYTES:
-    raise InputError(
-      f"config.data.source: {path} is a JSON list of more than {files.BOMB_BYTES:,} bytes, which is read whole; "
-      f"`jq -c '.[]' {path}` makes lines of it, which are not"
-    )
-  try:
-    values = json.loads(content)
-  except (ValueError, RecursionError) as error:
-    raise InputError(
-      f"config.data.source: {path} is not a JSON list ({error}); mend it, or download it again"
-    ) from error
-  return ((f"{path}, number {number}", value) for number, value in enumerate(values))
 
 
 def _example_of(value: Any, where: str) -> Example | Bad:

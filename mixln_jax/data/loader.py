@@ -58,8 +58,8 @@ def example(record: Record, sequence_length: int, *, document_mask: bool) -> Bat
       weight 0.
 
   Returns:
-    `tokens_BT`, `labels_BT`, `weights_BT` (and `segment_ids_BT`, `positions_BT`), each [T]. The last position has no
-    label.
+    `tokens_BT`, `labels_BT`, `weights_BT` (and `segment_ids_BT`, `positions_BT`; and `references_BT`, a document's
+    reference at its first position, where the record has them), each [T]. The last position has no label.
   """
   tokens, starts = record.tokens[:sequence_length], record.starts[:sequence_length]
   position = np.arange(sequence_length)
@@ -73,6 +73,10 @@ def example(record: Record, sequence_length: int, *, document_mask: bool) -> Bat
     row["segment_ids_BT"] = np.cumsum(starts).astype(np.int32)
     row["positions_BT"] = (position - start_of_document).astype(np.int32)
   row["weights_BT"] = counts.astype(np.float32)
+  if record.references is not None:
+    row["references_BT"] = np.zeros(sequence_length, np.float32)
+    begins = np.flatnonzero(starts)[: len(record.references)]
+    row["references_BT"][begins] = record.references[: len(begins)]
   return row
 
 
@@ -202,13 +206,22 @@ class Loader:
       iterator.close()
 
   def validation(self, max_tokens: int = 0) -> Iterator[Batch]:
-    """The validation records once, in order: this process's rows. The last batch is padded with rows of weight 0.
+    """The validation records once, in order, as `once` gives them.
 
     Args:
       max_tokens: stop after the record with which the counted tokens reach this number; 0 = never. It stops at a record
         and not at a batch, so that the set does not depend on the batch size.
     """
-    rows = self._examples(self._data.rows("validation"), VALIDATION_SEED)
+    return self.once("validation", max_tokens)
+
+  def once(self, split: str, max_tokens: int = 0) -> Iterator[Batch]:
+    """The records of a split once, in order: this process's rows. The last batch is padded with rows of weight 0.
+
+    Args:
+      split: "train" or "validation".
+      max_tokens: as for `validation`.
+    """
+    rows = self._examples(self._data.rows(split), VALIDATION_SEED)
     pending: list[Batch] = []
     counted = 0
     for row in self._readable(iter(rows)):

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixln_jax.data import corpus as corpus_lib
-from mixln_jax.data import instructions
+from mixln_jax.data import instructions, preferences
 from mixln_jax.data import records as records_lib
 from mixln_jax.data import tokenizer as tokenizer_lib
 from mixln_jax.data.corpus import Bad, Document, Part
 from mixln_jax.data.instructions import Example
+from mixln_jax.data.preferences import Pair
 from mixln_jax.data.records import SPLITS, Record, Split
 from mixln_jax.errors import InputError
 from mixln_jax.files import json_object, write_whole
@@ -21,6 +22,9 @@ from mixln_jax.files import json_object, write_whole
 RESULTS = "parts"  # folder of the results of the parts
 EXAMPLES = 3  # how many bad documents of a part its result names
 TRAIN, VALIDATION = SPLITS
+
+
+Text = Document | Example | Pair  # what a corpus is made of
 
 
 class SplitPart(NamedTuple):
@@ -91,7 +95,7 @@ def write_part(job: Job, count: Callable[[int], object] = lambda _: None) -> Res
   skipped: Counter[str] = Counter()
   where: list[str] = []
   digest = hashlib.sha256()
-  for document in read_part(job.part, job.text_field):
+  for document in read_part(job.part, job.mode, job.text_field):
     if isinstance(document, Bad):
       bad = document
     else:
@@ -142,18 +146,30 @@ class _SplitWriter:
     self._documents = self._tokens = self._largest_id = 0
     self.cut_prompts = 0
 
-  def add(self, document: Document | Example) -> Bad | None:
+  def add(self, document: Text) -> Bad | None:
     """Writes a document; returns a Bad if it does not fit into a record."""
     if isinstance(document, Document):
       ids = [*self._tokenizer.encode(document.text), self._tokenizer.eos_id]
       self._write(document.name, ids, self._packer.add(ids))
       return None
+    if isinstance(document, Pair):
+      return self._add_pair(document)
     tokens = instructions.tokenize(document, self._tokenizer, self._length)
     if tokens is None:
       return Bad(instructions.ANSWER_TOO_LONG, f"the example that answers {document.answer[:60]!r}")
     self.cut_prompts += tokens.num_cut > 0
     self._tokens += tokens.num_cut
     self._write(document.name, tokens.ids, self._packer.add(tokens.ids, tokens.num_answer))
+    return None
+
+  def _add_pair(self, pair: Pair) -> Bad | None:
+    tokens = preferences.tokenize(pair, self._tokenizer, self._length)
+    if isinstance(tokens, str):
+      return Bad(tokens, f"the pair whose chosen answer is {pair.chosen[:60]!r}")
+    self.cut_prompts += tokens.num_cut > 0
+    self._tokens += 2 * tokens.num_cut
+    ids = [*tokens.chosen.ids, *tokens.rejected.ids]
+    self._write(pair.name, ids, self._packer.add(tokens.chosen, tokens.rejected))
     return None
 
   def _write(self, name: str, ids: Sequence[int], full: Iterable[Record]) -> None:
@@ -177,23 +193,25 @@ class _SplitWriter:
     return Split(self._documents, self._tokens, self._writer.counted, self._largest_id, shards)
 
 
-def read_part(part: Part, text_field: str) -> Iterator[Document | Example | Bad]:
-  """The documents or examples of a part, with a Bad for each that can't be used."""
-  if part.kind == instructions.KIND:
+def read_part(part: Part, mode: str, text_field: str) -> Iterator[Text | Bad]:
+  """The documents, examples or pairs of a part, by config.data.mode, with a Bad for each that can't be used."""
+  if mode == instructions.KIND:
     return instructions.read(part)
+  if mode == preferences.MODE:
+    return preferences.read(part)
   return corpus_lib.read(part, text_field)
 
 
-def hash_of_part(part: Part, text_field: str) -> str:
+def hash_of_part(part: Part, mode: str, text_field: str) -> str:
   """The hash of the names and texts of a part's documents (Result.sha256), without writing anything."""
   digest = hashlib.sha256()
-  for document in read_part(part, text_field):
+  for document in read_part(part, mode, text_field):
     if not isinstance(document, Bad):
       hash_document(digest, document)
   return digest.hexdigest()
 
 
-def hash_document(digest: Any, document: Document | Example) -> None:
+def hash_document(digest: Any, document: Text) -> None:
   """Adds the fields of a document to a hash, each after its length."""
   for text in document:
     data = text.encode(errors="surrogateescape")
@@ -201,6 +219,6 @@ def hash_document(digest: Any, document: Document | Example) -> None:
     digest.update(data)
 
 
-def split_of(document: Document | Example, validation_fraction: float) -> str:
+def split_of(document: Text, validation_fraction: float) -> str:
   """The split of a document, decided by the hash of its name."""
   return VALIDATION if corpus_lib.is_validation(document.name, validation_fraction) else TRAIN

@@ -22,8 +22,8 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from mixln_jax import signals
-from mixln_jax.config import Config
-from mixln_jax.data import addressed, finding, instructions
+from mixln_jax.config import WHOLE_EXAMPLES, Config
+from mixln_jax.data import addressed, finding, instructions, preferences
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data import records as records_lib
 from mixln_jax.data import tokenizer as tokenizer_lib
@@ -40,6 +40,7 @@ from mixln_jax.data.parts import (
   SplitPart,
   finished,
   hash_of_part,
+  read_part,
   split_of,
   write_part,
 )
@@ -70,7 +71,7 @@ def prepare(config: Config, *, progress: bool = True, workers: int | None = None
   folder = data_directory(config)
   partial = _work_folder(folder)
   parts = _parts_of(config)
-  state = _source_state(parts, config.data.text_field)
+  state = _source_state(parts, config)
   if has_records(folder):
     return _reuse(folder, config, parts, state)
   given = _given_tokenizer(config)
@@ -118,9 +119,9 @@ def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
     raise InputError(f"tokenizer path={path!r}: must end in .model (SentencePiece) or .json (tokenizers)")
   if target.exists():
     raise InputError(f"tokenizer path={path!r}: exists already; give another path, or use it")
-  if config.data.mode == instructions.KIND:
+  if config.data.mode in WHOLE_EXAMPLES:
     raise InputError(
-      f"tokenizer path={path!r}: config.data.mode={instructions.KIND} needs the tokenizer of the trained model; don't "
+      f"tokenizer path={path!r}: config.data.mode={config.data.mode} needs the tokenizer of the trained model; don't "
       "train one"
     )
   split = TRAIN if config.data.validation_source else None
@@ -159,7 +160,8 @@ def _parts_of(config: Config) -> list[SplitPart]:
 
 def _parts_of_source(config: Config, field: str, split: str | None) -> list[SplitPart]:
   data = config.data
-  parts_of = instructions.parts_of if data.mode == instructions.KIND else corpus_lib.parts_of
+  readers = {instructions.KIND: instructions.parts_of, preferences.MODE: preferences.parts_of}
+  parts_of = readers.get(data.mode, corpus_lib.parts_of)
   source = data.source if field == SOURCE else data.validation_source
   left_out: Counter[str] = Counter()
   parts = [SplitPart(part, split) for part in parts_of(source, field, left_out)]
@@ -177,13 +179,13 @@ def _places(parts: Sequence[SplitPart]) -> dict[Any, str]:
   return places
 
 
-def _source_state(parts: Sequence[SplitPart], text_field: str) -> str:
+def _source_state(parts: Sequence[SplitPart], config: Config) -> str:
   """A hash of the names, sizes and times of a corpus's files, and of the first document of each addressed part."""
   files: set[str] = set()
   first_documents = []
   for part, _ in parts:
     if part.kind in addressed.KINDS:
-      first_documents.append(str(next(corpus_lib.read(part, text_field), "")))
+      first_documents.append(str(next(read_part(part, config.data.mode, config.data.text_field), "")))
     else:
       files.update(part.paths)
   stats = [(path, *File(path).stat()) for path in sorted(files)]
@@ -204,7 +206,7 @@ def _reuse(folder: Path, config: Config, parts: Sequence[SplitPart], state: str)
   corpus = records_lib.open_corpus(folder, verify=data.verify)
   problem = None
   if not _same_files(folder, parts, state):  # compare the texts: a file may have been touched without a change
-    source_sha256 = _hash_of_hashes(hash_of_part(part, data.text_field) for part, _ in parts)
+    source_sha256 = _hash_of_hashes(hash_of_part(part, data.mode, data.text_field) for part, _ in parts)
     if source_sha256 != corpus.manifest.source_sha256:
       problem = f"they were made from another text than config.data.source={data.source!r} has now"
   if problem is None and corpus.manifest.sequence_length != data.sequence_length:
@@ -312,9 +314,9 @@ def _given_tokenizer(config: Config) -> Tokenizer | None:
   """
   name = config.data.tokenizer
   if name == tokenizer_lib.SENTENCEPIECE:
-    if config.data.mode == instructions.KIND:
+    if config.data.mode in WHOLE_EXAMPLES:
       raise InputError(
-        f"config.data.tokenizer={name!r}: instructions need the tokenizer that the model was trained with; set "
+        f"config.data.tokenizer={name!r}: {config.data.mode} need the tokenizer that the model was trained with; set "
         "config.train.start_from to its run, or name the tokenizer"
       )
     return None
@@ -499,7 +501,7 @@ def _manifest(config: Config, tokenizer: Tokenizer, results: Sequence[Result]) -
   for result in results:
     skipped.update(result.skipped)
   cut_prompts = None
-  if data.mode == instructions.KIND:
+  if data.mode in WHOLE_EXAMPLES:
     cut_prompts = sum(result.cut_prompts for result in results)
   splits = {}
   for name in SPLITS:

@@ -5,11 +5,13 @@ A record holds T tokens (position t predicts t + 1), how many of them are real, 
     tokens: T × the smallest unsigned type that holds the vocabulary, little-endian
     length: uint32; positions from it on are padding
     starts: T bits, most significant first
-    answers: T bits, only in mode instructions: the tokens whose prediction counts; in other modes all tokens count
+    answers: T bits, only in modes instructions and preferences: the tokens whose prediction counts; in other modes all
+        tokens count
 
 Padded records hold one document each, truncated and padded. Packed records cut the concatenated documents of a part of
 the corpus every T - 1 tokens and overlap by one: each token of the part but the first is predicted exactly once.
-Records of instructions hold several whole examples and are padded.
+Records of instructions hold several whole examples and are padded; those of preferences whole pairs, each of them two
+documents, the chosen one first.
 """
 
 import dataclasses
@@ -52,6 +54,7 @@ class Record(NamedTuple):
   length: int
   starts: np.ndarray  # [T] bool
   answers: np.ndarray | None = None  # [T] bool; None = all tokens count
+  references: np.ndarray | None = None  # of each document a number that is not in its bytes (data/references.py)
 
   @property
   def counted(self) -> int:
@@ -134,8 +137,15 @@ class Packer:
       yield Record(np.pad(self._tokens, missing, constant_values=self._pad_id), length, np.pad(self._starts, missing))
 
 
-class ExamplePacker:
-  """Whole examples, several a record: each goes into the first open record that has room for it."""
+class Answered(NamedTuple):
+  """A document that ends with an answer."""
+
+  ids: list[int]
+  num_answer: int  # how many of them, the last ones, count
+
+
+class _WholePacker:
+  """What is never cut, several a record: each goes into the first open record that has room for it."""
 
   OPEN = 16  # records that are open at a time; the oldest one is closed
 
@@ -143,14 +153,11 @@ class ExamplePacker:
     self._length, self._pad_id = sequence_length, pad_id
     self._open: list[_OpenRecord] = []
 
-  def add(self, ids: Sequence[int], num_answer: int) -> Iterator[Record]:
-    """The records that are closed after one more example.
-
-    Args:
-      ids: of the example, at most T.
-      num_answer: how many of them, the last ones, count.
-    """
-    self._with_room(len(ids)).add(ids, num_answer)
+  def _add(self, documents: Sequence[Answered]) -> Iterator[Record]:
+    """The records that are closed after these documents went into one, which have at most T ids together."""
+    record = self._with_room(sum(len(document.ids) for document in documents))
+    for document in documents:
+      record.add(document)
     if len(self._open) > self.OPEN:
       yield self._open.pop(0).close()
 
@@ -168,19 +175,35 @@ class ExamplePacker:
     return record
 
 
+class ExamplePacker(_WholePacker):
+  """Whole examples."""
+
+  def add(self, ids: list[int], num_answer: int) -> Iterator[Record]:
+    """The records that are closed after one more example, of at most T ids, of which the last `num_answer` count."""
+    return self._add([Answered(ids, num_answer)])
+
+
+class PairPacker(_WholePacker):
+  """Whole pairs: two documents that follow one another."""
+
+  def add(self, chosen: Answered, rejected: Answered) -> Iterator[Record]:
+    """The records that are closed after one more pair, of at most T ids together."""
+    return self._add([chosen, rejected])
+
+
 class _OpenRecord:
-  """A record of instructions that may still have room."""
+  """A record of whole examples that may still have room."""
 
   def __init__(self, sequence_length: int, pad_id: int):
     self.length = 0
     self._tokens = np.full(sequence_length, pad_id, np.int32)
     self._starts, self._answers = np.zeros((2, sequence_length), bool)
 
-  def add(self, ids: Sequence[int], num_answer: int) -> None:
-    begin, end = self.length, self.length + len(ids)
-    self._tokens[begin:end] = ids
+  def add(self, document: Answered) -> None:
+    begin, end = self.length, self.length + len(document.ids)
+    self._tokens[begin:end] = document.ids
     self._starts[begin] = True
-    self._answers[end - num_answer : end] = True
+    self._answers[end - document.num_answer : end] = True
     self.length = end
 
   def close(self) -> Record:
@@ -196,7 +219,12 @@ class PackerOfMode(Protocol):
 
 
 # data.mode -> packer, made of (sequence_length, pad_id)
-PACKERS: dict[str, Callable[[int, int], PackerOfMode]] = {"pad": Padder, "pack": Packer, "instructions": ExamplePacker}
+PACKERS: dict[str, Callable[[int, int], PackerOfMode]] = {
+  "pad": Padder,
+  "pack": Packer,
+  "instructions": ExamplePacker,
+  "preferences": PairPacker,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +318,8 @@ class Corpus(NamedTuple):
   folder: Path  # absolute
   manifest: Manifest
   tokenizer: Tokenizer
+  # Of each split [records, documents of a record], zeros behind the last one: what becomes `Record.references`.
+  references: Mapping[str, np.ndarray] | None = None
 
   def shard_paths(self, split: str) -> list[str]:
     return [str(self.folder / shard.file) for shard in self.manifest.splits[split].shards]
@@ -302,11 +332,19 @@ class Corpus(NamedTuple):
     except RuntimeError as error:
       raise unreadable(self.folder, error) from error
     dtype, length = token_dtype(self.manifest.vocab_size), self.manifest.sequence_length
-    return grain.MapDataset.source(source).map(functools.partial(decode_record, sequence_length=length, dtype=dtype))
+    rows = grain.MapDataset.source(source).map(functools.partial(decode_record, sequence_length=length, dtype=dtype))
+    if self.references is None:
+      return rows
+    return rows.map_with_index(functools.partial(_with_references, self.references[split]))
 
   def training(self, seed: int) -> grain.MapDataset[Record]:
     """Endless training records, in a new order each epoch; the n-th is a function of the seed and n."""
     return self.rows("train").seed(seed).shuffle().repeat()
+
+
+def _with_references(references: np.ndarray, number: int, record: Record) -> Record:
+  """A record with its row of references; grain numbers on from one epoch to the next."""
+  return record._replace(references=references[number % len(references)])
 
 
 def unreadable(folder: Path, error: Exception) -> InputError:

@@ -10,7 +10,7 @@ import optax
 
 from mixln_jax.model.columns import Columns
 from mixln_jax.model.transformer import Transformer
-from mixln_jax.model.tuned.loss import chunked_loss
+from mixln_jax.model.tuned.loss import chunked_loss, chunked_losses
 from mixln_jax.parallel.rules import constrain
 
 
@@ -41,6 +41,15 @@ def next_token_loss(
   weights_BT = weights_BT.astype(jnp.float32)
   head_DV = head_DV.astype(hidden_BTD.dtype)
   return chunked_loss(hidden_BTD, head_DV, labels_BT, weights_BT, chunk), jnp.sum(weights_BT)
+
+
+def next_token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array) -> jax.Array:
+  """Cross entropy of each position, [B, T] fp32, in nats; arguments as `next_token_loss`.
+
+  For what is not a weighted sum of them, such as a loss over pairs of answers: their gradients cost the head a fourth
+  product.
+  """
+  return chunked_losses(hidden_BTD, head_DV.astype(hidden_BTD.dtype), labels_BT)
 
 
 def all_logits_loss(

@@ -22,6 +22,7 @@ from mixln_jax.training.loop import check_batches, start_facts, train_members
 from mixln_jax.training.member import Member, old_config_of
 from mixln_jax.training.program import JointProgram
 from mixln_jax.training.progress import Clock
+from mixln_jax.training.references import with_references
 
 TOGETHER = "together.json"
 
@@ -60,9 +61,11 @@ def train_together(study: Study, runs: Sequence[Run]) -> list[Outcome]:
   clock = Clock()
   program = JointProgram({run.name: run.config for run in runs}, study.base.mesh)
   corpus = open_data(program.config)
-  setups = [Setup(run.config, program.mesh, corpus) for run in runs]
   check_batches(runs[0].config, program.mesh)
-  agree("the start of the study", {run.name: run.values for run in runs} | start_facts(setups[0]))
+  shared = Setup(runs[0].config, program.mesh, corpus)
+  agree("the start of the study", {run.name: run.values for run in runs} | start_facts(shared))
+  shared = with_references(shared, [run.folder for run in runs])
+  setups = [shared._replace(config=run.config) for run in runs]
   old_configs = [old_config_of(run.folder, run.config) for run in runs]
   for run, setup in zip(runs, setups, strict=True):
     if not run.folder.has_run:

@@ -15,7 +15,7 @@ from mixln_jax.opening import Setup, make_loader
 from mixln_jax.parallel.processes import is_first, wait_for_all
 from mixln_jax.parallel.rules import on_mesh
 from mixln_jax.runs.folder import RunFolder
-from mixln_jax.training.step import TrainState, columns_at, gradient_sum
+from mixln_jax.training.step import TrainState, columns_at, gradient_sum, loss_of
 
 
 def write_dump(folder: RunFolder, setup: Setup, state: TrainState, step: int) -> Path:
@@ -61,7 +61,8 @@ def gradient_norms(
   """The mean loss after `step` updates, and the norm of its gradient by each tensor; for tensors of `layers/`, of each
   layer [L]."""
   columns = columns_at(config, None, jnp.int32(step))
-  total, count, grads = gradient_sum(Transformer(config.model), params, batch, config.train.micro_batches, columns)
+  model, micro_batches = Transformer(config.model), config.train.micro_batches
+  total, count, grads = gradient_sum(model, params, batch, micro_batches, columns, loss_of(config))
 
   def norm(path: str, grad: jax.Array) -> jax.Array:
     axes = tuple(range(1, grad.ndim)) if path.startswith("layers/") else None

@@ -1,4 +1,4 @@
-"""Validation loss, perplexity and bits per byte over a fixed set."""
+"""Evaluation over a fixed set: loss, perplexity and bits per byte of text; accuracy and rewards of pairs of answers."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixln_jax.model.preference import PairSums
 from mixln_jax.opening import Setup, make_loader
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.parallel.rules import on_mesh
 from mixln_jax.text import perplexity
 from mixln_jax.training.program import Program
+from mixln_jax.training.step import pair_means
 
 
 class Evaluation(NamedTuple):
@@ -57,6 +59,41 @@ class Evaluation(NamedTuple):
     return values
 
 
+class PairEvaluation(NamedTuple):
+  """Result of an evaluation on pairs, as TRL defines it. A reward is what the loss makes of an answer
+  (`model/preference.py`).
+
+  Attributes:
+    loss: nats a pair, each pair weighing the same.
+    accuracy: fraction of the pairs whose chosen answer has the larger reward.
+    chosen_reward, rejected_reward: the mean rewards.
+    margin: the mean of their difference.
+    pairs: how many they are.
+    tokens: of both answers.
+  """
+
+  loss: float
+  accuracy: float
+  chosen_reward: float
+  rejected_reward: float
+  margin: float
+  pairs: int
+  tokens: int
+
+  def describe(self, *, official_compat: bool) -> str:
+    """One line for a person; `official_compat` is of no meaning here."""
+    del official_compat
+    return (
+      f"loss {self.loss:.4f}  accuracy {self.accuracy:.1%}  margin {self.margin:.4f}  chosen reward "
+      f"{self.chosen_reward:.4f}  rejected reward {self.rejected_reward:.4f}  pairs {self.pairs:,}"
+    )
+
+  def metrics(self, *, official_compat: bool) -> dict[str, float]:
+    """What metrics.jsonl holds of it."""
+    del official_compat
+    return dict(self._asdict())
+
+
 class Evaluator:
   """Evaluates parameters on the validation set of a setup."""
 
@@ -65,15 +102,18 @@ class Evaluator:
     self._loader = make_loader(setup, setup.config.evaluate.batch_size)
     self._step = program.evaluate_step(bytes_per_token(setup))
 
-  def __call__(self, params: Any, step: int) -> list[Evaluation]:
+  def __call__(self, params: Any, step: int) -> list[Evaluation] | list[PairEvaluation]:
     """The evaluation of each member of the program; `params` are those of its joint state after `step` updates."""
     mesh = self._setup.mesh
     with on_mesh(mesh):
       batches = self._loader.validation(self._setup.config.evaluate.max_tokens)
       pending = [self._step(params, global_batch(batch, mesh), jnp.int32(step)) for batch in batches]
-    # [number of batches, (loss sum, count, bytes), R]; one run has scalars.
-    sums_N3R = np.array(jax.device_get(pending), np.float64).reshape(len(pending), 3, -1)
-    return [add_up(*sums_N3R[:, :, index].T) for index in range(sums_N3R.shape[2])]
+    # [number of batches, what the step gives, R]; one run has scalars.
+    sums_NKR = np.array(jax.device_get(pending), np.float64).reshape(len(pending), len(pending[0]), -1)
+    members = range(sums_NKR.shape[2])
+    if self._setup.config.preference.loss != "none":
+      return [add_up_pairs(sums_NKR[:, :, index]) for index in members]
+    return [add_up(*sums_NKR[:, :, index].T) for index in members]
 
 
 def bytes_per_token(setup: Setup) -> np.ndarray:
@@ -89,3 +129,10 @@ def add_up(sums: np.ndarray, counts: np.ndarray, num_bytes: np.ndarray) -> Evalu
   bits_per_byte = sums.sum() / math.log(2) / num_bytes.sum()
   official = (sums / counts).sum() / (len(sums) + 1)
   return Evaluation(float(loss), float(bits_per_byte), int(counts.sum()), float(official))
+
+
+def add_up_pairs(sums_NK: np.ndarray) -> PairEvaluation:
+  """The evaluation of N batches from the `PairSums` of each, a row of K numbers, float64."""
+  total = PairSums(*sums_NK.sum(axis=0))
+  means = {name: float(value) for name, value in pair_means(total._asdict(), total.pairs).items()}
+  return PairEvaluation(loss=float(total.loss / total.pairs), pairs=int(total.pairs), tokens=int(total.tokens), **means)

@@ -44,6 +44,7 @@ from mixln_jax.training.evaluation import Evaluator
 from mixln_jax.training.member import Member, old_config_of
 from mixln_jax.training.program import Program, SingleProgram, program_hash
 from mixln_jax.training.progress import Clock, Profiler, Progress
+from mixln_jax.training.references import with_references
 from mixln_jax.training.resume import ResumePoint
 from mixln_jax.training.step import TrainState
 from mixln_jax.training.stopping import StopRequest, stop_on_signals
@@ -65,6 +66,8 @@ def train(config: Config, workdir: str | Path) -> Outcome:
   folder = RunFolder(workdir)
   old_config = old_config_of(folder, config)
   agree("the start of the run", start_facts(setup))
+  with clock("references"):
+    setup = with_references(setup, [folder])
   if not folder.has_run:
     if config.train.start_from:
       finetune.find_start(setup)  # for its checks: nothing is written where they fail
@@ -325,7 +328,7 @@ class _Loop:
       self._progress.say(f"validation step {self.step}  {evaluation.describe(official_compat=compat)}{name}")
       if not math.isfinite(loss):
         self._freeze_non_finite(member, self.step, f"validation loss {loss}")
-      elif member.divergence.consecutive >= 2 and self._config.train.stop_when_diverged:
+      elif entropy is not None and member.divergence.consecutive >= 2 and self._config.train.stop_when_diverged:
         self._freeze_diverged(member, loss, entropy)
       else:
         losses[member.index] = loss

@@ -28,7 +28,7 @@ from mixln_jax.text import printable
 from mixln_jax.training.checkpoints import facts_of, open_checkpoints, restore_state, split
 from mixln_jax.training.diagnosis import Diagnosis
 from mixln_jax.training.divergence import Divergence, validation_entropy
-from mixln_jax.training.evaluation import Evaluation
+from mixln_jax.training.evaluation import Evaluation, PairEvaluation
 from mixln_jax.training.progress import Clock
 from mixln_jax.training.resume import ResumePoint
 from mixln_jax.training.step import TrainState
@@ -160,13 +160,16 @@ class Member:
     if statistics is not None:
       self._metrics.picture(step, "layers", lambda: layer_picture(statistics, f"{self.name}, step {step}"))
 
-  def evaluated(self, step: int, evaluation: Evaluation) -> float:
-    """Writes an evaluation; returns the unigram entropy, in nats, of the labels that it is over."""
+  def evaluated(self, step: int, evaluation: Evaluation | PairEvaluation) -> float | None:
+    """Writes an evaluation; returns the unigram entropy, in nats, of the labels that it is over, None of pairs."""
+    line = evaluation.metrics(official_compat=self.config.evaluate.official_compat)
+    if isinstance(evaluation, PairEvaluation):  # no mark tells whether such a run has diverged
+      self._metrics.write(step, "validation", line)
+      return None
     if self._entropy is None:
       self._entropy = validation_entropy(self.setup)
     entropy = self._entropy
     self.divergence.evaluated(step, evaluation.loss, entropy)
-    line = evaluation.metrics(official_compat=self.config.evaluate.official_compat)
     self._metrics.write(step, "validation", line | {"unigram_entropy": entropy})
     return entropy
 

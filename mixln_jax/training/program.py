@@ -41,7 +41,8 @@ AXES = (
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes, types and shardings of a training batch; no data is needed."""
   length = config.data.sequence_length
-  record = Record(np.zeros(length, np.int32), length, np.zeros(length, bool))
+  references = np.zeros(0, np.float32) if config.preference.loss == "dpo" else None
+  record = Record(np.zeros(length, np.int32), length, np.zeros(length, bool), references=references)
   if config.model.bidirectional:
     masking = Masking(0, config.model.vocab_size, (None, None))
     row = masked_example(record, np.random.default_rng(0), sequence_length=length, masking=masking)
@@ -104,7 +105,7 @@ class Program(Protocol):
     ...
 
   def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch, Any], Any]:
-    """`(joint params, batch, step) -> (loss sum, count, bytes)` of each member, [R] or, for one run, scalars."""
+    """`(joint params, batch, step) -> sums`, those of `make_evaluate_step`: of each member [R]; of one run scalars."""
     ...
 
   def initial_state(self) -> TrainState:

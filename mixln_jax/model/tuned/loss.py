@@ -49,6 +49,27 @@ def chunked_loss(
   Returns:
     The weighted sum of the losses in nats, an fp32 scalar.
   """
+  cut, head_DV = _prepared(labels_BT, head_DV, chunk)
+  return _summed_loss(cut(hidden_BTD), head_DV, cut(labels_BT), cut(weights_BT))
+
+
+def chunked_losses(
+  hidden_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array, chunk: int | None = None
+) -> jax.Array:
+  """The loss of each position, [B, T] in nats, in the memory of one chunk of logits; arguments as `chunked_loss`.
+
+  What is made of them decides how much each position's gradient weighs, and is not known before: the backward pass
+  forms the logits a second time, so that the head takes part in four products.
+  """
+  cut, head_DV = _prepared(labels_BT, head_DV, chunk)
+  losses_NPQBC = _losses(cut(hidden_BTD), head_DV, cut(labels_BT))
+  return _uncut(losses_NPQBC, labels_BT.shape[1])
+
+
+def _prepared(
+  labels_BT: jax.Array, head_DV: jax.Array, chunk: int | None
+) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+  """How arrays [B, T, …] are cut into chunks, and the head as the chunks read it."""
   batch, length = labels_BT.shape
   rows = _num_pieces(batch, "batch")
   columns = _num_pieces(length, "length")
@@ -56,10 +77,9 @@ def chunked_loss(
     logits_per_column = batch // rows * -(-head_DV.shape[1] // shards("vocab"))
     allowed = CHUNK_LOGITS.get(platform(), CHUNK_LOGITS["accelerator"])
     chunk = max(1, allowed // logits_per_column)
-  cut = partial(_cut, rows=rows, columns=columns, chunk=chunk)
   if shards("embed") == 1:
     head_DV = constrain(head_DV, "activation_embed", "vocab")
-  return _summed_loss(cut(hidden_BTD), head_DV, cut(labels_BT), cut(weights_BT))
+  return partial(_cut, rows=rows, columns=columns, chunk=chunk), head_DV
 
 
 def _num_pieces(size: int, axis: str) -> int:
@@ -84,6 +104,46 @@ def _cut(x_BT: jax.Array, rows: int, columns: int, chunk: int) -> jax.Array:
   x_PBQNC = x.reshape(*x.shape[:3], num_chunks, size, *rest)
   x_NPQBC = jnp.moveaxis(x_PBQNC, (3, 0, 2), (0, 1, 2))
   return constrain(x_NPQBC, None, *PIECE, *[None] * len(rest))
+
+
+def _uncut(x_NPQBC: jax.Array, length: int) -> jax.Array:
+  """The inverse of `_cut`: [B, T], without what it padded a piece with."""
+  num_chunks, rows, columns, batch, size = x_NPQBC.shape
+  x_PBQNC = jnp.moveaxis(x_NPQBC, (0, 1, 2), (3, 0, 2))
+  pieces = x_PBQNC.reshape(rows, batch, columns, num_chunks * size)[..., : length // columns]
+  return constrain(pieces.reshape(rows * batch, length), "batch", "length")
+
+
+@jax.custom_vjp
+def _losses(hidden_NPQBCD: jax.Array, head_DV: jax.Array, labels_NPQBC: jax.Array) -> jax.Array:
+  """The loss of each position, [N, P, Q, B, C]."""
+  head_DV = _gathered(head_DV)
+
+  def of_chunk(carry: None, chunk: Any) -> tuple[None, jax.Array]:
+    losses_PQBC, _, _ = _chunk_losses(head_DV, *chunk)
+    return carry, losses_PQBC
+
+  return _scan(of_chunk, None, (hidden_NPQBCD, labels_NPQBC))[1]
+
+
+def _losses_forward(
+  hidden_NPQBCD: jax.Array, head_DV: jax.Array, labels_NPQBC: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+  return _losses(hidden_NPQBCD, head_DV, labels_NPQBC), (hidden_NPQBCD, head_DV, labels_NPQBC)
+
+
+def _losses_backward(
+  saved: tuple[jax.Array, jax.Array, jax.Array], gradient_NPQBC: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+  """The gradient of a sum in which each loss is times its own gradient."""
+  hidden_NPQBCD, head_DV, labels_NPQBC = saved
+  _, (hidden_gradient_NPQBCD, head_gradient_DV) = _loss_and_gradients(
+    hidden_NPQBCD, head_DV, labels_NPQBC, gradient_NPQBC
+  )
+  return hidden_gradient_NPQBCD, head_gradient_DV.astype(head_DV.dtype), None
+
+
+_losses.defvjp(_losses_forward, _losses_backward)
 
 
 @jax.custom_vjp
@@ -169,6 +229,15 @@ def _chunk_loss(
   Returns:
     (loss_PQ, powers_PQBCV − sum · one-hot, weight / sum [P, Q, B, C, 1]).
   """
+  losses_PQBC, powers_PQBCV, sums_PQBC1 = _chunk_losses(head_DV, hidden_PQBCD, labels_PQBC)
+  gradient_PQBCV = _subtract_at(labels_PQBC, powers_PQBCV, sums_PQBC1)
+  return jnp.sum(losses_PQBC * weights_PQBC, axis=(2, 3)), gradient_PQBCV, weights_PQBC[..., None] / sums_PQBC1
+
+
+def _chunk_losses(
+  head_DV: jax.Array, hidden_PQBCD: jax.Array, labels_PQBC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The loss of each position, the exponentials of its logits less the largest, and their sum [P, Q, B, C, 1]; fp32."""
   logits_PQBCV = jnp.einsum("pqbcd,dv->pqbcv", hidden_PQBCD, head_DV, preferred_element_type=jnp.float32)
   logits_PQBCV = constrain(logits_PQBCV, *PIECE, "vocab")
   largest_PQBC1 = jnp.max(logits_PQBCV, axis=-1, keepdims=True)
@@ -176,8 +245,7 @@ def _chunk_loss(
   sums_PQBC1 = jnp.sum(powers_PQBCV, axis=-1, keepdims=True)
   label_logits_PQBC1 = jnp.take_along_axis(logits_PQBCV, labels_PQBC[..., None], axis=-1)
   losses_PQBC = (jnp.log(sums_PQBC1) + largest_PQBC1 - label_logits_PQBC1)[..., 0]
-  gradient_PQBCV = _subtract_at(labels_PQBC, powers_PQBCV, sums_PQBC1)
-  return jnp.sum(losses_PQBC * weights_PQBC, axis=(2, 3)), gradient_PQBCV, weights_PQBC[..., None] / sums_PQBC1
+  return losses_PQBC, powers_PQBCV, sums_PQBC1
 
 
 def _subtract_at(labels_PQBC: jax.Array, x_PQBCV: jax.Array, amount_PQBC1: jax.Array) -> jax.Array:
