@@ -77,8 +77,8 @@ class Part:
 
   Attributes:
     kind: a key of READERS, or `instructions.KIND`.
-    paths: files; or the name and the split of a data set that is addressed by number.
-    names: names of text files within the corpus; they decide which files are held out.
+    paths: files, or the folder of a package; or the name and the split of a data set that is addressed by number.
+    names: names of text files within the corpus, which decide which files are held out; of a package, its own.
     begin, end: bytes of a file, row groups, or numbers of examples; end -1 = up to the last one.
     size: bytes or examples that are read.
   """
@@ -149,7 +149,7 @@ def _documentation_part(package: documentation.Package, source: str) -> Part:
   """All of a package: a string is read once, whichever of the files say it."""
   folder = documentation.folder_of(package, source)
   size = sum(path.stat().st_size for path in folder.glob(package.files))
-  return Part("documentation", (str(folder), package.distribution), size=size)
+  return Part("documentation", (str(folder),), names=(package.distribution,), size=size)
 
 
 def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Part]:
@@ -466,7 +466,7 @@ def document_of(text: Any, where: str) -> Document | Bad:
 
 
 def _documentation(part: Part, _: str) -> Iterator[Document | Bad]:
-  folder, distribution = part.paths
+  (folder,), (distribution,) = part.paths, part.names
   for service, text in documentation.documents(documentation.PACKAGES[distribution], Path(folder)):
     yield Document(service, text)
 
