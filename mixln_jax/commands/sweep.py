@@ -43,8 +43,8 @@ def main(argv: list[str]) -> int:
   values = line.parse(argv)
   base = line.config_value()
   recipe = line.config_path()
-  study = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
-  study = sequence.with_second_stage(study, values.workdir)
+  first = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
+  study = sequence.with_stages(first, values.workdir)
   runs = study.runs(values.workdir)
   if values.index is not None and values.index > len(runs):
     raise InputError(f"--index={values.index}: the study has {len(runs)} runs; the last one is {len(runs)}")
@@ -67,12 +67,14 @@ def main(argv: list[str]) -> int:
   runs = sequence.open_study(study, values.workdir, write=not values.together or processes.is_first())
   mine = runs if values.index is None else [runs[values.index - 1]]
   if values.together:
-    return _train_together(study, runs, values.workdir)
+    return _train_together(first, runs, values.workdir)
   failed = _train(mine, runs)
-  more = sequence.with_second_stage(study, values.workdir)
-  if values.index is None and len(more.grids) > len(study.grids):
-    runs = mine = sequence.open_study(more, values.workdir)
-    print(f"study      its first runs are done; now those at the best {more.then.best if more.then else ''}")
+  while values.index is None:
+    study = sequence.with_stages(first, values.workdir)
+    if len(study.planned()) == len(runs):
+      break
+    print("study      these runs are done; now those of its next stage")
+    runs = mine = sequence.open_study(study, values.workdir)
     failed += _train(mine, runs)
   _show(runs, mine)
   print(f"weights    initial, {sequence.weights_line(runs)}")
@@ -93,8 +95,8 @@ def _train_together(study: Study, runs: list[Run], workdir: str) -> int:
         break
     processes.wait_for_all("the end of the study")
   if processes.is_first():
-    if len(sequence.with_second_stage(study, runs[0].folder.path.parents[1]).grids) > len(study.grids):
-      print("study      its first runs are done; the same command again trains the second stage")
+    if len(sequence.with_stages(study, workdir).planned()) > len(runs):
+      print("study      these runs are done; the same command again trains those of the next stage")
     _show(runs, runs)
     print(f"weights    initial, {sequence.weights_line(runs)}")
     _say_how_to_report(workdir)
