@@ -16,6 +16,7 @@ non_finite_STEP/   batch and gradient norms of a step that could not be made
 damaged_STEP/      quarantined checkpoints that were not what was written
 diagnose/STEP/     what `diagnose` measured on the checkpoint of that step
 tasks/STEP/        what `evaluate --tasks` measured on it
+corpora/STEP/      its loss on several corpora, by `evaluate --corpus`
 outcome.json       why the run ended, and with what
 checkpoints/       one folder a step
 tensorboard/  profile/
@@ -57,6 +58,7 @@ INITIAL_WEIGHTS, CHANGES, DATA, START = "initial_weights.json", "changes.jsonl",
 DIAGNOSTICS, IMPORTED = "diagnostics.jsonl", "imported.json"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
 DIAGNOSE, TASKS, TOKENIZER = "diagnose", "tasks", "tokenizer"
+CORPORA, CORPORA_FILE = "corpora", "corpora.json"
 
 
 class RunFolder:
