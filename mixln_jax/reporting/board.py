@@ -17,7 +17,7 @@ from scipy import stats
 
 from mixln_jax.reporting import fairness
 from mixln_jax.reporting.claims import Judged, is_judged, judge_all, others_of
-from mixln_jax.reporting.comparison import EQUAL, HIGHER, LOWER, Comparison, compare, spread, standings
+from mixln_jax.reporting.comparison import EQUAL, HIGHER, LOWER, Comparison, compare, standings
 from mixln_jax.reporting.fairness import Finding
 from mixln_jax.reporting.groups import SEED_FIELDS, grouped, make_groups, show, value_of
 from mixln_jax.reporting.headline import Contender, make_contenders
@@ -412,13 +412,16 @@ def _has_changes(track: Track, entry: Entry) -> bool:
 
 
 def tried_losses(track: Track, entry: Entry) -> dict[float, str]:
-  """The mean final loss of an entry of one shape at each published rate that it was tried at, or why it has none."""
-  cells: dict[float, str] = {}
+  """The mean final loss of an entry of one shape at each published rate that it was tried at, or why it has none.
+
+  The mean is over the seeds that all rates share, as where the best is chosen.
+  """
+  rows = {}
   for contender in entry.contenders.values():
     for row in contender.family:
-      rate = entry.all_runs[row.group.runs[0]].config[RATE_FIELD]
-      if row.counted:
-        cells[rate] = f"{spread(row.losses).mean:.4f}"
-      elif row.diverged:
-        cells[rate] = "diverged"
+      rows[entry.all_runs[row.group.runs[0]].config[RATE_FIELD]] = row
+  losses = {rate: row.losses for rate, row in rows.items() if row.counted}
+  shared = pd.concat(losses, axis="columns", join="inner") if losses else pd.DataFrame()
+  cells = {rate: "diverged" for rate, row in rows.items() if row.diverged}
+  cells |= {rate: f"{shared[rate].mean():.4f}" for rate in losses if len(shared)}
   return {rate: cells[rate] for rate in track.rates if rate in cells}

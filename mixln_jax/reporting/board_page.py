@@ -9,7 +9,7 @@ from typing import Any
 
 from mixln_jax.errors import InputError
 from mixln_jax.files import is_partial, local_path, write_whole
-from mixln_jax.reporting.board import Board, Entry, initial_changes, tried_losses
+from mixln_jax.reporting.board import Board, Entry, StudyClaim, initial_changes, tried_losses
 from mixln_jax.reporting.claims import HOLDS, NOT_RUN, OPEN, REFUTED
 from mixln_jax.reporting.comparison import (
   CONFIDENCE,
@@ -255,8 +255,7 @@ def _difference(board: Board) -> Figure | None:
   compared = [(entry, entry.comparison) for entry in board.entries if entry.comparison is not None]
   if not compared:
     return None
-  middle = sorted(abs(one.difference.mean) for _, one in compared)[len(compared) // 2]
-  limit = max(LEAST_FAR, FAR * middle) if board.track.score == LOSS else math.inf
+  limit = _limit(board)
   near = [(entry, one) for entry, one in compared if abs(one.difference.mean) <= limit]
   far = [entry.label for entry, one in compared if abs(one.difference.mean) > limit]
   estimates = []
@@ -301,22 +300,22 @@ def _estimate(entry: Entry, comparison: Comparison | None) -> Estimate:
 
 
 def _alpha(board: Board) -> Figure | None:
-  """The difference from Pre-LN against the fraction of Post-LN layers, where there are three or more of them."""
-  points: dict[float, tuple[float, float, str]] = {}
+  """The difference from Pre-LN against the number of Post-LN layers, where there are three or more of them."""
+  points: dict[int, tuple[float, float, str]] = {}
+  far = []
   for entry in board.entries:
-    if not entry.runs or entry.contenders.keys() != {()}:
-      continue
-    found = post_fraction(entry.runs[0])
-    if found is None or found[1] or any(initial_changes(board.track, run) for run in entry.runs):
-      continue
+    num_post = _post_layers(board, entry)
     difference = entry.comparison.difference if entry.comparison else None
-    if difference is None and entry is not board.baseline:
+    if num_post is None or (difference is None and entry is not board.baseline):
+      continue
+    mean = 0.0 if difference is None else difference.mean
+    if abs(mean) > _limit(board):
+      far.append(f"{entry.label} ({mean:+.2f})")
       continue
     half = math.nan
     if difference is not None and difference.interval is not None:
       half = (difference.interval[1] - difference.interval[0]) / 2
-    mean = 0.0 if difference is None else difference.mean
-    points.setdefault(found[0], (mean, half, f"{entry.label}, lr {entry.rates}"))
+    points.setdefault(num_post, (mean, half, f"{entry.label}, lr {entry.rates}"))
   if len(points) < 3:
     return None
   xs = sorted(points)
@@ -324,12 +323,35 @@ def _alpha(board: Board) -> Figure | None:
   lowest = min(range(len(xs)), key=means.__getitem__)
   line = Series("Mix-LN", xs, list(means), Style(0), (), list(halves), list(notes), [lowest])
   caption = (
-    f"The final validation loss minus that of {board.track.baseline} against the fraction of leading layers that are "
-    f"Post-LN (⌊αL + ½⌋ of L; 0 is pre, 1 is post), each at its own best learning rate. Bars: {CONFIDENCE:.0%} "
-    "interval over pairs of seeds; the lowest mean is marked. The paper’s claim is α = 0.25."
+    f"The final validation loss minus that of {board.track.baseline} against the number of leading layers that are "
+    f"Post-LN, each at its own best learning rate. Bars: {CONFIDENCE:.0%} interval over pairs of seeds; the lowest "
+    "mean is marked. The paper’s α = 0.25 is a quarter of the layers."
   )
-  panel = Panel("", "fraction of Post-LN layers", f"loss minus {board.track.baseline}’s (nats)", [line], x_ticks=xs)
-  return make_figure("alpha", "Fraction of Post-LN layers (α)", caption, [panel])
+  if far:
+    caption += f" Too far away for the picture: {', '.join(far)}."
+  layers = board.track.fixed["model.num_layers"]
+  label = f"loss minus {board.track.baseline}’s (nats)"
+  panel = Panel("", f"Post-LN layers of {layers}", label, [line], x_ticks=xs)
+  return make_figure("alpha", "How many layers are Post-LN", caption, [panel])
+
+
+def _post_layers(board: Board, entry: Entry) -> int | None:
+  """How many leading layers of an entry are Post-LN, the others Pre-LN; None of any other placement."""
+  if not entry.runs or entry.contenders.keys() != {()}:
+    return None
+  found = post_fraction(entry.runs[0])
+  changed = any(initial_changes(board.track, run) for run in entry.runs)
+  if found is None or found[1] or changed:
+    return None
+  return round(found[0] * entry.runs[0].num_layers)
+
+
+def _limit(board: Board) -> float:
+  """How far from 0 a difference may lie that a picture shows."""
+  if board.track.score != LOSS:
+    return math.inf
+  sizes = sorted(abs(one.comparison.difference.mean) for one in board.entries if one.comparison is not None)
+  return max(LEAST_FAR, FAR * sizes[len(sizes) // 2]) if sizes else math.inf
 
 
 def _depth(board: Board) -> Figure | None:
@@ -352,8 +374,8 @@ def _rates(board: Board) -> TextTable | None:
     best = {run.config["optimizer.learning_rate"] for run in entry.runs}
     rows.append([entry.label, *(f"{cells.get(rate, NOTHING)}{' ★' if rate in best else ''}" for rate in rates)])
   note = (
-    "Mean final validation loss over the seeds of each rate, nats; ★ the best rate: the lowest mean over the seeds "
-    "that all rates share. A best rate with nothing but dashes on one side is at the edge of what was tried."
+    "Final validation loss in nats, the mean over the seeds that all rates of an entry share; ★ the best rate. A best "
+    "rate with nothing but dashes on one side is at the edge of what was tried."
   )
   return TextTable("rates", "Learning rates", ["entry", *(f"{rate:g}" for rate in rates)], rows, [], note)
 
@@ -364,25 +386,29 @@ def _claims(board: Board) -> list[dict[str, Any]]:
   for verdict in CLAIM_ORDER:
     some = [one for one in board.claims if one.judged.verdict == verdict]
     if some:
-      found.append({"verdict": verdict, "claims": [_claim(one.study, one.judged) for one in some]})
+      found.append({"verdict": verdict, "claims": [_claim(board, one) for one in some]})
   return found
 
 
-def _claim(study: str, judged: Any) -> dict[str, Any]:
+def _claim(board: Board, one: StudyClaim) -> dict[str, Any]:
+  """A claim with what the runs say of it."""
+  judged = one.judged
+  ours = judged.claim["lower"]
   evidence = []
   for other, comparison in judged.evidence.items():
     mean, interval = difference_cells(comparison.difference)
     pairs = comparison.difference.n
-    text = f"{judged.claim['lower']} − {other}: {mean} ({interval}; {pairs} pair{'s' if pairs > 1 else ''}"
+    text = f"{ours} − {other}: {mean} ({interval}; {pairs} pair{'s' if pairs > 1 else ''}"
     if comparison.needed is not None:
       text += f"; about {comparison.needed:,} would be needed"
     evidence.append(f"{text})")
+  faults = [entry.faults for entry in board.entries if entry.placement == ours and entry.study == one.study]
   return {
-    "id": judged.claim.get("id", ""),
     "text": judged.claim.get("claim", ""),
     "source": judged.claim.get("source", ""),
-    "study": study,
+    "study": one.study,
     "evidence": evidence,
+    "faults": [fault for some in faults for fault in some],
   }
 
 

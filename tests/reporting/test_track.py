@@ -1,8 +1,10 @@
 """Whether entries keep a track's rules, and what its board says of them: folders made by hand, some of which cheat."""
 
+import csv
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from mixln_jax import placement as placement_lib
 from mixln_jax.config import base
 from mixln_jax.errors import InputError
 from mixln_jax.model.parameters import parameters
+from mixln_jax.reporting.analysis import analyze
 from mixln_jax.reporting.board import make_board, tried_losses
+from mixln_jax.reporting.board_page import write_board
 from mixln_jax.reporting.claims import HOLDS, NOT_RUN, OPEN, REFUTED
 from mixln_jax.reporting.comparison import HIGHER, LOWER, ONE_SEED, POWER, paired_difference, seeds_needed
 from mixln_jax.reporting.loading import load
@@ -189,7 +193,7 @@ def test_an_entry_that_keeps_the_rules_has_a_rank(tmp_path):
   assert entry.comparison.difference.interval == pytest.approx((expected.low, expected.high))
   assert entry.comparison.verdict == LOWER
   assert board.answer.startswith("Ranked entries: 1. By intervals that exclude 0, 1 is lower than pre and 0 are higher")
-  assert tried_losses(board.track, entry) == {1e-3: "5.9000", 2e-3: "4.9050", 4e-3: "5.9000"}
+  assert tried_losses(board.track, entry) == {1e-3: "5.9000", 2e-3: "4.9000", 4e-3: "5.9000"}
 
 
 def test_what_an_entry_lacks_is_said(tmp_path):
@@ -291,6 +295,60 @@ def test_a_slope_is_that_of_each_seed(tmp_path):
   expected = stats.ttest_rel(slopes["mix:0.5"], slopes["pre"]).confidence_interval(0.95)
   assert entry.comparison.difference.interval == pytest.approx((expected.low, expected.high))
   assert entry.speed is None
+
+
+def on_corpora(run, **bits):
+  """Writes what `evaluate --corpus` writes: the loss of each corpus is twice its bits a byte."""
+  for step, shift in ((10, 1.0), (20, 0.0)):  # the newer one counts
+    found = {
+      name.replace("_", ":"): {"loss": 2 * (value + shift), "bits_per_byte": value + shift}
+      for name, value in bits.items()
+    }
+    (run / "corpora" / str(step)).mkdir(parents=True)
+    (run / "corpora" / str(step) / "corpora.json").write_text(json.dumps({"step": step, "corpora": found}))
+
+
+def test_other_corpora_are_in_the_report_and_on_the_board(tmp_path):
+  """Would catch an evaluation out of distribution that nobody sees, an older one that is shown, or seeds unpaired."""
+  study = make_entry(tmp_path / "study", {"pre": [5.0, 5.1, 5.2], "mix:0.5": [4.9, 5.02, 5.1]}, tuned=())
+  values = {"pre": [2.0, 2.1, 2.2], "mix_0.5": [2.05, 2.17, 2.26]}
+  for name, by_seed in values.items():
+    for seed, value in enumerate(by_seed):
+      on_corpora(study / "runs" / f"{name}-{RATES[1]}-{seed}", sotu=1.0, text_botocore=value)
+  table = next(one for one in analyze(load([str(study)])).tables if one.name == "corpora")
+  ours = next(row for row in table.data if (row["placement"], row["corpus"]) == ("mix:0.5", "text:botocore"))
+  expected = stats.ttest_rel(2 * np.array(values["mix_0.5"]), 2 * np.array(values["pre"])).confidence_interval(0.95)
+  assert (ours["loss_low"], ours["loss_high"]) == pytest.approx((expected.low, expected.high))
+  assert ours["bits_per_byte_mean"] == pytest.approx(np.mean(values["mix_0.5"]))
+  assert [row[:2] for row in table.rows[:2]] == [("pre", "sotu (trained on it)"), ("mix:0.5", "sotu (trained on it)")]
+  page = write_board(board_of(study), tmp_path / "board").read_text()
+  assert "text:botocore (not trained on it)" in page
+
+
+def test_the_board_is_one_file_that_needs_no_other(tmp_path):
+  """Would catch a page that loads something, runs a name that is out to harm, or leaves out an entry or a verdict."""
+  evil = "<img src=x onerror=pwned()>"
+  claim = {"id": "c", "claim": evil, "lower": "mix:0.5", "than": "pre", "judged_by": "pairs"}
+  study = make_entry(
+    tmp_path / "study", {"pre": PRE, "mix:0.5": [4.90, 4.93, 4.87, 4.92], "post": [5.4, 5.5, None, 5.6]}
+  )
+  edit(study / "runs" / f"post-{RATES[1]}-1", "config.json", optimizer__clip_norm=0.0)
+  page = write_board(board_of(study, claims=(claim,)), tmp_path / "board")
+  text = page.read_text()
+  assert evil not in text
+  assert "&lt;img src=x" in text
+  for word in ("mix:0.5", "lower", "holds", "dropped, or not done yet", "config.optimizer.clip_norm=0.0"):
+    assert word in text
+  assert not re.search(r"(src|href)=[\"'](?!#|data:)", text)
+  rows = list(csv.DictReader((page.parent / "board.csv").read_text().splitlines()))
+  assert [row["entry"] for row in rows] == ["pre", "mix:0.5", "post"]
+  assert float(rows[1]["difference"]) == pytest.approx(-0.0975)
+  noise = json.loads((page.parent / "noise.json").read_text())
+  assert noise["std"] == pytest.approx(np.std(PRE, ddof=1))
+  assert write_board(board_of(study), tmp_path / "board") == page  # again into the same folder
+  (tmp_path / "board" / "thesis.txt").write_text("mine")
+  with pytest.raises(InputError, match=r"holds something else than a board \('thesis\.txt'\)"):
+    write_board(board_of(study), tmp_path / "board")
 
 
 def curve(run, losses, seconds):
