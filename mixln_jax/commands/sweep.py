@@ -110,7 +110,7 @@ def _with_recipe_of_track(argv: list[str]) -> list[str]:
     name, equals, value = argument.partition("=")
     if name.lstrip("-") == "track" and name.startswith("-"):
       recipe = value if equals else next(iter(argv[place + 1 :]), "")
-      return [*argv, f"--config={recipe}"]
+      return [f"--config={recipe}", *argv]  # before the fields that change it
   return argv
 
 
