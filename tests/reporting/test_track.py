@@ -295,6 +295,9 @@ def test_a_slope_is_that_of_each_seed(tmp_path):
   expected = stats.ttest_rel(slopes["mix:0.5"], slopes["pre"]).confidence_interval(0.95)
   assert entry.comparison.difference.interval == pytest.approx((expected.low, expected.high))
   assert entry.speed is None
+  page = write_board(board, tmp_path / "board").read_text()
+  assert "nats for each doubling of depth" in page
+  assert "Loss against depth" in page
 
 
 def on_corpora(run, **bits):
