@@ -1,5 +1,9 @@
 """Evaluate a run's checkpoint: loss and perplexity on its validation set (of a run on pairs: accuracy, margin and
-rewards), or accuracy on tasks (--tasks)."""
+rewards), or accuracy on tasks (--tasks).
+
+With --corpus the run is also evaluated on the validation sets of other corpora, tokenized by its own tokenizer. Missing
+records are prepared; the results are written into the run's folder, and `report` shows them.
+"""
 
 import json
 from typing import Any
@@ -13,6 +17,7 @@ from mixln_jax.parallel import processes
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.text import for_stdout
+from mixln_jax.training.corpora import other_corpus
 from mixln_jax.training.divergence import MEANING, NOT_YET, Divergence
 from mixln_jax.training.evaluation import Evaluator, PairEvaluation
 from mixln_jax.training.program import SingleProgram
@@ -26,6 +31,11 @@ def main(argv: list[str]) -> int:
   line.string("workdir", "the run's folder", required=True)
   line.integer("step", "which checkpoint; by default the newest", minimum=0)
   line.integer("batch_size", "sequences a batch; by default the run's", minimum=1)
+  line.strings(
+    "corpus",
+    "another corpus to evaluate on, as config.data.source names it (sotu, text:google-api, a path); the flag may be "
+    "given several times",
+  )
   line.string(
     "tasks",
     "evaluate on tasks of the lm-evaluation-harness instead: names, .yaml files or folders of them, separated by "
@@ -38,10 +48,17 @@ def main(argv: list[str]) -> int:
   for name in ("limit", "num_fewshot", "output"):
     if line.was_given(name) and values.tasks is None:
       raise InputError(f"--{name} has no meaning without --tasks; leave it out")
+  if values.corpus and values.tasks is not None:
+    raise InputError("--corpus and --tasks are two evaluations; give one of them")
   changes = {} if values.batch_size is None else {"evaluate.batch_size": values.batch_size}
   step = NEWEST if values.step is None else values.step
   with open_run(values.workdir, step, changes=changes) as run:
-    lines = _on_validation(run) if values.tasks is None else _on_tasks(run, values)
+    if values.tasks is not None:
+      lines = _on_tasks(run, values)
+    elif values.corpus:
+      lines = _on_corpora(run, list(dict.fromkeys(values.corpus)))
+    else:
+      lines = _on_validation(run)
   if processes.is_first():
     print(for_stdout("\n".join(lines)))
   return 0
@@ -71,6 +88,29 @@ def _on_validation(run: OpenRun) -> list[str]:
     f"unigram entropy of the same labels {entropy:.4f}; the model is {abs(distance):.4f} nats {side} it",
     json.dumps({"step": run.step, "unigram_entropy": entropy, "diverged": divergence.diverged, **metrics}),
   ]
+
+
+def _on_corpora(run: OpenRun, sources: list[str]) -> list[str]:
+  """On its own validation set and those of other corpora; writes what it found into the run's folder."""
+  own = run.setup
+  check_batch(own, "--batch_size", run.config.evaluate.batch_size)
+  target = RunFolder(f"{run.folder.address}/{folder_lib.CORPORA}/{run.step}")
+  target.make_writable(folder_lib.CORPORA_FILE)
+  setups = {run.config.data.source: own}
+  for source in sources:
+    if source not in setups:
+      setups[source] = other_corpus(run, source)
+  program = SingleProgram(run.config, own.mesh)
+  found, lines = {}, []
+  width = max(map(len, setups))
+  for source, setup in setups.items():
+    evaluation = Evaluator(program, setup)(run.params, run.step)[0]
+    lines.append(f"{source:<{width}}  {evaluation.describe(official_compat=False)}")
+    found[source] = evaluation.metrics(official_compat=False) | {"fingerprint": setup.corpus.manifest.fingerprint}
+  target.write_json(folder_lib.CORPORA_FILE, {"step": run.step, "corpora": found})
+  target.copy_out()
+  lines.append("bits/byte can be compared across corpora, loss and perplexity only within one")
+  return [*lines, f"wrote      {target.address}: {folder_lib.CORPORA_FILE}"]
 
 
 def _on_tasks(run: OpenRun, values: Any) -> list[str]:

@@ -1,4 +1,8 @@
-"""Report on runs or a study: one HTML file, figures for a paper, and tables, from the run folders alone."""
+"""Report on runs or a study: one HTML file, figures for a paper, and tables, from the run folders alone.
+
+With --track the folders are entries of a track (docs/track.md): each run is held against the track's rules, and what is
+written is the track's board, one HTML file, with its table as CSV.
+"""
 
 import contextlib
 import sys
@@ -12,6 +16,7 @@ from mixln_jax.errors import InputError
 from mixln_jax.places import is_url
 from mixln_jax.runs.remote import readable_place, writable_place
 from mixln_jax.text import printable
+from mixln_jax.track import load_track
 
 WEIGHTS = r"checkpoints/\d+/(params|rest)/"  # what a report does not read
 
@@ -22,7 +27,13 @@ def main(argv: list[str]) -> int:
   line.strings("workdir", "such a folder too; the flag may be given several times")
   line.string("output", "the folder to write report.html, figures/ and tables/ to", required=True)
   line.string("baseline", "the placement that the others are compared with; by default pre, else the first one")
+  line.string("track", "the recipe of a track, as configs/tracks/cpu.py: write its board")
+  line.boolean("store_noise", "with --track: store the noise of the baseline's runs beside the track's recipe")
   values = line.parse(argv)
+  if values.track is None and values.store_noise:
+    raise InputError("--store_noise has no meaning without --track; leave it out")
+  if values.track is not None and values.baseline is not None:
+    raise InputError("--baseline has no meaning with --track: a track has its own; leave it out")
   places = [*line.rest, *(values.workdir or ())]
   if not places:
     raise InputError("no folder is given: name those of the runs, as in `report work/runs/*`, or --workdir; see --help")
@@ -31,7 +42,35 @@ def main(argv: list[str]) -> int:
   with contextlib.ExitStack() as stack:
     workdirs = [stack.enter_context(readable_place(workdir, "workdir", skip=WEIGHTS)) for workdir in places]
     output = stack.enter_context(writable_place(values.output, "output"))
+    if values.track is not None:
+      return _board(workdirs, output, values)
     return _report(workdirs, output, values)
+
+
+def _board(workdirs: list[Path], output: Path, values: Any) -> int:
+  from mixln_jax.reporting.board import make_board
+  from mixln_jax.reporting.board_page import write_board, write_noise
+  from mixln_jax.reporting.loading import load
+
+  track, _ = load_track(values.track)
+  board = make_board(track, load([str(workdir) for workdir in workdirs]))
+  page = write_board(board, output)
+  for problem in board.problems:
+    print(printable(f"warning: {problem}"), file=sys.stderr)
+  for rejected in board.rejected:
+    print(printable(f"NOT COUNTED    {rejected.run.name}: {'; '.join(rejected.violations)}"))
+  for entry in board.entries:
+    for text in (*entry.faults, *entry.remarks):
+      print(printable(f"{'not ranked' if text in entry.faults else 'note':<14} {entry.label}: {text}"))
+  print(printable(f"result     {board.answer}"))
+  if values.store_noise:
+    if board.noise is None:
+      raise InputError(f"--store_noise: {track.baseline} has fewer than two seeds at its best rate here; train more")
+    write_noise(board.noise, track.noise_file)
+    print(printable(f"noise      {track.noise_file}: σ {board.noise.std:.4f} nats over {board.noise.runs} seeds"))
+  shown = f"{values.output.rstrip('/')}/{page.name}" if is_url(values.output) else page
+  print(printable(f"board      {shown}"))
+  return 0
 
 
 def _report(workdirs: list[Path], output: Path, values: Any) -> int:

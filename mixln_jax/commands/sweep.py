@@ -4,13 +4,18 @@ The same command again resumes it, with what is missing; more machines may run i
 Exit status: 0 all runs are done; 1 a run failed; 75 stopped by a signal, or others still train.
 """
 
+import re
 import shlex
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
+from mixln_jax import config as config_lib
 from mixln_jax.command_line import CommandLine
+from mixln_jax.config import Config
 from mixln_jax.data.opening import open_data
 from mixln_jax.errors import InputError
 from mixln_jax.parallel import processes
@@ -21,13 +26,19 @@ from mixln_jax.sweeps import sequence
 from mixln_jax.sweeps.joint import joint_set, train_together
 from mixln_jax.sweeps.progress import StudyProgress
 from mixln_jax.sweeps.record import Held, hold_against, write_curves
-from mixln_jax.sweeps.study import Run, Study, load_study, make_study, parse_axes
+from mixln_jax.sweeps.study import TOGETHER, Run, Study, load_study, make_study, parse_axes
 from mixln_jax.text import printable
+from mixln_jax.track import PLACEMENT_FIELD, load_track
 
 
 def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
   line.config()
+  line.string(
+    "track",
+    "the recipe of a track, as configs/tracks/cpu.py, instead of --config: run an entry of it, by its protocol. "
+    "--axis='model.placement=pre YOURS' says which placements; by default those of its board",
+  )
   line.string("workdir", "the study's folder", required=True)
   line.strings(
     "axis",
@@ -40,11 +51,15 @@ def main(argv: list[str]) -> int:
   line.string("export", "only write the curves of the runs to this CSV file")
   line.string("compare", "only hold the runs' last validation losses against such a file; status 1 where one is off")
   line.number("tolerance", "with --compare: nats that a loss may be off", default=0.05, minimum=0.0)
-  values = line.parse(argv)
+  values = line.parse(_with_recipe_of_track(argv))
   base = line.config_value()
-  recipe = line.config_path()
-  study = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
-  study = sequence.with_second_stage(study, values.workdir)
+  if values.track is not None:
+    first = _entry(values.track, base, values.axis or ())
+  elif values.axis:
+    first = make_study(base, [parse_axes(values.axis)])
+  else:
+    first = load_study(line.config_path(), base)
+  study = sequence.with_stages(first, values.workdir)
   runs = study.runs(values.workdir)
   if values.index is not None and values.index > len(runs):
     raise InputError(f"--index={values.index}: the study has {len(runs)} runs; the last one is {len(runs)}")
@@ -63,24 +78,72 @@ def main(argv: list[str]) -> int:
   if values.together:
     processes.join(base.parallel)
   for config in {run.config.data.to_json(): run.config for run in runs}.values():
-    open_data(config)  # what is not prepared is said before anything is trained
+    data = open_data(config)  # what is not prepared is said before anything is trained
+    if values.track is not None:
+      _check_records(values.track, data.manifest.fingerprint, data.folder)
   runs = sequence.open_study(study, values.workdir, write=not values.together or processes.is_first())
   mine = runs if values.index is None else [runs[values.index - 1]]
   if values.together:
-    return _train_together(study, runs, values.workdir)
+    return _train_together(first, runs, values.workdir)
   failed = _train(mine, runs)
-  more = sequence.with_second_stage(study, values.workdir)
-  if values.index is None and len(more.grids) > len(study.grids):
-    runs = mine = sequence.open_study(more, values.workdir)
-    print(f"study      its first runs are done; now those at the best {more.then.best if more.then else ''}")
+  while values.index is None:
+    study = sequence.with_stages(first, values.workdir)
+    if len(study.planned()) == len(runs):
+      break
+    print("study      these runs are done; now those of its next stage")
+    runs = mine = sequence.open_study(study, values.workdir)
     failed += _train(mine, runs)
   _show(runs, mine)
   print(f"weights    initial, {sequence.weights_line(runs)}")
-  _say_how_to_report(values.workdir)
+  _say_how_to_report(values.workdir, values.track)
   if failed:
     print(f"error: {len(failed)} runs failed: {', '.join(failed)}; see their {sequence.LOG}", file=sys.stderr)
     return 1
   return 0 if all(sequence.state_of(run).state == sequence.DONE for run in mine) else STOPPED_STATUS
+
+
+def _with_recipe_of_track(argv: list[str]) -> list[str]:
+  """The arguments with a track's recipe as --config, so that its fields can be given like those of any recipe."""
+  if any(re.match(r"--?config(=|$)", argument) for argument in argv):
+    return argv
+  for place, argument in enumerate(argv):
+    name, equals, value = argument.partition("=")
+    if name.lstrip("-") == "track" and name.startswith("-"):
+      recipe = value if equals else next(iter(argv[place + 1 :]), "")
+      return [f"--config={recipe}", *argv]  # before the fields that change it
+  return argv
+
+
+def _entry(recipe: str, base: Config, axes: Sequence[str]) -> Study:
+  """The study of an entry of a track; raises InputError naming each field that is not free."""
+  track, _ = load_track(recipe)
+  grid = parse_axes(axes)
+  others = [TOGETHER.join(fields) for fields in grid if fields != (PLACEMENT_FIELD,)]
+  if others:
+    raise InputError(
+      f"--axis={others[0]}=…: an entry of track {track.name} varies {PLACEMENT_FIELD}; its rates and seeds are those "
+      "of the track's protocol, and initial values are given as --config.FIELD"
+    )
+  placements = [values[0] for values in grid.get((PLACEMENT_FIELD,), ())]
+  study = make_study(base, **track.study(placements))
+  flat = config_lib.flatten(base)
+  wrong: dict[str, None] = {}
+  for values in study.planned().values():
+    wrong |= dict.fromkeys(track.departures_in_words({**flat, **values}))
+  if wrong:
+    raise InputError(f"--track={recipe}: not free in track {track.name}: {'; '.join(wrong)}")
+  return study
+
+
+def _check_records(recipe: str, fingerprint: str, folder: Path) -> None:
+  """Rejects records that are not those of the track, before anything is trained on them."""
+  track, _ = load_track(recipe)
+  if track.fingerprint and fingerprint != track.fingerprint:
+    raise InputError(
+      f"--track={recipe}: the records in {folder} have the fingerprint {fingerprint[:12]}…, the track "
+      f"{track.fingerprint[:12]}…: another text, tokenizer or validation set; prepare the track's, with the versions "
+      "that requirements.txt and requirements-text.txt pin"
+    )
 
 
 def _train_together(study: Study, runs: list[Run], workdir: str) -> int:
@@ -93,8 +156,8 @@ def _train_together(study: Study, runs: list[Run], workdir: str) -> int:
         break
     processes.wait_for_all("the end of the study")
   if processes.is_first():
-    if len(sequence.with_second_stage(study, runs[0].folder.path.parents[1]).grids) > len(study.grids):
-      print("study      its first runs are done; the same command again trains the second stage")
+    if len(sequence.with_stages(study, workdir).planned()) > len(runs):
+      print("study      these runs are done; the same command again trains those of the next stage")
     _show(runs, runs)
     print(f"weights    initial, {sequence.weights_line(runs)}")
     _say_how_to_report(workdir)
@@ -132,9 +195,11 @@ def _train(mine: list[Run], runs: list[Run]) -> list[str]:
   return failed
 
 
-def _say_how_to_report(workdir: str) -> None:
+def _say_how_to_report(workdir: str, track: str | None = None) -> None:
   folder = workdir.rstrip("/")
-  command = shlex.join(["python", "-m", "mixln_jax", "report", folder, f"--output={folder}/report"])
+  of_track = [] if track is None else [f"--track={track}"]
+  output = f"--output={folder}/{'report' if track is None else 'board'}"
+  command = shlex.join(["python", "-m", "mixln_jax", "report", *of_track, folder, output])
   print(printable(f"report     {command}"))
 
 

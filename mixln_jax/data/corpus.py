@@ -79,8 +79,8 @@ class Part:
 
   Attributes:
     kind: a key of READERS, `instructions.KIND`, or `preferences.JSON`.
-    paths: files; or the name and the split of a data set with random access.
-    names: the names of text files within the corpus, which decide which files are held out.
+    paths: files, or the folder of a package; or the name and the split of a data set with random access.
+    names: the names of text files within the corpus, which decide which files are held out; for a package, its name.
     begin, end: a range of bytes of a file, of row groups, or of example indices; end -1 = up to the last one.
     size: the number of bytes or examples to read.
   """
@@ -151,7 +151,7 @@ def _documentation_part(package: documentation.Package, source: str) -> Part:
   """A whole package as one part, because a string that is in several of its files is read only once."""
   folder = documentation.folder_of(package, source)
   size = sum(path.stat().st_size for path in folder.glob(package.files))
-  return Part("documentation", (str(folder), package.distribution), size=size)
+  return Part("documentation", (str(folder),), names=(package.distribution,), size=size)
 
 
 def _parts_of_files(source: str, field: str, left_out: Counter[str]) -> list[Part]:
@@ -564,7 +564,7 @@ def document_of(text: Any, where: str) -> Document | Bad:
 
 
 def _documentation(part: Part, _: str) -> Iterator[Document | Bad]:
-  folder, distribution = part.paths
+  (folder,), (distribution,) = part.paths, part.names
   for service, text in documentation.documents(documentation.PACKAGES[distribution], Path(folder)):
     yield Document(service, text)
 

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from mixln_jax.reporting import comparison, depth, tables
 from mixln_jax.reporting.comparison import Standing
+from mixln_jax.reporting.corpora import Evaluated, corpora_table
 from mixln_jax.reporting.evidence import Absent, all_figures
 from mixln_jax.reporting.fairness import Finding, find
 from mixln_jax.reporting.groups import Group, make_groups
 from mixln_jax.reporting.headline import Headline, difference_figure, make_headline
-from mixln_jax.reporting.loading import Material
+from mixln_jax.reporting.loading import Material, ReportedRun
 from mixln_jax.reporting.panels import Figure
 from mixln_jax.reporting.source import Source
 from mixln_jax.reporting.tables import TextTable
@@ -85,6 +86,9 @@ def analyze(material: Material, baseline: str | None = None) -> Analysis:
   by_depth = depth.depth_table(source)
   if by_depth is not None:
     made.append(by_depth)
+  on_corpora = corpora_table(_evaluated(runs, headline))
+  if on_corpora is not None:
+    made.append(on_corpora)
   made += [tables.runs_table(runs), tables.differences_table(runs), tables.environment_table(runs)]
   return Analysis(
     material=material,
@@ -99,6 +103,19 @@ def analyze(material: Material, baseline: str | None = None) -> Analysis:
     tables=made,
     headline=headline,
   )
+
+
+def _evaluated(runs: Sequence[ReportedRun], headline: Headline) -> list[Evaluated]:
+  """The runs of each placement at its best rate beside the baseline's, for what they say of several corpora."""
+  rows = []
+  for contender in headline.contenders:
+    if contender.best is None:
+      continue
+    match = headline.matchup_of(contender)
+    theirs = match.baseline.best if match is not None else None
+    baseline = [] if theirs is None else [runs[index] for index in theirs.row.group.runs]
+    rows.append(Evaluated(contender.label, [runs[index] for index in contender.best.row.group.runs], baseline))
+  return rows
 
 
 def _by_group(material: Material) -> Material:

@@ -20,6 +20,7 @@ from mixln_jax.text import perplexity
 CONFIDENCE = 0.95
 POWER = 0.8  # the usual one, of which numbers of seeds are computed
 MOST_SEEDS = 1000  # more than so many are not counted
+LOWER, HIGHER, NOT_SHOWN, EQUAL, ONE_SEED = "lower", "higher", "no difference shown", "all pairs equal", "one seed"
 ROUNDING = 1e-12  # relative; losses that differ by less are equal: far above fp64's rounding, far below any effect
 
 
@@ -40,6 +41,29 @@ class Difference:
   mean: float
   interval: tuple[float, float] | None
   std: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """What the pairs of two groups show.
+
+  Attributes:
+    difference: ours minus theirs.
+    pairs: the single differences, by seeds.
+    verdict: LOWER, HIGHER, NOT_SHOWN, EQUAL or ONE_SEED.
+    needed: pairs with which such a difference would be shown with a power of 80 %, if it is what it seems; None where
+      it is shown, its std is not known, or more than a thousand are needed.
+  """
+
+  difference: Difference
+  pairs: pd.Series
+  verdict: str
+  needed: int | None
+
+  @property
+  def is_open(self) -> bool:
+    """Whether the pairs show nothing, and more of them might."""
+    return self.verdict in (NOT_SHOWN, ONE_SEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +133,44 @@ def paired_difference(ours: Any, baseline: Any, confidence: float = CONFIDENCE) 
     return Difference(len(differences), mean, None)
   interval = stats.ttest_rel(ours, baseline).confidence_interval(confidence)
   return Difference(len(differences), mean, (float(interval.low), float(interval.high)), float(differences.std(ddof=1)))
+
+
+def paired(ours: pd.Series, baseline: pd.Series) -> pd.DataFrame:
+  """The values of the seeds that both have, side by side."""
+  if ours.empty or baseline.empty:
+    return pd.DataFrame({"ours": [], "baseline": []}, dtype=float)
+  return pd.concat({"ours": ours, "baseline": baseline}, axis="columns", join="inner")
+
+
+def compare(ours: pd.Series, baseline: pd.Series, std: float | None = None) -> Comparison | None:
+  """Compares two groups over the seeds that both have; None where there are none.
+
+  Args:
+    ours, baseline: a value for each seed.
+    std: of paired differences, where one pair alone can't tell it: what the seeds that are needed are computed with.
+  """
+  values = paired(ours, baseline)
+  if values.empty:
+    return None
+  difference = paired_difference(values["ours"], values["baseline"])
+  verdict = _verdict(difference)
+  needed = None
+  known_std = std if difference.std is None else difference.std
+  if verdict in (NOT_SHOWN, ONE_SEED) and known_std is not None:
+    needed = seeds_needed(difference.mean, known_std)
+  pairs = pd.Series(values["ours"] - values["baseline"])
+  return Comparison(difference, pairs, verdict, needed)
+
+
+def _verdict(difference: Difference) -> str:
+  if difference.n == 1:
+    return ONE_SEED
+  if difference.interval is None:
+    return EQUAL
+  low, high = difference.interval
+  if low <= 0 <= high:
+    return NOT_SHOWN
+  return LOWER if high < 0 else HIGHER
 
 
 def seeds_needed(mean: float, std: float, power: float = POWER, most: int = MOST_SEEDS) -> int | None:

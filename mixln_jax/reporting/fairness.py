@@ -72,6 +72,12 @@ def find(material: Material, groups: Sequence[Group]) -> list[Finding]:
   return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
+def find_of_entries(runs: Sequence[ReportedRun]) -> list[Finding]:
+  """What is to be known of runs whose configs were held against a track: their initial numbers, code and machines."""
+  found = [*_initial_weights(runs), *_code(runs), *_environments(runs)]
+  return sorted(found, key=lambda finding: LEVELS.index(finding.level))
+
+
 def _names(runs: Sequence[ReportedRun], most: int = 4) -> str:
   return _some([run.name for run in runs], most)
 

@@ -9,19 +9,22 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-
 from mixln_jax.reporting.comparison import (
   CONFIDENCE,
+  EQUAL,
+  HIGHER,
+  LOWER,
   MOST_SEEDS,
+  NOT_SHOWN,
   POWER,
   BestRate,
   Difference,
   Standing,
   best_rate,
+  compare,
   families,
+  paired,
   paired_difference,
-  seeds_needed,
   spread,
   tried_rates,
 )
@@ -31,7 +34,6 @@ from mixln_jax.reporting.panels import Estimate, Figure, Panel
 from mixln_jax.reporting.source import Source, make_figure
 from mixln_jax.text import perplexity
 
-LOWER, HIGHER, NOT_SHOWN, EQUAL, ONE_SEED = "lower", "higher", "no difference shown", "all pairs equal", "one seed"
 EDGES = ("lower edge", "upper edge")
 MOST_NAMED = 4  # placements that a sentence lists by name
 
@@ -129,7 +131,7 @@ class Headline:
 
 def make_headline(rows: Sequence[Standing], baseline: str) -> Headline:
   """The answer that rows of the table give; `baseline` is the placement that the others are compared with."""
-  contenders = [_contender(family, families(rows)) for family in families(rows)]
+  contenders = make_contenders(rows)
   by_setting = grouped(contenders, lambda one: tuple(one.setting.items()))
   lines: list[str] = []
   cautions: list[str] = []
@@ -144,6 +146,11 @@ def make_headline(rows: Sequence[Standing], baseline: str) -> Headline:
     cautions += _cautions(some, compared)
   in_order = [one for some in by_setting.values() for one in some]
   return Headline(lines, list(dict.fromkeys(cautions)), in_order, matchups)
+
+
+def make_contenders(rows: Sequence[Standing]) -> list[Contender]:
+  """Each placement and setting of the table at its best learning rate."""
+  return [_contender(family, families(rows)) for family in families(rows)]
 
 
 def _contender(family: Sequence[Standing], others: Sequence[Sequence[Standing]]) -> Contender:
@@ -168,44 +175,22 @@ def _match(ours: Contender, baseline: Contender | None) -> Matchup | None:
     return None
   if ours.rates and baseline.rates and not set(ours.rates) & set(baseline.rates):
     return None
-  losses = _paired(ours.best.row.losses, baseline.best.row.losses)
-  if losses.empty:
+  compared = compare(ours.best.row.losses, baseline.best.row.losses)
+  if compared is None:
     return None
-  loss = paired_difference(losses["ours"], losses["baseline"])
+  losses = paired(ours.best.row.losses, baseline.best.row.losses)
   perplexities = losses.map(perplexity)
-  bits = _paired(ours.best.row.bits, baseline.best.row.bits)
-  verdict = _verdict(loss)
-  needed = None
-  if verdict == NOT_SHOWN and loss.std is not None:
-    needed = seeds_needed(loss.mean, loss.std)
+  bits = paired(ours.best.row.bits, baseline.best.row.bits)
   return Matchup(
     ours=ours,
     baseline=baseline,
-    loss=loss,
+    loss=compared.difference,
     bits=paired_difference(bits["ours"], bits["baseline"]) if len(bits) == len(losses) else None,
     perplexity=paired_difference(perplexities["ours"], perplexities["baseline"]),
-    pairs=(losses["ours"] - losses["baseline"]).tolist(),
-    verdict=verdict,
-    needed=needed,
+    pairs=compared.pairs.tolist(),
+    verdict=compared.verdict,
+    needed=compared.needed,
   )
-
-
-def _paired(ours: pd.Series, baseline: pd.Series) -> pd.DataFrame:
-  """The values of the seeds that both have, side by side."""
-  if ours.empty or baseline.empty:
-    return pd.DataFrame({"ours": [], "baseline": []}, dtype=float)
-  return pd.concat({"ours": ours, "baseline": baseline}, axis="columns", join="inner")
-
-
-def _verdict(loss: Difference) -> str:
-  if loss.n == 1:
-    return ONE_SEED
-  if loss.interval is None:
-    return EQUAL
-  low, high = loss.interval
-  if low <= 0 <= high:
-    return NOT_SHOWN
-  return LOWER if high < 0 else HIGHER
 
 
 def _sentence(contenders: Sequence[Contender], matchups: Sequence[Matchup], baseline: str) -> str:

@@ -6,6 +6,7 @@ out and named. A folder that was asked for and does not exist is an error.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,7 +16,16 @@ import pandas as pd
 from mixln_jax import placement as placement_lib
 from mixln_jax.config import FIELDS
 from mixln_jax.errors import InputError
-from mixln_jax.files import local_path, read_json, read_json_lines
+from mixln_jax.files import (
+  LARGEST_FACTS,
+  NUMBER,
+  OBJECT,
+  check_kinds,
+  local_path,
+  read_json,
+  read_json_lines,
+  read_regular,
+)
 from mixln_jax.reporting.model_diagnosis import ModelDiagnosis, newest_diagnosis
 from mixln_jax.reporting.reading import DAMAGE, as_mapping, reason
 from mixln_jax.reporting.study_plan import RUNS_FOLDER, STUDY_FILE, StudyPlan, read_study_plan
@@ -48,6 +58,8 @@ class ReportedRun:
     diagnostics: the lines of diagnostics.jsonl.
     diagnosis: of its latest diagnosed checkpoint.
     changes: the lines of changes.jsonl.
+    parameter_sizes: name -> numbers stored, of the tensors in parameters.txt.
+    corpora: corpus -> its metrics, of the newest evaluation on several.
     problems: what could not be read, in words.
   """
 
@@ -64,6 +76,8 @@ class ReportedRun:
   diagnostics: Sequence[Mapping[str, Any]] = ()
   diagnosis: ModelDiagnosis | None = None
   changes: Sequence[Mapping[str, Any]] = ()
+  parameter_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  corpora: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   problems: Sequence[str] = ()
 
   @property
@@ -273,6 +287,8 @@ def read_run(name: str, path: Path) -> ReportedRun:
     diagnostics=files.read(folder_lib.DIAGNOSTICS, _read_steps, []),
     diagnosis=diagnosis,
     changes=files.read(folder_lib.CHANGES, _read_steps, []),
+    corpora=files.read(folder_lib.CORPORA, _read_corpora, {}),
+    parameter_sizes=files.read(folder_lib.PARAMETERS, _read_parameter_sizes, {}),
     problems=files.problems,
   )
 
@@ -313,6 +329,29 @@ def _written_by(environment: Mapping[str, Any]) -> str:
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
   return read_json_lines(path, STEP_LINE)
+
+
+def _read_corpora(path: Path) -> dict[str, dict[str, Any]]:
+  """The metrics of each corpus of the newest evaluation in a run's corpora/; empty where there is none."""
+  steps = [int(child.name) for child in path.iterdir() if child.name.isdigit()] if path.is_dir() else []
+  if not steps:
+    return {}
+  content = read_json(path / str(max(steps)) / folder_lib.CORPORA_FILE, {"corpora": OBJECT})
+  for source, metrics in content["corpora"].items():
+    check_kinds(metrics, f"{path}: {source}", {"loss": NUMBER, "bits_per_byte": NUMBER})
+  return content["corpora"]
+
+
+def _read_parameter_sizes(path: Path) -> dict[str, int]:
+  """The tensors of parameters.txt and how many numbers each has; empty where there is no file."""
+  if not path.is_file():
+    return {}
+  sizes = {}
+  for line in read_regular(path, LARGEST_FACTS).decode().splitlines()[1:]:
+    columns = re.split(r"\s{2,}", line.strip())
+    if len(columns) > 2:  # the last two lines are sums
+      sizes[columns[0]] = int(columns[-1].replace(",", ""))
+  return sizes
 
 
 def _split(lines: Sequence[Mapping[str, Any]], split: str) -> pd.DataFrame:

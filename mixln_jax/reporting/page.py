@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,38 @@ def _render(analysis: Analysis) -> str:
   material = analysis.material
   runs = material.runs
   samples = [run.diagnosis.definitions.get("data", "") for run in runs if run.diagnosis]
+  filters = _filters(analysis)
+  values = {
+    "analysis": analysis,
+    "material": material,
+    "runs": runs,
+    "study": material.study,
+    "title": _title(material),
+    "time": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    "comparable": analysis.comparable,
+    "differing": [field for field in differing_fields(runs) if changes_the_run(field)],
+    "tables": {table.name: table for table in analysis.tables},
+    "difference": figure_view(analysis.difference) if analysis.difference else None,
+    "sections": {name: [figure_view(figure) for figure in some] for name, some in analysis.sections.items()},
+    "trained_model": TRAINED_MODEL,
+    "some_groups": len(analysis.source.featured) < len(analysis.groups),
+    "many_groups": len(analysis.groups) > MANY_GROUPS,
+    "has_grid": len(analysis.groups) > len(analysis.headline.contenders),
+    "sample": next((sample for sample in samples if sample), ""),
+    "layer_lists": _layer_lists(analysis),
+    "filters": filters,
+    "data": {"filters": filters},
+  }
+  return render("report.html", values)
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+  """A page of the reports' look: one HTML file that needs nothing else.
+
+  Args:
+    template: a file of `templates/`.
+    values: what it shows, by name; version, palettes, style sheet and script are added.
+  """
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),
     autoescape=True,
@@ -140,33 +172,14 @@ def _render(analysis: Analysis) -> str:
     lstrip_blocks=True,
   )
   environment.filters["typographic"] = typographic
-  filters = _filters(analysis)
-  return environment.get_template("report.html").render(
-    analysis=analysis,
-    material=material,
-    runs=runs,
-    study=material.study,
-    title=_title(material),
-    time=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-    version=VERSION,
-    comparable=analysis.comparable,
-    differing=[field for field in differing_fields(runs) if changes_the_run(field)],
-    tables={table.name: table for table in analysis.tables},
-    difference=_figure_view(analysis.difference) if analysis.difference else None,
-    sections={name: [_figure_view(figure) for figure in some] for name, some in analysis.sections.items()},
-    trained_model=TRAINED_MODEL,
-    some_groups=len(analysis.source.featured) < len(analysis.groups),
-    many_groups=len(analysis.groups) > MANY_GROUPS,
-    has_grid=len(analysis.groups) > len(analysis.headline.contenders),
-    sample=next((sample for sample in samples if sample), ""),
-    layer_lists=_layer_lists(analysis),
-    filters=filters,
-    light=LIGHT,
-    dark=DARK,
-    css=(TEMPLATES / "report.css").read_text(),
-    script=(TEMPLATES / "report.js").read_text(),
-    data={"filters": filters},
-  )
+  common = {
+    "version": VERSION,
+    "light": LIGHT,
+    "dark": DARK,
+    "css": (TEMPLATES / "report.css").read_text(),
+    "script": (TEMPLATES / "report.js").read_text(),
+  }
+  return environment.get_template(template).render(common | dict(values))
 
 
 def _title(material: Material) -> str:
@@ -229,7 +242,7 @@ def _filters(analysis: Analysis) -> list[dict[str, Any]]:
   return filters
 
 
-def _figure_view(figure: Figure) -> dict[str, Any]:
+def figure_view(figure: Figure) -> dict[str, Any]:
   """A figure with what the page needs of it."""
   stem = f"{FIGURES_FOLDER}/{figure.name}"
   files = [f"{stem}.{ending}" for ending in figures.FORMATS]

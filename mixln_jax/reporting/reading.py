@@ -23,6 +23,11 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
   return value if isinstance(value, Mapping) else {}
 
 
+def as_list(value: Any) -> list[Any]:
+  """The value if it is a list, else an empty one."""
+  return value if isinstance(value, list) else []
+
+
 def number_array(values: Any, *shape: int) -> np.ndarray:
   """An array of numbers, null as NaN.
 

@@ -71,6 +71,13 @@ def difference_cells(value: Difference | None, digits: int = 4) -> tuple[str, st
   return mean, "one seed" if value.n == 1 else "all pairs equal"
 
 
+def needed_cell(verdict: str, needed: int | None) -> str:
+  """The seeds that an open comparison would need; a dash where it is shown, or no std is known."""
+  if needed is not None:
+    return f"{needed:,}"
+  return f"> {comparison.MOST_SEEDS:,}" if verdict == comparison.NOT_SHOWN else NOTHING
+
+
 def _spread_data(name: str, value: Spread | None) -> dict[str, Any]:
   """Mean and standard deviation, in columns of their own."""
   if value is None:
@@ -98,6 +105,8 @@ def summary_table(headline: Headline) -> TextTable:
     "loss − baseline’s",
     "95 % interval",
     "verdict",
+    "std of pairs",
+    "seeds needed",
     *rate_headers,
     "loss (nats)",
     "bits a byte",
@@ -119,6 +128,8 @@ def summary_table(headline: Headline) -> TextTable:
       contender.label,
       *difference_cells(match.loss if match else None),
       verdict,
+      fixed(match.loss.std if match else None, 4),
+      needed_cell(match.verdict, match.needed) if match else NOTHING,
       *(rate_cells if with_rates else ()),
       mean_and_std(row.loss if row else None),
       fixed(bits.mean if bits else None, 4),
@@ -135,6 +146,7 @@ def summary_table(headline: Headline) -> TextTable:
         "place_in_grid": best.place if best and contender.rate else None,
         "verdict": verdict,
         "pairs": match.loss.n if match else None,
+        "pairs_std": match.loss.std if match else None,
         "seeds_needed": match.needed if match else None,
         **_difference_data("loss", match.loss if match else None),
         **_difference_data("bits_per_byte", match.bits if match else None),
@@ -147,12 +159,16 @@ def summary_table(headline: Headline) -> TextTable:
         "diverged": row.diverged if row else contender.diverged,
       }
     )
+  needed = (
+    f"Seeds needed: pairs with which such a difference would be shown with a power of {comparison.POWER:.0%}, if "
+    "difference and std are what they seem."
+  )
   note = (
-    f"{_MEANING} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen by the "
-    "losses that are reported, they are a little optimistic, and more so for placements with more rates."
+    f"{_MEANING} {needed} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen "
+    "by the losses that are reported, they are a little optimistic, and more so for placements with more rates."
   )
   if not with_rates:
-    note = _MEANING
+    note = f"{_MEANING} {needed}"
   return TextTable("summary", "Each placement at its best", headers, body, data, note)
 
 

@@ -16,6 +16,7 @@ non_finite_STEP/   batch and gradient norms of a step whose update was not finit
 damaged_STEP/      quarantined checkpoints that differ from what was written
 diagnose/STEP/     the results of `diagnose` on the checkpoint of that step
 tasks/STEP/        the results of `evaluate --tasks` on that checkpoint
+corpora/STEP/      the results of `evaluate --corpus` on that checkpoint
 outcome.json       how the run ended, with its last results
 checkpoints/       one folder per step
 tensorboard/  profile/
@@ -57,6 +58,7 @@ INITIAL_WEIGHTS, CHANGES, DATA, START = "initial_weights.json", "changes.jsonl",
 DIAGNOSTICS, IMPORTED = "diagnostics.jsonl", "imported.json"
 CHECKPOINTS, TENSORBOARD, PROFILE, LOCK = "checkpoints", "tensorboard", "profile", ".lock"
 DIAGNOSE, TASKS, TOKENIZER = "diagnose", "tasks", "tokenizer"
+CORPORA, CORPORA_FILE = "corpora", "corpora.json"
 
 
 class RunFolder:

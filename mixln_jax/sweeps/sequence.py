@@ -130,16 +130,27 @@ def steps_left(run: Run) -> int:
   return max(0, run.config.train.num_steps - done)
 
 
-def with_second_stage(study: Study, workdir: str | Path) -> Study:
-  """The study with the runs that follow from how its first ones ended, where all of them are done."""
+def with_stages(study: Study, workdir: str | Path) -> Study:
+  """The study with the runs that follow from how its earlier ones ended, stage by stage, as far as those are done."""
   losses: dict[str, float] = {}
-  runs = study.runs(workdir)
+  while True:
+    so_far = study.with_stages(losses)
+    later = {name: values for name, values in so_far.planned().items() if name not in losses}
+    found = _final_losses([so_far.run_of(name, values, workdir) for name, values in later.items()])
+    if not found:
+      return so_far
+    losses |= found
+
+
+def _final_losses(runs: Sequence[Run]) -> dict[str, float]:
+  """The final loss of each run that is done, NaN where it diverged."""
+  losses: dict[str, float] = {}
   for run in runs:
     state = state_of(run) if run.folder.has_run else State(OPEN, None)
     if state.state == DONE and state.outcome is not None:
       validation = {} if state.outcome.diverged else state.outcome.validation or {}
       losses[run.name] = float(validation.get("loss", math.nan))
-  return study.with_best(losses, runs)
+  return losses
 
 
 def train_run(run: Run, seen: Callable[[str], None]) -> int:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import re
 import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from mixln_jax.files import COUNT, NUMBERS, TEXT, check_kinds, json_object, loca
 from mixln_jax.model.parameters import parameters
 from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
+from mixln_jax.sweeps.stages import KEYS, Families, Near, Stage, Tried, check_stages, fields_of
 from mixln_jax.text import integer_of
 from mixln_jax.training.derived import with_derived
 
@@ -39,18 +39,6 @@ class Run(NamedTuple):
   folder: RunFolder
 
 
-class Then(NamedTuple):
-  """A second stage of a study: more runs at the best value of a field, of all else that the first stage varies.
-
-  Attributes:
-    best: the field, as the learning rate.
-    grid: what these runs vary, as seeds.
-  """
-
-  best: str
-  grid: Grid
-
-
 class Study(NamedTuple):
   """A base config, the grids whose runs it has, and what it is to decide.
 
@@ -60,7 +48,7 @@ class Study(NamedTuple):
     question: what it is to decide, in words.
     title: what its report is called; by default its axes.
     claims: what will be judged, `{"id", "claim", "judged_by"}` each, written down before it runs.
-    then: what is run where all of that is done, at the best of the values that were tried.
+    then: what is run where all of that is done, stage by stage.
   """
 
   base: Config
@@ -68,13 +56,14 @@ class Study(NamedTuple):
   question: str = ""
   claims: tuple[Mapping[str, str], ...] = ()
   title: str = ""
-  then: Then | None = None
+  then: tuple[Stage, ...] = ()
 
   @property
   def axes(self) -> dict[str, list[Any]]:
     """Every field that runs may differ in, with all its values, in the order in which the grids name them."""
     axes: dict[str, list[Any]] = {}
-    for grid in self.grids if self.then is None else (*self.grids, self.then.grid):
+    widened = [{(stage.best,): [(value,) for value in stage.widen]} for stage in self.then if stage.widen]
+    for grid in (*self.grids, *(stage.grid for stage in self.then), *widened):
       for fields, points in grid.items():
         for field, values in zip(fields, zip(*points, strict=True), strict=True):
           known = axes.setdefault(field, [])
@@ -89,21 +78,30 @@ class Study(NamedTuple):
     Raises:
       InputError: a config is invalid, or two runs would share a name.
     """
+    return [self.run_of(name, values, workdir) for name, values in self.planned().items()]
+
+  def run_of(self, name: str, values: Mapping[str, Any], workdir: str | Path) -> Run:
+    """One of the planned runs; raises InputError where its config is invalid."""
     folder = local_path(workdir, "workdir", STUDY_PLACE)
+    flat = config_lib.flatten(self.base) | dict(values) | dict.fromkeys(("mesh.run", "mesh.dcn_run"), 1)
+    config = with_derived(config_lib.from_flat(flat))
+    config_lib.validate(config)
+    return Run(name, dict(values), config, RunFolder(folder / RUNS / name))
+
+  def planned(self) -> dict[str, dict[str, Any]]:
+    """The name of each run and its values on the axes; a config of each, which takes milliseconds, is not made.
+
+    Raises:
+      InputError: two runs would share a name.
+    """
     flat, fields = config_lib.flatten(self.base), sorted(self.axes, key=_order)
-    runs: dict[str, Run] = {}
+    planned: dict[str, dict[str, Any]] = {}
     for values in self._points():
       values = {field: values.get(field, flat[field]) for field in fields}
       name = run_name(values)
-      config = with_derived(config_lib.from_flat(flat | values | dict.fromkeys(("mesh.run", "mesh.dcn_run"), 1)))
-      config_lib.validate(config)
-      run = Run(name, values, config, RunFolder(folder / RUNS / name))
-      if name in runs and runs[name].values != values:
-        raise InputError(
-          f"the runs {runs[name].values} and {values} would share the folder {name!r}; spell one otherwise"
-        )
-      runs.setdefault(name, run)
-    return list(runs.values())
+      if planned.setdefault(name, values) != values:
+        raise InputError(f"the runs {planned[name]} and {values} would share the folder {name!r}; spell one otherwise")
+    return planned
 
   def _points(self) -> Iterator[dict[str, Any]]:
     for grid in self.grids:
@@ -111,30 +109,27 @@ class Study(NamedTuple):
         fields = itertools.chain.from_iterable(grid)
         yield dict(zip(fields, itertools.chain.from_iterable(points), strict=True))
 
-  def with_best(self, losses: Mapping[str, float], runs: Sequence[Run]) -> "Study":
-    """The study with its second stage, where every run of the first one has a loss.
+  def with_stages(self, losses: Mapping[str, float]) -> "Study":
+    """The study with the runs of each stage before which every run is done.
 
     Args:
       losses: final loss of each run that is done, by name; one that is not finite is never the best.
-      runs: those of this study.
     """
-    if self.then is None or any(run.name not in losses for run in runs):
-      return self
-    varied = {self.then.best, *itertools.chain.from_iterable(self.then.grid)}
-    tried: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
-    for run in runs:
-      rest = tuple((field, value) for field, value in run.values.items() if field not in varied)
-      tried.setdefault(rest, {}).setdefault(run.values[self.then.best], []).append(losses[run.name])
-    grids = []
-    for rest, by_value in tried.items():
-      means = {value: math.fsum(found) / len(found) for value, found in by_value.items()}
-      finite = {value: mean for value, mean in means.items() if math.isfinite(mean)}
-      if finite:
-        fixed = {
-          (field,): ((value,),) for field, value in (*rest, (self.then.best, min(finite, key=finite.__getitem__)))
-        }
-        grids.append(fixed | dict(self.then.grid))
-    return self._replace(grids=(*self.grids, *grids))
+    varied = set(itertools.chain.from_iterable(fields_of(stage.grid) for stage in self.then))
+    study = chosen_among = self
+    for stage in self.then:
+      while True:
+        planned = study.planned()
+        if any(name not in losses for name in planned):
+          return study
+        done = [Tried(values, losses[name]) for name, values in planned.items()]
+        tried = [Tried(values, losses[name]) for name, values in chosen_among.planned().items()]
+        grids = tuple(Families(stage.best, varied, tried, done).grids(stage))
+        study = study._replace(grids=(*study.grids, *grids))
+        if not stage.widen or not grids:
+          break
+        chosen_among = chosen_among._replace(grids=(*chosen_among.grids, *grids))
+    return study
 
   def to_json(self, runs: Iterable[Run]) -> str:
     """What `study.json` holds."""
@@ -165,7 +160,7 @@ def make_study(
   grids: Sequence[Grid],
   question: str = "",
   claims: Sequence[Mapping[str, str]] = (),
-  then: Mapping[str, Any] | None = None,
+  then: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
   title: str = "",
 ) -> Study:
   """A checked study.
@@ -175,22 +170,34 @@ def make_study(
     grids: each a mapping of axes, as `Grid` says.
     question: what it is to decide.
     claims: what will be judged.
-    then: `{"best": FIELD, "grid": GRID}`: once all those runs are done, those of the second grid at the value of FIELD
-      with the lowest final loss, for all else that was varied.
+    then: a stage, `{"best": FIELD, "grid": GRID}`, or several: once all earlier runs are done, those of the grid at the
+      value of FIELD with the lowest final loss, for all else that was varied. `stages.Stage` has the other keys.
 
   Raises:
     InputError: an axis is no field, has no value, a value twice, or one that the field does not admit.
   """
   together = tuple(_grid(grid) for grid in grids)
-  stage = None
-  if then is not None:
-    if set(then) != {"best", "grid"}:
-      raise InputError(f"STUDY: 'then' has best and grid, not {', '.join(then) or 'nothing'}")
-    stage = Then(str(then["best"]), _grid(then["grid"]))
-    tried = set(itertools.chain.from_iterable(itertools.chain.from_iterable(together)))
-    if stage.best not in tried or stage.best in itertools.chain.from_iterable(stage.grid):
-      raise InputError(f"STUDY: then.best={stage.best!r} must be an axis of the grids, and none of then.grid")
-  return Study(base, together, question, tuple(claims), title, stage)
+  stages = tuple(_stage(stage) for stage in ([then] if isinstance(then, Mapping) else then))
+  check_stages(stages, together)
+  return Study(base, together, question, tuple(claims), title, stages)
+
+
+def _stage(content: Mapping[str, Any]) -> Stage:
+  """A stage as a recipe writes it, checked as far as it can be alone."""
+  unknown = set(content) - set(KEYS)
+  if unknown or "best" not in content:
+    wrong = ", ".join(unknown) or "no best"
+    raise InputError(f"STUDY: a stage of 'then' has {', '.join(KEYS)}, not {wrong}")
+  near = content.get("near")
+  if near is not None and set(near) != set(Near._fields):
+    raise InputError(f"STUDY: then.near has {', '.join(Near._fields)}, not {', '.join(near) or 'nothing'}")
+  return Stage(
+    str(content["best"]),
+    _grid(content.get("grid", {})),
+    tuple(content.get("widen", ())),
+    {str(field): tuple(values) for field, values in content.get("only", {}).items()},
+    None if near is None else Near(**near),
+  )
 
 
 def _grid(grid: Grid) -> Grid:

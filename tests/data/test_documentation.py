@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from mixln_jax import config as config_lib
 from mixln_jax.data import corpus, documentation
+from mixln_jax.data.prepare import prepare
 from mixln_jax.errors import InputError
 
 PACKAGES = (documentation.BOTOCORE, documentation.GOOGLE_API)
@@ -84,6 +86,27 @@ def test_it_is_a_corpus_of_named_parts_and_nothing_is_imported(installed, monkey
     corpus.Document("google-api/maps", "Zooms."),
   }
   assert package.module not in sys.modules
+
+
+def test_records_are_made_of_it(installed, monkeypatch, tmp_path):
+  """Would catch a corpus that can be read and not prepared: what names a package was taken for a file."""
+  folder = installed(documentation.GOOGLE_API)
+  files = folder / "discovery_cache" / "documents"
+  files.mkdir(parents=True)
+  for name in "abcdefgh":
+    text = [{"description": f"The {name} of {number} words."} for number in range(9)]
+    (files / f"{name}.v1.json").write_text(json.dumps({"methods": text}))
+  package = known_as(documentation.GOOGLE_API, folder)
+  monkeypatch.setitem(documentation.PACKAGES, package.distribution, package)
+  config = config_lib.base()
+  config.model.vocab_size = 259
+  config.data.update(
+    source="text:google-api", tokenizer="bytes", sequence_length=16, directory=str(tmp_path / "records")
+  )
+  config.data.validation_share = 0.5
+  made = prepare(config, progress=False, workers=1)
+  assert sum(split.documents for split in made.manifest.splits.values()) == 72
+  assert prepare(config, progress=False, workers=1).manifest == made.manifest
 
 
 def test_another_content_version_or_nothing_is_refused(installed):

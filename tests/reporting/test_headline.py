@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from mixln_jax.reporting.analysis import analyze
-from mixln_jax.reporting.comparison import seeds_needed
-from mixln_jax.reporting.headline import EQUAL, HIGHER, LOWER, NOT_SHOWN, ONE_SEED, make_headline
+from mixln_jax.reporting.comparison import EQUAL, HIGHER, LOWER, NOT_SHOWN, ONE_SEED, seeds_needed
+from mixln_jax.reporting.headline import make_headline
 from mixln_jax.reporting.loading import load
 from mixln_jax.reporting.tables import latex
 from reporting.making import make_run

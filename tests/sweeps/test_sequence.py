@@ -139,7 +139,7 @@ def test_the_second_stage_begins_by_itself_and_is_there_the_next_time(tmp_path, 
   arguments = [f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'study'}"]
   assert sweep.main(arguments) == 0
   assert trained == [*losses, "pre-learning_rate0.003-seed1"]
-  assert "now those at the best optimizer.learning_rate" in capsys.readouterr().out
+  assert "now those of its next stage" in capsys.readouterr().out
   assert sweep.main(arguments) == 0
   assert len(trained) == 3
   assert len(json.loads((tmp_path / "study" / "study.json").read_text())["runs"]) == 3

@@ -112,8 +112,8 @@ def test_the_second_stage_is_the_best_of_the_first(make_config, tmp_path):
   )
   runs = study.runs(tmp_path)
   losses = dict(zip([run.name for run in runs], (3.0, 2.0, 4.0, float("nan")), strict=True))
-  assert study.with_best(dict(list(losses.items())[:3]), runs) == study
-  added = [run.name for run in study.with_best(losses, runs).runs(tmp_path)[4:]]
+  assert study.with_stages(dict(list(losses.items())[:3])) == study
+  added = [run.name for run in study.with_stages(losses).runs(tmp_path)[4:]]
   assert added == ["pre-learning_rate0.003-seed1", "post-learning_rate0.001-seed1"]
   with pytest.raises(InputError, match=r"then\.best='optimizer\.learning_rate' must be an axis of the grids"):
     make_study(make_config(), [{"seed": (0,)}], then={"best": "optimizer.learning_rate", "grid": {"data.seed": (1,)}})

@@ -1,0 +1,186 @@
+"""A track: all but the placement held fixed, so that entries made anywhere can be compared.
+
+A track is a recipe of `configs/tracks/`: `get_config`, whose fields are the fixed ones, and `TRACK`, which says what is
+free, how an entry is tuned, and how many seeds it needs. What was measured once for all entries (the noise of the
+baseline) lies in a JSON file of the same name beside it.
+"""
+
+import dataclasses
+import runpy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixln_jax import config as config_lib
+from mixln_jax.config import FIELDS, FREE, Config
+from mixln_jax.errors import InputError
+from mixln_jax.files import local_path, read_json
+
+PLACEMENT_FIELD, RATE_FIELD, SEED_FIELD = "model.placement", "optimizer.learning_rate", "seed"
+# Initial values belong to a placement: many papers state theirs.
+INITIAL_FIELDS = ("model.init_deviation", "model.embedding_deviation", "model.matrix_std_multiplier")
+FREE_FIELDS = (PLACEMENT_FIELD, RATE_FIELD, SEED_FIELD, *INITIAL_FIELDS)
+LOSS, SLOPE = "loss", "slope"
+SCORES = (LOSS, SLOPE)
+
+Shape = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+  """What entries have in common, and how they are compared.
+
+  Attributes:
+    name: of the class: cpu, gpu, depth.
+    title, question: for a reader.
+    fixed: the config of `get_config`, flat; each field of it that changes what is computed is fixed, but for the free.
+    rates: the published grid of peak learning rates, rising.
+    first_rates: those of them that every entry tries first.
+    placements: those of the board.
+    baseline: the placement that all others are compared with.
+    seeds: that every entry has at its best rate.
+    close_seeds: that it has where its mean difference from the baseline is below `close`, in nats.
+    baseline_seeds: that the baseline has; the noise is measured on them.
+    close: that difference.
+    added: what a placement may learn besides gains of norms, as a fraction of the baseline's parameters.
+    fingerprint: of the records; empty where it is not fixed yet, and entries must then have that of the baseline.
+    validation_tokens: counted in each evaluation; 0 where it is not fixed yet.
+    shapes: what may move together besides, each a shape with its fields; empty where there is one shape.
+    score: loss, or slope (of the loss with depth).
+    claims: what the board judges; `reporting/claims.py` has their keys.
+    noise: what is stored of the baseline's noise; empty before it was measured.
+    path: of the recipe.
+  """
+
+  name: str
+  title: str
+  fixed: Mapping[str, Any]
+  rates: tuple[float, ...]
+  first_rates: tuple[float, ...]
+  placements: tuple[str, ...]
+  question: str = ""
+  baseline: str = "pre"
+  seeds: int = 3
+  close_seeds: int = 8
+  baseline_seeds: int = 20
+  close: float = 0.05
+  added: float = 0.001
+  fingerprint: str = ""
+  validation_tokens: int = 0
+  shapes: tuple[Shape, ...] = ()
+  score: str = LOSS
+  claims: tuple[Mapping[str, Any], ...] = ()
+  noise: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  path: Path = Path("track.py")
+
+  @property
+  def shape_fields(self) -> tuple[str, ...]:
+    return tuple(self.shapes[0]) if self.shapes else ()
+
+  @property
+  def noise_file(self) -> Path:
+    """Where what is measured of the track's noise is stored."""
+    return self.path.with_suffix(".json")
+
+  def departures(self, flat: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What a config may not have: (field, its value, what the track has, in words).
+
+    Args:
+      flat: a config, flat. A field that it lacks is taken for its default.
+    """
+    shape = {field: flat.get(field) for field in self.shape_fields}
+    for field in (*FIELDS, *sorted(set(flat) - set(FIELDS))):
+      value = flat.get(field, FIELDS[field].default if field in FIELDS else None)
+      if field == RATE_FIELD and value not in self.rates:
+        yield field, value, f"one of {', '.join(f'{rate:g}' for rate in self.rates)}"
+      elif field in self.shape_fields:
+        if shape not in self.shapes:
+          listed = " or ".join(str(known[field]) for known in self.shapes)
+          yield field, value, f"{listed}, with the rest of that shape"
+      elif field not in FREE_FIELDS and _changes_the_run(field) and value != self.fixed.get(field):
+        yield field, value, f"{self.fixed.get(field)!r}"
+
+  def departures_in_words(self, flat: Mapping[str, Any]) -> list[str]:
+    """As `departures`, `config.optimizer.clip_norm=0.0, the track has 1.0` each."""
+    return [f"config.{field}={value!r}, the track has {has}" for field, value, has in self.departures(flat)]
+
+  def study(self, placements: Sequence[str] = ()) -> dict[str, Any]:
+    """The study of an entry, or of the whole board: what a recipe has as STUDY.
+
+    Each placement is tuned on one seed, at the first rates and beyond them where the best is at an edge. At its best
+    rate it then has the seeds that the track asks for.
+    """
+    grid: dict[Any, Any] = {SEED_FIELD: (0,), PLACEMENT_FIELD: tuple(placements or self.placements)}
+    if self.shapes:
+      grid[self.shape_fields] = tuple(tuple(shape.values()) for shape in self.shapes)
+    grid[RATE_FIELD] = self.first_rates
+    stages: list[dict[str, Any]] = [
+      {"best": RATE_FIELD, "widen": self.rates},
+      {"best": RATE_FIELD, "grid": {SEED_FIELD: range(self.seeds)}},
+    ]
+    if self.baseline in grid[PLACEMENT_FIELD]:
+      near = {"field": PLACEMENT_FIELD, "value": self.baseline, "within": self.close}
+      only = {PLACEMENT_FIELD: (self.baseline,)}
+      if self.close_seeds > self.seeds:
+        stages.append({"best": RATE_FIELD, "grid": {SEED_FIELD: range(self.close_seeds)}, "near": near})
+      if self.baseline_seeds > self.seeds:
+        stages.append({"best": RATE_FIELD, "grid": {SEED_FIELD: range(self.baseline_seeds)}, "only": only})
+    return {
+      "title": self.title,
+      "question": self.question,
+      "grids": [grid],
+      "then": stages,
+      "claims": self.claims,
+    }
+
+
+def _changes_the_run(field: str) -> bool:
+  return field not in FIELDS or FIELDS[field].on_resume != FREE
+
+
+REQUIRED = ("name", "title", "rates", "first_rates", "placements")
+_OPTIONAL = tuple(
+  field.name for field in dataclasses.fields(Track) if field.name not in (*REQUIRED, "fixed", "noise", "path")
+)
+
+
+def load_track(recipe: str | Path) -> tuple[Track, Config]:
+  """The track that a recipe defines beside its `get_config`, and its config.
+
+  Raises:
+    InputError: there is no such file, or it defines no track, or an invalid one.
+  """
+  path = local_path(recipe, "track", "copy the recipe to this machine")
+  if not path.is_file():
+    raise InputError(f"track={recipe}: no such file; the tracks lie in configs/tracks/")
+  content = runpy.run_path(str(path))
+  track, get_config = content.get("TRACK"), content.get("get_config")
+  if not isinstance(track, Mapping) or get_config is None:
+    raise InputError(f"track={recipe}: defines no TRACK beside its get_config; the tracks lie in configs/tracks/")
+  unknown = [name for name in track if name not in (*REQUIRED, *_OPTIONAL)]
+  missing = [name for name in REQUIRED if name not in track]
+  if unknown or missing:
+    wrong = f"does not know {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
+    raise InputError(f"track={recipe}: TRACK {wrong}; it has {', '.join((*REQUIRED, *_OPTIONAL))}")
+  config = get_config()
+  config_lib.validate(config)
+  made = Track(fixed=config_lib.flatten(config), path=path, **track)
+  if made.noise_file.is_file():
+    made = dataclasses.replace(made, noise=read_json(made.noise_file))
+  _check(made)
+  return made, config
+
+
+def _check(track: Track) -> None:
+  """Rejects a track that contradicts itself."""
+  where = f"track={track.path}"
+  if list(track.rates) != sorted(set(track.rates)) or not set(track.first_rates) <= set(track.rates):
+    raise InputError(f"{where}: rates must rise, and first_rates be some of them")
+  if track.score not in SCORES or (track.score == SLOPE and len(track.shapes) < 2):
+    raise InputError(f"{where}: score must be one of {', '.join(SCORES)}, and a slope needs two shapes or more")
+  if track.baseline not in track.placements:
+    raise InputError(f"{where}: baseline={track.baseline!r} must be one of its placements")
+  if track.seeds > track.close_seeds:
+    raise InputError(f"{where}: close_seeds={track.close_seeds} must be at least seeds={track.seeds}")
+  if any(set(shape) != set(track.shape_fields) for shape in track.shapes):
+    raise InputError(f"{where}: all shapes must have the same fields")
