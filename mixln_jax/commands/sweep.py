@@ -11,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from mixln_jax.command_line import CommandLine
+from mixln_jax.commands._search import list_candidates, search_command
 from mixln_jax.data.opening import open_data
 from mixln_jax.errors import InputError
 from mixln_jax.parallel import processes
@@ -27,8 +28,11 @@ from mixln_jax.text import printable
 
 def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
-  line.config()
+  line.config(named_by=("search",))
   line.string("workdir", "the study's folder", required=True)
+  line.string(
+    "search", "a recipe with a SEARCH (configs/searches/), instead of --config: search placements (docs/search.md)"
+  )
   line.strings(
     "axis",
     "FIELD=VALUE VALUE …, one flag an axis; the runs are their product. Fields that move together: "
@@ -43,6 +47,16 @@ def main(argv: list[str]) -> int:
   values = line.parse(argv)
   base = line.config_value()
   recipe = line.config_path()
+  if values.search is not None:
+    for name in ("axis", "index", "together", "export", "compare"):
+      if line.was_given(name):
+        raise InputError(f"--search and --{name} exclude one another: a search makes its own runs")
+    if not values.list:
+      search_command(recipe, base, values.workdir)
+      _say_how_to_report(values.workdir)
+    else:
+      list_candidates(recipe, base, values.workdir)
+    return 0
   study = make_study(base, [parse_axes(values.axis)]) if values.axis else load_study(recipe, base)
   study = sequence.with_second_stage(study, values.workdir)
   runs = study.runs(values.workdir)
