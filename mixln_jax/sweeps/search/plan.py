@@ -154,9 +154,9 @@ def make_search(base: Config, content: Mapping[str, Any]) -> Search:
   )
   if search.sampler not in SAMPLERS:
     raise InputError(f"SEARCH: sampler={search.sampler!r} must be one of {', '.join(SAMPLERS)}")
-  distinct = search.space.num_distinct
-  if distinct is not None and search.candidates > distinct:
-    raise InputError(f"SEARCH: candidates={search.candidates}, but the space has {distinct}; set it to at most that")
+  most = search.space.num_points if search.space.num_distinct is None else search.space.num_distinct
+  if search.candidates > most:
+    raise InputError(f"SEARCH: candidates={search.candidates}, but the space has {most}; set it to at most that")
   if search.group > search.candidates:
     raise InputError(f"SEARCH: group={search.group} is more than candidates={search.candidates}; lower it")
   if base.checkpoint.keep_last < 2:

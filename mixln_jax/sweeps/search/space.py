@@ -24,7 +24,7 @@ from mixln_jax.model.parameters import parameters
 
 KINDS = ("layers", "segments", "alpha")
 PLACEMENT, RATE = "model.placement", "optimizer.learning_rate"
-MOST_LISTED = 4096  # points of a space that are counted one by one
+MOST_LISTED = 1024  # points of a space that are counted one by one
 
 Choice = Mapping[str, Any]  # parameter -> the value that was chosen
 Spell = Callable[[Choice], str | None]  # the placement; None where the counts don't add up
