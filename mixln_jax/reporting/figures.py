@@ -7,6 +7,7 @@ One figure as data (`panels.Figure`) is drawn by one renderer; what a new kind o
 import dataclasses
 import io
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,7 +175,7 @@ def _height(figure: Figure, rows: int, columns: int, handles: Sequence[Any], leg
   if estimates:
     return 0.75 + 0.4 * len(estimates)
   if figure.panels[0].layer_rows:
-    return 0.9 + 0.11 * len(figure.panels[0].layer_rows)
+    return min(0.9 + 0.11 * len(figure.panels[0].layer_rows), TEXT_HEIGHT)
   row_height = 1.75 if figure.panels[0].matrix is not None and columns > 2 else 2.1
   return rows * row_height + 0.16 * math.ceil(len(handles) / legend_columns)
 
@@ -216,7 +217,8 @@ def _draw_layer_rows(ax: Any, panel: Panel) -> None:
   handles = [
     Rectangle((0, 0), 1, 1, label=name, facecolor=_fill_of(look), edgecolor=TEXT) for name, look in looks.items()
   ]
-  ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+  small = {"fontsize": 6, "handlelength": 1.0, "columnspacing": 0.9, "borderaxespad": 0.2}
+  ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, **small)
 
 
 def _layer_ticks(last: int) -> list[float]:
@@ -233,12 +235,15 @@ def _draw_series(ax: Any, panel: Panel, tags: Tags | None) -> None:
     ax.set_xscale("log")
   if panel.log_y and positive:
     ax.set_yscale("log")
-  for number, series in enumerate(shown):
-    tag = "" if tags is None else tags.add(series)
-    if panel.bars:
-      _draw_bars(ax, series, number, len(shown), tag)
-    else:
-      _draw_line(ax, panel, series, tag)
+  with warnings.catch_warnings():
+    # Of a single point on a logarithmic axis, before the other series are drawn.
+    warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)
+    for number, series in enumerate(shown):
+      tag = "" if tags is None else tags.add(series)
+      if panel.bars:
+        _draw_bars(ax, series, number, len(shown), tag)
+      else:
+        _draw_line(ax, panel, series, tag)
   _tick_x(ax, panel)
   if ax.get_yscale() == "log":
     low, high = ax.get_ylim()

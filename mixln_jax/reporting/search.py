@@ -1,7 +1,7 @@
 """What a search over placements saw, beside what held with fresh seeds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -67,16 +67,32 @@ def search_effects(source: Source) -> Figure:
     "candidates are left out. The sampler does not draw layers independently of one another, so this is no effect of "
     "one layer alone."
   )
-  lines = []
-  if source.search is not None:
-    for kind, (name, effects) in enumerate(layer_effects(source.search).items()):
-      x = [float(layer) for layer in range(1, len(effects) + 1)]
-      means = [mean for mean, _ in effects]
-      halves = [half for _, half in effects]
-      if np.isfinite(means).any():
-        lines.append(Series(name, x, means, Style(kind), std=halves))
-  panel = Panel("", LAYER_AXIS, "difference of the mean loss (nats)", lines)
-  return make_figure("search_effects", "Which layers go with a lower loss", caption, [panel])
+  panels = []
+  effects = {} if source.search is None else layer_effects(source.search)
+  for kind, (name, of_layers) in enumerate(effects.items()):
+    x = [float(layer) for layer in range(1, len(of_layers) + 1)]
+    means = [mean for mean, _ in of_layers]
+    halves = [half for _, half in of_layers]
+    if np.isfinite(means).any():
+      panels.append(Panel(name, LAYER_AXIS, "difference (nats)", [Series(name, x, means, Style(kind), std=halves)]))
+  caption += f" {_sure_ones(effects)}"
+  return make_figure("search_effects", "Which layers go with a lower loss", caption, panels)
+
+
+def _sure_ones(effects: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+  """The layers whose interval excludes 0, in words, and how many would do so by chance."""
+  known, lower, higher = 0, [], []
+  for name, of_layers in effects.items():
+    for layer, (mean, half) in enumerate(of_layers, start=1):
+      known += math.isfinite(mean)
+      if mean + half < 0:
+        lower.append(f"{name} at layer {layer}")
+      elif mean - half > 0:
+        higher.append(f"{name} at layer {layer}")
+  return (
+    f"Intervals that exclude 0: with a lower loss {', '.join(lower) or 'none'}; with a higher one "
+    f"{', '.join(higher) or 'none'}. Of {known} intervals about {(1 - CONFIDENCE) * known:.1f} would by chance."
+  )
 
 
 def layer_effects(record: SearchRecord) -> dict[str, list[tuple[float, float]]]:

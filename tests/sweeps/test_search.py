@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.command_line import CommandLine
 from mixln_jax.commands import sweep
 from mixln_jax.errors import InputError
+from mixln_jax.model.parameters import count_params
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.outcome import read_outcome
 from mixln_jax.sweeps.search import finals, groups, plan, proposals, table
@@ -261,6 +263,18 @@ def test_winners_are_tables_that_are_no_baseline():
   runs = study.runs("nowhere")
   assert len(runs) == 2 * 2 + 2 * 2
   assert {(run.config.seed, run.config.data.seed) for run in runs} == {(1, 1), (2, 2)}
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("layers", [64, 16, 4]), ("alpha", [13, 4, 1])])
+def test_the_searches_that_are_shipped_are_valid(name, sizes):
+  """A recipe that is refused would be found by whoever has waited for its data to be prepared."""
+  recipe = Path("configs/searches") / f"{name}.py"
+  base = runpy.run_path(str(recipe))["get_config"]()
+  search = plan.load_search(str(recipe), base)
+  assert [rung.size for rung in search.ladder()] == sizes
+  assert search.tries_all == (name == "alpha")
+  assert base.model.num_layers == 12
+  assert count_params(search.base.model) == pytest.approx(0.59e6, rel=0.01)
 
 
 # With training. One search of a small model serves these tests.

@@ -224,7 +224,8 @@ def check_same(search: Search, old: Mapping[str, Any], folder: Path) -> None:
   """Rejects a search that is not the one that the folder holds; raises InputError naming each field that differs."""
   wrong = []
   for name in dict.fromkeys((*search.content, *old)):
-    there, here = old.get(name), search.content.get(name)
+    default = json.loads(json.dumps(DEFAULTS.get(name)))
+    there, here = old.get(name, default), search.content.get(name, default)
     if name not in FREE and name != "base" and there != here:
       wrong.append(f"SEARCH.{name}: {shown(there, 60)} there, {shown(here, 60)} now")
   flat = config_lib.flatten(search.base)
