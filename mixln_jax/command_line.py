@@ -164,7 +164,7 @@ class CommandLine:
       if given and self._recipe(argv):
         raise InputError(f"--{name} and --config exclude one another: each names the recipe; leave one of them out")
       if given:
-        argv.append(f"--config={given[-1]}")
+        argv.insert(0, f"--config={given[-1]}")  # first: ml_collections wants it before the fields
     return argv
 
   def _define_config(self, argv: Sequence[str]) -> None:

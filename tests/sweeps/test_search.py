@@ -247,6 +247,11 @@ def test_a_search_is_named_by_its_own_flag_alone():
   line.string("search", "")
   with pytest.raises(InputError, match="--search and --config exclude one another"):
     line.parse(["--search=configs/tiny.py", "--config=configs/tiny.py"])
+  line = CommandLine("")
+  line.config(named_by=("search",))
+  line.string("search", "")
+  line.parse(["--config.seed=7", "--search", "configs/tiny.py"])  # fields may stand in front
+  assert line.config_value().seed == 7
 
 
 def test_winners_are_tables_that_are_no_baseline():
