@@ -30,7 +30,7 @@ from mixln_jax.opening import make_loader, set_up
 from mixln_jax.parallel.devices import DEVICES
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.program import lower_train_step
+from mixln_jax.training.program import SingleProgram
 
 UTILISATION = 0.4
 CHIPS_A_HOST = 4
@@ -85,7 +85,8 @@ def measure_loader() -> dict[str, list[float]]:
   setup = set_up(config)
   shardings = step_lib.state_shardings(config, setup.mesh)
   state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
-  step = lower_train_step(config, setup.mesh, shardings).compile()
+  program = SingleProgram(config, setup.mesh)
+  step = program.lower_step().compile()
   loader = make_loader(setup, config.train.batch_size)
   size = config.train.batch_size * config.data.sequence_length
 
@@ -100,7 +101,7 @@ def measure_loader() -> dict[str, list[float]]:
   def train() -> int:
     nonlocal state
     for _ in range(5):
-      state, _ = step(state, batch)
+      state, _ = program.run_step(step, state, batch)
     jax.block_until_ready(state)
     return 5 * size
 

@@ -24,7 +24,7 @@ from mixln_jax.data.prepare import data_directory, prepare
 from mixln_jax.opening import make_loader, set_up
 from mixln_jax.parallel.mesh import global_batch
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.program import lower_train_step
+from mixln_jax.training.program import SingleProgram
 
 PROGRAMS = ("ordinary", "diagnostic")
 
@@ -41,21 +41,19 @@ def measure(placement: str, repeats: int) -> dict[str, Any]:
   batches = make_loader(setup, config.train.batch_size).train()
   batch = global_batch(next(batches), setup.mesh)
   batches.close()
-  programs = {
-    name: lower_train_step(setup.config, setup.mesh, shardings, diagnose=name == "diagnostic").compile()
-    for name in PROGRAMS
-  }
+  program = SingleProgram(setup.config, setup.mesh)
+  steps = {name: program.lower_step(diagnose=name == "diagnostic").compile() for name in PROGRAMS}
   result: dict[str, Any] = {name: {"wall": [], "processor": []} for name in PROGRAMS}
   for repeat in range(repeats + 1):
-    for name, program in programs.items():
+    for name, step in steps.items():
       wall, processor = time.perf_counter(), time.process_time()
-      state, metrics = program(state, batch)
+      state, metrics = program.run_step(step, state, batch)
       jax.block_until_ready((state, metrics))
       if repeat:  # the first one warms up
         result[name]["wall"].append(time.perf_counter() - wall)
         result[name]["processor"].append(time.process_time() - processor)
-  for name, program in programs.items():
-    memory: Any = program.memory_analysis()
+  for name, step in steps.items():
+    memory: Any = step.memory_analysis()
     result[name]["temporary_bytes"] = memory.temp_size_in_bytes
   return result
 

@@ -39,7 +39,7 @@ from mixln_jax.model import next_token_loss
 from mixln_jax.parallel.mesh import attach, global_batch, make_mesh
 from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.program import lower_train_step
+from mixln_jax.training.program import SingleProgram
 
 BATCH, LENGTH = 8, 256
 Group = dict[str, Callable[[], Any]]  # case -> what is timed
@@ -91,10 +91,11 @@ class Step:
     self.shardings = step_lib.state_shardings(config, mesh)
     self.state = jax.jit(lambda: step_lib.init_state(config), out_shardings=self.shardings)()
     self.batch = global_batch(random_batch(config), mesh)
-    self.program = lower_train_step(config, mesh, self.shardings).compile()
+    self.program = SingleProgram(config, mesh)
+    self.compiled = self.program.lower_step().compile()
 
   def __call__(self) -> Any:
-    self.state, metrics = self.program(self.state, self.batch)
+    self.state, metrics = self.program.run_step(self.compiled, self.state, self.batch)
     return self.state, metrics
 
 

@@ -22,7 +22,7 @@ from mixln_jax.parallel.devices import peak_flops
 from mixln_jax.parallel.mesh import global_batch, make_mesh
 from mixln_jax.parallel.rules import on_mesh
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.program import lower_train_step
+from mixln_jax.training.program import SingleProgram
 
 
 def random_batch(config: Any) -> dict[str, np.ndarray]:
@@ -63,11 +63,12 @@ def main() -> None:
   state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
   batch = global_batch(random_batch(config), mesh)
   started = time.perf_counter()
-  step = lower_train_step(config, mesh, shardings).compile()
+  program = SingleProgram(config, mesh)
+  step = program.lower_step().compile()
   compile_seconds = time.perf_counter() - started
   with on_mesh(mesh):
     attention = choose_attention(config.model, config.data.sequence_length)
-  state, metrics = step(state, batch)
+  state, metrics = program.run_step(step, state, batch)
   jax.block_until_ready((state, metrics))
   process_memory.forget_peak()
   answer(
@@ -89,7 +90,7 @@ def main() -> None:
     seconds = []
     for _ in range(request["steps"]):
       started = time.perf_counter()
-      state, metrics = step(state, batch)
+      state, metrics = program.run_step(step, state, batch)
       jax.block_until_ready((state, metrics))
       seconds.append(time.perf_counter() - started)
     answer(seconds=seconds, peak_gb=peak_gb(), loss=float(metrics["loss"]))

@@ -27,7 +27,7 @@ from mixln_jax.config import Config
 from mixln_jax.parallel.mesh import global_batch, make_mesh
 from mixln_jax.sweeps.study import make_study
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.program import JointProgram, lower_train_step
+from mixln_jax.training.program import JointProgram, SingleProgram
 
 PLACEMENTS, SEEDS = ("pre", "post", "mix:0.25", "lns", "sandwich"), (0, 1)
 
@@ -43,11 +43,8 @@ def measure(
   joint_step = program.lower_step().compile()
   seconds = {"compile together": time.perf_counter() - started}
   started = time.perf_counter()
-  separate = {}
-  for run in runs:
-    if run.config.model.placement not in separate:
-      shardings = step_lib.state_shardings(run.config, mesh)
-      separate[run.config.model.placement] = lower_train_step(run.config, mesh, shardings).compile()
+  programs = {run.config.model.placement: SingleProgram(run.config, mesh) for run in runs}
+  steps = {placement: program.lower_step().compile() for placement, program in programs.items()}
   seconds["compile apart"] = time.perf_counter() - started
   tokens = np.random.default_rng(0).integers(
     0, base.model.vocab_size, (base.train.batch_size, base.data.sequence_length)
@@ -64,7 +61,8 @@ def measure(
     times["together"].append((time.perf_counter() - clock[0], time.process_time() - clock[1]))
     clock = time.perf_counter(), time.process_time()
     for number, run in enumerate(runs):
-      states[number], _ = separate[run.config.model.placement](states[number], batch)
+      placement = run.config.model.placement
+      states[number], _ = programs[placement].run_step(steps[placement], states[number], batch)
     jax.block_until_ready(states)
     times["apart"].append((time.perf_counter() - clock[0], time.process_time() - clock[1]))
   for name, taken in times.items():

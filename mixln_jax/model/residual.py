@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from mixln_jax.model.columns import Flag, Number, TracedRow
 from mixln_jax.model.norm import NormParams, mean_square, neutral_params, norm
-from mixln_jax.model.tuned.fence import backward_fence
+from mixln_jax.model.tuned.fence import backward_fence, fenced
 from mixln_jax.model.wiring import Seen, weighted_sum, wiring_of
 from mixln_jax.parallel.rules import platform
 from mixln_jax.placement import LEARNED
@@ -169,6 +169,8 @@ class Sublayer(NamedTuple):
       for index, params in enumerate(self.stream_norms):
         read_from[index] = norm(self.kind, streams[index], params, epsilon=self.epsilon, on=row.norm_streams)
     x_BTD = weighted_sum(wiring.read, read_from)
+    if n > 1 and platform() == "tpu":
+      f = fenced(f)
     branch_BTD, said = self.branch(f, x_BTD)
 
     kept = [read_from[0], *streams[1:]]  # R_i

@@ -251,7 +251,7 @@ def compile_step(plan: Plan, devices: Sequence[Any]) -> Step:
     jax.errors.JaxRuntimeError: the compiler failed for another reason than too little memory.
   """
   mesh = make_mesh(plan.config.mesh, devices)
-  lowered = lower_train_step(plan.config, mesh, state_shardings(plan.config, mesh), rate_is_data=True)
+  lowered = lower_train_step(plan.config, mesh, state_shardings(plan.config, mesh))
   program, started = program_hash(lowered), time.monotonic()
   try:
     step = lowered.compile()

@@ -59,29 +59,28 @@ def program_hash(lowered: jax.stages.Lowered) -> str:
 
 
 def lower_train_step(
-  config: Config, mesh: Mesh, shardings: TrainState, *, diagnose: bool = False, rate_is_data: bool = False
+  config: Config, mesh: Mesh, shardings: TrainState, *, diagnose: bool = False
 ) -> jax.stages.Lowered:
-  """The step of one run as it will run on the mesh: state donated, everything sharded. `.compile()` it.
+  """The step of one run as `SingleProgram` runs it on the mesh: state donated, everything sharded. `.compile()` it.
+
+  Its arguments are (state, batch, None, rate). The peak learning rate is data, an fp32 scalar: runs of a study that
+  differ in nothing else are one program, which the compile cache then has.
 
   Args:
     config: of the run.
     mesh: its devices; those of a topology that is not here will do, since only shapes are needed.
     shardings: `step.state_shardings` of the two.
     diagnose: the diagnostic step, which also gives statistics by layer.
-    rate_is_data: the step takes the peak learning rate as a third argument, an fp32 scalar, as `SingleProgram` runs it:
-      runs of a study that differ in nothing else are one program, which the compile cache then has.
   """
-  rates = ()
-  if rate_is_data:
-    rates = (None, jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh)))
-    config = _at_rate_one(config)
+  config = _at_rate_one(config)
+  rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
   state = attach(step_lib.abstract_state(config), shardings)
   # What the host reads of the layers must be whole on every process.
   metrics = replicated(mesh) if diagnose else None
   step = step_lib.make_train_step(config, diagnose=diagnose)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics))
   with on_mesh(mesh):
-    return jitted.lower(state, abstract_batch(config, mesh), *rates)
+    return jitted.lower(state, abstract_batch(config, mesh), None, rate)
 
 
 def _at_rate_one(config: Config) -> Config:
@@ -200,7 +199,7 @@ class SingleProgram:
     self._rate = jax.device_put(np.float32(config.optimizer.learning_rate), replicated(mesh))
 
   def lower_step(self, *, diagnose: bool = False) -> jax.stages.Lowered:
-    return lower_train_step(self.config, self.mesh, self._shardings, diagnose=diagnose, rate_is_data=True)
+    return lower_train_step(self.config, self.mesh, self._shardings, diagnose=diagnose)
 
   def run_step(self, step: jax.stages.Compiled, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
     return step(state, batch, None, self._rate)

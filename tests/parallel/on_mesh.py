@@ -26,7 +26,7 @@ from mixln_jax.runs.facts import parameter_table
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.begin import initial_weights
 from mixln_jax.training.evaluation import Evaluator
-from mixln_jax.training.program import SingleProgram, lower_train_step
+from mixln_jax.training.program import SingleProgram
 
 MESHES = {
   "data 8": {"data": -1},
@@ -58,12 +58,13 @@ def run(config_json, mesh):
   initial_hash = hash_of_sums(jax.jit(bit_sums)(state.params))
   shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
   share = sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
-  train_step = lower_train_step(config, setup.mesh, shardings).compile()
+  program = SingleProgram(config, setup.mesh)
+  train_step = program.lower_step().compile()
   losses, samples = [], []
   for batch in make_loader(setup, config.train.batch_size).train():
     placed = global_batch(batch, setup.mesh)
     samples.append(sorted(zlib.crc32(row.tobytes()) for row in np.asarray(placed["tokens_BT"])))
-    state, metrics = train_step(state, placed)
+    state, metrics = program.run_step(train_step, state, placed)
     losses.append(float(metrics["loss"]))
     if len(losses) == 4:
       break
@@ -149,7 +150,8 @@ def diagnosed(config_json, mesh):
   training = loader.train()
   batch = global_batch(next(training), setup.mesh)
   training.close()
-  _, metrics = lower_train_step(setup.config, setup.mesh, shardings, diagnose=True).compile()(state, batch)
+  program = SingleProgram(setup.config, setup.mesh)
+  _, metrics = program.run_step(program.lower_step(diagnose=True).compile(), state, batch)
   statistics = {name: np.asarray(value).tolist() for name, value in metrics["diagnostics"].items()}
   del result["definitions"]
   return {"step": statistics, "checkpoint": result}

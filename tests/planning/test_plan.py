@@ -114,7 +114,7 @@ def test_plan_names_the_program_that_the_run_runs(config, recipe, tmp_path, caps
   hashes = set()
   for placement in ("mix:0.5", "pre"):
     other.train.num_steps, other.model.placement = 3, placement
-    hashes.add(program_hash(lower_train_step(other, mesh, state_shardings(other, mesh), rate_is_data=True)))
+    hashes.add(program_hash(lower_train_step(other, mesh, state_shardings(other, mesh))))
   assert len(hashes) == 2
   assert announced.group(1) in hashes
 

@@ -12,7 +12,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.parallel.mesh import make_mesh
 from mixln_jax.parallel.rules import batch_sharding
 from mixln_jax.training import step as step_lib
-from mixln_jax.training.program import lower_train_step
+from mixln_jax.training.program import SingleProgram
 
 MESHES = {"one": {"data": 1}, "eight": {"data": 2, "fsdp": 2, "tensor": 2}}
 
@@ -34,13 +34,14 @@ def run(name, mesh):
   mesh = make_mesh(config.mesh, jax.devices()[:sizes])
   shardings = step_lib.state_shardings(config, mesh)
   state = jax.jit(lambda: step_lib.init_state(config), out_shardings=shardings)()
-  step = lower_train_step(config, mesh, shardings).compile(EXACT)
+  program = SingleProgram(config, mesh)
+  step = program.lower_step().compile(EXACT)
   losses = []
   for seed in range(4):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, config.model.vocab_size, (8, 8)).astype(np.int32)
     batch = {"tokens_BT": tokens, "labels_BT": np.roll(tokens, -1, 1), "weights_BT": np.ones((8, 8), np.float32)}
-    state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+    state, metrics = program.run_step(step, state, jax.device_put(batch, batch_sharding(mesh)))
     losses.append(float(metrics["loss"]))
   held = sum(shard.data.nbytes for leaf in jax.tree.leaves(state.opt_state) for shard in leaf.addressable_shards[:1])
   return losses, jax.device_get(state.params), held / sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))

@@ -1,4 +1,7 @@
-"""A fence in the backward pass, for compilers that fuse more than is good."""
+"""Fences, for compilers that fuse more than is good."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -22,3 +25,17 @@ def _backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 backward_fence.defvjp(_forward, _backward)
+
+
+def fenced(f: Callable[[jax.Array], tuple[jax.Array, Any]]) -> Callable[[jax.Array], tuple[jax.Array, Any]]:
+  """f, across whose first result the compiler may fuse nothing, forward and backward.
+
+  A TPU's compiler takes what several streams do with a branch's output into the product that makes it, whose tiles then
+  no longer fill the matrix units.
+  """
+
+  def with_fence(x: jax.Array) -> tuple[jax.Array, Any]:
+    output, said = f(x)
+    return jax.lax.optimization_barrier(output), said
+
+  return with_fence
