@@ -35,6 +35,7 @@ class CommandLine:
     self.rest: list[str] = []
     self._of_run: Callable[[str], config_lib.Config | None] | None = None
     self._sections: tuple[str, ...] = ()
+    self._named_by: tuple[str, ...] = ()
     self.run_config: config_lib.Config | None = None  # of --workdir, where no recipe is named
 
   def config(
@@ -43,6 +44,7 @@ class CommandLine:
     required: bool = True,
     of_run: Callable[[str], config_lib.Config | None] | None = None,
     sections: Sequence[str] = SECTIONS,
+    named_by: Sequence[str] = (),
   ) -> None:
     """Adds --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE.
 
@@ -51,8 +53,10 @@ class CommandLine:
       of_run: the config of the run in the folder that --workdir names, None where it holds none; the fields given on
         the command line then change that config where no recipe is named.
       sections: of the fields that the command reads, for --help.
+      named_by: other flags that name a recipe, as --config does.
     """
     self._with_config, self._of_run, self._sections = True, of_run, tuple(sections)
+    self._named_by = tuple(named_by)
     if required:
       self._required.append("config")
 
@@ -97,6 +101,7 @@ class CommandLine:
       sys.exit(0)
     argv = [self._normalized(argument) for argument in argv]
     if self._with_config:
+      argv = self._with_recipe(argv)
       self._define_config(argv)
     try:
       rest = self._values(["", *argv])[1:]
@@ -150,6 +155,17 @@ class CommandLine:
       is_whole = self._values[name].flag_type() == "int"
     whole = integer_of(value) if equals and is_whole else None
     return argument if whole is None else f"--{name}={whole}"
+
+  def _with_recipe(self, argv: Sequence[str]) -> list[str]:
+    """The arguments with --config=FILE where another flag names the recipe; raises InputError where both do."""
+    argv = list(argv)
+    for name in self._named_by:
+      given = [argument.partition("=")[2] for argument in argv if re.match(rf"--?{name}=", argument)]
+      if given and self._recipe(argv):
+        raise InputError(f"--{name} and --config exclude one another: each names the recipe; leave one of them out")
+      if given:
+        argv.insert(0, f"--config={given[-1]}")  # first: ml_collections wants it before the fields
+    return argv
 
   def _define_config(self, argv: Sequence[str]) -> None:
     """Makes flags of --config and of the fields that are given; of a run's config where no recipe is named."""

@@ -4,7 +4,6 @@ The same command again resumes it, with what is missing; more machines may run i
 Exit status: 0 all runs are done; 1 a run failed; 75 stopped by a signal, or others still train.
 """
 
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from mixln_jax import config as config_lib
 from mixln_jax.command_line import CommandLine
+from mixln_jax.commands._search import list_candidates, search_command
 from mixln_jax.config import Config
 from mixln_jax.data.opening import open_data
 from mixln_jax.errors import InputError
@@ -33,13 +33,16 @@ from mixln_jax.track import PLACEMENT_FIELD, load_track
 
 def main(argv: list[str]) -> int:
   line = CommandLine(__doc__ or "")
-  line.config()
+  line.config(named_by=("search", "track"))
   line.string(
     "track",
     "the recipe of a track, as configs/tracks/cpu.py, instead of --config: run an entry of it, by its protocol. "
     "--axis='model.placement=pre YOURS' says which placements; by default those of its board",
   )
   line.string("workdir", "the study's folder", required=True)
+  line.string(
+    "search", "a recipe with a SEARCH (configs/searches/), instead of --config: search placements (docs/search.md)"
+  )
   line.strings(
     "axis",
     "FIELD=VALUE VALUE …, one flag an axis; the runs are their product. Fields that move together: "
@@ -51,14 +54,25 @@ def main(argv: list[str]) -> int:
   line.string("export", "only write the curves of the runs to this CSV file")
   line.string("compare", "only hold the runs' last validation losses against such a file; status 1 where one is off")
   line.number("tolerance", "with --compare: nats that a loss may be off", default=0.05, minimum=0.0)
-  values = line.parse(_with_recipe_of_track(argv))
+  values = line.parse(argv)
   base = line.config_value()
+  recipe = line.config_path()
+  if values.search is not None:
+    for name in ("axis", "index", "together", "export", "compare"):
+      if line.was_given(name):
+        raise InputError(f"--search and --{name} exclude one another: a search makes its own runs")
+    if not values.list:
+      search_command(recipe, base, values.workdir)
+      _say_how_to_report(values.workdir)
+    else:
+      list_candidates(recipe, base, values.workdir)
+    return 0
   if values.track is not None:
     first = _entry(values.track, base, values.axis or ())
   elif values.axis:
     first = make_study(base, [parse_axes(values.axis)])
   else:
-    first = load_study(line.config_path(), base)
+    first = load_study(recipe, base)
   study = sequence.with_stages(first, values.workdir)
   runs = study.runs(values.workdir)
   if values.index is not None and values.index > len(runs):
@@ -100,18 +114,6 @@ def main(argv: list[str]) -> int:
     print(f"error: {len(failed)} runs failed: {', '.join(failed)}; see their {sequence.LOG}", file=sys.stderr)
     return 1
   return 0 if all(sequence.state_of(run).state == sequence.DONE for run in mine) else STOPPED_STATUS
-
-
-def _with_recipe_of_track(argv: list[str]) -> list[str]:
-  """The arguments with a track's recipe as --config, so that its fields can be given like those of any recipe."""
-  if any(re.match(r"--?config(=|$)", argument) for argument in argv):
-    return argv
-  for place, argument in enumerate(argv):
-    name, equals, value = argument.partition("=")
-    if name.lstrip("-") == "track" and name.startswith("-"):
-      recipe = value if equals else next(iter(argv[place + 1 :]), "")
-      return [f"--config={recipe}", *argv]  # before the fields that change it
-  return argv
 
 
 def _entry(recipe: str, base: Config, axes: Sequence[str]) -> Study:

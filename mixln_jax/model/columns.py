@@ -115,6 +115,11 @@ class Columns(flax.struct.PyTreeNode):
     varying = {name: column_RL[index] for name, column_RL in self.varying.items()}
     return self.replace(varying=varying, alone=None if self.alone is None else self.alone[index])
 
+  def of_runs(self, chosen: slice) -> "Columns":
+    """Those of some of the R tables; the split stays, and so does the tree of parameters."""
+    varying = {name: column_RL[chosen] for name, column_RL in self.varying.items()}
+    return self.replace(varying=varying, alone=None if self.alone is None else self.alone[chosen])
+
   def of_layer(self, index: int) -> dict[str, Any]:
     """The varying columns of one layer, as Python constants if the table is not traced."""
     values: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from mixln_jax.planning.topology import Topology
 from mixln_jax.training.derived import with_derived
 from mixln_jax.training.loop import check_batches
 from mixln_jax.training.optimizer import update_flops
-from mixln_jax.training.program import abstract_batch, lower_train_step, program_hash
+from mixln_jax.training.program import Memory, abstract_batch, lower_train_step, memory_of, program_hash
 from mixln_jax.training.step import abstract_state, state_shardings
 
 EFFICIENCY = 0.5  # the fraction of the peak that matrix products reach: an assumption, not a measurement
@@ -34,19 +34,6 @@ class Counted(NamedTuple):
   moments: int
   counters: int  # the counters of steps and of skipped updates, and the learning rate, which is an argument of the step
   batch: int
-
-
-class Memory(NamedTuple):
-  """Bytes that the compiled step needs on one device. The new state replaces the old one in place."""
-
-  arguments: int
-  temporaries: int
-  outputs: int  # beyond the state
-  code: int
-
-  @property
-  def total(self) -> int:
-    return sum(self)
 
 
 class Compiled(NamedTuple):
@@ -273,14 +260,7 @@ def compile_step(plan: Plan, devices: Sequence[Any]) -> Step:
       raise
     return Step(program, time.monotonic() - started, None, str(error), "")
   seconds = time.monotonic() - started
-  analysis: Any = step.memory_analysis()
-  memory = Memory(
-    arguments=analysis.argument_size_in_bytes,
-    temporaries=analysis.temp_size_in_bytes,
-    outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
-    code=analysis.generated_code_size_in_bytes,
-  )
-  return Step(program, seconds, memory, "", step.as_text() or "")
+  return Step(program, seconds, memory_of(step), "", step.as_text() or "")
 
 
 def with_step(plan: Plan, step: Step) -> Plan:

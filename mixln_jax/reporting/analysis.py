@@ -12,6 +12,7 @@ from mixln_jax.reporting.groups import Group, make_groups
 from mixln_jax.reporting.headline import Headline, difference_figure, make_headline
 from mixln_jax.reporting.loading import Material, ReportedRun
 from mixln_jax.reporting.panels import Figure
+from mixln_jax.reporting.search import search_table
 from mixln_jax.reporting.source import Source
 from mixln_jax.reporting.tables import TextTable
 
@@ -78,11 +79,13 @@ def analyze(material: Material, baseline: str | None = None) -> Analysis:
     placements = [group.placement for group in groups]
     baseline = DEFAULT_BASELINE if DEFAULT_BASELINE in placements else placements[0]
   rows = comparison.standings(runs, groups, baseline)
-  source = Source(runs, groups, rows, comparison.featured(groups, rows))
+  source = Source(runs, groups, rows, comparison.featured(groups, rows), material.search)
   headline = make_headline(rows, baseline)
   sections, absent = all_figures(source)
   difference = difference_figure(source, headline)
   made = [tables.summary_table(headline), tables.perplexity_table(rows, baseline)]
+  if material.search is not None:
+    made.append(search_table(material.search, rows, baseline))
   by_depth = depth.depth_table(source)
   if by_depth is not None:
     made.append(by_depth)

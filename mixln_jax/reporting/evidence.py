@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mixln_jax.reporting import curves, depth, layers, studies, suite
+from mixln_jax.reporting import curves, depth, layers, search, studies, suite
 from mixln_jax.reporting.panels import Figure
 from mixln_jax.reporting.source import Source
 
@@ -36,14 +36,21 @@ DIAGNOSTICS = _Needs("python -m mixln_jax train", "With diagnostics.every_steps 
 DIAGNOSE = _Needs("python -m mixln_jax diagnose", "It writes diagnose/STEP/diagnose.json into the run's folder.")
 ALPHAS = _Needs("python -m mixln_jax sweep", "Or train them one by one: pre, post and at least one mix:α between.")
 DEPTHS = _Needs("python -m mixln_jax sweep", "Of shapes with different numbers of layers: axes that move together.")
+SEARCH = _Needs("python -m mixln_jax sweep --search=configs/searches/layers.py")
 RATES = _Needs("python -m mixln_jax sweep", "Or train them one by one: optimizer.learning_rate at two values or more.")
 
 Maker = tuple[Callable[[Source], Figure], _Needs]
 
 TRAINED_MODEL = "Layers of the trained model"
+SEARCHED = "What the search saw"
 
 # The sections of a report. A new figure is a function of the runs in a module of its own, and a line here.
 SECTIONS: dict[str, tuple[Maker, ...]] = {
+  SEARCHED: (
+    (search.search_rungs, SEARCH),
+    (search.search_layers, SEARCH),
+    (search.search_effects, SEARCH),
+  ),
   "Training": (
     (curves.loss_curves, TRAIN),
     (curves.gradient_norm_curve, TRAIN),

@@ -7,6 +7,7 @@ One figure as data (`panels.Figure`) is drawn by one renderer; what a new kind o
 import dataclasses
 import io
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,7 +143,7 @@ def make_canvas(figure: Figure, tags: Tags | None = None, width: float | None = 
   if width is None:
     width = TEXT_WIDTH if count > 1 or estimates else COLUMN_WIDTH
   # A layout takes most of the time of a drawing, and the panels of series on the page are all of one kind.
-  to_lay_out = tags is None or maps or bool(estimates)
+  to_lay_out = tags is None or maps or bool(estimates or figure.panels[0].layer_rows)
   handles, legend_columns = ([], 1) if tags is not None or estimates else _legend(figure, width)
   canvas = Canvas(
     figsize=(width, _height(figure, rows, columns, handles, legend_columns)),
@@ -173,6 +174,8 @@ def _height(figure: Figure, rows: int, columns: int, handles: Sequence[Any], leg
   estimates = figure.panels[0].estimates
   if estimates:
     return 0.75 + 0.4 * len(estimates)
+  if figure.panels[0].layer_rows:
+    return min(0.9 + 0.11 * len(figure.panels[0].layer_rows), TEXT_HEIGHT)
   row_height = 1.75 if figure.panels[0].matrix is not None and columns > 2 else 2.1
   return rows * row_height + 0.16 * math.ceil(len(handles) / legend_columns)
 
@@ -182,6 +185,8 @@ def _draw(ax: Any, panel: Panel, figure: Figure, tags: Tags | None) -> Any:
   ax.set(title=plain(panel.title), xlabel=panel.x_label, ylabel=panel.y_label)
   if panel.matrix is not None:
     return _draw_matrix(ax, panel, figure.colour_range)
+  if panel.layer_rows:
+    return _draw_layer_rows(ax, panel)
   return _draw_series(ax, panel, tags)
 
 
@@ -194,6 +199,26 @@ def _draw_matrix(ax: Any, panel: Panel, colour_range: tuple[float, float]) -> An
     _set_ticks(axis, _layer_ticks(last))
   low, high = colour_range
   return ax.imshow(matrix, origin="lower", extent=extent, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+
+
+def _draw_layer_rows(ax: Any, panel: Panel) -> None:
+  """A row of squares a layer list, and below them what the looks of the squares mean."""
+  ax.grid(visible=False)
+  count, most = len(panel.layer_rows), max(len(row.layers) for row in panel.layer_rows)
+  looks = cell_looks(list(dict.fromkeys(name for row in panel.layer_rows for name in row.layers)))
+  for place, row in enumerate(panel.layer_rows):
+    for layer, name in enumerate(row.layers):
+      box = (layer + 0.55, place + 0.12)
+      ax.add_patch(Rectangle(box, 0.9, 0.76, facecolor=_fill_of(looks[name]), edgecolor=TEXT, linewidth=0.3))
+  ax.set(xlim=(0.4, most + 0.6), ylim=(count, 0))
+  ax.set_yticks([place + 0.5 for place in range(count)], [plain(row.label) for row in panel.layer_rows], fontsize=5)
+  ax.tick_params(axis="y", length=0)
+  _set_ticks(ax.xaxis, _layer_ticks(most))
+  handles = [
+    Rectangle((0, 0), 1, 1, label=name, facecolor=_fill_of(look), edgecolor=TEXT) for name, look in looks.items()
+  ]
+  small = {"fontsize": 6, "handlelength": 1.0, "columnspacing": 0.9, "borderaxespad": 0.2}
+  ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, **small)
 
 
 def _layer_ticks(last: int) -> list[float]:
@@ -210,12 +235,15 @@ def _draw_series(ax: Any, panel: Panel, tags: Tags | None) -> None:
     ax.set_xscale("log")
   if panel.log_y and positive:
     ax.set_yscale("log")
-  for number, series in enumerate(shown):
-    tag = "" if tags is None else tags.add(series)
-    if panel.bars:
-      _draw_bars(ax, series, number, len(shown), tag)
-    else:
-      _draw_line(ax, panel, series, tag)
+  with warnings.catch_warnings():
+    # Of a single point on a logarithmic axis, before the other series are drawn.
+    warnings.filterwarnings("ignore", "Attempting to set identical", UserWarning)
+    for number, series in enumerate(shown):
+      tag = "" if tags is None else tags.add(series)
+      if panel.bars:
+        _draw_bars(ax, series, number, len(shown), tag)
+      else:
+        _draw_line(ax, panel, series, tag)
   _tick_x(ax, panel)
   if ax.get_yscale() == "log":
     low, high = ax.get_ylim()
@@ -354,11 +382,10 @@ def _draw_layer_lists(ax: Any, estimates: Sequence[Estimate], places: Sequence[i
   ax.set_xlim(0, max(most, 6))
   names = dict.fromkeys(name for row in estimates for name in row.layer_list)
   looks = cell_looks(list(names))
-  fills = {"post": TEXT, "pre": "none"}
   size = min(0.8, 4.8 / max(most, 6))
   for row, place in zip(estimates, places, strict=True):
     for layer, name in enumerate(row.layer_list):
-      fill = fills.get(looks[name]) or LIGHT[int(looks[name].removeprefix("c"))]
+      fill = _fill_of(looks[name])
       box = (layer + 0.1, place - size * 0.35)
       ax.add_patch(Rectangle(box, 0.8, size * 0.7, facecolor=fill, edgecolor=TEXT, linewidth=0.6))
 
@@ -370,6 +397,12 @@ def cell_looks(names: Sequence[str]) -> dict[str, str]:
   for number, name in enumerate(others):
     looks[name] = f"c{CELL_COLOURS[number % len(CELL_COLOURS)]}"
   return looks
+
+
+def _fill_of(look: str) -> str:
+  """The colour of a layer that looks so."""
+  fills = {"post": TEXT, "pre": "none"}
+  return fills[look] if look in fills else LIGHT[int(look.removeprefix("c"))]
 
 
 def _draw_estimate(ax: Any, row: Estimate, place: int, tag: str) -> None:

@@ -28,6 +28,7 @@ from mixln_jax.files import (
 )
 from mixln_jax.reporting.model_diagnosis import ModelDiagnosis, newest_diagnosis
 from mixln_jax.reporting.reading import DAMAGE, as_mapping, reason
+from mixln_jax.reporting.search_record import FINALS_FOLDER, SEARCH_FILE, SearchRecord, read_search
 from mixln_jax.reporting.study_plan import RUNS_FOLDER, STUDY_FILE, StudyPlan, read_study_plan
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.folder import RunFolder
@@ -154,12 +155,14 @@ class Material:
     runs: those that could be read.
     problems: of runs that are left out, in words.
     not_started: names of planned runs that do not exist yet.
+    search: the search that the study tries the best candidates of again, if it does.
   """
 
   study: StudyPlan | None
   runs: Sequence[ReportedRun]
   problems: Sequence[str]
   not_started: Sequence[str] = ()
+  search: SearchRecord | None = None
 
 
 def load(workdirs: Sequence[str]) -> Material:
@@ -184,7 +187,9 @@ def load(workdirs: Sequence[str]) -> Material:
   in_studies = sum(len(one.paths) for one in found if one.studies)
   is_one_study = len(studies) == 1 and in_studies == len(paths)
   study = next(iter(studies.values())) if is_one_study else None
-  return Material(study, runs, problems, list(not_started.values()))
+  searches = [one.search for one in found if one.search is not None]
+  search = searches[0] if is_one_study and searches else None
+  return Material(study, runs, problems, list(not_started.values()), search)
 
 
 class _Found(NamedTuple):
@@ -194,17 +199,26 @@ class _Found(NamedTuple):
     paths: of the runs.
     studies: path -> plan of the studies.
     not_started: path -> name of planned runs that do not exist yet. Runs of two studies may have one name.
+    search: what the search saw whose finals these runs are.
   """
 
   paths: Sequence[Path]
   studies: Mapping[Path, StudyPlan]
   not_started: Mapping[Path, str]
+  search: SearchRecord | None = None
 
 
 def _find(path: Path) -> _Found:
   """The runs in a folder: itself, those of a study, or those of the runs and studies that lie in it."""
   if RunFolder(path).has_run:
     return _Found([path], {}, {})
+  if (path / SEARCH_FILE).is_file():
+    if not (path / FINALS_FOLDER / STUDY_FILE).is_file():
+      raise InputError(
+        f"workdir={path}: holds a search whose best candidates were not tried again yet; run its command to the end, "
+        "or report on its candidates/"
+      )
+    return _find(path / FINALS_FOLDER)._replace(search=read_search(path))
   if (path / STUDY_FILE).is_file():
     plan = read_study_plan(path / STUDY_FILE)
     planned = {name: path / RUNS_FOLDER / name for name in plan.planned}

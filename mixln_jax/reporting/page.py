@@ -14,7 +14,7 @@ from mixln_jax.errors import InputError
 from mixln_jax.files import is_partial, local_path, partial_of, remove_partials_of_the_dead, write_whole
 from mixln_jax.reporting import figures, tables
 from mixln_jax.reporting.analysis import Analysis, analyze
-from mixln_jax.reporting.evidence import TRAINED_MODEL
+from mixln_jax.reporting.evidence import SEARCHED, TRAINED_MODEL
 from mixln_jax.reporting.fairness import Finding
 from mixln_jax.reporting.groups import (
   PLACEMENT_FIELD,
@@ -146,6 +146,7 @@ def _render(analysis: Analysis) -> str:
     "difference": figure_view(analysis.difference) if analysis.difference else None,
     "sections": {name: [figure_view(figure) for figure in some] for name, some in analysis.sections.items()},
     "trained_model": TRAINED_MODEL,
+    "searched": SEARCHED,
     "some_groups": len(analysis.source.featured) < len(analysis.groups),
     "many_groups": len(analysis.groups) > MANY_GROUPS,
     "has_grid": len(analysis.groups) > len(analysis.headline.contenders),
@@ -261,7 +262,7 @@ def figure_view(figure: Figure) -> dict[str, Any]:
     "bars": figure.panels[0].bars,
     "has_seeds": any(series.detail for panel in figure.panels for series in panel.series),
     "legend": [_legend_entry(style, name) for style, name in figure.looks.items()],
-    "tables": [_numbers(panel) for panel in figure.panels if not panel.estimates],
+    "tables": [_numbers(panel) for panel in figure.panels if panel.series or panel.matrix is not None],
   }
 
 

@@ -95,8 +95,21 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerRow:
+  """One row of a panel that shows layer lists.
+
+  Attributes:
+    label: on the left.
+    layers: one word a layer, first layer first.
+  """
+
+  label: str
+  layers: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Panel:
-  """One pair of axes: series, or a matrix, or estimates.
+  """One pair of axes: series, or a matrix, or estimates, or layer lists.
 
   Attributes:
     title: above the axes.
@@ -109,6 +122,7 @@ class Panel:
     show_markers: whether each point of a line has a marker.
     x_ticks: what was measured at (learning rates, steps of evaluations), sorted: the ticks are some of them.
     estimates: a row each.
+    layer_rows: a layer list each, the first one on top.
   """
 
   title: str
@@ -123,10 +137,11 @@ class Panel:
   show_markers: bool = True
   x_ticks: Sequence[float] = ()
   estimates: Sequence[Estimate] = ()
+  layer_rows: Sequence[LayerRow] = ()
 
   @property
   def is_empty(self) -> bool:
-    return not self.series and self.matrix is None and not self.estimates
+    return not self.series and self.matrix is None and not self.estimates and not self.layer_rows
 
   @property
   def finite_entries(self) -> np.ndarray:
@@ -181,6 +196,8 @@ class Figure:
           row["note"] = series.notes[index] if series.notes else ""
           rows.append(row)
       rows += [_estimate_row(panel, estimate) for estimate in panel.estimates]
+      for listed in panel.layer_rows:
+        rows.append({"panel": panel.title, "row": listed.label, "layers": " ".join(listed.layers)})
       if panel.matrix is not None:
         for (row_index, column), value in np.ndenumerate(panel.matrix):
           if math.isfinite(value):
@@ -194,6 +211,9 @@ class Figure:
     for panel in self.panels:
       if panel.estimates:
         sentences.append(_describe_estimates(panel))
+      elif panel.layer_rows:
+        first, last = panel.layer_rows[0], panel.layer_rows[-1]
+        sentences.append(f"From {first.label} ({' '.join(first.layers)}) to {last.label} ({' '.join(last.layers)})")
       elif panel.matrix is None:
         sentences.append(_describe_series(panel))
       elif panel.finite_entries.size:

@@ -7,6 +7,7 @@ from mixln_jax.reporting.comparison import Standing
 from mixln_jax.reporting.groups import Group
 from mixln_jax.reporting.loading import ReportedRun
 from mixln_jax.reporting.panels import Figure, Panel
+from mixln_jax.reporting.search_record import SearchRecord
 
 SEEDS_NOTE = "Means over seeds where there are several, bars one standard deviation."
 
@@ -20,12 +21,14 @@ class Source:
     groups: of these runs.
     rows: a row of the perplexity table for each group.
     featured: the groups whose curves and layers are drawn.
+    search: the search that the runs are the finals of; None where they are of none.
   """
 
   runs: Sequence[ReportedRun]
   groups: Sequence[Group]
   rows: Sequence[Standing]
   featured: Sequence[Group]
+  search: SearchRecord | None = None
 
   def group_of(self, index: int) -> Group:
     """The group of the run of this index."""

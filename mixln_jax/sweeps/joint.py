@@ -6,10 +6,11 @@ the joint state is put together from them, and a run that was started here can b
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mixln_jax import config as config_lib
+from mixln_jax.data.loader import Data
 from mixln_jax.data.opening import open_data
 from mixln_jax.files import TEXTS, read_json, write_whole
 from mixln_jax.opening import Setup
@@ -61,6 +62,19 @@ def train_together(study: Study, runs: Sequence[Run]) -> list[Outcome]:
   clock = Clock()
   program = JointProgram({run.name: run.config for run in runs}, study.base.mesh)
   corpus = open_data(program.config)
+  with opened_members(program, runs, corpus) as members:
+    if is_first():
+      write_whole(_study_folder(runs) / TOGETHER, json.dumps({"runs": [run.name for run in runs]}) + "\n")
+    return train_members(program, members, clock)
+
+
+@contextlib.contextmanager
+def opened_members(program: JointProgram, runs: Sequence[Run], corpus: Data) -> Iterator[list[Member]]:
+  """The runs in the slots of a program: their folders are created and locked, and their checkpoints open.
+
+  Raises:
+    InputError: a run contradicts what its folder holds, or another process trains it; nothing was changed.
+  """
   check_batches(runs[0].config, program.mesh)
   shared = Setup(runs[0].config, program.mesh, corpus)
   agree("the start of the study", {run.name: run.values for run in runs} | start_facts(shared))
@@ -84,6 +98,4 @@ def train_together(study: Study, runs: Sequence[Run]) -> list[Outcome]:
       if outcome is not None and outcome.status in ENDED_ITSELF:
         member.outcome = outcome  # frozen before: it stays what it is
       members.append(member)
-    if is_first():
-      write_whole(_study_folder(runs) / TOGETHER, json.dumps({"runs": [run.name for run in runs]}) + "\n")
-    return train_members(program, members, clock)
+    yield members

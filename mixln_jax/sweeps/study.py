@@ -1,5 +1,6 @@
 """What a study is: a base config, axes, the runs that they make, and whether those are comparable."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -23,6 +24,7 @@ STUDY_PLACE = "a study lies in a folder, which several machines can share over a
 
 STUDY, RUNS = "study.json", "runs"
 NAMED_BY_VALUE = {"model.placement": ""}  # fields whose value alone names them
+LONGEST_NAME = 200  # bytes of a folder's name
 
 # An axis is a field and its values, or fields that move together (a tuple of them, or one string with TOGETHER between)
 # and their values together. A grid is the product of its axes.
@@ -152,7 +154,12 @@ def _order(field: str) -> tuple[bool, int]:
 def run_name(values: Mapping[str, Any]) -> str:
   """A folder's name of a run's values: `mix_0.25-learning_rate0.003-seed0`."""
   parts = [NAMED_BY_VALUE.get(field, field.split(".")[-1]) + str(value) for field, value in values.items()]
-  return re.sub(r"[^\w.+-]", "_", "-".join(parts)) or "base"
+  name = re.sub(r"[^\w.+-]", "_", "-".join(parts)) or "base"
+  if len(name.encode()) <= LONGEST_NAME:
+    return name
+  rest = "-".join(parts[1:])  # placements of deep models can be longer than a file system's names
+  digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+  return re.sub(r"[^\w.+-]", "_", f"{parts[0][:100]}-{digest}-{rest[-60:]}")
 
 
 def make_study(

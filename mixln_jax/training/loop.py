@@ -42,7 +42,7 @@ from mixln_jax.training.divergence import MEANING, STUCK
 from mixln_jax.training.dump import write_dump
 from mixln_jax.training.evaluation import Evaluator
 from mixln_jax.training.member import Member, old_config_of
-from mixln_jax.training.program import Program, SingleProgram, program_hash
+from mixln_jax.training.program import Program, SingleProgram, Steps, compile_steps, lower_steps
 from mixln_jax.training.progress import Clock, Profiler, Progress
 from mixln_jax.training.references import with_references
 from mixln_jax.training.resume import ResumePoint
@@ -98,13 +98,14 @@ def start_facts(setup: Setup) -> dict[str, Any]:
   return fields | {"the data's fingerprint": fingerprint, "the code": code_hash(), "jax": jax.__version__}
 
 
-def train_members(program: Program, members: Sequence[Member], clock: Clock) -> list[Outcome]:
+def train_members(program: Program, members: Sequence[Member], clock: Clock, until: int | None = None) -> list[Outcome]:
   """Trains runs whose folders are locked, from the newest step that all of them can resume from.
 
   Args:
-    program: of as many members.
+    program: of as many members, or more: members lie in its first slots.
     members: the runs; one whose outcome is set has ended before, and is not trained any more.
     clock: has counted since the process began.
+    until: the step after which they pause, with an evaluation and a checkpoint; by default their last one.
 
   Returns:
     How each of them ended.
@@ -115,13 +116,15 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
     Stopped: a signal came before the first step.
   """
   points, state = load_or_start(program, members)
-  if points[0].step == program.config.train.num_steps:
+  last = program.config.train.num_steps if until is None else until
+  if points[0].step == last:
     for member in members:
       if member.live:
         skipped = int(program.own(state, member.index).skipped)
-        member.end(FINISHED, points[0].step, f"all {points[0].step} steps were done already", clock, skipped)
+        status = _status_at(last, program.config)
+        member.end(status, last, f"all {last} steps were done already", clock, skipped)
     return _outcomes(members)
-  loop = _Loop(program, members, points, state, clock)
+  loop = _Loop(program, members, points, state, clock, last)
   try:
     loop.run()
   except (LostLockError, UnreachableError):
@@ -145,6 +148,11 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock) -> 
       raise MachineError(message) from error
     raise
   return _outcomes(members)
+
+
+def _status_at(step: int, config: Config) -> str:
+  """What a run is that did all that it was asked to: finished, or stopped where more is to come."""
+  return FINISHED if step == config.train.num_steps else STOPPED
 
 
 def _last_checkpoints(members: Sequence[Member]) -> str:
@@ -178,9 +186,16 @@ class _Loop:
   """
 
   def __init__(
-    self, program: Program, members: Sequence[Member], points: Sequence[ResumePoint], state: TrainState, clock: Clock
+    self,
+    program: Program,
+    members: Sequence[Member],
+    points: Sequence[ResumePoint],
+    state: TrainState,
+    clock: Clock,
+    last: int,
   ):
-    self._program, self._members, self._points, self._clock = program, members, points, clock
+    """`last`: the step after which it ends."""
+    self._program, self._members, self._points, self._clock, self._last = program, members, points, clock, last
     self._config: Config = members[0].config  # what the loop reads of it is the same for all members
     self.step = points[0].step
     self._state = state
@@ -189,23 +204,23 @@ class _Loop:
 
   def run(self) -> None:
     """Trains to the end, to a signal, or until no member can go on; every member has an outcome then."""
-    config, num_steps = self._config, self._config.train.num_steps
+    config = self._config
     with contextlib.ExitStack() as stack:
       self._start(stack)
-      train_step, diagnostic_step = self._compile()
+      steps = self._compile()
       begin_loop(self.step)
       setup = self._members[0].setup
       batches = stack.enter_context(contextlib.closing(make_loader(setup, config.train.batch_size).train(self.step)))
       stop = stack.enter_context(stop_on_signals())
       self._restart_timer()
       stopped_by: str | None = None
-      while self.step < num_steps and stopped_by is None and self._live:
+      while self.step < self._last and stopped_by is None and self._live:
         self._profiler.before(self.step + 1)
         with self._clock("input"):
           batch = global_batch(next(batches), setup.mesh)
-        compiled = train_step
-        if diagnostic_step is not None and is_diagnostic(self.step + 1, config.diagnostics.every_steps):
-          compiled = diagnostic_step
+        compiled = steps.train
+        if steps.diagnostic is not None and is_diagnostic(self.step + 1, config.diagnostics.every_steps):
+          compiled = steps.diagnostic
         self._dispatch(compiled, batch)
         for member in self._members:
           member.checkpoints.check()
@@ -237,22 +252,21 @@ class _Loop:
     self._profiler = stack.enter_context(contextlib.closing(Profiler(self._config, profile)))
     self._evaluator = Evaluator(self._program, self._members[0].setup)
 
-  def _compile(self) -> tuple[jax.stages.Compiled, jax.stages.Compiled | None]:
-    """The training step, and where diagnostics are asked for the one that also looks at the layers."""
+  def _compile(self) -> Steps:
+    """The compiled steps of the program, which runs that lay in its slots before may have compiled."""
     started = time.monotonic()
     with self._clock("compile"):
-      lowered = [self._program.lower_step()]
-      if self._config.diagnostics.every_steps:
-        lowered.append(self._program.lower_step(diagnose=True))
-      program = program_hash(lowered[0])
-      compiled = signals.run_interruptibly(lambda: [one.compile() for one in lowered])
+      if self._program.steps is None:
+        lowered = lower_steps(self._program)
+        self._program.steps = signals.run_interruptibly(lambda: compile_steps(lowered))
+      steps = self._program.steps
       wait_for_all("the first step")  # where one of several processes was asked to stop, all do so here
     seconds = time.monotonic() - started
-    assert compiled is not None  # it is None where a stop was noted, which the meeting has raised
-    self._progress.say(f"program    training step, hash {program}, compiled in {seconds:.1f} s")
+    assert steps is not None  # it is None where a stop was noted, which the meeting has raised
+    self._progress.say(f"program    training step, hash {steps.program}, compiled in {seconds:.1f} s")
     for member in self._live:
-      member.write_environment(program)
-    return compiled[0], compiled[1] if len(compiled) > 1 else None
+      member.write_environment(steps.program)
+    return steps
 
   def _dispatch(self, compiled: jax.stages.Compiled, batch: Any) -> None:
     """Starts one update, and reads what the update before it gave, so that the device never waits for the host."""
@@ -300,7 +314,7 @@ class _Loop:
 
   def _do_what_is_due(self, *, stopping: bool) -> None:
     """Evaluates and saves where this step asks for it; a signal asks for a checkpoint."""
-    config, last = self._config, self.step == self._config.train.num_steps
+    config, last = self._config, self.step == self._last
     evaluate_now = last or _is_due(self.step, config.evaluate.every_steps)
     save_now = last or stopping or self.step in decay_start(config) or _is_due(self.step, config.checkpoint.every_steps)
     if not (evaluate_now or save_now):
@@ -320,9 +334,9 @@ class _Loop:
     """Evaluates all members; returns the losses of those that continue, by their number."""
     losses: dict[int, float] = {}
     compat = self._config.evaluate.official_compat
-    for member, evaluation in zip(self._members, self._evaluator(self._state.params, self.step), strict=True):
-      if not member.live:
-        continue
+    evaluations = self._evaluator(self._state.params, self.step)
+    for member in self._live:
+      evaluation = evaluations[member.index]
       loss, entropy = evaluation.loss, member.evaluated(self.step, evaluation)
       name = f"  {member.name}" if len(self._members) > 1 else ""
       self._progress.say(f"validation step {self.step}  {evaluation.describe(official_compat=compat)}{name}")
@@ -380,9 +394,11 @@ class _Loop:
     with self._clock("checkpoint"):
       for member in self._members:
         member.checkpoints.wait()
-    status, message = FINISHED, f"all {self.step} steps are done"
-    if self.step < self._config.train.num_steps:
-      status, message = STOPPED, f"by {stopped_by} after step {self.step}; run the same command to resume"
+    status, message = _status_at(self.step, self._config), f"all {self.step} steps are done"
+    if self.step < self._last:
+      message = f"by {stopped_by} after step {self.step}; run the same command to resume"
+    elif status == STOPPED:
+      message = f"paused after step {self.step}, as it was asked to"
     for member in self._live:
       skipped = int(self._program.own(self._state, member.index).skipped)
       member.end(status, self.step, message, self._clock, skipped)

@@ -5,10 +5,11 @@ state out and puts one in. One run is R = 1 without `vmap`, so its program is th
 `vmap` of the same pure step over (state, placement, learning rate); the batch is not mapped: all see the same samples.
 """
 
+import copy
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from mixln_jax.data.records import Record
 from mixln_jax.errors import InputError
 from mixln_jax.model.columns import Columns
 from mixln_jax.model.initial import starting_values
+from mixln_jax.model.parameters import LAYERS
 from mixln_jax.parallel.mesh import attach, make_mesh
 from mixln_jax.parallel.rules import batch_sharding, on_mesh, replicated
 from mixln_jax.training import step as step_lib
@@ -89,12 +91,65 @@ def _at_rate_one(config: Config) -> Config:
   return config
 
 
+class Memory(NamedTuple):
+  """Bytes of one device that a compiled step takes. The new state replaces the old one in place."""
+
+  arguments: int
+  temporaries: int
+  outputs: int  # beyond the state
+  code: int
+
+  @property
+  def total(self) -> int:
+    return sum(self)
+
+
+def memory_of(step: jax.stages.Compiled) -> Memory:
+  """What the compiler says that a step takes."""
+  analysis: Any = step.memory_analysis()
+  return Memory(
+    arguments=analysis.argument_size_in_bytes,
+    temporaries=analysis.temp_size_in_bytes,
+    outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+    code=analysis.generated_code_size_in_bytes,
+  )
+
+
+class Steps(NamedTuple):
+  """The compiled steps of a program.
+
+  Attributes:
+    program: the hash of the training step.
+    train: the training step.
+    diagnostic: the one that also looks at the layers; None where no diagnostics are asked for.
+  """
+
+  program: str
+  train: jax.stages.Compiled
+  diagnostic: jax.stages.Compiled | None
+
+
+def lower_steps(program: "Program") -> list[jax.stages.Lowered]:
+  """The steps that the config of a program asks for, ready to be compiled: the training step comes first."""
+  lowered = [program.lower_step()]
+  if program.config.diagnostics.every_steps:
+    lowered.append(program.lower_step(diagnose=True))
+  return lowered
+
+
+def compile_steps(lowered: Sequence[jax.stages.Lowered]) -> Steps:
+  """Compiles what `lower_steps` gave."""
+  compiled = [one.compile() for one in lowered]
+  return Steps(program_hash(lowered[0]), compiled[0], compiled[1] if len(compiled) > 1 else None)
+
+
 class Program(Protocol):
   """The programs of R runs, and their joint state."""
 
   config: Config  # what the members share
   mesh: Mesh
   num_members: int
+  steps: Steps | None  # None until they are compiled
 
   def lower_step(self, *, diagnose: bool = False) -> jax.stages.Lowered:
     """The training step, ready to be compiled; with `diagnose` also the statistics by layer."""
@@ -137,6 +192,7 @@ class SingleProgram:
   """One run: the plain step, and the joint state is its own. Its learning rate is data, as that of several runs is."""
 
   num_members = 1
+  steps: Steps | None = None
 
   def __init__(self, config: Config, mesh: Mesh):
     self.config, self.mesh = config, mesh
@@ -179,40 +235,74 @@ class SingleProgram:
 class JointProgram:
   """R runs that differ only in AXES, as one program. Leaves of the joint state are [R, …], cut along the axis `run`.
 
-  A member's own state has only what its placement uses of the tree that all share.
+  A member's own state has only what its placement uses of the tree that all share. `refilled` puts other runs into the
+  R slots of the same compiled program.
   """
 
-  def __init__(self, configs: Mapping[str, Config], mesh_sizes: MeshConfig):
+  steps: Steps | None = None
+
+  def __init__(
+    self,
+    configs: Mapping[str, Config],
+    mesh_sizes: MeshConfig,
+    *,
+    slots: int | None = None,
+    tables: Sequence[placement.Table] = (),
+  ):
     """Checks that the runs can be one program, and makes what they differ in data.
 
     Args:
       configs: the runs' configs by name.
       mesh_sizes: `config.mesh` of the study, whose axis `run` cuts the runs over devices.
+      slots: R; by default the number of runs. Slots that are left over hold copies of the last run, which nobody reads.
+      tables: together they have every row that a run of this program may have in each layer; by default those of
+        `configs`.
 
     Raises:
       InputError: they differ in more than AXES, one needs a pass of its own (`admin`), or the mesh does not divide
         their number.
     """
-    check_same_program(configs)
-    runs = list(configs.values())
-    self.num_members = len(runs)
-    self.config = _at_rate_one(runs[0])  # theirs are data
+    self.num_members = len(configs) if slots is None else slots
+    self.config = _at_rate_one(next(iter(configs.values())))  # theirs are data
     self.config.mesh.update(mesh_sizes)
     self.mesh = make_mesh(self.config.mesh)
     ways = self.mesh.shape["run"]
     if self.num_members % ways:
       raise InputError(f"config.mesh.run={ways} does not divide the {self.num_members} runs; choose a divisor")
-    columns = Columns.of_many([config_lib.table(config.model) for config in runs])
-    self._one = columns.of_run(0)  # which parameters there are
+    self._tables = tuple(tables)
+    self._fill(configs)
+    self._one = self._columns.of_run(0)  # which parameters there are
+    one = step_lib.state_shardings(self.config, self.mesh, self._one)
+    self.shardings = jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec("run", *s.spec)), one)
+    self._initial = jax.jit(self._init_all, out_shardings=self.shardings)
+    self._evaluate: Callable[..., Any] | None = None
+
+  def refilled(self, configs: Mapping[str, Config]) -> "JointProgram":
+    """The same program, with whatever of it is compiled, and other runs in its slots.
+
+    Args:
+      configs: at most as many runs as there are slots, each with rows of the `tables` that the program was made for.
+
+    Raises:
+      InputError: they differ in more than AXES from one another.
+    """
+    other = copy.copy(self)
+    other._fill(configs)
+    return other
+
+  def _fill(self, configs: Mapping[str, Config]) -> None:
+    """Makes data of what the runs differ in."""
+    check_same_program(configs)
+    runs = list(configs.values())
+    runs += runs[-1:] * (self.num_members - len(runs))
+    tables = [config_lib.table(config.model) for config in runs]
+    columns = Columns.of_many([*tables, *self._tables])
+    columns = columns.of_runs(slice(len(runs)))
     rates_R = np.array([config.optimizer.learning_rate for config in runs], np.float32)
     self._columns, self._rates_R = self._by_run((columns, rates_R))
     self._seeds_R = np.array([config.seed for config in runs], np.uint32)
-    starts = [starting_values(config.model, self._one) for config in runs]
-    self._starts: dict[str, np.ndarray] = {}
-    for path in starts[0]:
-      self._starts[path] = np.stack([np.asarray(start[path], np.float32) for start in starts])
-    one = step_lib.state_shardings(self.config, self.mesh, self._one)
-    self.shardings = jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec("run", *s.spec)), one)
+    starts = [_starts_of(config, columns.of_run(0)) for config in runs]
+    self._starts = {path: np.stack([start[path] for start in starts]) for path in starts[0]}
     self._own_shardings = [step_lib.state_shardings(config, self.mesh) for config in runs]
 
   def _by_run(self, tree: Any) -> Any:
@@ -227,8 +317,7 @@ class JointProgram:
     return jax.vmap(lambda seed, start: step_lib.init_state(self.config, self._one, seed, start))(seeds_R, starts)
 
   def initial_state(self) -> TrainState:
-    init_all = jax.jit(self._init_all, out_shardings=self.shardings)
-    return init_all(self._by_run(self._seeds_R), self._by_run(self._starts))
+    return self._initial(self._by_run(self._seeds_R), self._by_run(self._starts))
 
   def abstract_state(self) -> TrainState:
     """Shapes, types and shardings of the joint state."""
@@ -246,8 +335,10 @@ class JointProgram:
     return step(state, batch, self._columns, self._rates_R)
 
   def evaluate_step(self, bytes_per_token_V: np.ndarray) -> Callable[[Any, Batch, Any], Any]:
-    step = self._map(step_lib.make_evaluate_step(self.config, bytes_per_token_V), (0, None, None, 0))
-    mapped = jax.jit(step, out_shardings=replicated(self.mesh))
+    if self._evaluate is None:
+      step = self._map(step_lib.make_evaluate_step(self.config, bytes_per_token_V), (0, None, None, 0))
+      self._evaluate = jax.jit(step, out_shardings=replicated(self.mesh))
+    mapped = self._evaluate
     return lambda params, batch, done: mapped(params, batch, done, self._columns)
 
   def own_shardings(self, index: int) -> TrainState:
@@ -265,8 +356,8 @@ class JointProgram:
 
   def halt(self, state: TrainState, index: int) -> TrainState:
     most = self.config.train.max_skipped_in_a_row
-    halted = jax.jit(lambda skipped_R: skipped_R.at[index].set(most), out_shardings=self.shardings.skipped_in_a_row)
-    return state.replace(skipped_in_a_row=halted(state.skipped_in_a_row))
+    halted = _setter(self.shardings.skipped_in_a_row)(state.skipped_in_a_row, index, most)
+    return state.replace(skipped_in_a_row=halted)
 
   def values_of(self, read: Mapping[str, Any], index: int) -> dict[str, Any]:
     return jax.tree.map(lambda value_R: np.asarray(value_R)[index], dict(read))
@@ -316,6 +407,23 @@ def _putter(shardings: tuple[Any, ...], structure: Any) -> Callable[..., Any]:
     lambda tree, own, index: jax.tree.map(lambda leaf_R, leaf: leaf_R.at[index].set(leaf), tree, own),
     out_shardings=structure.unflatten(shardings),
   )
+
+
+@functools.cache
+def _setter(sharding: NamedSharding) -> Callable[..., Any]:
+  """`(array [R], index, value) -> array [R]`, sharded so."""
+  return jax.jit(lambda array_R, index, value: array_R.at[index].set(value), out_shardings=sharding)
+
+
+def _starts_of(config: Config, columns: Columns) -> dict[str, np.ndarray]:
+  """`starting_values` as arrays whose shapes are those of any placement: of a parameter of the layers [L, …]."""
+  starts = {}
+  for path, value in starting_values(config.model, columns).items():
+    start = np.asarray(value, np.float32)
+    if path.startswith(LAYERS) and start.ndim == 0:
+      start = np.broadcast_to(start, (config.model.num_layers,))
+    starts[path] = start
+  return starts
 
 
 def _part_of(state: TrainState, shardings: TrainState) -> TrainState:

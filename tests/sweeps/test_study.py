@@ -8,7 +8,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 from mixln_jax.model.parameters import count_params, parameters
 from mixln_jax.sweeps.sequence import OPEN, open_study, state_of
-from mixln_jax.sweeps.study import check_initial_weights, load_study, make_study, parse_axes
+from mixln_jax.sweeps.study import check_initial_weights, load_study, make_study, parse_axes, run_name
 
 
 def study_of(config, *axes):
@@ -208,3 +208,13 @@ def test_ladders_keep_parameters_equal():
     assert count_params(config.model) == pytest.approx(405e6, rel=0.03)  # as DepthBench says of them
     tokens = config.train.num_steps * config.train.batch_size * config.data.sequence_length
     assert tokens == pytest.approx(20 * count_params(config.model), rel=2e-4)
+
+
+def test_a_long_placement_makes_a_name_that_a_disk_takes():
+  """Placements of deep models, spelled layer by layer, are longer than a file's name may be; they must stay apart."""
+  layers = ["post", "lns"] * 40
+  values = {"model.placement": ",".join(layers), "optimizer.learning_rate": 0.001, "seed": 1}
+  name = run_name(values)
+  assert len(name) <= 200
+  assert name.endswith("-learning_rate0.001-seed1")
+  assert name != run_name(values | {"model.placement": ",".join(layers[::-1])})

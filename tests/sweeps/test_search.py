@@ -1,0 +1,440 @@
+"""A search over placements: what it tries, who goes on, and that nothing is lost or done twice."""
+
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optuna", reason="a search needs Optuna: pip install -r requirements-search.txt")
+
+from mixln_jax import config as config_lib
+from mixln_jax.command_line import CommandLine
+from mixln_jax.commands import sweep
+from mixln_jax.errors import InputError
+from mixln_jax.model.parameters import count_params
+from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.outcome import read_outcome
+from mixln_jax.sweeps.search import finals, groups, plan, proposals, table
+from mixln_jax.sweeps.search.halving import run_search
+from mixln_jax.sweeps.search.plan import make_search, open_search
+from mixln_jax.sweeps.search.proposals import JOURNAL, Proposals
+from mixln_jax.sweeps.search.space import make_space
+from mixln_jax.sweeps.search.table import TABLE_FILE, Result, Table
+from mixln_jax.training import loop
+
+NAMES = ("pre", "post", "lns", "sandwich")
+
+
+def base_of(num_layers=6, num_steps=9):
+  config = config_lib.base()
+  config.model.update(vocab_size=61, embed_dim=16, mlp_dim=24, num_layers=num_layers, num_heads=2)
+  config.train.num_steps = num_steps
+  return config
+
+
+def toy(num_layers=6, **changes):
+  """A search that nothing is trained for."""
+  content = {"layers": NAMES, "candidates": 12, "group": 4, "rungs": (1, 3, 9), "eta": 3, "seeds": (1, 2)} | changes
+  content = {name: value for name, value in content.items() if value is not None}
+  return make_search(base_of(num_layers), content)
+
+
+def distance(best):
+  """A loss that is lowest, 0, for one known table: by how many layers a candidate differs from it."""
+
+  def evaluate(candidates, rung):
+    return [Result(float(sum(a != b for a, b in zip(one.layers, best, strict=True)))) for one in candidates]
+
+  return evaluate
+
+
+def run(search, evaluate, folder=None):
+  found = Table(None if folder is None else folder / TABLE_FILE)
+  trials = Proposals(search, None if folder is None else folder / JOURNAL)
+  run_search(search, trials, found, evaluate, lambda candidates: None)
+  return found
+
+
+def test_tpe_finds_a_known_table_more_often_than_random_search():
+  """With trials that are told late, or never, the sampler would be blind, and no better than chance."""
+  best, found = ("post", "pre", "lns", "pre", "lns"), {"tpe": 0, "random": 0}
+  for seed in range(50):
+    for sampler in found:
+      search = toy(5, layers=NAMES[:3], candidates=30, group=3, rungs=(9,), sampler=sampler, sampler_seed=seed)
+      losses = run(search, distance(best)).losses(search.ladder()[0])
+      found[sampler] += min(losses.values()) == 0
+  # By chance: 30 of 3^5 tables, 12 %, so 6 of 50 times.
+  assert found["random"] <= 15, found
+  assert found["tpe"] >= found["random"] + 15, found
+
+
+def test_nsga2_is_a_sampler_too():
+  search = toy(sampler="nsga2", candidates=40, rungs=(9,))
+  assert len(run(search, distance(NAMES[:1] * 6)).candidates) == 40
+
+
+def test_each_rung_trains_the_best_of_the_one_before():
+  """A rung that takes the highest losses, or the first candidates, would pass every test of the bookkeeping."""
+  search, trained = toy(), {}
+
+  def evaluate(candidates, rung):
+    assert len(candidates) <= search.group
+    trained.setdefault(rung.number, []).extend(one.number for one in candidates)
+    return [Result(abs(one.number - 7) + 0.1 * rung.number) for one in candidates]
+
+  found = run(search, evaluate)
+  assert [rung.size for rung in search.ladder()] == [12, 4, 1]
+  assert trained == {1: list(range(1, 13)), 2: [5, 6, 7, 8], 3: [7]}
+  assert found.final_ranking(search.ladder())[0].number == 7
+
+
+def test_a_diverged_candidate_is_a_result_and_never_goes_on():
+  """A loss that is not finite must neither stop the search nor sort below the finite ones."""
+  search = toy()
+
+  def evaluate(candidates, rung):
+    return [Result(math.inf, "non_finite") if one.number % 2 else Result(1.0 / one.number) for one in candidates]
+
+  found = run(search, evaluate)
+  first, second, _ = search.ladder()
+  assert len(found.losses(first)) == 12
+  assert sorted(found.losses(second)) == [6, 8, 10, 12]
+  with pytest.raises(InputError, match="all 12 candidates diverged before step 1; lower config"):
+    run(search, lambda candidates, rung: [Result(math.inf, "non_finite")] * len(candidates))
+
+
+class Killed(BaseException):
+  """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_killed_at_any_write_it_gives_the_same_table(tmp_path, monkeypatch, before):
+  """At each write in turn the process ends: what is written in the wrong order is lost, or done twice."""
+  search = toy(candidates=6, group=3, rungs=(3, 9), sampler_seed=3)
+  search = make_search(search.base, {**search.content, "layers": NAMES[:2]})
+  trained = []
+
+  def evaluate(candidates, rung):
+    trained.append((rung.number, [one.number for one in candidates]))
+    return distance(("post",) * 6)(candidates, rung)
+
+  (tmp_path / "whole").mkdir()
+  run(search, evaluate, tmp_path / "whole")
+  expected = (tmp_path / "whole" / TABLE_FILE).read_bytes()
+  backend = proposals._optuna().storages.journal.JournalFileBackend
+  writes, kill_at = 0, 0
+
+  def counted(write):
+    def counting(*arguments):
+      nonlocal writes
+      writes += 1
+      if before and writes == kill_at:
+        raise Killed
+      write(*arguments)
+      if not before and writes == kill_at:
+        raise Killed
+
+    return counting
+
+  monkeypatch.setattr(table, "write_whole", counted(table.write_whole))
+  monkeypatch.setattr(backend, "append_logs", counted(backend.append_logs))
+  for kill_at in range(1, 40):
+    folder, writes = tmp_path / str(kill_at), 0
+    folder.mkdir()
+    trained.clear()
+    try:
+      run(search, evaluate, folder)
+      break  # it makes fewer writes than that
+    except Killed:
+      writes = 1000
+    with (folder / JOURNAL).open("ab") as journal:
+      journal.write(b'{"op_code": 4, "torn')  # as a kill in the middle of a write leaves it
+    run(search, evaluate, folder)
+    assert (folder / TABLE_FILE).read_bytes() == expected
+    assert len(trained) <= 4, trained  # three groups, one of them perhaps again where its result was not written
+  assert kill_at > 15
+
+
+def test_equal_candidates_are_trained_once():
+  """The same layers spelled otherwise, or an argument that no layer has, must not be a candidate of its own."""
+  search = toy(2, layers=("pre", "lns"), arguments={"lns": (0.25, 0.5)}, candidates=7, group=2, rungs=(9,))
+  assert search.space.num_points == 8
+  assert search.tries_all  # `pre` with either argument is one
+  found = run(search, distance(("pre", "pre")))
+  spelled = [candidate.values["model.placement"] for candidate in found.candidates.values()]
+  assert len(set(spelled)) == 7
+  assert {"pre", "lns:0.25", "lns:0.5", "pre,lns:0.25", "lns:0.5,pre"} <= set(spelled)
+
+
+def test_segments_add_up_and_alpha_is_mix_ln():
+  base = base_of(12)
+  space = make_space(
+    {"segments": [{"names": ("post", "lns"), "counts": range(2, 5)}, {"names": ("pre",), "counts": (8, 9)}]}, base
+  )
+  spelled = {space.spell(point) for point in space.points()} - {None}
+  assert spelled == {"post*3,pre*9", "post*4,pre*8", "lns*3,pre*9", "lns*4,pre*8"}
+  space = make_space({"alpha": (0.0, 0.25, 0.26, 1.0), "learning_rates": (1e-3, 3e-3)}, base)
+  assert space.num_distinct == 6  # 0.26 of 12 layers are three, too
+  assert space.values_of({"alpha": 0.25, "optimizer.learning_rate": 1e-3}) == {
+    "model.placement": "mix:0.25",
+    "optimizer.learning_rate": 1e-3,
+  }
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"layers": None}, "given by one of layers, segments, alpha, not by none"),
+    ({"layers": ()}, r"layers=\(\) must be a list of names.*empty"),
+    ({"layers": ("pre",)}, "the space has 1 candidate"),
+    ({"layers": ("pre", "poost")}, "unknown placement 'poost'; did you mean 'post'"),
+    ({"layers": ("pre", "pre")}, "layers has 'pre' twice"),
+    ({"layers": ("pre", "mix:0.25")}, "'mix:0.25', which is not the name of a layer's row"),
+    ({"layers": ("pre", "layerscale")}, "'pre' and 'layerscale' have different trees of parameters"),
+    ({"layers": ("pre", "hc:4")}, "'pre' and 'hc:4' have different trees of parameters"),
+    ({"layers": ("pre", "admin")}, "'admin' needs a profiling pass"),
+    ({"baselines": ("pre", "siamese")}, "'pre' and 'siamese' have different trees|different trees"),
+    ({"layers": None, "segments": [{"names": ("pre",), "counts": (7, 8)}]}, "no counts.*num_layers=6.*between 7 and 8"),
+    ({"layers": None, "segments": []}, "segments=.*empty space"),
+    ({"layers": None, "alpha": (0.5, 1.5)}, "alpha has 1.5"),
+    ({"arguments": {"post": (1.0,)}}, r"arguments\['post'\]: there is no placement of this name that takes"),
+    ({"arguments": {"deepnorm": (1.0,)}}, r"arguments\['deepnorm'\] belongs to no name of the space"),
+    ({"learning_rates": (0.001, math.nan)}, "learning_rates has nan"),
+    ({"rungs": (0, 9)}, "rung 1 has 0 steps, from 0 to 0"),
+    ({"rungs": (3, 3, 9)}, "rung 2 has 0 steps, from 3 to 3"),
+    ({"rungs": (3, 8)}, "end at step 8, but config.train.num_steps=9"),
+    ({"group": 13}, "group=13 is more than candidates=12"),
+    ({"candidates": 5000}, "candidates=5000, but the space has 4096"),
+    ({"sampler": "cma"}, "sampler='cma' must be one of tpe, nsga2, random"),
+    ({"eta": 1}, "eta=1 must be a whole number, at least 2"),
+    ({"seeds": (0, 1)}, r"seeds=\(0, 1\) has 0, which is config.seed"),
+    ({"candidate": 3}, "'candidate', which is none of its fields"),
+    ({"rungs": None}, "has no rungs; the fields are"),
+  ],
+)
+def test_searches_that_mean_nothing_are_refused(changes, message):
+  with pytest.raises(InputError, match=message):
+    toy(**changes)
+
+
+def test_a_search_that_changed_is_refused_and_its_finals_may_grow(tmp_path):
+  open_search(toy(), tmp_path)
+  before = (tmp_path / plan.SEARCH_FILE).read_bytes()
+  with pytest.raises(InputError, match=r"SEARCH.layers: \['pre', 'post', 'lns', 'sandwich'\] there, \['pre', 'post'\]"):
+    open_search(toy(layers=("pre", "post")), tmp_path)
+  with pytest.raises(InputError, match=r"SEARCH\.group: 4 there, 3 now"):
+    open_search(toy(group=3), tmp_path)
+  changed = make_search(base_of(num_steps=9), toy().content)
+  changed.base.optimizer.learning_rate = 0.5
+  with pytest.raises(InputError, match=r"config.optimizer.learning_rate: 0.001 there, 0.5 now|learning_rate"):
+    open_search(changed, tmp_path)
+  assert (tmp_path / plan.SEARCH_FILE).read_bytes() == before
+  open_search(toy(seeds=(1, 2, 3), winners=2), tmp_path)
+
+
+def test_a_search_is_named_by_its_own_flag_alone():
+  line = CommandLine("")
+  line.config(named_by=("search",))
+  line.string("search", "")
+  with pytest.raises(InputError, match="--search and --config exclude one another"):
+    line.parse(["--search=configs/tiny.py", "--config=configs/tiny.py"])
+  line = CommandLine("")
+  line.config(named_by=("search",))
+  line.string("search", "")
+  line.parse(["--config.seed=7", "--search", "configs/tiny.py"])  # fields may stand in front
+  assert line.config_value().seed == 7
+
+
+def test_winners_are_tables_that_are_no_baseline():
+  """`post*3,pre*3` is mix:0.5 otherwise spelled: as a winner it would be compared with itself."""
+  search = toy(baselines=("pre", "mix:0.5"), winners=2)
+  found = Table()
+  rung = search.ladder()[-1]
+  layers = [("post",) * 3 + ("pre",) * 3, ("lns",) * 6, ("pre",) * 6, ("post",) * 6]
+  for number, one in enumerate(layers, start=1):
+    placement = {"model.placement": ",".join(one)}
+    found.put(rung, [table.Candidate(number, placement, one)], [Result(float(number))])
+  assert [winner.number for winner in finals.winners_of(search, found)] == [2, 4]
+  study = finals.finals_study(search, found)
+  runs = study.runs("nowhere")
+  assert len(runs) == 2 * 2 + 2 * 2
+  assert {(run.config.seed, run.config.data.seed) for run in runs} == {(1, 1), (2, 2)}
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("layers", [64, 16, 4]), ("alpha", [13, 4, 1])])
+def test_the_searches_that_are_shipped_are_valid(name, sizes):
+  """A recipe that is refused would be found by whoever has waited for its data to be prepared."""
+  recipe = Path("configs/searches") / f"{name}.py"
+  base = runpy.run_path(str(recipe))["get_config"]()
+  search = plan.load_search(str(recipe), base)
+  assert [rung.size for rung in search.ladder()] == sizes
+  assert search.tries_all == (name == "alpha")
+  assert base.model.num_layers == 12
+  assert count_params(search.base.model) == pytest.approx(0.59e6, rel=0.01)
+
+
+# With training. One search of a small model serves these tests.
+
+RECIPE = """
+from pathlib import Path
+from mixln_jax import config
+SEARCH = {search!r}
+def get_config():
+  return config.from_json(Path({config!r}).read_text())
+"""
+SEARCH = {
+  "layers": ("pre", "post", "sandwich"),
+  "candidates": 4,
+  "group": 2,
+  "rungs": (2, 4),
+  "eta": 2,
+  "winners": 1,
+  "seeds": (1,),
+  "baselines": ("mix:0.5",),
+}
+
+
+def recipe_of(make_config, folder, **changes):
+  config = make_config(**{"train.num_steps": 4, "checkpoint.every_steps": 1, "evaluate.every_steps": 0} | changes)
+  (folder / "config.json").write_text(config_lib.to_json(config))
+  path = folder / "recipe.py"
+  path.write_text(RECIPE.format(search=SEARCH, config=str(folder / "config.json")))
+  return path
+
+
+@pytest.fixture(scope="module")
+def searched(make_config, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("searched")
+  path = recipe_of(make_config, folder)
+  assert sweep.main([f"--search={path}", f"--workdir={folder / 'work'}"]) == 0
+  return path, folder / "work"
+
+
+def test_a_group_gives_what_each_candidate_gives_alone(searched, tmp_path):
+  """Slots that mix up placements, rates or states, or a pause that changes the schedule, would show here."""
+  path, work = searched
+  search = plan.load_search(str(path), config_lib.from_json((path.parent / "config.json").read_text()))
+  found = Table(work / TABLE_FILE)
+  trainer = groups.Groups(search, work)
+  last = search.ladder()[-1]
+  for candidate in found.ranked(last):
+    alone = loop.train(trainer.run_of(candidate).config, tmp_path / candidate.name)
+    np.testing.assert_allclose(found.result(last, candidate.number).loss, alone.validation["loss"], atol=1e-5)
+  assert len(found.ranked(last)) == 2
+
+
+def test_compilations_do_not_grow_with_the_candidates(searched):
+  """The first group compiles all; a later one at most what cuts a state of another tree out of the joint one."""
+  costs = groups._read_costs(searched[1] / groups.COSTS)
+  assert [cost.rung for cost in costs] == [1, 1, 2, 0]
+  assert costs[0].programs >= 1
+  assert sum(cost.programs for cost in costs[1:]) <= 4
+  assert costs[1].steps == 2
+
+
+def test_the_finals_are_an_ordinary_study_with_fresh_seeds(searched):
+  runs = sorted((searched[1] / "finals" / "runs").iterdir())
+  assert len(runs) == 2
+  assert all(read_outcome(RunFolder(run)).status == "finished" for run in runs)
+  names = {re.sub(r"-.*", "", run.name) for run in runs}
+  assert "mix_0.5" in names
+
+
+def test_stopped_in_each_rung_it_gives_the_same_table(searched, tmp_path, monkeypatch, capsys):
+  """A kill while a group trains must lose nothing that decides who goes on: the same bits come out."""
+  path, work = searched
+  expected = (work / TABLE_FILE).read_bytes()
+  for step in (1, 3):  # within the first rung, and within the second
+
+    def flush(self, step=step, flush=loop._Loop._flush):
+      flush(self)
+      if self.step == step + 1:  # after the checkpoint of `step`, before the next one
+        raise Killed
+
+    with monkeypatch.context() as patch:
+      patch.setattr(loop._Loop, "_flush", flush)
+      with pytest.raises(Killed):
+        sweep.main([f"--search={path}", f"--workdir={tmp_path / 'work'}"])
+  assert not (tmp_path / "work" / "finals").exists()
+  assert sweep.main([f"--search={path}", f"--workdir={tmp_path / 'work'}"]) == 0
+  assert (tmp_path / "work" / TABLE_FILE).read_bytes() == expected
+  capsys.readouterr()
+  assert sweep.main([f"--search={path}", f"--workdir={tmp_path / 'work'}", "--list"]) == 0
+  assert "candidates 4 of 4 were trained" in capsys.readouterr().out
+
+
+def test_a_group_larger_than_memory_is_refused_with_how_many_fit(searched, tmp_path, monkeypatch):
+  """Without it the machine would swap, or the process be killed without a word, an hour later."""
+  path, _ = searched
+  monkeypatch.setattr(groups, "_room", lambda device: 200_000)
+  with pytest.raises(InputError, match=r"group=2: its parameters.*at most about \d+ fit: lower group"):
+    sweep.main([f"--search={path}", f"--workdir={tmp_path / 'work'}"])
+  assert not (tmp_path / "work" / "candidates").exists()
+
+
+def test_another_folder_is_left_alone(searched, tmp_path):
+  path, _ = searched
+  (tmp_path / "other.txt").write_text("mine")
+  with pytest.raises(InputError, match=r"holds no search, but 'other\.txt'"):
+    sweep.main([f"--search={path}", f"--workdir={tmp_path}"])
+  with pytest.raises(InputError, match="--search and --together exclude one another"):
+    sweep.main([f"--search={path}", f"--workdir={tmp_path / 'work'}", "--together"])
+  assert sorted(file.name for file in tmp_path.iterdir()) == ["other.txt"]
+
+
+def _command(path, work, **environment):
+  command = [sys.executable, "-m", "mixln_jax", "sweep", f"--search={path}", f"--workdir={work}"]
+  path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+  return command, os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_time_gives_the_same_table(searched, tmp_path):
+  """The real signal, in the real command, some time after each group: what a process leaves is all that counts."""
+  path, work = searched
+  command, environment = _command(path, tmp_path / "work")
+  killed = 0
+  for num_groups in range(4):
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not _has_come_to(tmp_path / "work", num_groups):
+      time.sleep(0.05)
+    time.sleep(0.2 + 0.3 * num_groups)
+    if process.poll() is None:
+      process.send_signal(signal.SIGKILL)
+      killed += 1
+    process.wait()
+  subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+  assert killed >= 3
+  assert (tmp_path / "work" / TABLE_FILE).read_bytes() == (work / TABLE_FILE).read_bytes()
+  assert len(list((tmp_path / "work" / "candidates").iterdir())) == 4
+
+
+def _has_come_to(work, num_groups):
+  """Whether so many groups of a search are done, or the first one has begun."""
+  if num_groups == 0:
+    return (work / groups.LOG).exists()
+  return len(groups._read_costs(work / groups.COSTS)) >= num_groups
+
+
+@pytest.mark.slow
+def test_groups_lie_over_the_mesh_axis_run(searched, make_config, tmp_path):
+  """Eight devices, two runs of a group: four devices each along `data`, and the same losses."""
+  recipe = recipe_of(make_config, tmp_path, **{"mesh.run": 2, "mesh.data": 4})
+  command, environment = _command(recipe, tmp_path / "work")
+  environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+  subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+  _, work = searched
+  there, here = (json.loads((folder / TABLE_FILE).read_text()) for folder in (tmp_path / "work", work))
+  for one, other in zip(there["candidates"], here["candidates"], strict=True):
+    assert one["layers"] == other["layers"]
+    for result, expected in zip(one["results"], other["results"], strict=True):
+      np.testing.assert_allclose(result["loss"], expected["loss"], atol=1e-5)
