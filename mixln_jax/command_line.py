@@ -13,8 +13,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mixln_jax import config as config_lib
+from mixln_jax import recipes
 from mixln_jax.errors import InputError
-from mixln_jax.files import local_path
 from mixln_jax.text import integer_of
 
 HELP = ("--help", "-h", "-help")
@@ -44,7 +44,7 @@ class CommandLine:
     of_run: Callable[[str], config_lib.Config | None] | None = None,
     sections: Sequence[str] = SECTIONS,
   ) -> None:
-    """Adds --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE.
+    """Adds --config=FILE.py[:VARIANT], or NAME[:VARIANT] of a recipe, and --config.FIELD=VALUE.
 
     Args:
       required: whether a recipe must be named.
@@ -142,8 +142,10 @@ class CommandLine:
     return name in self._values and self._values[name].flag_type() != "bool"
 
   def _normalized(self, argument: str) -> str:
-    """An argument whose value is a whole number written as 1e3, as digits, where its flag takes one."""
+    """An argument with a recipe's name as its path, and a whole number written as 1e3 as digits."""
     name, equals, value = argument.lstrip("-").partition("=")
+    if name == "config" and equals and self._with_config and argument.startswith("-"):
+      return f"--config={recipes.resolve(value, '--config')}"
     field = config_lib.FIELDS.get(name.removeprefix("config.")) if name.startswith("config.") else None
     is_whole = field is not None and type(field.default) is int
     if field is None and name in self._values:
@@ -196,10 +198,7 @@ class CommandLine:
     if self.run_config is not None:
       config_lib.validate(flag.value)
       return flag.value
-    # ml_collections hands out an object that raises at its first use where there is no such file.
     path = self.config_path()
-    if not local_path(path, "--config", "copy the recipe to this machine").is_file():
-      raise InputError(f"--config={path}: no such file; the recipes lie in configs/")
     try:
       config = flag.value
     except Exception as error:  # the recipe is somebody's Python: it can raise anything
@@ -227,7 +226,10 @@ class CommandLine:
       lines.append(f"  {name}\n      {meaning}")
     if self._with_config:
       need = " (required)" if "config" in self._required else ""
-      lines.append("  --config=FILE.py[:VARIANT]\n      the recipe, for instance configs/tiny.py" + need)
+      lines.append(
+        "  --config=RECIPE[:VARIANT]\n      a recipe's name, for instance tiny or studies/first_norm, or its file"
+        + need
+      )
     for flags_of_module in self._values.flags_by_module_dict().values():
       for one in flags_of_module:
         is_switch = one.flag_type() == "bool"
