@@ -7,7 +7,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -22,19 +22,31 @@ OWN, ALL = "seed", "all"  # fields outside a section; a word for all sections
 SECTIONS = tuple(dict.fromkeys(name.split(".")[0] if "." in name else OWN for name in config_lib.FIELDS))
 
 
+class FlagHelp(NamedTuple):
+  """A flag, or an argument without one, as help and the documentation show it."""
+
+  shown: str  # --name=…
+  meaning: str
+
+
 class CommandLine:
-  """The flags of one command."""
+  """The flags of one command.
+
+  Attributes:
+    doc: the command's docstring.
+    sections: of the config fields that it reads.
+  """
 
   def __init__(self, doc: str):
     """`doc`: the command's docstring, for --help."""
-    self._doc = doc
+    self.doc = doc
     self._values = flags.FlagValues()
     self._with_config = False
     self._required: list[str] = []
     self._rest: tuple[str, str] | None = None
     self.rest: list[str] = []
     self._of_run: Callable[[str], config_lib.Config | None] | None = None
-    self._sections: tuple[str, ...] = ()
+    self.sections: tuple[str, ...] = ()
     self.run_config: config_lib.Config | None = None  # of --workdir, where no recipe is named
 
   def config(
@@ -52,7 +64,7 @@ class CommandLine:
         the command line then change that config where no recipe is named.
       sections: of the fields that the command reads, for --help.
     """
-    self._with_config, self._of_run, self._sections = True, of_run, tuple(sections)
+    self._with_config, self._of_run, self.sections = True, of_run, tuple(sections)
     if required:
       self._required.append("config")
 
@@ -210,6 +222,24 @@ class CommandLine:
     config_lib.validate(cast(config_lib.Config, config))
     return cast(config_lib.Config, config)
 
+  def described(self) -> list[FlagHelp]:
+    """What the command takes, in the order of its help."""
+    found = []
+    if self._rest is not None:
+      found.append(FlagHelp(*self._rest))
+    if self._with_config:
+      need = " (required)" if "config" in self._required else ""
+      meaning = "a recipe's name, for instance tiny or studies/first_norm, or its file"
+      found.append(FlagHelp("--config=RECIPE[:VARIANT]", meaning + need))
+    for flags_of_module in self._values.flags_by_module_dict().values():
+      for one in flags_of_module:
+        is_switch = one.flag_type() == "bool"
+        default = "" if one.default is None or is_switch else f" (default: {one.default})"
+        need = " (required)" if one.name in self._required else ""
+        shown = f"--{one.name}" if is_switch else f"--{one.name}=…"
+        found.append(FlagHelp(shown, f"{one.help}{default}{need}"))
+    return found
+
   def _help(self, sections: Sequence[str]) -> str:
     """The help: flags, and the fields of the sections that are asked for; of none, their names alone."""
     if not self._with_config:  # words beside --help are then arguments, such as folders
@@ -220,32 +250,17 @@ class CommandLine:
     if sections:
       chosen = SECTIONS if ALL in sections else sections
       return f"config fields, with their defaults before the recipe:\n{describe_fields(chosen)}"
-    lines = [self._doc.strip(), "", "flags:"]
-    if self._rest is not None:
-      name, meaning = self._rest
-      lines.append(f"  {name}\n      {meaning}")
-    if self._with_config:
-      need = " (required)" if "config" in self._required else ""
-      lines.append(
-        "  --config=RECIPE[:VARIANT]\n      a recipe's name, for instance tiny or studies/first_norm, or its file"
-        + need
-      )
-    for flags_of_module in self._values.flags_by_module_dict().values():
-      for one in flags_of_module:
-        is_switch = one.flag_type() == "bool"
-        default = "" if one.default is None or is_switch else f" (default: {one.default})"
-        need = " (required)" if one.name in self._required else ""
-        shown = f"--{one.name}" if is_switch else f"--{one.name}=…"
-        lines.append(f"  {shown}\n      {one.help}{default}{need}")
+    lines = [self.doc.strip(), "", "flags:"]
+    lines += [f"  {flag.shown}\n      {flag.meaning}" for flag in self.described()]
     if self._with_config:
       lines += [
         "",
         "config fields that this command reads, as --config.FIELD=VALUE; `--help SECTION` says what each is:",
       ]
-      for section in self._sections:
+      for section in self.sections:
         names = [name for name in config_lib.FIELDS if section_of(name) == section]
         lines.append(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="      "))
-      lines.append(f"sections: {', '.join(self._sections)}; `--help {ALL}` lists the fields of all")
+      lines.append(f"sections: {', '.join(self.sections)}; `--help {ALL}` lists the fields of all")
     return "\n".join(lines)
 
 
