@@ -11,7 +11,7 @@ from mixln_jax.version import VERSION  # noqa: E402
 
 project = "mixln_jax"
 author = "The mixln_jax authors"
-copyright = author  # noqa: A001 (Sphinx's name)
+copyright = author
 version = release = VERSION
 language = "en"
 

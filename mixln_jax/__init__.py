@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mixln_jax.version import VERSION
 
 if TYPE_CHECKING:
+  from mixln_jax.data.prepare import prepare as prepare
   from mixln_jax.errors import InputError as InputError
   from mixln_jax.model import Transformer as Transformer
   from mixln_jax.model import next_token_loss as next_token_loss
@@ -27,6 +28,7 @@ _HOMES = {
   "open_run": ("mixln_jax.opening", "open_run"),
   "OpenRun": ("mixln_jax.opening", "OpenRun"),
   "recipe": ("mixln_jax.recipes", "recipe"),
+  "prepare": ("mixln_jax.data.prepare", "prepare"),
   "train": ("mixln_jax.training.loop", "train"),
   "Transformer": ("mixln_jax.model", "Transformer"),
   "initial_params": ("mixln_jax.model.initial", "initial_params"),
@@ -42,6 +44,7 @@ __all__ = [
   "next_token_loss",
   "open_run",
   "parse_placement",
+  "prepare",
   "recipe",
   "train",
 ]

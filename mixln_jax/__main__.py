@@ -1,4 +1,4 @@
-"""The front door: `python -m mixln_jax COMMAND`, or `mixln COMMAND`, `--config=RECIPE --workdir=DIR --config.a.b=value …`
+"""The front door: `python -m mixln_jax COMMAND --config=RECIPE --workdir=DIR --config.a.b=value …`
 
 Exit status: 0 done; 1 the run failed; 2 refused (bad input, nothing was changed); 75 stopped by a signal, run it again.
 """

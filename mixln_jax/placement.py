@@ -21,7 +21,7 @@ Grammar:
     modifier  := a key of MODIFIERS (":" argument)*; it binds to its own segment
 
 To add a placement whose columns fit the rule, add one line to ROWS, one line of mathematics to the tests' reference
-(`tests/model/reference.py`) and one to the README's table; a test that enumerates ROWS names the one that is missing.
+(`tests/model/reference.py`) and one to a table of docs/placements.md; a test names what is missing.
 A row that takes an argument also gets an example in `tests/model/cases.py`.
 `bash tests/run.sh -k NAME` tries one placement everywhere.
 """
@@ -523,7 +523,7 @@ def _parallel() -> Placement:
   return Placement(lambda _position, _arguments: Rows(attention, mlp))
 
 
-# Sources: the README's table.
+# Sources: the tables of docs/placements.md.
 ROWS: Mapping[str, Placement] = {
   "pre": _both(Row(norm_in=True)),
   "post": _both(Row(norm_out=True)),

@@ -4,7 +4,9 @@ Nothing that they print stands anywhere else, so a page can't contradict the cod
 """
 
 import ast
+import contextlib
 import importlib
+import io
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +19,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.command_line import SECTIONS, CommandLine, section_of
 
 
-class _Parsed(Exception):  # noqa: N818 (it carries what was found)
+class _Parsed(Exception):
   """Stops a command where it would read its arguments."""
 
   def __init__(self, line: CommandLine):
@@ -32,7 +34,8 @@ def _stop(line: CommandLine, _argv: list[str]) -> None:
 def line_of(command: str) -> CommandLine:
   """The command line of a command, with all its flags declared."""
   module = importlib.import_module(f"mixln_jax.commands.{command}")
-  with mock.patch.object(CommandLine, "parse", _stop):
+  # doctor says what it finds before it reads its arguments
+  with mock.patch.object(CommandLine, "parse", _stop), contextlib.redirect_stdout(io.StringIO()):
     try:
       module.main([])
     except _Parsed as parsed:
