@@ -11,9 +11,9 @@ NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 
 
 def printed(cells):
-  """What the cells printed, line by line."""
+  """What the cells printed, line by line, without what libraries warn of."""
   outputs = [output for cell in cells for output in cell.get("outputs", [])]
-  texts = ["".join(output["text"]) for output in outputs if output["output_type"] == "stream"]
+  texts = ["".join(output["text"]) for output in outputs if output.get("name") == "stdout"]
   return [line for text in texts for line in text.splitlines()]
 
 
