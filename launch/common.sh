@@ -98,7 +98,9 @@ check_recipe() {
     gs://?*/?*) ;;
     gs:*) refuse "--workdir=$workdir: must be a folder in a bucket, gs://BUCKET/FOLDER, or a folder on a disk" ;;
   esac
-  [ -f "${config%%:*}" ] || refuse "--config=$config: no such file; the recipes lie in configs/"
+  # A recipe's name will do, as it does for the commands.
+  [ -f "${config%%:*}" ] || [ -f "configs/${config%%:*}.py" ] ||
+    refuse "--config=$config: no such file; the recipes lie in configs/"
 }
 
 # pack_code FOLDER: writes the committed code (with --dirty: all that git does not ignore, as it stands) to

@@ -1,4 +1,4 @@
-"""The front door: `python -m mixln_jax COMMAND --config=configs/X.py --workdir=DIR --config.a.b=value …`
+"""The front door: `python -m mixln_jax COMMAND --config=RECIPE --workdir=DIR --config.a.b=value …`
 
 Exit status: 0 done; 1 the run failed; 2 refused (bad input, nothing was changed); 75 stopped by a signal, run it again.
 """
@@ -7,17 +7,21 @@ import difflib
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from mixln_jax import commands, printing, signals
 from mixln_jax.errors import InputError, TryAgainError, advice, bad_path, exhausted, one_line
 from mixln_jax.text import printable
 
+CONSOLE_COMMAND = "mixln"  # what an installed package is called by (pyproject.toml)
+
 
 def usage() -> str:
+  typed = CONSOLE_COMMAND if Path(sys.argv[0]).name == CONSOLE_COMMAND else "python -m mixln_jax"
   width = max(map(len, commands.COMMANDS))
   lines = [f"  {name:<{width}}  {commands.help_line(name)}" for name in commands.COMMANDS]
-  return "\n".join(["usage: python -m mixln_jax COMMAND [flags]; each has --help", "", *lines])
+  return "\n".join([f"usage: {typed} COMMAND [flags]; each has --help", "", *lines])
 
 
 def main(argv: list[str]) -> int:

@@ -7,14 +7,14 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mixln_jax import config as config_lib
+from mixln_jax import recipes
 from mixln_jax.errors import InputError
-from mixln_jax.files import local_path
 from mixln_jax.text import integer_of
 
 HELP = ("--help", "-h", "-help")
@@ -22,19 +22,31 @@ OWN, ALL = "seed", "all"  # fields outside a section; a word for all sections
 SECTIONS = tuple(dict.fromkeys(name.split(".")[0] if "." in name else OWN for name in config_lib.FIELDS))
 
 
+class FlagHelp(NamedTuple):
+  """A flag, or an argument without one, as help and the documentation show it."""
+
+  shown: str  # --name=…
+  meaning: str
+
+
 class CommandLine:
-  """The flags of one command."""
+  """The flags of one command.
+
+  Attributes:
+    doc: the command's docstring.
+    sections: of the config fields that it reads.
+  """
 
   def __init__(self, doc: str):
     """`doc`: the command's docstring, for --help."""
-    self._doc = doc
+    self.doc = doc
     self._values = flags.FlagValues()
     self._with_config = False
     self._required: list[str] = []
     self._rest: tuple[str, str] | None = None
     self.rest: list[str] = []
     self._of_run: Callable[[str], config_lib.Config | None] | None = None
-    self._sections: tuple[str, ...] = ()
+    self.sections: tuple[str, ...] = ()
     self._named_by: tuple[str, ...] = ()
     self.run_config: config_lib.Config | None = None  # of --workdir, where no recipe is named
 
@@ -46,7 +58,7 @@ class CommandLine:
     sections: Sequence[str] = SECTIONS,
     named_by: Sequence[str] = (),
   ) -> None:
-    """Adds --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE.
+    """Adds --config=FILE.py[:VARIANT], or NAME[:VARIANT] of a recipe, and --config.FIELD=VALUE.
 
     Args:
       required: whether a recipe must be named.
@@ -55,7 +67,7 @@ class CommandLine:
       sections: of the fields that the command reads, for --help.
       named_by: other flags that name a recipe, as --config does.
     """
-    self._with_config, self._of_run, self._sections = True, of_run, tuple(sections)
+    self._with_config, self._of_run, self.sections = True, of_run, tuple(sections)
     self._named_by = tuple(named_by)
     if required:
       self._required.append("config")
@@ -147,8 +159,10 @@ class CommandLine:
     return name in self._values and self._values[name].flag_type() != "bool"
 
   def _normalized(self, argument: str) -> str:
-    """An argument whose value is a whole number written as 1e3, as digits, where its flag takes one."""
+    """An argument with a recipe's name as its path, and a whole number written as 1e3 as digits."""
     name, equals, value = argument.lstrip("-").partition("=")
+    if name in ("config", *self._named_by) and equals and self._with_config and argument.startswith("-"):
+      return f"--{name}={recipes.resolve(value, f'--{name}')}"
     field = config_lib.FIELDS.get(name.removeprefix("config.")) if name.startswith("config.") else None
     is_whole = field is not None and type(field.default) is int
     if field is None and name in self._values:
@@ -212,10 +226,7 @@ class CommandLine:
     if self.run_config is not None:
       config_lib.validate(flag.value)
       return flag.value
-    # ml_collections hands out an object that raises at its first use where there is no such file.
     path = self.config_path()
-    if not local_path(path, "--config", "copy the recipe to this machine").is_file():
-      raise InputError(f"--config={path}: no such file; the recipes lie in configs/")
     try:
       config = flag.value
     except Exception as error:  # the recipe is somebody's Python: it can raise anything
@@ -227,6 +238,24 @@ class CommandLine:
     config_lib.validate(cast(config_lib.Config, config))
     return cast(config_lib.Config, config)
 
+  def described(self) -> list[FlagHelp]:
+    """What the command takes, in the order of its help."""
+    found = []
+    if self._rest is not None:
+      found.append(FlagHelp(*self._rest))
+    if self._with_config:
+      need = " (required)" if "config" in self._required else ""
+      meaning = "a recipe's name, for instance tiny or studies/first_norm, or its file"
+      found.append(FlagHelp("--config=RECIPE[:VARIANT]", meaning + need))
+    for flags_of_module in self._values.flags_by_module_dict().values():
+      for one in flags_of_module:
+        is_switch = one.flag_type() == "bool"
+        default = "" if one.default is None or is_switch else f" (default: {one.default})"
+        need = " (required)" if one.name in self._required else ""
+        shown = f"--{one.name}" if is_switch else f"--{one.name}=…"
+        found.append(FlagHelp(shown, f"{one.help}{default}{need}"))
+    return found
+
   def _help(self, sections: Sequence[str]) -> str:
     """The help: flags, and the fields of the sections that are asked for; of none, their names alone."""
     if not self._with_config:  # words beside --help are then arguments, such as folders
@@ -237,29 +266,17 @@ class CommandLine:
     if sections:
       chosen = SECTIONS if ALL in sections else sections
       return f"config fields, with their defaults before the recipe:\n{describe_fields(chosen)}"
-    lines = [self._doc.strip(), "", "flags:"]
-    if self._rest is not None:
-      name, meaning = self._rest
-      lines.append(f"  {name}\n      {meaning}")
-    if self._with_config:
-      need = " (required)" if "config" in self._required else ""
-      lines.append("  --config=FILE.py[:VARIANT]\n      the recipe, for instance configs/tiny.py" + need)
-    for flags_of_module in self._values.flags_by_module_dict().values():
-      for one in flags_of_module:
-        is_switch = one.flag_type() == "bool"
-        default = "" if one.default is None or is_switch else f" (default: {one.default})"
-        need = " (required)" if one.name in self._required else ""
-        shown = f"--{one.name}" if is_switch else f"--{one.name}=…"
-        lines.append(f"  {shown}\n      {one.help}{default}{need}")
+    lines = [self.doc.strip(), "", "flags:"]
+    lines += [f"  {flag.shown}\n      {flag.meaning}" for flag in self.described()]
     if self._with_config:
       lines += [
         "",
         "config fields that this command reads, as --config.FIELD=VALUE; `--help SECTION` says what each is:",
       ]
-      for section in self._sections:
+      for section in self.sections:
         names = [name for name in config_lib.FIELDS if section_of(name) == section]
         lines.append(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="      "))
-      lines.append(f"sections: {', '.join(self._sections)}; `--help {ALL}` lists the fields of all")
+      lines.append(f"sections: {', '.join(self.sections)}; `--help {ALL}` lists the fields of all")
     return "\n".join(lines)
 
 

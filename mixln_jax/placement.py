@@ -21,9 +21,9 @@ Grammar:
     modifier  := a key of MODIFIERS (":" argument)*; it applies to its own segment only
 
 To add a placement whose columns fit the rule, add one line to ROWS, one line of mathematics to the tests' reference
-(`tests/model/reference.py`) and one line to the README's table. A test over all ROWS names what is missing. A row with
-an argument also needs an example in `tests/model/cases.py`. `bash tests/run.sh -k NAME` runs all tests of one
-placement.
+(`tests/model/reference.py`) and one line to a table of docs/placements.md. A test over all ROWS names what is missing.
+A row with an argument also needs an example in `tests/model/cases.py`. `bash tests/run.sh -k NAME` runs all tests of
+one placement.
 """
 
 import dataclasses
@@ -524,7 +524,7 @@ def _parallel() -> Placement:
   return Placement(lambda _position, _arguments: Rows(attention, mlp))
 
 
-# Sources: the README's table.
+# Sources: the tables of docs/placements.md.
 ROWS: Mapping[str, Placement] = {
   "pre": _both(Row(norm_in=True)),
   "post": _both(Row(norm_out=True)),

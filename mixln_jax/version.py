@@ -1,3 +1,3 @@
 """The version of this package: run folders and checkpoints say which one wrote them."""
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"

@@ -7,7 +7,7 @@ Result:   none yet.
 Source:   as depth_ladder.py.
 """
 
-from configs.studies import depth_ladder
+from mixln_jax.configs.studies import depth_ladder
 
 # 10, 20 and 46 layers: 3.95, 3.95 and 3.94 M parameters; width over depth falls by 9.2.
 SHAPES = ((10, 160, 472, 4), (20, 120, 320, 4), (46, 80, 220, 4))

@@ -9,7 +9,7 @@ Source:   ours; the model of configs/tiny.py. DepthBench (arXiv 2609.32534) comp
           where this says nothing.
 """
 
-from configs import tiny
+from mixln_jax.configs import tiny
 
 BASELINES = ("pre", "post", "mix:0.25", "lns")
 ONE_AND_TWO_STREAMS = ("parallel", "b2t", "spannorm", "residual", "siamese", "pre+x0", "pre+value_residual")

@@ -98,8 +98,9 @@ LOCAL = ("--config=configs/tiny.py", "--workdir=runs/mine")
 
 
 def guide():
-  """The commands of docs/tpu.md: (what sets variables, a command), lines that a shell reads."""
-  blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/tpu.md").read_text(), re.DOTALL)
+  """The commands of the guides: (what sets variables, a command), lines that a shell reads."""
+  text = "".join((ROOT / "docs" / f"{page}.md").read_text() for page in ("tpu", "gpu", "slurm"))
+  blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
   lines = [line for block in blocks for line in block.splitlines()]
   variables = [line for line in lines if re.match(r"[A-Z]+=", line)]
   return "; ".join(variables), [line for line in lines if line not in variables]
