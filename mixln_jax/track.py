@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mixln_jax import config as config_lib
+from mixln_jax import recipes
 from mixln_jax.config import FIELDS, FREE, Config
 from mixln_jax.errors import InputError
-from mixln_jax.files import local_path, read_json
+from mixln_jax.files import read_json
 
 PLACEMENT_FIELD, RATE_FIELD, SEED_FIELD = "model.placement", "optimizer.learning_rate", "seed"
 # Initial values belong to a placement: many papers state theirs.
@@ -150,9 +151,7 @@ def load_track(recipe: str | Path) -> tuple[Track, Config]:
   Raises:
     InputError: there is no such file, or it defines no track, or an invalid one.
   """
-  path = local_path(recipe, "track", "copy the recipe to this machine")
-  if not path.is_file():
-    raise InputError(f"track={recipe}: no such file; the tracks lie in configs/tracks/")
+  path = Path(recipes.resolve(str(recipe), "track"))
   content = runpy.run_path(str(path))
   track, get_config = content.get("TRACK"), content.get("get_config")
   if not isinstance(track, Mapping) or get_config is None:

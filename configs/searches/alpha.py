@@ -7,7 +7,7 @@ Result:   none yet.
 Source:   the values of α in arXiv 2412.13795, table 5, as a search.
 """
 
-from configs.searches import layers
+from mixln_jax.configs.searches import layers
 
 SEARCH = {
   "title": "The fraction of Post-LN layers, of 12",

@@ -8,9 +8,9 @@ Result:   none yet.
 Source:   ours; the design is DepthBench's (arXiv 2609.32534), as configs/studies/depth_ladder.py says.
 """
 
-from configs.studies import depth_ladder
-from configs.tracks import cpu
-from configs.tracks.cpu import claim
+from mixln_jax.configs.studies import depth_ladder
+from mixln_jax.configs.tracks import cpu
+from mixln_jax.configs.tracks.cpu import claim
 
 SHAPES = tuple(dict(zip(depth_ladder.SHAPE, shape, strict=True)) for shape in depth_ladder.SHAPES)
 

@@ -14,8 +14,8 @@ Source:   arXiv 2412.13795 for shape, batch and schedule; 10,768 steps of 131,07
           5.5 M are read, each once.
 """
 
-from configs import llama_71m
-from configs.tracks.cpu import claim
+from mixln_jax.configs import llama_71m
+from mixln_jax.configs.tracks.cpu import claim
 
 TRACK = {
   "name": "gpu",
