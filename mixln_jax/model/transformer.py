@@ -435,12 +435,14 @@ class Transformer(nn.Module):
 
     Returns:
       The final hidden states [B, T, D] in config.model.dtype, as `read_out` returns them, and the taps:
-        `embedded_BTD`: the residual stream before the first layer.
-        `stream_LBTD`: the residual stream after each layer, before the final norm. Of several streams it is the sum or
-          the first (`placement.StreamSet.sums`), and `stream_0_LBTD`, `stream_1_LBTD`, … are the single streams.
-        `attention_residual_LBTD`, `attention_branch_LBTD`, `mlp_residual_LBTD`, `mlp_branch_LBTD`: the two terms of
-          each sublayer's sum.
-        `cache`: the updated cache, if one was given.
+
+      * `embedded_BTD`: the residual stream before the first layer.
+      * `stream_LBTD`: the residual stream after each layer, before the final norm. Of several streams it is the sum or
+        the first (`placement.StreamSet.sums`), and `stream_0_LBTD`, `stream_1_LBTD`, … are the single streams.
+      * `attention_residual_LBTD`, `attention_branch_LBTD`, `mlp_residual_LBTD`, `mlp_branch_LBTD`: the two terms of
+        each sublayer's sum.
+      * `cache`: the updated cache, if one was given.
+
       XLA does not compute taps that nobody reads. With `observe`, the taps are `embedded_BTD` and what `observe`
       returns, stacked [L, …].
 
