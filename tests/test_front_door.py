@@ -255,7 +255,7 @@ def test_an_import_takes_the_tokenizer_of_the_weights_or_says_so(recipe, tmp_pat
   """Would catch weights that read another tokenizer's ids (10.8 nats for 4.03), and a head that can't be imported."""
   import numpy as np
 
-  from mixln_jax.data.tokenizer import train_hugging_face
+  from mixln_jax.data.tokenizer_training import train_hugging_face
   from mixln_jax.interop import hf
   from mixln_jax.interop.safetensors_folder import write_folder
 

@@ -188,7 +188,7 @@ def test_a_source_that_changed_in_between_starts_again(make_config, c4, tmp_path
 
 
 def test_what_decides_the_bytes_is_in_the_plan_and_in_the_manifest(make_config, c4, tmp_path, monkeypatch):
-  from mixln_jax.data.tokenizer import train_hugging_face
+  from mixln_jax.data.tokenizer_training import train_hugging_face
 
   tokenizers = [train_hugging_face([text * 50], 262).content for text in ("the cat sat ", "over seas and hills ")]
   (tmp_path / "tok.json").write_bytes(tokenizers[0])
