@@ -39,6 +39,8 @@ CAPTION = (
 )
 ANGLE, RISE, RANK = "angular distance to the next layer", "rise of the loss without the layer", "effective rank"
 CAUSAL = "causal score on later layers"
+ASKED = "asked.json"  # beside a diagnosis: how many tokens this command asked for, and how many seconds it took
+ENCODER = "encoder"  # the folder of its run, and the beginning of others' names
 UNITS = {ANGLE: "angle / π", RISE: "nats", RANK: "rank", CAUSAL: "score"}  # what is drawn, and its unit
 
 
@@ -85,18 +87,21 @@ def sides(work: Path, content: Path, encoder: Path | None, updates: int) -> Iter
   yield Side("SmolLM2-135M, Pre-LN", work / "decoder", ("--config=configs/finetune/smollm2.py", *decoder), gguf)
   folder = content / "all_minilm_l6_v2" / "model" if encoder is None else encoder
   vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+  records = f"{ENCODER}_records" if encoder is None else f"{ENCODER}_{folder.name}_records"
   recipe = (
     "--config=configs/tiny.py",
     f"--config.model.vocab_size={vocabulary}",
     f"--config.data.tokenizer={folder / 'tokenizer.json'}",
-    f"--config.data.directory={work / 'encoder_records'}",
+    f"--config.data.directory={work / records}",
     *("--config.data.sequence_length=128", "--config.train.sample_tokens=0", "--config.train.batch_size=8"),
     *(f"--config.train.num_steps={max(1, updates)}", "--config.optimizer.learning_rate=3e-4"),
     *("--config.evaluate.every_steps=50", "--config.diagnostics.every_steps=0", "--config.evaluate.batch_size=8"),
     *common,
   )
-  name = "MiniLM, Post-LN" if encoder is None else f"{folder.name}, Post-LN"
-  yield Side(name, work / "encoder", recipe, folder, updates if encoder is None else 0)
+  if encoder is None:
+    yield Side("MiniLM, Post-LN", work / ENCODER, recipe, folder, updates)
+  else:
+    yield Side(f"{folder.name}, Post-LN", work / f"{ENCODER}_{folder.name}", recipe, folder)
 
 
 def run(*argv: str) -> None:
@@ -118,7 +123,7 @@ def measure(side: Side, tokens: int) -> dict[str, Any]:
   found = _diagnose(side.workdir, 0, tokens)
   if side.updates == 0:
     return found | {"updates": 0}
-  trained = side.workdir.with_name(f"{side.workdir.name}_trained")
+  trained = side.workdir.with_name(f"{side.workdir.name}_after_{side.updates}")
   _convert(side, trained)
   if not (trained / "outcome.json").exists():
     run("train", f"--workdir={trained}")
@@ -133,15 +138,16 @@ def _convert(side: Side, workdir: Path) -> None:
 
 
 def _diagnose(workdir: Path, step: int, tokens: int) -> dict[str, Any]:
-  """The diagnose.json of a step of a run, and the seconds that it took."""
-  file = workdir / "diagnose" / str(step) / "diagnose.json"
-  if not file.exists():
+  """The diagnose.json of a step of a run, and the seconds that it took; existing ones if as many tokens were asked."""
+  folder = workdir / "diagnose" / str(step)
+  asked = folder / ASKED
+  if not asked.exists() or json.loads(asked.read_text())["tokens"] != tokens:
     start = time.monotonic()
     # The causal score alone of the depth suite: exchanging layers takes a pass for each pair.
     sizes = (f"--tokens={tokens}", "--blocks=1", "--batch_size=2", "--suite=causal")
     run("diagnose", f"--workdir={workdir}", f"--step={step}", *sizes)
-    (file.parent / "seconds.txt").write_text(f"{time.monotonic() - start:.0f}\n")
-  return json.loads(file.read_text()) | {"seconds": int((file.parent / "seconds.txt").read_text())}
+    asked.write_text(json.dumps({"tokens": tokens, "seconds": round(time.monotonic() - start)}) + "\n")
+  return json.loads((folder / "diagnose.json").read_text()) | {"seconds": json.loads(asked.read_text())["seconds"]}
 
 
 def curves(found: dict[str, Any]) -> dict[str, list[float]]:

@@ -61,7 +61,7 @@ def test_what_is_released_and_what_was_trained_are_measured_apart(tmp_path, monk
     if command == "diagnose":
       step = next(word.removeprefix("--step=") for word in argv if word.startswith("--step"))
       folder = workdir / "diagnose" / step
-      folder.mkdir(parents=True)
+      folder.mkdir(parents=True, exist_ok=True)
       found = diagnosis(3, effective_rank=[float(step)] * 4)
       found["removal"]["loss"] = float(step)
       (folder / "diagnose.json").write_text(json.dumps(found))
@@ -74,10 +74,16 @@ def test_what_is_released_and_what_was_trained_are_measured_apart(tmp_path, monk
     ("convert", "encoder"),
     ("prepare",),
     ("diagnose", "encoder", "--step=0"),
-    ("convert", "encoder_trained"),
-    ("train", "encoder_trained"),
-    ("diagnose", "encoder_trained", "--step=30"),
+    ("convert", "encoder_after_30"),
+    ("train", "encoder_after_30"),
+    ("diagnose", "encoder_after_30", "--step=30"),
   ]
+  (tmp_path / "encoder_after_30" / "outcome.json").write_text("{}")  # as `train` does
+  del done[:]
+  assert figure_2.measure(side, tokens=9) == found
+  assert done == [("prepare",)]  # all else is there
+  figure_2.measure(side, tokens=10)
+  assert [command for command, *_ in done] == ["prepare", "prepare", "diagnose", "diagnose"]  # of another sample
 
 
 def test_the_causal_score_stands_at_the_layer_that_it_is_of():

@@ -47,17 +47,14 @@ def preference_curves(source: Source) -> Figure:
     "larger reward. Margin: the mean reward of the preferred answers minus that of the others. A reward is what the "
     f"run’s own loss makes of an answer.{_notes(source)}"
   )
-  names = {
-    "accuracy": "accuracy",
-    "margin": "margin",
-    "chosen_reward": "chosen reward",
-    "rejected_reward": "rejected reward",
-  }
+  titles = {"accuracy": "accuracy", "margin": "margin"}
+  titles |= {"chosen_reward": "reward of the preferred answers", "rejected_reward": "reward of the others"}
   panels = []
-  for name, words in names.items():
+  for name, title in titles.items():
     series = _curves(source, _validation_of_pairs, name)
     steps = sorted({x for line in series for x in line.x})
-    panels.append(Panel(words, "step", words, series, x_ticks=steps))
+    unit = "fraction of the pairs" if name == "accuracy" else "reward"
+    panels.append(Panel(title, "step", unit, series, x_ticks=steps))
   return make_figure("preferences", "Pairs of answers", caption, panels)
 
 
