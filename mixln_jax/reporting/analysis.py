@@ -84,6 +84,9 @@ def analyze(material: Material, baseline: str | None = None) -> Analysis:
   sections, absent = all_figures(source)
   difference = difference_figure(source, headline)
   made = [tables.summary_table(headline), tables.perplexity_table(rows, baseline)]
+  on_pairs = tables.preferences_table(rows)
+  if on_pairs is not None:
+    made.append(on_pairs)
   if material.search is not None:
     made.append(search_table(material.search, rows, baseline))
   by_depth = depth.depth_table(source)

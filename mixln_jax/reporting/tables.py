@@ -97,10 +97,36 @@ def _difference_data(name: str, value: Difference | None) -> dict[str, Any]:
 RATE_AT = {"only rate": "{} (one tried)", "inside": "{}", "lower edge": "◂ {}", "upper edge": "{} ▸"}
 
 
+def _loss_header(rows: Sequence[Standing]) -> str:
+  """Of the column of losses, with their unit where all have one."""
+  units = {row.unit for row in rows}
+  return f"loss ({units.pop()})" if len(units) == 1 else "loss (nats)"
+
+
+def _meaning(rows: Sequence[Standing]) -> str:
+  """What the numbers of these rows are."""
+  units = " or ".join(dict.fromkeys(row.unit for row in rows)) or comparison.NATS_A_TOKEN
+  pairs = ""
+  if any(row.of_pairs for row in rows):
+    pairs = (
+      "Nats a pair: the loss over pairs of answers (config.preference.loss), which has no perplexity; accuracy: the "
+      "fraction of the pairs whose preferred answer has the larger reward. "
+    )
+  return (
+    f"Validation after the last step of the whole budget, in {units}; mean ± standard deviation over seeds (n − 1). "
+    f"{pairs}Differences are paired by seed, with Student’s t interval ({comparison.CONFIDENCE:.0%}, n − 1 degrees of "
+    "freedom, not corrected for the number of comparisons). Below 0: lower than the baseline."
+  )
+
+
 def summary_table(headline: Headline) -> TextTable:
   """Each placement at its best learning rate: its difference to the baseline, then its loss, then perplexity."""
   with_rates = any(one.rate for one in headline.contenders)
   rate_headers = ("learning rate",) if with_rates else ()
+  rows = [row for one in headline.contenders for row in one.family]
+  with_tokens, with_pairs = any(not row.of_pairs for row in rows), any(row.of_pairs for row in rows)
+  token_headers = ("bits a byte", "perplexity") if with_tokens else ()
+  pair_headers = ("accuracy", "margin") if with_pairs else ()
   headers = (
     "placement",
     "loss − baseline’s",
@@ -109,9 +135,9 @@ def summary_table(headline: Headline) -> TextTable:
     "std of pairs",
     "seeds needed",
     *rate_headers,
-    "loss (nats)",
-    "bits a byte",
-    "perplexity",
+    _loss_header(rows),
+    *token_headers,
+    *pair_headers,
     "seeds",
     "diverged",
   )
@@ -120,7 +146,13 @@ def summary_table(headline: Headline) -> TextTable:
     best, match = contender.best, headline.matchup_of(contender)
     is_baseline = any(one.baseline is contender for one in headline.matchups)
     row = best.row if best else None
-    bits = spread(row.bits) if row is not None and len(row.bits) else None
+    bits = _spread_or_none(row.bits if row else None)
+    accuracy, margin = _spread_or_none(row.accuracies if row else None), _spread_or_none(row.margins if row else None)
+    token_cells = (
+      fixed(bits.mean if bits else None, 4),
+      fixed(row.perplexity.mean if row and row.perplexity else None, 2),
+    )
+    pair_cells = (_percent(accuracy), fixed(margin.mean if margin else None, 4))
     verdict = match.verdict if match else NOTHING
     if is_baseline:
       verdict = "baseline"
@@ -133,8 +165,8 @@ def summary_table(headline: Headline) -> TextTable:
       needed_cell(match.verdict, match.needed) if match else NOTHING,
       *((rate_cell,) if with_rates else ()),
       mean_and_std(row.loss if row else None),
-      fixed(bits.mean if bits else None, 4),
-      fixed(row.perplexity.mean if row and row.perplexity else None, 2),
+      *(token_cells if with_tokens else ()),
+      *(pair_cells if with_pairs else ()),
       str(row.counted if row else 0),
       str(row.diverged if row else contender.diverged),
     )
@@ -152,9 +184,11 @@ def summary_table(headline: Headline) -> TextTable:
         **_difference_data("loss", match.loss if match else None),
         **_difference_data("bits_per_byte", match.bits if match else None),
         **_difference_data("perplexity", match.perplexity if match else None),
+        **(_difference_data("accuracy", match.accuracy if match else None) if with_pairs else {}),
         **_spread_data("loss", row.loss if row else None),
         **_spread_data("bits_per_byte", bits),
         **_spread_data("perplexity", row.perplexity if row else None),
+        **(_spread_data("accuracy", accuracy) | _spread_data("margin", margin) if with_pairs else {}),
         "seeds": row.counted if row else 0,
         "planned": row.planned if row else sum(one.planned for one in contender.family),
         "diverged": row.diverged if row else contender.diverged,
@@ -164,32 +198,27 @@ def summary_table(headline: Headline) -> TextTable:
     f"Seeds needed: pairs with which such a difference would be shown with a power of {comparison.POWER:.0%}, if "
     "difference and std are what they seem."
   )
+  meaning = _meaning(rows)
   note = (
-    f"{_MEANING} {needed} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen "
+    f"{meaning} {needed} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen "
     "by the losses that are reported, they are a little optimistic, and more so for placements with more rates. "
     "◂ or ▸: it is at that edge of its grid, and a better one may lie beyond."
   )
   if not with_rates:
-    note = f"{_MEANING} {needed}"
+    note = f"{meaning} {needed}"
   return TextTable("summary", "Each placement at its best", headers, body, data, note)
-
-
-_MEANING = (
-  "Validation after the last step of the whole budget, in nats a token; mean ± standard deviation over seeds (n − 1). "
-  f"Differences are paired by seed, with Student’s t interval ({comparison.CONFIDENCE:.0%}, n − 1 degrees of freedom, "
-  "not corrected for the number of comparisons). Below 0: lower than the baseline."
-)
 
 
 def perplexity_table(rows: Sequence[Standing], baseline: str) -> TextTable:
   """Final loss and perplexity by group, and the paired differences at equal settings."""
+  with_tokens = any(not row.of_pairs for row in rows)
   headers = (
     "group",
     f"loss − {baseline}’s",
     "95 % interval",
     "pairs",
-    "loss (nats)",
-    "perplexity",
+    _loss_header(rows),
+    *(("perplexity",) if with_tokens else ()),
     "counted",
     "diverged",
   )
@@ -200,7 +229,7 @@ def perplexity_table(rows: Sequence[Standing], baseline: str) -> TextTable:
       *difference_cells(row.loss_difference),
       str(row.loss_difference.n) if row.loss_difference else NOTHING,
       mean_and_std(row.loss),
-      mean_and_std(row.perplexity, 2),
+      *((mean_and_std(row.perplexity, 2),) if with_tokens else ()),
       f"{row.counted} of {row.planned}",
       str(row.diverged),
     )
@@ -221,8 +250,55 @@ def perplexity_table(rows: Sequence[Standing], baseline: str) -> TextTable:
         "diverged": row.diverged,
       }
     )
-  note = f"{_MEANING} Only equal settings are compared. Runs that have not reached their last step do not count."
+  note = f"{_meaning(rows)} Only equal settings are compared. Runs that have not reached their last step do not count."
   return TextTable("perplexity_by_group", "All groups", headers, body, data, note)
+
+
+def preferences_table(rows: Sequence[Standing]) -> TextTable | None:
+  """What the groups of runs on pairs of answers make of the held-out pairs; None where there are no such runs."""
+  of_pairs = [row for row in rows if row.of_pairs]
+  if not of_pairs:
+    return None
+  body, data = [], []
+  for row in of_pairs:
+    accuracy, margin = _spread_or_none(row.accuracies), _spread_or_none(row.margins)
+    chosen, rejected = _spread_or_none(row.chosen_rewards), _spread_or_none(row.rejected_rewards)
+    rewards = (mean_and_std(one) for one in (margin, chosen, rejected, row.loss))
+    body.append((row.group.label, _percent(accuracy), *rewards, f"{row.counted} of {row.planned}"))
+    data.append(
+      {
+        "group": row.group.label,
+        "placement": row.group.placement,
+        **row.group.setting,
+        **_spread_data("accuracy", accuracy),
+        **_spread_data("margin", margin),
+        **_spread_data("chosen_reward", chosen),
+        **_spread_data("rejected_reward", rejected),
+        **_spread_data("loss", row.loss),
+        "counted": row.counted,
+        "planned": row.planned,
+      }
+    )
+  note = (
+    "Validation after the last step of the whole budget; mean ± standard deviation over seeds (n − 1). Accuracy: the "
+    "fraction of the pairs whose preferred answer has the larger reward. Margin: the mean reward of the preferred "
+    "answers minus that of the others. Rewards are those of each run’s own config.preference.loss, so that they can be "
+    "compared between runs of one loss with equal settings only."
+  )
+  headers = ("group", "accuracy", "margin", "chosen reward", "rejected reward", "loss (nats a pair)", "counted")
+  return TextTable("preferences", "Pairs of answers", headers, body, data, note)
+
+
+def _spread_or_none(values: Any) -> Spread | None:
+  return None if values is None or not len(values) else spread(values)
+
+
+def _percent(value: Spread | None) -> str:
+  """A fraction in percent: its mean, and its std where there is one."""
+  if value is None:
+    return NOTHING
+  mean = f"{100 * value.mean:.1f} %"
+  return mean if value.std is None else f"{100 * value.mean:.1f} ± {100 * value.std:.1f} %"
 
 
 def latex(table: TextTable) -> str:
@@ -273,10 +349,11 @@ RUN_HEADERS = (
 
 def runs_table(runs: Sequence[ReportedRun]) -> TextTable:
   """How each run went."""
+  of_pairs = ", nats a pair of a run on pairs of answers" if any(run.of_pairs for run in runs) else ""
   note = (
-    "Loss: of the validation after the last step. Minutes: of the process that ended the run (outcome.json). Skipped: "
-    "updates whose loss or gradient was not finite. Seeds: of the initial weights / of the data. Initial weights and "
-    "data: hash and fingerprint; equal ones mean equal numbers."
+    f"Loss: of the validation after the last step{of_pairs}. Minutes: of the process that ended the run "
+    "(outcome.json). Skipped: updates whose loss or gradient was not finite. Seeds: of the initial weights / of the "
+    "data. Initial weights and data: hash and fingerprint; equal ones mean equal numbers."
   )
   data = [_run_data(run) for run in runs]
   return TextTable("runs", "Runs", RUN_HEADERS, [_run_row(one) for one in data], data, note)
@@ -294,7 +371,7 @@ def _run_data(run: ReportedRun) -> dict[str, Any]:
     "step": run.step,
     "num_steps": run.num_steps,
     "loss": run.final_loss,
-    "perplexity": None if run.final_loss is None else perplexity(run.final_loss),
+    "perplexity": None if run.final_loss is None or run.of_pairs else perplexity(run.final_loss),
     "bits_per_byte": run.at_end("bits_per_byte"),
     "best_loss": _number_or_none(best.get("loss")),
     "best_step": best.get("step"),
