@@ -13,10 +13,11 @@ import numpy as np
 from mixln_jax.files import write_whole
 from mixln_jax.reporting import comparison, groups
 from mixln_jax.reporting.comparison import Difference, Spread, Standing, spread
-from mixln_jax.reporting.headline import Headline
+from mixln_jax.reporting.headline import Contender, Headline, Matchup
 from mixln_jax.reporting.loading import ReportedRun
 from mixln_jax.reporting.numbers import NOTHING, fixed, signed
 from mixln_jax.reporting.reading import as_mapping
+from mixln_jax.reporting.speed import step_time_of
 from mixln_jax.text import perplexity
 
 
@@ -96,9 +97,11 @@ def _difference_data(name: str, value: Difference | None) -> dict[str, Any]:
 PLACES = {"only rate": "only one", "inside": "inside", "lower edge": "◂ edge", "upper edge": "edge ▸"}
 
 
-def summary_table(headline: Headline) -> TextTable:
-  """Each placement at its best learning rate: its difference to the baseline, then its loss, then perplexity."""
+def summary_table(headline: Headline, runs: Sequence[ReportedRun]) -> TextTable:
+  """Each placement at its best learning rate: difference to the baseline, rate, cost of a step, loss, perplexity."""
   with_rates = any(one.rate for one in headline.contenders)
+  step_times = {id(match.ours): _step_time(match, runs) for match in headline.matchups}
+  with_times = any(time is not None for time in step_times.values())
   rate_headers = ("learning rate", "in its grid") if with_rates else ()
   headers = (
     "placement",
@@ -108,6 +111,7 @@ def summary_table(headline: Headline) -> TextTable:
     "std of pairs",
     "seeds needed",
     *rate_headers,
+    *(("step time",) if with_times else ()),
     "loss (nats)",
     "bits a byte",
     "perplexity",
@@ -123,6 +127,7 @@ def summary_table(headline: Headline) -> TextTable:
     verdict = match.verdict if match else NOTHING
     if is_baseline:
       verdict = "baseline"
+    step_time = 1.0 if is_baseline else step_times.get(id(contender))
     rate_cells = (contender.rate or NOTHING, PLACES[best.place] if best and contender.rate else NOTHING)
     cells = (
       contender.label,
@@ -131,6 +136,7 @@ def summary_table(headline: Headline) -> TextTable:
       fixed(match.loss.std if match else None, 4),
       needed_cell(match.verdict, match.needed) if match else NOTHING,
       *(rate_cells if with_rates else ()),
+      *((_times(step_time),) if with_times else ()),
       mean_and_std(row.loss if row else None),
       fixed(bits.mean if bits else None, 4),
       fixed(row.perplexity.mean if row and row.perplexity else None, 2),
@@ -148,6 +154,7 @@ def summary_table(headline: Headline) -> TextTable:
         "pairs": match.loss.n if match else None,
         "pairs_std": match.loss.std if match else None,
         "seeds_needed": match.needed if match else None,
+        "step_time_ratio": step_time,
         **_difference_data("loss", match.loss if match else None),
         **_difference_data("bits_per_byte", match.bits if match else None),
         **_difference_data("perplexity", match.perplexity if match else None),
@@ -163,6 +170,11 @@ def summary_table(headline: Headline) -> TextTable:
     f"Seeds needed: pairs with which such a difference would be shown with a power of {comparison.POWER:.0%}, if "
     "difference and std are what they seem."
   )
+  if with_times:
+    needed += (
+      " Step time: seconds of a step over the baseline’s, by the medians that the runs measured; what else the machine "
+      "did is in it."
+    )
   note = (
     f"{_MEANING} {needed} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen "
     "by the losses that are reported, they are a little optimistic, and more so for placements with more rates."
@@ -170,6 +182,21 @@ def summary_table(headline: Headline) -> TextTable:
   if not with_rates:
     note = f"{_MEANING} {needed}"
   return TextTable("summary", "Each placement at its best", headers, body, data, note)
+
+
+def _step_time(match: Matchup, runs: Sequence[ReportedRun]) -> float | None:
+  """Time of a step, ours over the baseline's; None where it was not measured on equal devices."""
+  ratio = step_time_of(_runs_of(match.ours, runs), _runs_of(match.baseline, runs))
+  return None if ratio is None else ratio.value
+
+
+def _runs_of(contender: Contender, runs: Sequence[ReportedRun]) -> list[ReportedRun]:
+  """A contender's runs at its best learning rate."""
+  return [] if contender.best is None else [runs[index] for index in contender.best.row.group.runs]
+
+
+def _times(ratio: float | None) -> str:
+  return NOTHING if ratio is None else f"{ratio:.2f} ×"
 
 
 _MEANING = (
