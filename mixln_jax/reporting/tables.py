@@ -93,13 +93,14 @@ def _difference_data(name: str, value: Difference | None) -> dict[str, Any]:
   return dict(zip(names, (value.mean, *(value.interval or (None, None))), strict=True))
 
 
-PLACES = {"only rate": "only one", "inside": "inside", "lower edge": "◂ edge", "upper edge": "edge ▸"}
+# A best learning rate with the place that it has in its grid.
+RATE_AT = {"only rate": "{} (one tried)", "inside": "{}", "lower edge": "◂ {}", "upper edge": "{} ▸"}
 
 
 def _loss_header(rows: Sequence[Standing]) -> str:
-  """Of the column of losses, with their unit where all have one."""
-  units = {row.unit for row in rows}
-  return f"loss ({units.pop()})" if len(units) == 1 else "loss (nats)"
+  """Of the column of losses."""
+  of_pairs = bool(rows) and all(row.of_pairs for row in rows)
+  return f"loss ({comparison.NATS_A_PAIR})" if of_pairs else "loss (nats)"
 
 
 def _meaning(rows: Sequence[Standing]) -> str:
@@ -121,7 +122,7 @@ def _meaning(rows: Sequence[Standing]) -> str:
 def summary_table(headline: Headline) -> TextTable:
   """Each placement at its best learning rate: its difference to the baseline, then its loss, then perplexity."""
   with_rates = any(one.rate for one in headline.contenders)
-  rate_headers = ("learning rate", "in its grid") if with_rates else ()
+  rate_headers = ("learning rate",) if with_rates else ()
   rows = [row for one in headline.contenders for row in one.family]
   with_tokens, with_pairs = any(not row.of_pairs for row in rows), any(row.of_pairs for row in rows)
   token_headers = ("bits a byte", "perplexity") if with_tokens else ()
@@ -155,14 +156,14 @@ def summary_table(headline: Headline) -> TextTable:
     verdict = match.verdict if match else NOTHING
     if is_baseline:
       verdict = "baseline"
-    rate_cells = (contender.rate or NOTHING, PLACES[best.place] if best and contender.rate else NOTHING)
+    rate_cell = RATE_AT[best.place].format(contender.rate) if best and contender.rate else NOTHING
     cells = (
       contender.label,
       *difference_cells(match.loss if match else None),
       verdict,
       fixed(match.loss.std if match else None, 4),
       needed_cell(match.verdict, match.needed) if match else NOTHING,
-      *(rate_cells if with_rates else ()),
+      *((rate_cell,) if with_rates else ()),
       mean_and_std(row.loss if row else None),
       *(token_cells if with_tokens else ()),
       *(pair_cells if with_pairs else ()),
@@ -200,7 +201,8 @@ def summary_table(headline: Headline) -> TextTable:
   meaning = _meaning(rows)
   note = (
     f"{meaning} {needed} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen "
-    "by the losses that are reported, they are a little optimistic, and more so for placements with more rates."
+    "by the losses that are reported, they are a little optimistic, and more so for placements with more rates. "
+    "◂ or ▸: it is at that edge of its grid, and a better one may lie beyond."
   )
   if not with_rates:
     note = f"{meaning} {needed}"
