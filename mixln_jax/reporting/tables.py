@@ -94,7 +94,7 @@ def _difference_data(name: str, value: Difference | None) -> dict[str, Any]:
   return dict(zip(names, (value.mean, *(value.interval or (None, None))), strict=True))
 
 
-PLACES = {"only rate": "only one", "inside": "inside", "lower edge": "◂ edge", "upper edge": "edge ▸"}
+RATE_IN_ITS_GRID = {"lower edge": "◂ {}", "upper edge": "{} ▸"}  # as in the picture above the table
 
 
 def summary_table(headline: Headline, runs: Sequence[ReportedRun]) -> TextTable:
@@ -102,15 +102,13 @@ def summary_table(headline: Headline, runs: Sequence[ReportedRun]) -> TextTable:
   with_rates = any(one.rate for one in headline.contenders)
   step_times = {id(match.ours): _step_time(match, runs) for match in headline.matchups}
   with_times = any(time is not None for time in step_times.values())
-  rate_headers = ("learning rate", "in its grid") if with_rates else ()
   headers = (
     "placement",
     "loss − baseline’s",
     "95 % interval",
     "verdict",
-    "std of pairs",
     "seeds needed",
-    *rate_headers,
+    *(("learning rate",) if with_rates else ()),
     *(("step time",) if with_times else ()),
     "loss (nats)",
     "bits a byte",
@@ -127,15 +125,13 @@ def summary_table(headline: Headline, runs: Sequence[ReportedRun]) -> TextTable:
     verdict = match.verdict if match else NOTHING
     if is_baseline:
       verdict = "baseline"
-    step_time = 1.0 if is_baseline else step_times.get(id(contender))
-    rate_cells = (contender.rate or NOTHING, PLACES[best.place] if best and contender.rate else NOTHING)
+    step_time = 1.0 if is_baseline and with_times else step_times.get(id(contender))
     cells = (
       contender.label,
       *difference_cells(match.loss if match else None),
       verdict,
-      fixed(match.loss.std if match else None, 4),
       needed_cell(match.verdict, match.needed) if match else NOTHING,
-      *(rate_cells if with_rates else ()),
+      *((_rate_cell(contender),) if with_rates else ()),
       *((_times(step_time),) if with_times else ()),
       mean_and_std(row.loss if row else None),
       fixed(bits.mean if bits else None, 4),
@@ -176,8 +172,9 @@ def summary_table(headline: Headline, runs: Sequence[ReportedRun]) -> TextTable:
       "did is in it."
     )
   note = (
-    f"{_MEANING} {needed} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen "
-    "by the losses that are reported, they are a little optimistic, and more so for placements with more rates."
+    f"{_MEANING} {needed} Best learning rate (◂ or ▸ at an edge of its grid): that of the lowest mean loss over the "
+    "seeds that all rates share; chosen by the losses that are reported, they are a little optimistic, and more so for "
+    "placements with more rates."
   )
   if not with_rates:
     note = f"{_MEANING} {needed}"
@@ -193,6 +190,13 @@ def _step_time(match: Matchup, runs: Sequence[ReportedRun]) -> float | None:
 def _runs_of(contender: Contender, runs: Sequence[ReportedRun]) -> list[ReportedRun]:
   """A contender's runs at its best learning rate."""
   return [] if contender.best is None else [runs[index] for index in contender.best.row.group.runs]
+
+
+def _rate_cell(contender: Contender) -> str:
+  """The best rate, marked where it is at an edge of those that were tried."""
+  if contender.best is None or not contender.rate:
+    return NOTHING
+  return RATE_IN_ITS_GRID.get(contender.best.place, "{}").format(contender.rate)
 
 
 def _times(ratio: float | None) -> str:
