@@ -1124,6 +1124,19 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
   return [(name, before[name], after[name]) for name in FIELDS if before[name] != after[name]]
 
 
+def refused_differences(old: Mapping[str, Any], new: Config) -> list[tuple[str, Any, Any]]:
+  """Fields in which a stored base config is not this one, as `differences`; without those that are free to change.
+
+  Args:
+    old: flat, as it was written. A field that it lacks has its default, which is what the code did before.
+    new: the config now.
+
+  Raises:
+    InputError: `old` has a field that is unknown, or an invalid value.
+  """
+  return [found for found in differences(from_flat(old), new) if FIELDS[found[0]].on_resume != FREE]
+
+
 def to_json(config: Config) -> str:
   """The config as flat JSON, one field per line; `from_json` reads it back."""
   flat = flatten(config)

@@ -26,7 +26,8 @@ from mixln_jax.config import BEST, NEWEST, Config
 from mixln_jax.data.loader import Data, Loader, masking_of
 from mixln_jax.data.opening import open_data
 from mixln_jax.data.tokenizer import CONFIG as TOKENIZER_CONFIG
-from mixln_jax.data.tokenizer import FILES, Tokenizer, content_hash, read_written_tokenizer
+from mixln_jax.data.tokenizer import Tokenizer, content_hash
+from mixln_jax.data.tokenizer_files import FILES, read_written_tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.files import TEXT
 from mixln_jax.model import Transformer

@@ -212,7 +212,7 @@ def test_a_recipe_that_is_wrong_is_refused(tmp_path, capsys):
 def test_weights_go_out_and_come_back_as_a_run_that_trains_on(recipe, tmp_path, capsys):
   run, out, back = tmp_path / "run", tmp_path / "out", tmp_path / "back"
   assert main(["train", f"--config={recipe}", f"--workdir={run}"]) == 0
-  assert "no stock decoder" in refused(["convert", f"--workdir={run}", f"--output={out}", "--layout=stock"], capsys)
+  assert "not a stock decoder" in refused(["convert", f"--workdir={run}", f"--output={out}", "--layout=stock"], capsys)
   assert not out.exists()
   assert main(["convert", f"--workdir={run}", f"--output={out}", "--shard_gb=1e-5"]) == 0
   assert "modeling_mixln.py" in capsys.readouterr().out
@@ -255,7 +255,7 @@ def test_an_import_takes_the_tokenizer_of_the_weights_or_says_so(recipe, tmp_pat
   """Would catch weights that read another tokenizer's ids (10.8 nats for 4.03), and a head that can't be imported."""
   import numpy as np
 
-  from mixln_jax.data.tokenizer import train_hugging_face
+  from mixln_jax.data.tokenizer_training import train_hugging_face
   from mixln_jax.interop import hf
   from mixln_jax.interop.safetensors_folder import write_folder
 

@@ -2,8 +2,9 @@
 
 Command:  python -m mixln_jax prepare --config=configs/studies/depth_ladder.py, then
           python -m mixln_jax sweep --config=configs/studies/depth_ladder.py --workdir=DIR
-          (the second stage, more seeds at each best rate, begins by itself; report draws loss against depth)
-Hardware: one CPU core, 3 to 5 hours for 63 + 42 runs of 0.92 M tokens, with MALLOC_ARENA_MAX=1,
+          (the later stages, a higher rate where the best is at the edge and more seeds at each best rate, begin by
+          themselves; report draws loss against depth)
+Hardware: one CPU core, 4 to 6 hours for 63 + about 12 + 42 runs of 0.92 M tokens, with MALLOC_ARENA_MAX=1,
           MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=8589934592. Estimated from 40 and 140 steps on a
           core that others used too, in processor time: 0.11 s a step and 40 s around it for pre of 11 layers, 0.44 s
           and 43 s (4 min a run, the longest) for hc:4 of 24.
@@ -27,9 +28,13 @@ JUDGED += "shape (three depths, three seeds), with its 95 % Student interval; 'f
 STUDY = {
   "title": "Loss against depth at 0.55 M parameters",
   "question": "At 0.55 M parameters and 0.92 M tokens, does the final validation loss rise or fall with depth, and for "
-  "which placements, each at its best of three learning rates?",
+  "which placements, each at its best learning rate?",
   "grids": [{"seed": (0,), SHAPE: SHAPES, "model.placement": PLACEMENTS, "optimizer.learning_rate": RATES}],
-  "then": {"best": "optimizer.learning_rate", "grid": {"seed": (0, 1, 2)}},
+  # The first stage was added when 36 runs were done: 7 of their 12 best rates were the highest of the three.
+  "then": [
+    {"best": "optimizer.learning_rate", "widen": (*RATES, 3e-2)},
+    {"best": "optimizer.learning_rate", "grid": {"seed": (0, 1, 2)}},
+  ],
   "claims": [
     {
       "id": "pre rises",
@@ -61,7 +66,7 @@ STUDY = {
     {
       "id": "edges",
       "claim": "The best rate lies inside the grid",
-      "judged_by": "a placement and shape whose best rate is 1e-3 or 1e-2 is at the grid's edge, and its slope is not "
+      "judged_by": "a placement and shape whose best rate is 1e-3 or 3e-2 is at the grid's edge, and its slope is not "
       "judged",
     },
   ],

@@ -7,7 +7,8 @@ from pathlib import Path
 from mixln_jax.config import Config
 from mixln_jax.data.corpus import EMBEDDED, EMBEDDED_PARAGRAPHS
 from mixln_jax.data.records import Corpus, Manifest, named_tokenizer
-from mixln_jax.data.tokenizer import BYTES, HUB, RECORDS, SENTENCEPIECE, content_hash
+from mixln_jax.data.tokenizer import BYTES, SENTENCEPIECE, content_hash
+from mixln_jax.data.tokenizer_files import HUB, RECORDS
 from mixln_jax.errors import InputError
 from mixln_jax.files import local_path
 

@@ -16,6 +16,7 @@ from mixln_jax.data import tokenizer as tokenizer_lib
 from mixln_jax.data.corpus import Document
 from mixln_jax.data.records import Manifest, Padder, Record, Split, named_tokenizer
 from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.data.tokenizer_files import load_tokenizer
 from mixln_jax.errors import InputError
 
 _opening = threading.Lock()  # the threads of a worker all start at once; neither library can open a data set twice then
@@ -74,7 +75,7 @@ class _Tokenize:
 
   def __call__(self, text: str) -> Record:
     if self._tokenizer is None:
-      self._tokenizer = tokenizer_lib.load_tokenizer(*self._arguments)
+      self._tokenizer = load_tokenizer(*self._arguments)
     ids = [*self._tokenizer.encode(text), self._tokenizer.eos_id] if text else []
     (record,) = Padder(self._length, tokenizer_lib.PAD).add(ids)
     return record._replace(tokens=record.tokens.astype(np.int32))

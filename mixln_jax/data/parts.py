@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data import instructions, preferences
 from mixln_jax.data import records as records_lib
-from mixln_jax.data import tokenizer as tokenizer_lib
 from mixln_jax.data.corpus import Bad, Document, Part
 from mixln_jax.data.instructions import Example
 from mixln_jax.data.preferences import Pair
 from mixln_jax.data.records import SPLITS, Record, Split
+from mixln_jax.data.tokenizer import PAD, Tokenizer
+from mixln_jax.data.tokenizer_files import load_tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.files import json_object, write_whole
 
@@ -90,7 +91,7 @@ def write_part(job: Job, count: Callable[[int], object] = lambda _: None) -> Res
     InputError: a file of the corpus is damaged, the tokenizer does not fit, or a shard can't be written.
   """
   path = job.folder / records_lib.TOKENIZER
-  tokenizer = tokenizer_lib.load_tokenizer(job.tokenizer, path.read_bytes(), str(path), job.end_token)
+  tokenizer = load_tokenizer(job.tokenizer, path.read_bytes(), str(path), job.end_token)
   writers = {split: _SplitWriter(job, split, tokenizer) for split in SPLITS}
   skipped: Counter[str] = Counter()
   where: list[str] = []
@@ -137,11 +138,11 @@ def finished(job: Job) -> Result | None:
 class _SplitWriter:
   """Writes the documents of one split of one part to a shard."""
 
-  def __init__(self, job: Job, split: str, tokenizer: tokenizer_lib.Tokenizer):
+  def __init__(self, job: Job, split: str, tokenizer: Tokenizer):
     path = job.folder / f"{split}-{job.number:05d}-of-{job.total:05d}.array_record"
     self._tokenizer = tokenizer
     self._writer = records_lib.ShardWriter(path, records_lib.token_dtype(tokenizer.vocab_size))
-    self._packer = records_lib.PACKERS[job.mode](job.sequence_length, tokenizer_lib.PAD)
+    self._packer = records_lib.PACKERS[job.mode](job.sequence_length, PAD)
     self._length = job.sequence_length
     self._documents = self._tokens = self._largest_id = 0
     self.cut_prompts = 0

@@ -46,6 +46,7 @@ from mixln_jax.data.parts import (
 )
 from mixln_jax.data.records import SPLITS, Corpus, Manifest, Split, has_records
 from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.data.tokenizer_training import first_bytes, train_hugging_face, train_sentencepiece
 from mixln_jax.errors import InputError
 from mixln_jax.files import local_path, occupants, settle, work_folder, write_whole
 from mixln_jax.text import printable
@@ -114,7 +115,7 @@ def train_tokenizer(config: Config, path: str, vocab_size: int) -> Tokenizer:
     InputError: the path has another suffix, exists, or can't be written, or the corpus is too small.
   """
   target = local_path(path)
-  makers = {".model": tokenizer_lib.train_sentencepiece, ".json": tokenizer_lib.train_hugging_face}
+  makers = {".model": train_sentencepiece, ".json": train_hugging_face}
   if target.suffix not in makers:
     raise InputError(f"tokenizer path={path!r}: must end in .model (SentencePiece) or .json (tokenizers)")
   if target.exists():
@@ -337,7 +338,7 @@ def _saved_tokenizer(partial: Path, config: Config, parts: Sequence[SplitPart], 
   tokenizer = given
   if tokenizer is None:
     texts = _training_texts(config, parts)
-    tokenizer = tokenizer_lib.train_sentencepiece(texts, config.model.vocab_size, "config.model.vocab_size")
+    tokenizer = train_sentencepiece(texts, config.model.vocab_size, "config.model.vocab_size")
   write_whole(path, tokenizer.content)
   return tokenizer
 
@@ -353,7 +354,7 @@ def _training_texts(config: Config, parts: Iterable[SplitPart]) -> Iterator[str]
         if (split or split_of(document, config.data.validation_share)) == TRAIN:
           yield document.text
 
-  return tokenizer_lib.first_bytes(texts())
+  return first_bytes(texts())
 
 
 # The pool

@@ -26,15 +26,8 @@ import grain
 import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from mixln_jax.data.tokenizer import (
-  BYTES,
-  RECORDS,
-  ByteTokenizer,
-  Tokenizer,
-  content_hash,
-  load_tokenizer,
-  read_tokenizer,
-)
+from mixln_jax.data.tokenizer import BYTES, ByteTokenizer, Tokenizer, content_hash
+from mixln_jax.data.tokenizer_files import RECORDS, load_tokenizer, read_tokenizer
 from mixln_jax.errors import InputError, one_line
 from mixln_jax.files import json_object, local_path, partial_of, read_regular
 

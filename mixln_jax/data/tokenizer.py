@@ -2,12 +2,10 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 # Rust's threads don't work with forked or spawned workers, and `prepare` has its own processes.
@@ -17,22 +15,14 @@ import sentencepiece
 import tokenizers
 
 from mixln_jax.errors import InputError, one_line
-from mixln_jax.files import json_object, local_path, read_regular, write_whole
 
 PAD, EOS, UNKNOWN = 0, 1, 2  # as T5 has them
 BYTES = "bytes"
 SENTENCEPIECE = "sentencepiece"
 HUGGING_FACE = "tokenizers"  # a tokenizer.json
-HUB = "hf:"  # prefix of a name on the Hugging Face hub
-GGUF = ".gguf"  # suffix of llama.cpp's files, which contain a model and its tokenizer
-RECORDS = "records:"  # prefix of a folder of records, which contains its tokenizer
-# The name of a tokenizer's file in its folder, by kind.
-FILES = {SENTENCEPIECE: "tokenizer.model", HUGGING_FACE: "tokenizer.json", BYTES: "tokenizer.bytes"}
 CONFIG = "tokenizer_config.json"  # beside a tokenizer.json; names the token that ends a document
-LARGEST_FILE = 1 << 29  # bytes of a tokenizer's file; a vocabulary of 256,000 takes 33 MB
 MOST_TOKENS = 64  # per character, on average; the longest of Unicode's compatibility forms is 33 bytes
 MOST_GROWTH = 1000  # largest factor by which a tokenizer.json's replacements may lengthen a text
-TRAINING_BYTES = 256 << 20  # text that a tokenizer is trained on, from the beginning of the corpus
 # The names of an encoder's mask token, and of the tokens before and after a text.
 MASK_TOKENS, FIRST_TOKENS, LAST_TOKENS = ("[MASK]", "<mask>"), ("[CLS]", "<s>"), ("[SEP]", "</s>")
 # Names of the token that ends a document, in tokenizers on the hub, likeliest first.
@@ -296,230 +286,6 @@ def _growth(step: Mapping[str, Any]) -> float:
   if pattern:
     return max(1.0, len(content) / len(pattern))
   return 1.0 + len(content)  # a regular expression, or an empty text, may match between any two characters
-
-
-def first_bytes(texts: Iterable[str], limit: int = TRAINING_BYTES) -> Iterator[str]:
-  """The first texts; the text that reaches `limit` UTF-8 bytes in total is the last one."""
-  total = 0
-  for text in texts:
-    yield text
-    total += len(text.encode())
-    if total >= limit:
-      return
-
-
-def train_hugging_face(texts: Iterable[str], vocab_size: int, field: str = "vocab_size") -> HuggingFaceTokenizer:
-  """Trains a byte-level byte-pair encoding, which is lossless for any text.
-
-  Args:
-    texts: the documents to train on.
-    vocab_size: number of tokens.
-    field: the name of `vocab_size` in error messages.
-
-  Raises:
-    InputError: the corpus is too small for `vocab_size` tokens.
-  """
-  from tokenizers import decoders, models, pre_tokenizers, trainers
-
-  model = tokenizers.Tokenizer(models.BPE())
-  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-  model.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-  trainer: Any = trainers.BpeTrainer(
-    vocab_size=vocab_size,
-    special_tokens=["<pad>", "</s>", "<unk>"],  # PAD, EOS, UNKNOWN
-    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    show_progress=False,
-  )
-  model.train_from_iterator(texts, trainer)
-  result = HuggingFaceTokenizer(model.to_str().encode(), "just trained")
-  if result.vocab_size != vocab_size:
-    raise InputError(f"{field}={vocab_size}: this corpus gives at most {result.vocab_size} tokens; lower it to that")
-  return result
-
-
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, field: str = "vocab_size") -> SentencePieceTokenizer:
-  """Trains a byte-pair SentencePiece model with byte fallback, which is lossless for any text without "▁" and NULs.
-
-  Args:
-    texts: the documents to train on.
-    vocab_size: number of pieces.
-    field: the name of `vocab_size` in error messages.
-
-  Raises:
-    InputError: the corpus is too small for `vocab_size` pieces.
-  """
-  lines = (line for text in texts for line in text.split("\n") if line)
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=lines,
-      model_writer=model,
-      vocab_size=vocab_size,
-      model_type="bpe",
-      byte_fallback=True,
-      pad_id=PAD,
-      eos_id=EOS,
-      unk_id=UNKNOWN,
-      bos_id=-1,
-      normalization_rule_name="identity",
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      split_digits=True,
-      user_defined_symbols=["\n"],
-      max_sentence_length=1_000_000,
-      num_threads=1,  # otherwise the model depends on the machine
-      minloglevel=2,
-    )
-  except RuntimeError as error:
-    raise InputError(
-      f"{field}={vocab_size}: no SentencePiece model of that size can be trained on this corpus ({one_line(error)}); "
-      "lower it, or set config.data.tokenizer=bytes"
-    ) from error
-  return SentencePieceTokenizer(model.getvalue(), "just trained")
-
-
-def load_tokenizer(name: str, content: bytes, origin: str, end_token: str | None = None) -> Tokenizer:
-  """The tokenizer of a kind, from its content.
-
-  Args:
-    name: the kind.
-    content: the content of its file.
-    origin: where the file was read, for messages.
-    end_token: the token that ends a document, if the file does not define it.
-
-  Raises:
-    InputError: the kind is unknown or the content is damaged.
-  """
-  if name == BYTES:
-    if content != ByteTokenizer.content:
-      raise InputError(f"tokenizer {origin}: not the byte tokenizer's file; restore it")
-    return ByteTokenizer()
-  if name == SENTENCEPIECE:
-    return SentencePieceTokenizer(content, origin)
-  if name == HUGGING_FACE:
-    return HuggingFaceTokenizer(content, origin, end_token)
-  raise InputError(f"tokenizer {origin}: unknown kind {name!r}; choices: {BYTES}, {SENTENCEPIECE}, {HUGGING_FACE}")
-
-
-def read_tokenizer(path: str) -> Tokenizer:
-  """Reads a SentencePiece .model file, a tokenizer.json, the tokenizer of a .gguf file, or `hf:NAME`.
-
-  Raises:
-    InputError: it can't be read or is not a tokenizer.
-  """
-  if path.startswith(HUB):
-    return _tokenizer_of_the_hub(path)
-  if path.endswith(GGUF):
-    from mixln_jax.data.gguf_file import GgufFile  # imported here because it imports this module
-    from mixln_jax.data.gguf_tokenizer import gguf_tokenizer
-
-    return gguf_tokenizer(GgufFile(path))
-  file = local_path(path)
-  try:
-    content = read_regular(file, LARGEST_FILE)
-    if not path.endswith(".json"):
-      return SentencePieceTokenizer(content, path)
-    beside = file.with_name(CONFIG)
-    stated = read_regular(beside, LARGEST_FILE) if beside.is_file() else None
-  except OSError as error:
-    choices = (
-      f"{SENTENCEPIECE} (trained on the corpus), {BYTES}, {HUB}NAME, {RECORDS}FOLDER, or the path of a .model, a "
-      "tokenizer.json or a .gguf"
-    )
-    raise InputError(f"config.data.tokenizer={path!r}: can't be read ({error.strerror}); give {choices}") from error
-  return _with_stated_end(content, path, stated, str(beside))
-
-
-def _with_stated_end(content: bytes, origin: str, stated: bytes | None, where: str) -> HuggingFaceTokenizer:
-  """A tokenizer.json; if it has none of END_TOKENS, its tokenizer_config.json names the token that ends a document."""
-  try:
-    return HuggingFaceTokenizer(content, origin)
-  except InputError:
-    end_token = None if stated is None else _eos_token(stated, where)
-    if end_token is None:
-      raise
-    return HuggingFaceTokenizer(content, origin, end_token)
-
-
-def _eos_token(content: bytes, where: str) -> str | None:
-  """The eos_token of a tokenizer_config.json: a text, or an object with the text as `content`; None if it has none."""
-  token = json_object(content, where).get("eos_token")
-  if isinstance(token, dict):
-    token = token.get("content")
-  return token if isinstance(token, str) else None
-
-
-def _tokenizer_of_the_hub(name: str) -> HuggingFaceTokenizer:
-  from huggingface_hub import hf_hub_download
-
-  repository = name.removeprefix(HUB)
-  try:
-    content = tokenizers.Tokenizer.from_pretrained(repository).to_str().encode()
-  except Exception as error:  # no network, no such name, no permission: the library raises bare Exceptions
-    raise InputError(
-      f"config.data.tokenizer={name!r}: can't be fetched ({one_line(error)}); download its tokenizer.json and give its "
-      "path"
-    ) from error
-  try:
-    stated = Path(hf_hub_download(repository, CONFIG)).read_bytes()
-  except Exception:  # there is none, which only matters if the tokenizer.json does not define the end token
-    stated = None
-  return _with_stated_end(content, name, stated, f"{name}/{CONFIG}")
-
-
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
-  """Writes a tokenizer into a folder, atomically; `read_written_tokenizer` reads it back.
-
-  The file is in the format that other programs read: a SentencePiece model or a tokenizer.json. The byte tokenizer's
-  file contains only a sentence, since there is nothing to load. If the folder has the same tokenizer, nothing is
-  written.
-
-  Returns:
-    The file: `folder` / FILES[tokenizer.name].
-
-  Raises:
-    InputError: the folder holds another tokenizer.
-    OSError: the file can't be written.
-  """
-  path = folder / FILES[tokenizer.name]
-  existing = _written_files(folder)
-  if existing == [path] and path.read_bytes() == tokenizer.content and _written_end(folder) == tokenizer.end_token:
-    return path
-  if existing:
-    raise InputError(f"tokenizer {existing[0]}: another tokenizer is there already; remove it, or use another folder")
-  if tokenizer.end_token is not None:
-    write_whole(folder / CONFIG, json.dumps({"eos_token": tokenizer.end_token}) + "\n")
-  write_whole(path, tokenizer.content)
-  return path
-
-
-def read_written_tokenizer(folder: Path) -> Tokenizer | None:
-  """The tokenizer that `write_tokenizer` wrote into a folder; None if there is none.
-
-  A SentencePiece model or a tokenizer.json with a few damaged bytes may still load, so a caller that knows the
-  tokenizer's `content_hash` should compare it.
-
-  Raises:
-    InputError: the file is damaged, or there are two tokenizers.
-  """
-  existing = _written_files(folder)
-  if not existing:
-    return None
-  if len(existing) > 1:
-    names = " and ".join(path.name for path in existing)
-    raise InputError(f"tokenizer {folder}: {names} are different tokenizers; remove those that are not this folder's")
-  (path,) = existing
-  (name,) = (name for name, file in FILES.items() if file == path.name)
-  return load_tokenizer(name, path.read_bytes(), str(path), _written_end(folder))
-
-
-def _written_end(folder: Path) -> str | None:
-  path = folder / CONFIG
-  return _eos_token(path.read_bytes(), str(path)) if path.is_file() else None
-
-
-def _written_files(folder: Path) -> list[Path]:
-  return [folder / file for file in FILES.values() if (folder / file).is_file()]
 
 
 def content_hash(tokenizer: Tokenizer) -> str:

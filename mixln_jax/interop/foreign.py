@@ -12,7 +12,8 @@ import numpy as np
 
 from mixln_jax.data.gguf_file import GgufFile
 from mixln_jax.data.gguf_tokenizer import gguf_tokenizer
-from mixln_jax.data.tokenizer import GGUF, Tokenizer
+from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.data.tokenizer_files import GGUF
 from mixln_jax.errors import InputError
 from mixln_jax.interop import bert, hf
 from mixln_jax.interop.gguf_weights import GgufWeights

@@ -9,7 +9,8 @@ from pathlib import Path
 from mixln_jax.config import Config
 from mixln_jax.data.checks import data_directory
 from mixln_jax.data.records import has_records, named_tokenizer, open_corpus
-from mixln_jax.data.tokenizer import FILES, GGUF, HUGGING_FACE, SENTENCEPIECE, Tokenizer, are_same, read_tokenizer
+from mixln_jax.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, are_same
+from mixln_jax.data.tokenizer_files import FILES, GGUF, read_tokenizer
 from mixln_jax.errors import InputError
 
 NAMES = (FILES[HUGGING_FACE], FILES[SENTENCEPIECE], "spiece.model")  # the last is T5's name

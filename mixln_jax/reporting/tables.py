@@ -94,7 +94,8 @@ def _difference_data(name: str, value: Difference | None) -> dict[str, Any]:
   return dict(zip(names, (value.mean, *(value.interval or (None, None))), strict=True))
 
 
-RATE_IN_ITS_GRID = {"lower edge": "◂ {}", "upper edge": "{} ▸"}  # as in the picture above the table
+# A best learning rate with the place that it has in its grid.
+RATE_AT = {"only rate": "{} (one tried)", "inside": "{}", "lower edge": "◂ {}", "upper edge": "{} ▸"}
 
 
 def summary_table(headline: Headline, runs: Sequence[ReportedRun]) -> TextTable:
@@ -125,13 +126,14 @@ def summary_table(headline: Headline, runs: Sequence[ReportedRun]) -> TextTable:
     verdict = match.verdict if match else NOTHING
     if is_baseline:
       verdict = "baseline"
+    rate_cell = RATE_AT[best.place].format(contender.rate) if best and contender.rate else NOTHING
     step_time = 1.0 if is_baseline and with_times else step_times.get(id(contender))
     cells = (
       contender.label,
       *difference_cells(match.loss if match else None),
       verdict,
       needed_cell(match.verdict, match.needed) if match else NOTHING,
-      *((_rate_cell(contender),) if with_rates else ()),
+      *((rate_cell,) if with_rates else ()),
       *((_times(step_time),) if with_times else ()),
       mean_and_std(row.loss if row else None),
       fixed(bits.mean if bits else None, 4),
@@ -172,9 +174,9 @@ def summary_table(headline: Headline, runs: Sequence[ReportedRun]) -> TextTable:
       "did is in it."
     )
   note = (
-    f"{_MEANING} {needed} Best learning rate (◂ or ▸ at an edge of its grid): that of the lowest mean loss over the "
-    "seeds that all rates share; chosen by the losses that are reported, they are a little optimistic, and more so for "
-    "placements with more rates."
+    f"{_MEANING} {needed} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen "
+    "by the losses that are reported, they are a little optimistic, and more so for placements with more rates. "
+    "◂ or ▸: it is at that edge of its grid, and a better one may lie beyond."
   )
   if not with_rates:
     note = f"{_MEANING} {needed}"
@@ -190,13 +192,6 @@ def _step_time(match: Matchup, runs: Sequence[ReportedRun]) -> float | None:
 def _runs_of(contender: Contender, runs: Sequence[ReportedRun]) -> list[ReportedRun]:
   """A contender's runs at its best learning rate."""
   return [] if contender.best is None else [runs[index] for index in contender.best.row.group.runs]
-
-
-def _rate_cell(contender: Contender) -> str:
-  """The best rate, marked where it is at an edge of those that were tried."""
-  if contender.best is None or not contender.rate:
-    return NOTHING
-  return RATE_IN_ITS_GRID.get(contender.best.place, "{}").format(contender.rate)
 
 
 def _times(ratio: float | None) -> str:

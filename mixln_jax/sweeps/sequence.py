@@ -87,11 +87,10 @@ def read_study(path: Path) -> dict[str, Any]:
 
 def _check_same(study: Study, old: dict[str, Any], folder: Path) -> None:
   """Refuses another base: a run added to a study must be comparable with those that it has."""
-  flat = config_lib.flatten(study.base)
   wrong = [
-    f"config.{field}: {old['base'].get(field)!r} there, {flat[field]!r} now"
-    for field, spec in config_lib.FIELDS.items()
-    if old["base"].get(field) != flat[field] and spec.on_resume != config_lib.FREE and field not in study.axes
+    f"config.{field}: {there!r} there, {here!r} now"
+    for field, there, here in config_lib.refused_differences(old["base"], study.base)
+    if field not in study.axes
   ]
   missing = sorted({run["name"] for run in old["runs"]} - {run.name for run in study.runs(folder)})
   if missing:

@@ -16,7 +16,8 @@ import numpy as np
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
-from mixln_jax.data.tokenizer import Tokenizer, write_tokenizer
+from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.data.tokenizer_files import write_tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.files import is_partial, settle, work_folder
 from mixln_jax.model import admin

@@ -7,7 +7,8 @@ from mixln_jax.data import instructions
 from mixln_jax.data.opening import open_data
 from mixln_jax.data.prepare import prepare
 from mixln_jax.data.records import has_records
-from mixln_jax.data.tokenizer import BYTES, FILES, RECORDS
+from mixln_jax.data.tokenizer import BYTES
+from mixln_jax.data.tokenizer_files import FILES, RECORDS
 from mixln_jax.errors import InputError
 from mixln_jax.opening import OpenRun, Setup
 from mixln_jax.parallel import processes

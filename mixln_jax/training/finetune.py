@@ -15,7 +15,8 @@ from mixln_jax import config as config_lib
 from mixln_jax.config import Config, ModelConfig, TrainConfig
 from mixln_jax.data.checks import data_directory
 from mixln_jax.data.records import MANIFEST, named_tokenizer
-from mixln_jax.data.tokenizer import FILES, HUB, RECORDS, SENTENCEPIECE, content_hash
+from mixln_jax.data.tokenizer import SENTENCEPIECE, content_hash
+from mixln_jax.data.tokenizer_files import FILES, HUB, RECORDS
 from mixln_jax.errors import InputError
 from mixln_jax.files import local_path
 from mixln_jax.model.parameters import abstract_sharded_params

@@ -11,7 +11,7 @@ import jax
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
-from mixln_jax.data.tokenizer import write_tokenizer
+from mixln_jax.data.tokenizer_files import write_tokenizer
 from mixln_jax.diagnostics.picture import layer_picture
 from mixln_jax.errors import InputError
 from mixln_jax.model.parameters import count_params

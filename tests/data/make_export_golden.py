@@ -30,7 +30,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from mixln_jax.data.corpus import EMBEDDED, parts_of, read
-from mixln_jax.data.tokenizer import Tokenizer, train_hugging_face, train_sentencepiece
+from mixln_jax.data.tokenizer import Tokenizer
+from mixln_jax.data.tokenizer_training import train_hugging_face, train_sentencepiece
 from mixln_jax.inference.generate import generate
 from mixln_jax.interop import hf
 from mixln_jax.interop.export import tokenizer_files

@@ -165,7 +165,7 @@ def test_parquet_reads_the_texts_and_no_other_column(tmp_path):
   for field, words in (
     ("when", "that column of .* is timestamp, not text; its texts: text, data.body"),
     ("data.n", "is int64, not text"),
-    ("tags.list.element", "no text"),
+    ("tags.list.element", "not text"),
     ("body", "has no such column; its texts: text, data.body"),
   ):
     with pytest.raises(InputError, match=rf"^config.data.text_field='{field}': .*{words}"):

@@ -188,7 +188,7 @@ def test_a_source_that_changed_in_between_starts_again(make_config, c4, tmp_path
 
 
 def test_what_decides_the_bytes_is_in_the_plan_and_in_the_manifest(make_config, c4, tmp_path, monkeypatch):
-  from mixln_jax.data.tokenizer import train_hugging_face
+  from mixln_jax.data.tokenizer_training import train_hugging_face
 
   tokenizers = [train_hugging_face([text * 50], 262).content for text in ("the cat sat ", "over seas and hills ")]
   (tmp_path / "tok.json").write_bytes(tokenizers[0])
@@ -228,7 +228,7 @@ def test_the_same_file_under_another_name_can_not_validate(make_config, tmp_path
   sources = ["symbolic.jsonl", "hard.jsonl", "linked", "linked/*.jsonl", "docs/../docs/train.jsonl", "copy.jsonl"]
   for source in [str(tmp_path / source) for source in sources] + [f"file://{train}"]:
     changes = {"data.source": str(train), "data.validation_source": source, "data.directory": str(tmp_path / "records")}
-    with pytest.raises(InputError, match=r"config.data.source and config.data.validation_source .* can't validate"):
+    with pytest.raises(InputError, match=r"source and config.data.validation_source .* can't be used for validation"):
       prepare(make_config(**changes), progress=False)
   changes["data.validation_source"] = str(tmp_path / "other.jsonl")
   prepare(make_config(**changes), progress=False)

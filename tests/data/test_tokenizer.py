@@ -8,19 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixln_jax.data.tokenizer import (
-  ByteTokenizer,
-  HuggingFaceTokenizer,
-  SentencePieceTokenizer,
-  are_same,
-  content_hash,
-  load_tokenizer,
-  read_tokenizer,
-  read_written_tokenizer,
-  train_hugging_face,
-  train_sentencepiece,
-  write_tokenizer,
-)
+from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, are_same, content_hash
+from mixln_jax.data.tokenizer_files import load_tokenizer, read_tokenizer, read_written_tokenizer, write_tokenizer
+from mixln_jax.data.tokenizer_training import train_hugging_face, train_sentencepiece
 from mixln_jax.errors import InputError
 
 TEXT = "the quick brown fox\njumps over the lazy dog; 1234 naïve cafés\n\n" * 20

@@ -10,7 +10,8 @@ import pytest
 from helpers import random_params, small_model, tokenizer_with_dummy_prefix
 from ml_collections import FrozenConfigDict
 
-from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_hugging_face
+from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from mixln_jax.data.tokenizer_training import train_hugging_face
 from mixln_jax.errors import InputError
 from mixln_jax.inference import batching
 from mixln_jax.inference.generate import (

@@ -10,7 +10,8 @@ import pytest
 from helpers import random_params, small_model, tokenizer_with_dummy_prefix
 from lm_eval.api.instance import Instance
 
-from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, train_hugging_face
+from mixln_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from mixln_jax.data.tokenizer_training import train_hugging_face
 from mixln_jax.errors import InputError
 from mixln_jax.inference.harness import HarnessModel, TaskManager
 from mixln_jax.inference.scoring import score, score_batch

@@ -14,7 +14,8 @@ from helpers import random_params, small_model
 
 from mixln_jax import config as config_lib
 from mixln_jax import placement
-from mixln_jax.data.tokenizer import ByteTokenizer, train_sentencepiece
+from mixln_jax.data.tokenizer import ByteTokenizer
+from mixln_jax.data.tokenizer_training import train_sentencepiece
 from mixln_jax.errors import InputError
 from mixln_jax.interop import check, export, forward, hf
 from mixln_jax.interop.check import check_export

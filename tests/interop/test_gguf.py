@@ -16,7 +16,8 @@ from mixln_jax import config as config_lib
 from mixln_jax.__main__ import main
 from mixln_jax.data.gguf_file import GgufFile
 from mixln_jax.data.gguf_tokenizer import LLAMA_3, gguf_tokenizer
-from mixln_jax.data.tokenizer import are_same, read_tokenizer
+from mixln_jax.data.tokenizer import are_same
+from mixln_jax.data.tokenizer_files import read_tokenizer
 from mixln_jax.errors import InputError
 from mixln_jax.interop import hf
 from mixln_jax.interop.gguf_weights import GgufWeights

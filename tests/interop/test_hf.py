@@ -14,7 +14,8 @@ from model.cases import each_placement
 from model.rounding import assert_near
 
 from mixln_jax import config as config_lib
-from mixln_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_hugging_face, train_sentencepiece
+from mixln_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
+from mixln_jax.data.tokenizer_training import train_hugging_face, train_sentencepiece
 from mixln_jax.errors import InputError
 from mixln_jax.interop import hf
 from mixln_jax.interop.export import tokenizer_files

@@ -148,6 +148,24 @@ def test_a_folder_is_one_study(make_config, tmp_path):
     open_study(study_of(make_config(), "placement=pre"), tmp_path / "other")
 
 
+def test_a_study_of_an_earlier_version_goes_on(make_config, tmp_path):
+  """A study whose folder was written before a field existed: would catch a new field that makes it another study."""
+  study, folder = study_of(make_config(), "placement=pre post"), tmp_path / "study"
+  open_study(study, folder)
+  written = json.loads((folder / "study.json").read_text())
+  del written["base"]["optimizer.name"]
+  (folder / "study.json").write_text(json.dumps(written))
+  assert len(open_study(study, folder)) == 2
+  del written["base"]["train.batch_size"]  # the default is another than this study's
+  (folder / "study.json").write_text(json.dumps(written))
+  with pytest.raises(InputError, match=r"config\.train\.batch_size: \d+ there, 8 now"):
+    open_study(study, folder)
+  written["base"]["optimizer.colour"] = "red"
+  (folder / "study.json").write_text(json.dumps(written))
+  with pytest.raises(InputError, match=r"optimizer\.colour"):
+    open_study(study, folder)
+
+
 def test_runs_that_should_start_from_the_same_numbers_are_compared(make_config, tmp_path):
   runs = study_of(make_config(), "placement=pre pre+scaled_init", "seed=0 1").runs(tmp_path)
   sums = dict.fromkeys(("embedding", "head", *(f"layers/{n}" for n in ("query", "key", "value", "gate", "up"))), 7)

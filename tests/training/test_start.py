@@ -14,7 +14,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.__main__ import main
 from mixln_jax.data.corpus import is_validation
 from mixln_jax.data.instructions import prompt_of
-from mixln_jax.data.tokenizer import train_hugging_face
+from mixln_jax.data.tokenizer_training import train_hugging_face
 from mixln_jax.errors import InputError
 from mixln_jax.model import Transformer
 from mixln_jax.opening import set_up

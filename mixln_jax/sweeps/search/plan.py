@@ -228,11 +228,8 @@ def check_same(search: Search, old: Mapping[str, Any], folder: Path) -> None:
     there, here = old.get(name, default), search.content.get(name, default)
     if name not in FREE and name != "base" and there != here:
       wrong.append(f"SEARCH.{name}: {shown(there, 60)} there, {shown(here, 60)} now")
-  flat = config_lib.flatten(search.base)
-  for field, spec in config_lib.FIELDS.items():
-    there = old["base"].get(field, spec.default)
-    if there != flat[field] and spec.on_resume != config_lib.FREE:
-      wrong.append(f"config.{field}: {there!r} there, {flat[field]!r} now")
+  for field, there, here in config_lib.refused_differences(old["base"], search.base):
+    wrong.append(f"config.{field}: {there!r} there, {here!r} now")
   if wrong:
     raise InputError(
       f"workdir={folder} holds another search: {'; '.join(wrong)}; a search can't change under its candidates: use "
