@@ -173,7 +173,7 @@ def test_what_is_not_finite_is_none_in_the_json_and_said_in_the_table():
 
 
 def test_the_suite_counts_layers_as_the_table_above_it_does():
-  """Layer 1 of one table that is layer 0 of the other; a column of pairs that is a row off; a fraction of other pairs."""
+  """Layer 1 of one table that is layer 0 of the other; a column of pairs that is a row off."""
   nan = math.nan
   arrays = {
     "causal/mean_of_ratios": [[nan, 0.5, 0.7], [nan, nan, 0.1], [nan, nan, nan]],
