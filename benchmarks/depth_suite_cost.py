@@ -32,7 +32,7 @@ from benchmarks.output import output_file
 from benchmarks.recipes import load
 from configs import tiny
 from mixln_jax.config import Config
-from mixln_jax.diagnostics import jacobian, lens, linear_fit, swaps
+from mixln_jax.diagnostics import depth, jacobian, lens, linear_fit, swaps
 from mixln_jax.diagnostics.depth_suite import as_batches
 from mixln_jax.diagnostics.layer_io import LayerIO, num_variants
 from mixln_jax.diagnostics.removal import make_removal_step
@@ -60,7 +60,7 @@ def programs(config: Config, rows: int) -> dict[str, tuple[Callable[..., Any], t
   streams = LayerIO(transformer).columns.streams.num_carried
   vectors = jacobian.random_vectors(0, VECTORS, streams, model.embed_dim)
   ones = np.ones(rows, np.float32)
-  fit = linear_fit.make_fit_step(model)
+  fit, depth_step = linear_fit.make_fit_step(model), depth.make_depth_step(model)
   return {
     "forward": (make_removal_step(model), (np.ones(num_layers, np.int32),)),
     "causal and removal": (make_substitution_step(model), (layer_C, None)),
@@ -72,6 +72,10 @@ def programs(config: Config, rows: int) -> dict[str, tuple[Callable[..., Any], t
     "permutation, one pair": (swaps.make_swap_step(model), (ones, swaps.swap(model, 0, num_layers - 1, "row_moves"))),
     "jacobian": (jacobian.make_jacobian_step(transformer), (ones, vectors, (0, 0))),
     "lens and angles": (lens.make_lens_step(model), ()),
+    "angles and ranks": (
+      lambda params, batch, sums: depth_step(params, sums, batch),
+      (jax.eval_shape(lambda: depth.DepthSums.zeros(model)),),
+    ),
   }
 
 
@@ -156,7 +160,7 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--recipe", default="1b")
   parser.add_argument("--topology", default="v5e:4x4")
-  parser.add_argument("--only", nargs="+", default=[], help="tpu: these programs, by the names that the table has")
+  parser.add_argument("--only", nargs="+", default=[], help="tpu: these programs; --out leaves the others as they are")
   parser.add_argument("--out", type=output_file)
   arguments = parser.parse_args()
   if arguments.what == "time":
@@ -165,6 +169,9 @@ def main() -> None:
     result = measure_memory(arguments.recipe, arguments.topology, arguments.only)
   if arguments.out:
     stored = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    earlier = stored.get(arguments.what, {})
+    if arguments.only and all(earlier.get(field) == result[field] for field in ("recipe", "topology")):
+      result["programs"] = earlier["programs"] | result["programs"]
     stored[arguments.what] = {"platform": platform.platform(), "jax": jax.__version__, **result}
     arguments.out.write_text(json.dumps(stored, indent=1) + "\n")
 

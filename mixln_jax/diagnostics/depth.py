@@ -14,6 +14,7 @@ import numpy as np
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import ModelConfig
+from mixln_jax.diagnostics.triangular import triangularize
 from mixln_jax.model import Transformer, next_token_loss
 from mixln_jax.placement import Streams
 
@@ -82,7 +83,7 @@ def add_rows(triangle_EE: jax.Array, x_ND: jax.Array, weights_N: jax.Array) -> j
   instead of 3e-4.
   """
   rows_NE = jnp.concatenate([jnp.ones((len(x_ND), 1)), x_ND.astype(jnp.float32)], axis=1) * weights_N[:, None]
-  return jnp.linalg.qr(jnp.concatenate([triangle_EE, rows_NE]), mode="r")
+  return triangularize(jnp.concatenate([triangle_EE, rows_NE]), len(triangle_EE))
 
 
 def effective_rank(triangle_EE: np.ndarray) -> float | None:

@@ -213,7 +213,7 @@ def suite_lines(suite: Mapping[str, Any], layer_list: str) -> list[str]:
   """The depth suite by layer and the published fractions, as text for a terminal."""
   arrays = {name: np.array(values, float) for name, values in suite["arrays"].items()}
   num_layers = len(layer_list.split())
-  columns = [(("", "layer"), [*map(str, range(num_layers)), "end"]), (("", "placement"), layer_list.split())]
+  columns = [(("", "layer"), [*map(str, range(1, num_layers + 1)), "end"]), (("", "placement"), layer_list.split())]
 
   def add(head: tuple[str, str], name: str, form: str, read: Callable[[np.ndarray], Iterable[float]] = list) -> None:
     if name in arrays:

@@ -21,6 +21,7 @@ import scipy.linalg
 from mixln_jax.config import ModelConfig
 from mixln_jax.diagnostics.layer_io import AnyStreams, Batch, LayerIO, by_layer, present
 from mixln_jax.diagnostics.substitution import Affine
+from mixln_jax.diagnostics.triangular import triangularize
 from mixln_jax.model import Transformer
 
 MOST_NUMBERS = 2**28  # in the factors of one pass: 1 GB
@@ -102,12 +103,12 @@ def add_rows(
 
   def extend(factors: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
     triangle_EE, projected_EF = factors
-    orthogonal, triangle_EE = jnp.linalg.qr(jnp.concatenate([triangle_EE, rows[0]]))
-    written = jnp.concatenate([projected_EF, rows[1]])
-    return (triangle_EE, jnp.einsum("re,rf->ef", orthogonal, written, precision="highest")), None
+    so_far = jnp.concatenate([triangle_EE, projected_EF], axis=1)
+    stacked = jnp.concatenate([so_far, jnp.concatenate(rows, axis=1)])
+    reduced = triangularize(stacked, len(triangle_EE))
+    return (reduced[:, : len(triangle_EE)], reduced[:, len(triangle_EE) :]), None
 
-  with jax.default_matmul_precision("highest"):
-    factors, _ = jax.lax.scan(extend, (triangle_EE, projected_EF), (cut(rows_BTE), cut(y_BTF * weights_BT1)))
+  factors, _ = jax.lax.scan(extend, (triangle_EE, projected_EF), (cut(rows_BTE), cut(y_BTF * weights_BT1)))
   return factors
 
 

@@ -4,7 +4,6 @@ One figure as data (`panels.Figure`) is drawn by one renderer; what a new kind o
 `_draw_series`, and a line in `_draw`.
 """
 
-import dataclasses
 import io
 import math
 import warnings
@@ -31,7 +30,8 @@ from mixln_jax.reporting.source import Source
 from mixln_jax.reporting.ticks import chosen, linear_ticks, log_ticks, tick_text
 
 COLUMN_WIDTH, TEXT_WIDTH, TEXT_HEIGHT = 3.3, 6.8, 9.0  # inches: a column, and both, of a page of two columns
-PAGE_WIDTH, WIDE_PAGE_WIDTH = 4.2, 5.4  # inches of a panel on the HTML page, where the browser scales it
+# Inches of a panel on the HTML page, where the browser scales it; a heat map is square.
+PAGE_WIDTH, WIDE_PAGE_WIDTH, MAP_PAGE_WIDTH = 4.2, 5.4, 2.9
 FORMATS = ("svg", "pdf", "png")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
@@ -106,11 +106,17 @@ def page_svgs(figure: Figure) -> list[str]:
     mpl.rcParams.update(PAGE_PARAMS)
     for number, panel in enumerate(figure.panels):
       tags = Tags()
-      alone = dataclasses.replace(figure, panels=[dataclasses.replace(panel, title="")])
-      canvas = make_canvas(alone, tags, width=WIDE_PAGE_WIDTH if panel.estimates else PAGE_WIDTH)
+      canvas = make_canvas(figure.alone(number), tags, width=_page_width(panel))
       title = ", ".join(filter(None, (figure.title, panel.title)))
       elements.append(inline(_saved(canvas, "svg").decode(), f"{figure.name}-{number}", tags, title))
   return elements
+
+
+def _page_width(panel: Panel) -> float:
+  """In inches."""
+  if panel.estimates:
+    return WIDE_PAGE_WIDTH
+  return PAGE_WIDTH if panel.matrix is None else MAP_PAGE_WIDTH
 
 
 @contextmanager
@@ -158,7 +164,9 @@ def make_canvas(figure: Figure, tags: Tags | None = None, width: float | None = 
       left_over.remove()
     images = [_draw(ax, panel, figure, tags) for ax, panel in zip(axes[:count], figure.panels, strict=True)]
     if maps:
-      canvas.colorbar(images[-1], ax=axes[:count], label=figure.colour_label, shrink=0.9)
+      # A pointed end says that some entries are larger.
+      extend = "max" if figure.largest_entry > figure.colour_range[1] else "neither"
+      canvas.colorbar(images[-1], ax=axes[:count], label=figure.colour_label, shrink=0.9, extend=extend)
   if handles:
     canvas.legend(handles=handles, loc="outside lower center", ncols=legend_columns)
   if not to_lay_out:
@@ -247,6 +255,8 @@ def _draw_series(ax: Any, panel: Panel, tags: Tags | None) -> None:
   _tick_x(ax, panel)
   if ax.get_yscale() == "log":
     low, high = ax.get_ylim()
+    if high < 1.01 * low:  # values that differ by rounding alone; ticks between them would have one text
+      low, high = ax.set_ylim(low / 1.2, high * 1.2)
     _set_ticks(ax.yaxis, log_ticks(low, high))
 
 

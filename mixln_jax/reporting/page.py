@@ -281,13 +281,14 @@ def _numbers(panel: Panel) -> dict[str, Any]:
 
 
 def _matrix_numbers(panel: Panel) -> dict[str, Any]:
-  """The numbers of a heat map, a row for each n and a column a layer."""
+  """The numbers of a heat map, in rows and columns as its axes have them, the first row on top."""
   assert panel.matrix is not None
-  layers = [f"layer {number}" for number in range(1, panel.matrix.shape[1] + 1)]
+  headers = ["", *(str(number) for number in range(1, panel.matrix.shape[1] + 1))]
   body = []
-  for n, values in enumerate(panel.matrix, start=1):
-    body.append((f"n = {n}", *(_cell(value, ".3f") for value in values)))
-  return {"title": panel.title, "headers": ["", *layers], "rows": body, "cut": False}
+  for number, values in enumerate(panel.matrix, start=1):
+    body.append((str(number), *(_cell(value, "#.3g") for value in values)))
+  title = f"{panel.title} – down: {panel.y_label}; across: {panel.x_label}"
+  return {"title": title, "headers": headers, "rows": body, "cut": False}
 
 
 def _series_numbers(panel: Panel) -> dict[str, Any]:

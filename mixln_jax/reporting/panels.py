@@ -159,6 +159,8 @@ class Figure:
     caption: definition and source of what is drawn.
     panels: at least one in a figure that is drawn.
     colour_label: of the colour scale of heat maps.
+    largest_colour: where the colour scale ends if entries are larger; those have its last colour.
+    whole_range: the colour scale, if it is that of a figure with more panels; by default that of these panels.
   """
 
   name: str
@@ -166,6 +168,13 @@ class Figure:
   caption: str
   panels: Sequence[Panel]
   colour_label: str = ""
+  largest_colour: float = math.inf
+  whole_range: tuple[float, float] | None = None
+
+  def alone(self, number: int) -> "Figure":
+    """One panel without its title as a figure, its heat map on the colour scale of all panels."""
+    panel = dataclasses.replace(self.panels[number], title="")
+    return dataclasses.replace(self, panels=[panel], whole_range=self.colour_range)
 
   @property
   def looks(self) -> dict[Style, str]:
@@ -180,10 +189,14 @@ class Figure:
   @property
   def colour_range(self) -> tuple[float, float]:
     """One scale for all heat maps: from 0 to the largest entry, or to 1 where no entry is above 0."""
-    largest = 0.0
-    for panel in self.panels:
-      largest = max(largest, float(panel.finite_entries.max(initial=0.0)))
-    return 0.0, largest or 1.0
+    if self.whole_range is not None:
+      return self.whole_range
+    return 0.0, min(self.largest_entry, self.largest_colour) or 1.0
+
+  @property
+  def largest_entry(self) -> float:
+    """The largest entry of all heat maps, at least 0."""
+    return max((float(panel.finite_entries.max(initial=0.0)) for panel in self.panels), default=0.0)
 
   def rows(self) -> list[dict[str, object]]:
     """All that is drawn, one value a row."""

@@ -17,19 +17,25 @@ from mixln_jax.reporting.source import SEEDS_NOTE, Source, make_figure
 NOTE = "Definitions of DepthBench (arXiv 2609.32534); diagnose.json has ours in full."
 
 Y_LABELS = {"usefulness": "loss / loss of the model", "jacobian": "‖J − I‖ / √width"}
+# Causal scores above it have one colour. A Post-LN layer after one that is removed may have 5, beside which all others
+# would look like 0.
+LARGEST_COLOUR = 1.0
+# Scores and deviations of the first layers may be 100 times those of the others.
+LOG = ("permutation", "jacobian")
 Read = Callable[[np.ndarray], np.ndarray]
 
 
 def causal_maps(source: Source) -> Figure:
   """How much each layer changes what each later one adds."""
   caption = (
-    "Causal score, mean of ratios: how much of the change that layer l makes to the stream is another one where layer "
-    f"s is removed. At 0, layer l does not depend on layer s. All maps have one colour scale. {NOTE}"
+    "Causal score, mean of ratios: by how much the change that layer l makes to the stream differs when layer s is "
+    "removed, as a fraction of that change. At 0, layer l does not depend on layer s. All maps have one colour scale, "
+    f"which ends at {LARGEST_COLOUR:g}: larger scores have its last colour. {NOTE}"
   )
   read = diagnosed(_reader("causal/mean_of_ratios", None))
   panels = maps(source, read, "layer s removed (1 = first)", "later layer l")
   figure = make_figure("causal_score", "Causal score", caption, panels)
-  return dataclasses.replace(figure, colour_label="causal score")
+  return dataclasses.replace(figure, colour_label="causal score", largest_colour=LARGEST_COLOUR)
 
 
 def permutation_maps(source: Source) -> Figure:
@@ -54,8 +60,9 @@ def suite_by_layer(source: Source) -> Figure:
   )
   for title, name, read in measures:
     lines = by_depth(source, diagnosed(_reader(name, read)))
-    label = Y_LABELS.get(name.split("/")[0], "score")
-    panels.append(Panel(title, LAYER_AXIS, label, lines))
+    measurement = name.split("/")[0]
+    label = Y_LABELS.get(measurement, "score")
+    panels.append(Panel(title, LAYER_AXIS, label, lines, log_y=measurement in LOG))
   caption = (
     "By layer: how much later layers depend on it; what it costs to exchange it with the next one; what it costs to "
     "replace it by the affine map that fits it best (on tokens that it was not fitted on); how far its Jacobian is "

@@ -14,7 +14,7 @@ from mixln_jax import config as config_lib
 from mixln_jax.__main__ import main
 from mixln_jax.data.prepare import prepare
 from mixln_jax.diagnostics.depth_suite import MEASUREMENTS
-from mixln_jax.diagnostics.diagnose import DEFINITIONS, table
+from mixln_jax.diagnostics.diagnose import DEFINITIONS, finite, suite_lines, table
 from mixln_jax.interop.safetensors_folder import write_folder
 
 FIXTURE = Path(__file__).parents[1] / "data" / "transformers" / "llama.npz"
@@ -156,8 +156,6 @@ def test_what_can_not_be_measured_is_refused_before_anything_is(llama, tmp_path,
 
 
 def test_what_is_not_finite_is_none_in_the_json_and_said_in_the_table():
-  from mixln_jax.diagnostics.diagnose import finite
-
   result = {
     "tokens": 9,
     "angular_distance": {"last": [[0.25]], "all": [[math.nan]]},
@@ -172,3 +170,23 @@ def test_what_is_not_finite_is_none_in_the_json_and_said_in_the_table():
   layer, end = table(result, "post").splitlines()[2:4]
   assert layer.split() == ["1", "post", "0.2500", "n/a", "n/a", *["1.000e+00", "2.000e+00"] * 2, "1.0", "5"]
   assert end.split() == ["end", "n/a", "n/a"]
+
+
+def test_the_suite_counts_layers_as_the_table_above_it_does():
+  """Layer 1 of one table that is layer 0 of the other; a column of pairs that is a row off."""
+  nan = math.nan
+  arrays = {
+    "causal/mean_of_ratios": [[nan, 0.5, 0.7], [nan, nan, 0.1], [nan, nan, nan]],
+    "permutation/row_moves": [[nan, 0.25, 0.5], [nan, nan, 0.125], [nan, nan, nan]],
+    "lens/kl_final_to_depth": [3.0, 2.0, 1.0, 0.0],
+  }
+  suite = {"arrays": finite(arrays), "fractions": {"causal/mean_of_ratios": 1 / 3, "permutation/row_moves": nan}}
+  _, _, *rows, causal, permutation = suite_lines(finite(suite), "post post pre")
+  assert [row.split() for row in rows] == [
+    ["1", "post", "0.600", "0.2500", "3.0000"],
+    ["2", "post", "0.100", "0.1250", "2.0000"],
+    ["3", "pre", "1.0000"],
+    ["end", "0.0000"],
+  ]
+  assert causal == "causal/mean_of_ratios: 33.3% of late pairs above 0.45"
+  assert permutation == "permutation/row_moves: n/a of late pairs above 0.15"

@@ -1,6 +1,8 @@
 """Loss against depth with slopes known beforehand, and the figures of the depth suite."""
 
 import dataclasses
+import math
+import re
 
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ import pytest
 from mixln_jax.reporting import suite
 from mixln_jax.reporting.analysis import analyze
 from mixln_jax.reporting.depth import Rung, ladders, loss_by_depth, slope_of
+from mixln_jax.reporting.figures import page_svgs
 from mixln_jax.reporting.groups import Group
 from mixln_jax.reporting.loading import load
-from mixln_jax.reporting.panels import Style
+from mixln_jax.reporting.page import figure_view
+from mixln_jax.reporting.panels import Figure, Panel, Style
 from reporting.making import make_run, make_suite
 
 # placement, layers, rate -> losses of seeds. The best rates lie on 6 − 0.5 log2(layers) for pre, whose grid ends there
@@ -85,7 +89,7 @@ def test_the_suite_is_drawn_side_by_side(tmp_path):
   assert [panel.title for panel in maps.panels] == ["pre", "post"]
   assert maps.panels[1].matrix[3, 0] == 1.5
   assert np.isnan(maps.panels[1].matrix[0, 3])
-  assert maps.colour_range == (0.0, 1.5)
+  assert maps.colour_range == (0.0, 1.0)  # which ends at 1
   causal, exchanged, useful, _ = suite.suite_by_layer(source).panels
   assert causal.series[0].x == [1, 2, 3]
   assert causal.series[0].y[0] == 0.5
@@ -93,3 +97,19 @@ def test_the_suite_is_drawn_side_by_side(tmp_path):
   assert useful.series[1].y == [0, 1, 2, 3]
   assert [panel.series[0].x[0] for panel in suite.lens_by_depth(source).panels] == [0, 0]
   assert dataclasses.replace(maps).colour_label == "causal score"
+
+
+def test_maps_on_the_page_share_a_scale_and_tables_have_the_words_of_their_axes():
+  """Maps side by side whose colours mean different numbers, under a caption that says they don't; rows called n."""
+  small, large = np.array([[np.nan, np.nan], [0.25, np.nan]]), np.array([[np.nan, np.nan], [4.0, np.nan]])
+  panels = [Panel(name, "removed", "later", matrix=matrix) for name, matrix in (("a", small), ("b", large))]
+  figure = Figure("scores", "Scores", "of layers", panels, "score")
+  for limit, expected in ((math.inf, (0.0, 4.0)), (1.0, (0.0, 1.0))):
+    limited = dataclasses.replace(figure, largest_colour=limit)
+    assert limited.colour_range == limited.alone(0).colour_range == limited.alone(1).colour_range == expected
+    scales = [set(re.findall(r">([0-9]\.[0-9]+|[0-9])<", svg)) for svg in page_svgs(limited)]
+    assert scales[0] == scales[1]
+  table = figure_view(figure)["tables"][1]
+  assert table["title"] == "b – down: later; across: removed"
+  assert table["headers"] == ["", "1", "2"]
+  assert table["rows"] == [("1", "", ""), ("2", "4.00", "")]
