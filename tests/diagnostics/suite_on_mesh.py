@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # of a clone that is not installed, too
 
 from helpers import random_params, random_tokens, small_model
 
