@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -153,10 +152,8 @@ def test_the_row_moves_with_its_layer_and_positions_stay():
 @pytest.mark.slow
 def test_a_mesh_measures_what_one_device_does():
   """A sum over the rows of one device; a factor or a map that lies on one of them."""
-  root = Path(__file__).parents[2]
-  command = [sys.executable, str(root / "tests" / "diagnostics" / "suite_on_mesh.py")]
-  environment = os.environ | {"PYTHONPATH": str(root)}
-  done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+  script = Path(__file__).parent / "suite_on_mesh.py"
+  done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
   assert done.returncode == 0, done.stderr[-2000:]
   gaps = json.loads(done.stdout.splitlines()[-1])
   assert len(gaps) == 22
