@@ -27,6 +27,7 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from benchmarks.compile_for_tpu import measure, versions, write_results
+from benchmarks.output import output_file, output_folder
 from benchmarks.recipes import load
 from mixln_jax import config as config_lib
 from mixln_jax.parallel.devices import DEVICES
@@ -140,8 +141,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--maxtext", help="a Python with MaxText; without it only our own rows are made")
   parser.add_argument("--path", type=Path, help="folder of an unpacked MaxText")
-  parser.add_argument("--texts", type=Path, required=True, help="folder of compiled programs")
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--texts", type=output_folder, required=True, help="folder of compiled programs")
+  parser.add_argument("--out", type=output_file)
   parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048])
   parser.add_argument("--cases", nargs="+", default=["pre", "mix:0.25"])
   parser.add_argument("--flags", default=UNWINDOWED)

@@ -30,6 +30,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
+from benchmarks.output import output_file, output_folder
 from benchmarks.recipes import RECIPES, case_fields, load
 from mixln_jax.planning import topology
 from mixln_jax.planning.plan import Memory, Plan, Step, arithmetic, compile_step, with_step
@@ -109,8 +110,8 @@ def write_results(path: Path, document: dict[str, Any]) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("cases", nargs="*", help="triples of a recipe (130m), a topology (v5e:2x4) and a case")
-  parser.add_argument("--out", type=Path)
-  parser.add_argument("--texts", type=Path, help="folder of compiled programs")
+  parser.add_argument("--out", type=output_file)
+  parser.add_argument("--texts", type=output_folder, help="folder of compiled programs")
   arguments = parser.parse_args()
   given = list(zip(*(iter(arguments.cases),) * 3, strict=True))
   recipes = [(recipe, slice_, load(recipe).model.placement) for recipe, slice_ in RECIPES.items()]

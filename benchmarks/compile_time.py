@@ -17,12 +17,12 @@ import os
 import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.output import output_file
 from mixln_jax import config as config_lib
 from mixln_jax.training.step import abstract_state, make_train_step
 
@@ -49,7 +49,7 @@ def main() -> None:
   parser.add_argument("--placement", default="mix:0.25")
   parser.add_argument("--cases", nargs="+", default=[f"{kind} {depth}" for kind, depth in CASES])
   parser.add_argument("--optimization_level", type=int, help="XLA's, of its back end; by default its own")
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--out", type=output_file)
   arguments = parser.parse_args()
   options = {}
   if arguments.optimization_level is not None:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 
+from benchmarks.output import output_file
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
 from mixln_jax.model import Transformer
@@ -153,8 +154,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--out", default="benchmarks/results/coordinate_check.json")
-  parser.add_argument("--figure", default="docs/coordinate_check.svg")
+  parser.add_argument("--out", type=output_file, default="benchmarks/results/coordinate_check.json")
+  parser.add_argument("--figure", type=output_file, default="docs/coordinate_check.svg")
   parser.add_argument("--fixed_batch", action="store_true")
   arguments = parser.parse_args()
   rows = measure_all(fixed_batch=arguments.fixed_batch)

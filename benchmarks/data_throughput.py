@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.output import output_file
 from configs import llama_130m, tiny
 from mixln_jax.data import corpus as corpus_lib
 from mixln_jax.data.corpus import Document
@@ -121,7 +122,7 @@ def host_needs() -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--out", type=output_file)
   arguments = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     rates = measure_prepare(Path(folder)) | measure_loader()

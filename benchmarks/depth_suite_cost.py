@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 if "tpu" in sys.argv[1:]:
@@ -29,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.output import output_file
 from benchmarks.recipes import load
 from configs import tiny
 from mixln_jax.config import Config
@@ -161,7 +161,7 @@ def main() -> None:
   parser.add_argument("--recipe", default="1b")
   parser.add_argument("--topology", default="v5e:4x4")
   parser.add_argument("--only", nargs="+", default=[], help="tpu: these programs; --out leaves the others as they are")
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--out", type=output_file)
   arguments = parser.parse_args()
   if arguments.what == "time":
     result = measure_time(arguments.repeats)

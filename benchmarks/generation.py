@@ -13,7 +13,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
+from benchmarks.output import output_file
 from configs.tiny import get_config
 from mixln_jax.inference.generate import generate_batch
 from mixln_jax.model.initial import initial_params
@@ -60,7 +60,7 @@ def measure(model: Any, params: Any, rows: int, slots: int) -> dict[str, float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--out", type=output_file)
   out = parser.parse_args().out
   model: Any = FrozenConfigDict(get_config().model)
   params = jax.tree.map(jnp.asarray, jax.jit(lambda: initial_params(model, seed=0))())

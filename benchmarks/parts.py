@@ -25,12 +25,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.output import output_file
 from benchmarks.recipes import load
 from benchmarks.speed_worker import random_batch
 from mixln_jax import placement
@@ -177,7 +177,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--only", nargs="+", choices=[*GROUPS, *ALONE], default=[*GROUPS, *ALONE])
   parser.add_argument("--repeats", type=int, default=7)
-  parser.add_argument("--out", type=Path, help="parts that it has already are kept, unless they are measured again")
+  parser.add_argument("--out", type=output_file, help="parts that it has already are kept unless measured again")
   arguments = parser.parse_args()
   stored = json.loads(arguments.out.read_text())["parts"] if arguments.out and arguments.out.is_file() else {}
   for name in arguments.only:

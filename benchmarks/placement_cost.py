@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import topologies
 
+from benchmarks.output import output_file
 from benchmarks.recipes import load
 from mixln_jax.model import transformer
 from mixln_jax.model.columns import Columns, traced_rows
@@ -241,7 +241,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--only", nargs="*", choices=list(CASES))
   parser.add_argument("--remat", nargs="*", choices=list(REMAT), default=list(REMAT))
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--out", type=output_file)
   arguments = parser.parse_args()
   stored = json.loads(arguments.out.read_text())["rows"] if arguments.out and arguments.out.is_file() else []
   rows = {(row["remat"], row["case"]): row for row in stored}  # measured before: a run that was stopped goes on

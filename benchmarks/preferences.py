@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from benchmarks import finetuning
+from benchmarks.output import output_file
 from configs.preference import tiny
 from mixln_jax.data import references
 from mixln_jax.data.prepare import prepare
@@ -53,7 +54,8 @@ def tune(base: str) -> dict[str, Any]:
   corpus = prepare(config)
   outcome = train(config, workdir.address)
   start = json.loads(workdir.read(folder_lib.START))
-  found = references.with_stored(corpus, start["hash"])
+  reference = references.Reference(start["hash"], references.model_hash(config.model))
+  found = references.with_stored(corpus, reference)
   assert found is not None
   assert found.references is not None
   likelihoods = found.references["validation"]
@@ -71,7 +73,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--only_task", action="store_true")
   parser.add_argument("--base", action="append", default=[])
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--out", type=output_file)
   arguments = parser.parse_args()
   if not arguments.only_task and not arguments.base:
     parser.error("give --base=RUN, a run of configs/tiny.py, or --only_task")

@@ -16,12 +16,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.output import output_file
 from configs import tiny
 from mixln_jax.config import Config
 from mixln_jax.parallel.mesh import global_batch, make_mesh
@@ -76,7 +76,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--layers", type=int, default=4)
-  parser.add_argument("--out", type=Path)
+  parser.add_argument("--out", type=output_file)
   arguments = parser.parse_args()
   base = tiny.get_config()
   base.model.num_layers = arguments.layers

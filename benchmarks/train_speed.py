@@ -25,6 +25,7 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.output import output_file
 from benchmarks.recipes import RECIPES, case_fields, load
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
@@ -228,7 +229,7 @@ def main() -> None:
   parser.add_argument("--matmul", type=int, default=2048, help="size of the matrix product that is the ceiling")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--steps", type=int, default=2, help="steps of each trainer a round")
-  parser.add_argument("--out", type=Path, help="results of recipes that it has already are kept, not measured again")
+  parser.add_argument("--out", type=output_file, help="results of recipes that it has already are not measured again")
   arguments = parser.parse_args()
   check(arguments)
   stored = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {"results": []}

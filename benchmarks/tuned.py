@@ -40,6 +40,7 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.output import output_file
 from benchmarks.parts import Step, for_cpu, normal, turns
 from benchmarks.recipes import CONFIGS, load_file
 from mixln_jax.config import Config, head_dim
@@ -412,7 +413,7 @@ def main() -> None:
   parser.add_argument("--shapes", nargs="+", help="by default tiny, 9m and 71m on a CPU, 71m and 1b on a TPU")
   parser.add_argument("--against", nargs="+", metavar="FORM", help="on a CPU, these plain forms alone")
   parser.add_argument("--repeats", type=int, default=9)
-  parser.add_argument("--out", type=Path, help="rows that it has already stay, unless they are measured again")
+  parser.add_argument("--out", type=output_file, help="rows that it has already stay, unless they are measured again")
   arguments = parser.parse_args()
   stored = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {}
   for where in arguments.on:

@@ -28,7 +28,12 @@ html_theme = "sphinx_book_theme"
 html_title = "mixln_jax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"use_download_button": False, "show_toc_level": 2, "navigation_with_keys": False}
+html_theme_options = {
+  "use_download_button": False,
+  "show_toc_level": 2,
+  "navigation_with_keys": False,
+  "navbar_persistent": [],  # the sidebar has the search field already
+}
 html_extra_path: list[str] = []
 exclude_patterns = ["_ext", "_static", "README.md"]
 

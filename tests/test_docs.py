@@ -66,9 +66,10 @@ def check_arguments(words):
 
 
 def expanded(line, variables):
-  """A command with the shell's variables of its page put in, and placeholders that name a recipe."""
+  """A command with the shell's variables of its page put in, and placeholders that name a recipe or a new row."""
   for name, value in variables.items():
     line = re.sub(rf'"?\$\{{{name}\[@\]\}}"?|"?\${name}\b"?', lambda _, value=value: value, line)
+  line = re.sub(r"placement=mine\b", "placement=pre", line)
   return line.replace("--config=RECIPE", "--config=tiny").replace("--config.data.source=…", "")
 
 
@@ -189,6 +190,19 @@ def test_links_lead_somewhere(name):
     assert path.exists(), f"{name}: {target}"
     if anchor and path.name not in ("commands.md", "configs.md"):  # whose headings the site makes
       assert anchor in anchors_of(path.read_text()), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_stand_in_fences(name):
+  """Would catch a block of commands that is merely indented, which the test of commands does not read."""
+  prose = re.sub(r"^ *```.*?^ *```", "", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+  indented = re.findall(r"\n\n    ((?:\S*python|mixln|bash|pip|\.venv)\b.*)", prose)
+  assert not indented, indented
+
+
+def test_no_page_takes_the_place_of_one_of_the_site_s_own():
+  """Would catch a page search.md, which the site's page of search results overwrites."""
+  assert not {"docs/search.md", "docs/genindex.md", "docs/py-modindex.md"} & set(NAMES)
 
 
 def test_readme_is_one_page():

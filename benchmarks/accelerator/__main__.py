@@ -27,11 +27,11 @@ import sys
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 from benchmarks.accelerator import training
 from benchmarks.accelerator.kit import ROOT, Kit, Piece, Result, last_words, own_environment
 from benchmarks.accelerator.table import table
+from benchmarks.output import output_file
 
 LEFT_STATUS = 75
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -146,7 +146,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.accelerator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "accelerator.json")
+  parser.add_argument("--out", type=output_file, default=str(ROOT / "benchmarks" / "results" / "accelerator.json"))
   parser.add_argument("--minutes", type=float, default=9.0, help="what a call may take")
   parser.add_argument("--torch", help="a Python with torch and transformers")
   parser.add_argument("--only", nargs="+", help="beginnings of the names of pieces")

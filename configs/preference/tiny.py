@@ -3,9 +3,9 @@
 Command:  python -m benchmarks.preferences --only_task (writes work/era_pairs), then
           python -m mixln_jax prepare, then python -m mixln_jax finetune --workdir=DIR, both with
           --config=configs/preference/tiny.py --config.train.start_from=RUN
-Hardware: 2 CPU cores, as configs/finetune/tiny.py: a step has as many tokens.
-Result:   never run to its end. As far as it was (mix:0.25; a start of 42 steps, 23 of 60 steps, measured):
-          82.5 % of 400 held-out pairs, from 50.0 % after 15.
+Hardware: 2 CPU cores; 2 min 17 s and 2 min 59 s on a shared machine.
+Result:   after 150 steps, from runs of configs/tiny.py of 300 steps, one seed (measured): 93.0 % of 400 held-out pairs
+          with mix:0.25, 90.8 % with pre; 50.0 % before. docs/preferences.md has margins and rewards.
 Source:   ours; the embedded corpus.
 """
 

@@ -16,7 +16,7 @@ import jax
 from tqdm import tqdm
 
 from mixln_jax.command_line import CommandLine
-from mixln_jax.config import NEWEST
+from mixln_jax.config import NEWEST, ModelConfig
 from mixln_jax.diagnostics.depth_suite import MEASUREMENTS
 from mixln_jax.diagnostics.diagnose import SWAPS, diagnose, table
 from mixln_jax.diagnostics.removal import Score
@@ -92,7 +92,7 @@ def _diagnose(run: OpenRun, values: Any) -> tuple[dict[str, Any], RunFolder, lis
   config, setup = run.config, run.setup
   sizes = _sizes(values.blocks, config.model.num_layers)
   suite = _suite(values, config.data.sequence_length)
-  tasks = _tasks(values.tasks)
+  tasks = _tasks(values.tasks, config.model)
   check_batch(setup, "--batch_size", config.evaluate.batch_size)
   target = RunFolder(values.output or f"{run.folder.address}/{folder_lib.DIAGNOSE}/{run.step}")
   target.make_writable(FILE)
@@ -124,12 +124,14 @@ def _diagnose(run: OpenRun, values: Any) -> tuple[dict[str, Any], RunFolder, lis
   return result, target, drawn
 
 
-def _tasks(names: str | None) -> Any:
+def _tasks(names: str | None, model: ModelConfig) -> Any:
   """The tasks of --tasks, loaded; None where there are none."""
   if names is None:
     return None
+  from mixln_jax.inference.generate import check_decoder
   from mixln_jax.inference.tasks import Tasks  # it loads the harness, which takes seconds
 
+  check_decoder(model)  # before tasks are fetched over the network
   return Tasks(names)
 
 

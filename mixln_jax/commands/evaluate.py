@@ -114,11 +114,13 @@ def _on_corpora(run: OpenRun, sources: list[str]) -> list[str]:
 
 
 def _on_tasks(run: OpenRun, values: Any) -> list[str]:
+  from mixln_jax.inference.generate import check_decoder
   from mixln_jax.inference.harness import HarnessModel
   from mixln_jax.inference.tasks import Tasks, report, table  # it loads the harness, which takes seconds
 
-  tasks = Tasks(values.tasks)
   config = run.config
+  check_decoder(config.model)  # before tasks are fetched over the network
+  tasks = Tasks(values.tasks)
   target = RunFolder(values.output or f"{run.folder.address}/{folder_lib.TASKS}/{run.step}")
   target.make_writable(FILE)
   length, rows = config.data.sequence_length, config.evaluate.batch_size

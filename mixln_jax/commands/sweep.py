@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
   )
   line.string("workdir", "the study's folder", required=True)
   line.string(
-    "search", "a recipe with a SEARCH (configs/searches/), instead of --config: search placements (docs/search.md)"
+    "search",
+    "a recipe with a SEARCH (configs/searches/), instead of --config: search placements (docs/placement_search.md)",
   )
   line.strings(
     "axis",

@@ -460,20 +460,26 @@ def _check_results(results: Sequence[Result], config: Config, partial: Path) -> 
   """
   documents: Counter[str] = Counter()  # of each split
   bad = 0
+  examples = []
   for result in results:
     bad += sum(result.skipped.values())
+    examples += result.where
     for name, split in result.splits.items():
       documents[name] += split.documents
   good = sum(documents.values())
   source = f"config.data.source={config.data.source!r}"
   if bad > config.data.max_bad_share * (good + bad):
-    examples = [where for result in results for where in result.where]
     raise InputError(
       f"{source}: {bad} of {good + bad} documents can't be used ({'; '.join(examples[:EXAMPLES])}), more than "
       f"config.data.max_bad_share={config.data.max_bad_share:g} allows; repair the corpus, or raise the limit"
     )
   if not good:
     shutil.rmtree(partial)
+    if bad:
+      raise InputError(
+        f"{source}: none of {bad} documents can be used ({'; '.join(examples[:EXAMPLES])}); give another corpus, or "
+        "repair this one"
+      )
     raise InputError(f"{source}: the corpus is empty; it needs at least one document with text")
   if not all(documents.values()):
     shutil.rmtree(partial)

@@ -1,18 +1,23 @@
 """What a reference model makes of records of pairs: a number for each document, stored beside the records.
 
 A loss such as DPO compares a model with the one that it starts from. The log-probabilities of that one never change, so
-they are computed once and written to `references-HASH.safetensors` in the folder of the records, where HASH is that of
-the start checkpoint's weights. The file says itself which weights and which records it is of.
+they are computed once and written to `references-WEIGHTS-MODEL.safetensors` in the folder of the records. WEIGHTS is
+the hash of the start checkpoint's weights, and MODEL that of what the model makes of them: runs of two placements can
+start from equal bits. The file says itself which weights, model and records it is of.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from mixln_jax.config import FIELDS, FREE, ModelConfig
 from mixln_jax.data.records import SPLITS, Corpus
 from mixln_jax.errors import InputError, one_line
 from mixln_jax.files import write_whole
@@ -20,25 +25,51 @@ from mixln_jax.files import write_whole
 MEANING = "log probability of each document's answer under the reference, nats"
 
 
-def file_of(folder: Path, start_hash: str) -> Path:
-  """Where the references of a start checkpoint lie."""
-  return folder / f"references-{re.sub(r'[^0-9a-zA-Z]', '_', start_hash)}.safetensors"
+class Reference(NamedTuple):
+  """Which model log-probabilities are of.
+
+  Attributes:
+    weights: hash of the start checkpoint's weights.
+    model: hash of the config's model (`model_hash`); empty in a file that was written before this was stored.
+  """
+
+  weights: str
+  model: str = ""
 
 
-def with_stored(corpus: Corpus, start_hash: str) -> Corpus | None:
+def model_hash(model: ModelConfig) -> str:
+  """Of the fields of config.model that decide what it computes from given weights.
+
+  Fields with their default are left out, so that a field that a later version adds changes no hash.
+  """
+  fields = {}
+  for name, value in model.items():
+    field = FIELDS[f"model.{name}"]
+    if field.on_resume != FREE and value != field.default:
+      fields[name] = value
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_of(folder: Path, reference: Reference) -> Path:
+  """Where the log-probabilities of a reference lie."""
+  words = [re.sub(r"[^0-9a-zA-Z]", "_", word) for word in reference if word]
+  return folder / f"references-{'-'.join(words)}.safetensors"
+
+
+def with_stored(corpus: Corpus, reference: Reference) -> Corpus | None:
   """The corpus with the references that are stored for it; None where there are none.
 
   Args:
     corpus: records of pairs.
-    start_hash: of the weights of the start checkpoint.
+    reference: which model they are of.
 
   Raises:
-    InputError: the file is damaged, or is of other weights or records than its place says.
+    InputError: the file is damaged, or is of other weights, another model or other records than its place says.
   """
-  path = file_of(corpus.folder, start_hash)
+  path = file_of(corpus.folder, reference)
   if not path.exists():
     return None
-  expected = _facts(corpus, start_hash)
+  expected = _facts(corpus, reference)
   try:
     with safetensors.safe_open(path, "numpy") as file:
       facts = file.metadata() or {}
@@ -55,19 +86,19 @@ def with_stored(corpus: Corpus, start_hash: str) -> Corpus | None:
   return corpus._replace(references=references)
 
 
-def store(corpus: Corpus, start_hash: str, references: Mapping[str, np.ndarray]) -> Corpus:
+def store(corpus: Corpus, reference: Reference, references: Mapping[str, np.ndarray]) -> Corpus:
   """Writes references, whole or not at all; returns the corpus with them.
 
   Args:
     corpus: records of pairs.
-    start_hash: of the weights that computed them.
+    reference: which model computed them.
     references: of each split [records, documents of a record], fp32; zeros behind a record's last document.
 
   Raises:
     InputError: they can't be written.
   """
-  path = file_of(corpus.folder, start_hash)
-  content = safetensors.numpy.save(dict(references), _facts(corpus, start_hash))
+  path = file_of(corpus.folder, reference)
+  content = safetensors.numpy.save(dict(references), _facts(corpus, reference))
   try:
     write_whole(path, content)
   except OSError as error:
@@ -77,8 +108,9 @@ def store(corpus: Corpus, start_hash: str, references: Mapping[str, np.ndarray])
   return corpus._replace(references=dict(references))
 
 
-def _facts(corpus: Corpus, start_hash: str) -> dict[str, str]:
-  return {"meaning": MEANING, "start_checkpoint": start_hash, "records": corpus.manifest.fingerprint}
+def _facts(corpus: Corpus, reference: Reference) -> dict[str, str]:
+  facts = {"meaning": MEANING, "start_checkpoint": reference.weights, "records": corpus.manifest.fingerprint}
+  return facts | {"model": reference.model} if reference.model else facts
 
 
 def _unusable(path: Path, problem: str) -> InputError:

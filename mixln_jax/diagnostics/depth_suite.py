@@ -325,11 +325,14 @@ def _jacobian(suite: _Suite, num_vectors: int, sequences: int | None, seed: int,
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
   """Splits a sample into disjoint parts: two thirds for calibration, and one third held out.
 
-  The held-out part is the last third of the batches or, with fewer than three batches, every third row of each.
+  The held-out part is the last third of the batches or, with fewer than three batches, every third row of each. There
+  is none where these have fewer than three rows: a pass for each layer over records that don't count is for nothing.
   """
   num_held = len(batches) // 3
   if num_held:
     return list(batches[:-num_held]), list(batches[-num_held:])
+  if all(len(batch["weights_BT"]) < 3 for batch in batches):
+    return list(batches), []
   choose = jax.jit(lambda weights_BT, chosen_B: weights_BT * chosen_B[:, None])
   parts: tuple[list[Batch], list[Batch]] = ([], [])
   for batch in batches:

@@ -27,7 +27,7 @@ def check_tokenizer(place: Path, config: Config) -> str | None:
     A warning if there is a tokenizer that can't be read and compared; None if they match or there is none.
 
   Raises:
-    InputError: config.data.tokenizer is not the weights' tokenizer, or can't be read.
+    InputError: config.data.tokenizer is not the weights' tokenizer, can't be read, or has ids that the embedding lacks.
   """
   files = [place / name for name in NAMES if (place / name).is_file()]
   if place.suffix == GGUF:
@@ -54,6 +54,12 @@ def check_tokenizer(place: Path, config: Config) -> str | None:
     )
   if not any(are_same(ours, other) for other in theirs.values()):
     raise InputError(f"config.data.tokenizer={config.data.tokenizer!r} is not the tokenizer of these weights; {advice}")
+  if ours.vocab_size > config.model.vocab_size:
+    raise InputError(
+      f"config.data.tokenizer={config.data.tokenizer!r} has {ours.vocab_size:,} ids, and these weights an embedding of "
+      f"{config.model.vocab_size:,} (config.model.vocab_size): weights and tokenizer are of two models, or one of them "
+      "is damaged; download both again"
+    )
   return None
 
 

@@ -83,7 +83,10 @@ def analyze(material: Material, baseline: str | None = None) -> Analysis:
   headline = make_headline(rows, baseline)
   sections, absent = all_figures(source)
   difference = difference_figure(source, headline)
-  made = [tables.summary_table(headline), tables.perplexity_table(rows, baseline)]
+  made = [tables.summary_table(headline, runs), tables.perplexity_table(rows, baseline)]
+  on_pairs = tables.preferences_table(rows)
+  if on_pairs is not None:
+    made.append(on_pairs)
   if material.search is not None:
     made.append(search_table(material.search, rows, baseline))
   by_depth = depth.depth_table(source)

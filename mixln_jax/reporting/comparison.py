@@ -21,6 +21,7 @@ CONFIDENCE = 0.95
 POWER = 0.8  # the usual one, of which numbers of seeds are computed
 MOST_SEEDS = 1000  # more than so many are not counted
 LOWER, HIGHER, NOT_SHOWN, EQUAL, ONE_SEED = "lower", "higher", "no difference shown", "all pairs equal", "one seed"
+NATS_A_TOKEN, NATS_A_PAIR = "nats a token", "nats a pair"
 ROUNDING = 1e-12  # relative; losses that differ by less are equal: far above fp64's rounding, far below any effect
 
 
@@ -66,6 +67,10 @@ class Comparison:
     return self.verdict in (NOT_SHOWN, ONE_SEED)
 
 
+def _no_values() -> pd.Series:
+  return pd.Series(dtype=float)
+
+
 @dataclasses.dataclass(frozen=True)
 class Standing:
   """One group's row of the perplexity table.
@@ -74,11 +79,13 @@ class Standing:
     group: whose.
     planned: number of its runs; those that repeat one, with equal seeds, are one.
     diverged: how many of them stopped at numbers that are not finite, or are at the unigram entropy.
-    losses: final validation loss in nats a token, indexed by the seeds, of the runs that did all their steps and have a
+    of_pairs: whether its runs are trained on pairs of answers.
+    losses: final validation loss in `unit`, indexed by the seeds, of the runs that did all their steps and have a
       finite loss.
     bits: bits a byte of the same runs; of those that have it.
+    accuracies, margins, chosen_rewards, rejected_rewards: of the same runs, where they are of_pairs; else empty.
     loss: their mean and std; None where there are none.
-    perplexity: of exp(loss), run by run.
+    perplexity: of exp(loss), run by run; None where they are of_pairs.
     baseline: label of the group that it is compared with, or None.
     loss_difference, perplexity_difference: this group minus the baseline, paired by seeds.
   """
@@ -87,7 +94,12 @@ class Standing:
   planned: int
   diverged: int
   losses: pd.Series
-  bits: pd.Series = dataclasses.field(default_factory=lambda: pd.Series(dtype=float))
+  of_pairs: bool = False
+  bits: pd.Series = dataclasses.field(default_factory=_no_values)
+  accuracies: pd.Series = dataclasses.field(default_factory=_no_values)
+  margins: pd.Series = dataclasses.field(default_factory=_no_values)
+  chosen_rewards: pd.Series = dataclasses.field(default_factory=_no_values)
+  rejected_rewards: pd.Series = dataclasses.field(default_factory=_no_values)
   loss: Spread | None = None
   perplexity: Spread | None = None
   baseline: str | None = None
@@ -97,6 +109,11 @@ class Standing:
   @property
   def counted(self) -> int:
     return len(self.losses)
+
+  @property
+  def unit(self) -> str:
+    """Of its losses."""
+    return NATS_A_PAIR if self.of_pairs else NATS_A_TOKEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +240,18 @@ def standings(runs: Sequence[ReportedRun], groups: Sequence[Group], baseline: st
   for group in groups:
     planned = {seeds_of(runs[index]) for index in group.runs}
     diverged = {seeds_of(runs[index]) for index in group.runs if runs[index].diverged}
-    bits = final_values(runs, group, "bits_per_byte")
-    row = Standing(group, len(planned), len(diverged), final_losses(runs, group), bits)
+    row = Standing(
+      group=group,
+      planned=len(planned),
+      diverged=len(diverged),
+      losses=final_losses(runs, group),
+      of_pairs=runs[group.runs[0]].of_pairs,
+      bits=final_values(runs, group, "bits_per_byte"),
+      accuracies=final_values(runs, group, "accuracy"),
+      margins=final_values(runs, group, "margin"),
+      chosen_rewards=final_values(runs, group, "chosen_reward"),
+      rejected_rewards=final_values(runs, group, "rejected_reward"),
+    )
     rows.append(_compared(row, baseline_of(group, groups, baseline), runs))
   return rows
 
@@ -240,19 +267,22 @@ def _compared(row: Standing, baseline: Group | None, runs: Sequence[ReportedRun]
   """The row with its means, and with its differences from the baseline where there are pairs."""
   if row.losses.empty:
     return row
-  row = dataclasses.replace(row, loss=spread(row.losses), perplexity=spread(row.losses.map(perplexity)))
+  row = dataclasses.replace(row, loss=spread(row.losses))
+  if not row.of_pairs:
+    row = dataclasses.replace(row, perplexity=spread(row.losses.map(perplexity)))
   if baseline is None:
     return row
   pairs = pd.concat({"ours": row.losses, "baseline": final_losses(runs, baseline)}, axis="columns", join="inner")
   if pairs.empty:
     return row
-  perplexities = pairs.map(perplexity)
-  return dataclasses.replace(
-    row,
-    baseline=baseline.label,
-    loss_difference=paired_difference(pairs["ours"], pairs["baseline"]),
-    perplexity_difference=paired_difference(perplexities["ours"], perplexities["baseline"]),
+  row = dataclasses.replace(
+    row, baseline=baseline.label, loss_difference=paired_difference(pairs["ours"], pairs["baseline"])
   )
+  if row.of_pairs:
+    return row
+  perplexities = pairs.map(perplexity)
+  difference = paired_difference(perplexities["ours"], perplexities["baseline"])
+  return dataclasses.replace(row, perplexity_difference=difference)
 
 
 def best_by_learning_rate(rows: Sequence[Standing]) -> list[BestRate]:

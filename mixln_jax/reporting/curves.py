@@ -19,9 +19,16 @@ BAND = "Lines are means over seeds, up to the last step that all of them have; b
 
 def loss_curves(source: Source) -> Figure:
   """Training and validation loss."""
+  of_pairs = [run.of_pairs for run in source.runs]
+  meanings = []
+  if not all(of_pairs):
+    meanings.append("Cross-entropy in nats a counted token")
+  if any(of_pairs):
+    meanings.append("loss over pairs of answers (config.preference.loss) in nats a pair")
+  meaning = "; ".join(meanings)
   caption = (
-    "Cross-entropy in nats a counted token (metrics.jsonl): of each training batch before its update, and over the "
-    f"fixed validation set.{_notes(source)}"
+    f"{meaning[0].upper()}{meaning[1:]} (metrics.jsonl): of each training batch before its update, and over the fixed "
+    f"validation set.{_notes(source)}"
   )
   train = _curves(source, _train, "loss")
   validation = _curves(source, _validation, "loss")
@@ -31,6 +38,24 @@ def loss_curves(source: Source) -> Figure:
     Panel("validation", "step", "loss (nats)", validation, x_ticks=steps),
   ]
   return make_figure("loss", "Loss", caption, panels)
+
+
+def preference_curves(source: Source) -> Figure:
+  """Of runs on pairs of answers: accuracy, margin and rewards on the held-out pairs."""
+  caption = (
+    "On the fixed validation set (metrics.jsonl). Accuracy: the fraction of the pairs whose preferred answer has the "
+    "larger reward. Margin: the mean reward of the preferred answers minus that of the others. A reward is what the "
+    f"run’s own loss makes of an answer.{_notes(source)}"
+  )
+  titles = {"accuracy": "accuracy", "margin": "margin"}
+  titles |= {"chosen_reward": "reward of the preferred answers", "rejected_reward": "reward of the others"}
+  panels = []
+  for name, title in titles.items():
+    series = _curves(source, _validation_of_pairs, name)
+    steps = sorted({x for line in series for x in line.x})
+    unit = "fraction of the pairs" if name == "accuracy" else "reward"
+    panels.append(Panel(title, "step", unit, series, x_ticks=steps))
+  return make_figure("preferences", "Pairs of answers", caption, panels)
 
 
 def gradient_norm_curve(source: Source) -> Figure:
@@ -63,6 +88,10 @@ def _train(run: ReportedRun) -> pd.DataFrame:
 
 def _validation(run: ReportedRun) -> pd.DataFrame:
   return run.validation
+
+
+def _validation_of_pairs(run: ReportedRun) -> pd.DataFrame:
+  return run.validation if run.of_pairs else pd.DataFrame()
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[list[float], list[float]]:

@@ -32,6 +32,7 @@ class _Needs(NamedTuple):
 
 
 TRAIN = _Needs("python -m mixln_jax train")
+PAIRS = _Needs("python -m mixln_jax finetune", "With config.preference.loss: on pairs of answers.")
 DIAGNOSTICS = _Needs("python -m mixln_jax train", "With diagnostics.every_steps above 0 it writes diagnostics.jsonl.")
 DIAGNOSE = _Needs("python -m mixln_jax diagnose", "It writes diagnose/STEP/diagnose.json into the run's folder.")
 ALPHAS = _Needs("python -m mixln_jax sweep", "Or train them one by one: pre, post and at least one mix:α between.")
@@ -53,6 +54,7 @@ SECTIONS: dict[str, tuple[Maker, ...]] = {
   ),
   "Training": (
     (curves.loss_curves, TRAIN),
+    (curves.preference_curves, PAIRS),
     (curves.gradient_norm_curve, TRAIN),
   ),
   "Studies": (

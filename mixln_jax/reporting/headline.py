@@ -2,12 +2,15 @@
 
 Each placement stands at its own best learning rate. It is compared with the baseline at the baseline's best, pair by
 pair over the seeds that both have. The loss comes first, in nats a token: it is what is trained, and differences of it
-can be held against those of other studies; then bits a byte, then perplexity.
+can be held against those of other studies; then bits a byte, then perplexity. Runs on pairs of answers have neither:
+their loss is in nats a pair, and accuracy comes second.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
+
+import pandas as pd
 
 from mixln_jax.reporting.comparison import (
   CONFIDENCE,
@@ -86,7 +89,9 @@ class Matchup:
 
   Attributes:
     ours, baseline: the two; both have a best rate.
-    loss, bits, perplexity: ours − baseline, paired by seeds; nats a token, bits a byte (None where it is not known).
+    loss: ours − baseline, paired by seeds, in the unit of the rows.
+    bits, perplexity, accuracy: the same of bits a byte, of perplexity, and of the accuracy on pairs of answers, a
+      fraction; None where runs have none.
     pairs: the single differences in nats.
     verdict: LOWER, HIGHER, NOT_SHOWN, EQUAL or ONE_SEED.
     needed: seeds with which such a difference would be shown with a power of 80 %; None where it is shown, can't be
@@ -97,10 +102,17 @@ class Matchup:
   baseline: Contender
   loss: Difference
   bits: Difference | None
-  perplexity: Difference
+  perplexity: Difference | None
+  accuracy: Difference | None
   pairs: Sequence[float]
   verdict: str
   needed: int | None
+
+  @property
+  def unit(self) -> str:
+    """Of the loss."""
+    assert self.baseline.best is not None
+    return self.baseline.best.row.unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +190,19 @@ def _match(ours: Contender, baseline: Contender | None) -> Matchup | None:
   compared = compare(ours.best.row.losses, baseline.best.row.losses)
   if compared is None:
     return None
-  losses = paired(ours.best.row.losses, baseline.best.row.losses)
-  perplexities = losses.map(perplexity)
-  bits = paired(ours.best.row.bits, baseline.best.row.bits)
+  row, base = ours.best.row, baseline.best.row
+  losses = paired(row.losses, base.losses)
+
+  def difference(values: pd.DataFrame) -> Difference | None:
+    return paired_difference(values["ours"], values["baseline"]) if len(values) == len(losses) else None
+
   return Matchup(
     ours=ours,
     baseline=baseline,
     loss=compared.difference,
-    bits=paired_difference(bits["ours"], bits["baseline"]) if len(bits) == len(losses) else None,
-    perplexity=paired_difference(perplexities["ours"], perplexities["baseline"]),
+    bits=difference(paired(row.bits, base.bits)),
+    perplexity=None if row.of_pairs else difference(losses.map(perplexity)),
+    accuracy=difference(paired(row.accuracies, base.accuracies)),
     pairs=compared.pairs.tolist(),
     verdict=compared.verdict,
     needed=compared.needed,
@@ -216,9 +232,7 @@ def _without_comparison(evaluated: Sequence[Contender], baseline: str) -> str:
   """Where nothing can be compared: the lowest loss, and why there is no comparison."""
   rows = {one.label: one.best.row for one in evaluated if one.best is not None}
   label = min(rows, key=lambda name: rows[name].losses.mean())
-  loss, its_perplexity = spread(rows[label].losses), spread(rows[label].losses.map(perplexity))
-  in_perplexity = f"perplexity {fixed(its_perplexity.mean, 2)}"  # the mean over seeds, as in the tables
-  lowest = f"{label} has a validation loss of {fixed(loss.mean, 4)} nats a token ({in_perplexity})"
+  lowest = _loss_in_words(label, rows[label])
   if len(evaluated) == 1:
     return f"{lowest}; there is nothing to compare it with."
   have = [one for one in evaluated if one.placement == baseline]
@@ -227,11 +241,21 @@ def _without_comparison(evaluated: Sequence[Contender], baseline: str) -> str:
   return f"{lowest}, the lowest; {baseline} shares no seed or no learning rate with it, so they are not compared."
 
 
+def _loss_in_words(label: str, row: Standing) -> str:
+  """The loss of a row that has one, and what it means; means over seeds, as in the tables."""
+  loss = f"{label} has a validation loss of {fixed(spread(row.losses).mean, 4)} {row.unit}"
+  if not row.of_pairs:
+    return f"{loss} (perplexity {fixed(spread(row.losses.map(perplexity)).mean, 2)})"
+  if row.accuracies.empty:
+    return loss
+  return f"{loss} (accuracy {spread(row.accuracies).mean:.1%})"
+
+
 def _clear_win(match: Matchup) -> str:
   ours, base = match.ours, match.baseline
   return (
-    f"{ours.placement} is lower than {base.placement} by {fixed(-match.loss.mean, 4)} nats a token "
-    f"({_interval(match.loss, sign=-1)}, {_seeds(match.loss.n)}){_at_rates(match)}; {_other_units(match)}."
+    f"{ours.placement} is lower than {base.placement} by {fixed(-match.loss.mean, 4)} {match.unit} "
+    f"({_interval(match.loss, sign=-1)}, {_seeds(match.loss.n)}){_at_rates(match)}{_other_units(match)}."
   )
 
 
@@ -251,20 +275,20 @@ def _beaten(matchups: Sequence[Matchup], *, also: bool) -> str:
   rates = _at_rates(matchups[0])
   if rates and len(matchups) > 1:  # others have other rates; the table has all
     rates = ", each at its best learning rate"
-  text = f"{base}, the baseline, is lower in nats a token{rates}{',' if rates else ''} than {', '.join(words)}"
+  text = f"{base}, the baseline, is lower in {matchups[0].unit}{rates}{',' if rates else ''} than {', '.join(words)}"
   if len(matchups) == 1:
-    text += f"; {_other_units(matchups[0])}"
+    text += _other_units(matchups[0])
   return text + "."
 
 
 def _no_difference(match: Matchup) -> str:
   ours, base = match.ours.placement, match.baseline.placement
   if match.verdict == EQUAL:
-    what = "are equal" if match.loss.mean == 0 else f"differ by {signed(match.loss.mean, 4)} nats a token"
+    what = "are equal" if match.loss.mean == 0 else f"differ by {signed(match.loss.mean, 4)} {match.unit}"
     return f"{ours} and {base} {what} in all {match.loss.n} pairs of seeds: they show no spread, so no interval."
   needed = f"more than {MOST_SEEDS:,}" if match.needed is None else f"about {match.needed:,}"
   return (
-    f"No difference shown between {ours} and {base}{_at_rates(match)}: {signed(match.loss.mean, 4)} nats a token "
+    f"No difference shown between {ours} and {base}{_at_rates(match)}: {signed(match.loss.mean, 4)} {match.unit} "
     f"({_interval(match.loss)}, {_seeds(match.loss.n)}; {needed} would be needed to show such a difference)."
   )
 
@@ -277,7 +301,7 @@ def _one_seed(by_difference: Sequence[Matchup]) -> str:
   following = max(numbers, default=0) + 1
   return (
     f"One seed: nothing can be said yet. {match.ours.placement} − {match.baseline.placement} is "
-    f"{signed(match.loss.mean, 4)} nats a token{_at_rates(match)}; train each again with --config.seed={following}."
+    f"{signed(match.loss.mean, 4)} {match.unit}{_at_rates(match)}; train each again with --config.seed={following}."
   )
 
 
@@ -302,8 +326,15 @@ def _seeds(n: int) -> str:
 
 
 def _other_units(match: Matchup) -> str:
-  bits = "" if match.bits is None else f"{signed(match.bits.mean, 4)} bits a byte, "
-  return f"{bits}{signed(match.perplexity.mean, 2)} of perplexity"
+  """The difference in what else is known of both, after a semicolon; empty where nothing is."""
+  units = []
+  if match.bits is not None:
+    units.append(f"{signed(match.bits.mean, 4)} bits a byte")
+  if match.perplexity is not None:
+    units.append(f"{signed(match.perplexity.mean, 2)} of perplexity")
+  if match.accuracy is not None:
+    units.append(f"{signed(100 * match.accuracy.mean, 1)} points of accuracy")
+  return f"; {', '.join(units)}" if units else ""
 
 
 def _cautions(contenders: Sequence[Contender], matchups: Sequence[Matchup]) -> list[str]:
@@ -381,7 +412,8 @@ def difference_figure(source: Source, headline: Headline) -> Figure:
     caption += " ◂ or ▸: the best rate is at that edge of its grid, and a better one may lie beyond."
   if any(match.needed for match in headline.matchups):
     caption += f" Seeds that would be needed: for a power of {POWER:.0%}, if the difference is what it seems."
-  panel = Panel("", f"loss minus {base}’s (nats a token)", "", estimates=estimates)
+  units = ", ".join(dict.fromkeys(match.unit for match in headline.matchups))
+  panel = Panel("", f"loss minus {base}’s ({units})", "", estimates=estimates)
   return make_figure("difference", f"Difference to {base}", caption, [panel])
 
 

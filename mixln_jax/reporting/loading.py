@@ -94,6 +94,11 @@ class ReportedRun:
       return None
 
   @property
+  def of_pairs(self) -> bool:
+    """Whether its loss is one over pairs of answers: nats a pair, and neither perplexity nor bits a byte."""
+    return self.config.get("preference.loss", "none") != "none"
+
+  @property
   def num_layers(self) -> int:
     return self.config["model.num_layers"]
 
@@ -132,7 +137,8 @@ class ReportedRun:
 
   @property
   def final_loss(self) -> float | None:
-    """Validation loss after the last step of its budget, in nats a token; None before it, or where it is not finite."""
+    """Validation loss after the last step of its budget, in nats a token, or a pair where it is `of_pairs`; None before
+    it, or where it is not finite."""
     return self.at_end("loss")
 
   def at_end(self, name: str) -> float | None:

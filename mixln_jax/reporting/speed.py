@@ -8,7 +8,7 @@ schedule that decays to its end this is cautious: ours had not decayed when it r
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -63,17 +63,29 @@ def speed_of(ours: Sequence[ReportedRun], baseline: Sequence[ReportedRun]) -> Sp
   if not pairs:
     return None
   log_steps = _by_seeds({seeds: _log_steps(one, other) for seeds, (one, other) in pairs.items()})
-  zeros = log_steps * 0
-  times = {seeds: _log_step_times(one, other) for seeds, (one, other) in pairs.items()}
-  known = _by_seeds({seeds: value for seeds, value in times.items() if value is not None})
-  # A step's time is that of a machine: it says something only of pairs that were all measured on equal ones.
-  all_timed = len(known) == len(log_steps)
+  log_times = _log_times(pairs)
   return Speed(
-    _ratio(log_steps, zeros),
-    _ratio(known, zeros) if all_timed else None,
-    _ratio(log_steps, known) if all_timed else None,
+    _ratio(log_steps, log_steps * 0),
+    None if log_times is None else _ratio(log_times, log_times * 0),
+    None if log_times is None else _ratio(log_steps, log_times),
     ours[0].num_steps,
   )
+
+
+def step_time_of(ours: Sequence[ReportedRun], baseline: Sequence[ReportedRun]) -> Ratio | None:
+  """Seconds of a step, ours over the baseline's, over equal seeds; None where no pair, or not every pair, says it."""
+  log_times = _log_times(_pairs(ours, baseline))
+  return None if log_times is None else _ratio(log_times, log_times * 0)
+
+
+def _log_times(pairs: Mapping[tuple[object, ...], tuple[ReportedRun, ReportedRun]]) -> pd.Series | None:
+  """The logarithm of the ratio of step times by seeds.
+
+  A step's time is that of a machine: it says something only of pairs that were all measured on equal ones.
+  """
+  times = {seeds: _log_step_times(one, other) for seeds, (one, other) in pairs.items()}
+  known = {seeds: value for seeds, value in times.items() if value is not None}
+  return _by_seeds(known) if known and len(known) == len(pairs) else None
 
 
 def _pairs(

@@ -13,10 +13,11 @@ import numpy as np
 from mixln_jax.files import write_whole
 from mixln_jax.reporting import comparison, groups
 from mixln_jax.reporting.comparison import Difference, Spread, Standing, spread
-from mixln_jax.reporting.headline import Headline
+from mixln_jax.reporting.headline import Contender, Headline, Matchup
 from mixln_jax.reporting.loading import ReportedRun
 from mixln_jax.reporting.numbers import NOTHING, fixed, signed
 from mixln_jax.reporting.reading import as_mapping
+from mixln_jax.reporting.speed import step_time_of
 from mixln_jax.text import perplexity
 
 
@@ -97,99 +98,155 @@ def _difference_data(name: str, value: Difference | None) -> dict[str, Any]:
 RATE_AT = {"only rate": "{} (one tried)", "inside": "{}", "lower edge": "◂ {}", "upper edge": "{} ▸"}
 
 
-def summary_table(headline: Headline) -> TextTable:
-  """Each placement at its best learning rate: its difference to the baseline, then its loss, then perplexity."""
-  with_rates = any(one.rate for one in headline.contenders)
-  rate_headers = ("learning rate",) if with_rates else ()
-  headers = (
-    "placement",
-    "loss − baseline’s",
-    "95 % interval",
-    "verdict",
-    "std of pairs",
-    "seeds needed",
-    *rate_headers,
-    "loss (nats)",
-    "bits a byte",
-    "perplexity",
-    "seeds",
-    "diverged",
+def _loss_header(rows: Sequence[Standing]) -> str:
+  """Of the column of losses, with their unit where all have one."""
+  units = {row.unit for row in rows}
+  return f"loss ({units.pop()})" if len(units) == 1 else "loss (nats)"
+
+
+def _meaning(rows: Sequence[Standing]) -> str:
+  """What the numbers of these rows are."""
+  units = " or ".join(dict.fromkeys(row.unit for row in rows)) or comparison.NATS_A_TOKEN
+  pairs = ""
+  if any(row.of_pairs for row in rows):
+    pairs = (
+      "Nats a pair: the loss over pairs of answers (config.preference.loss), which has no perplexity; accuracy: the "
+      "fraction of the pairs whose preferred answer has the larger reward. "
+    )
+  return (
+    f"Validation after the last step of the whole budget, in {units}; mean ± standard deviation over seeds (n − 1). "
+    f"{pairs}Differences are paired by seed, with Student’s t interval ({comparison.CONFIDENCE:.0%}, n − 1 degrees of "
+    "freedom, not corrected for the number of comparisons). Below 0: lower than the baseline."
   )
-  body, data = [], []
+
+
+# Columns of the summary that are left out where no placement has anything in them.
+_WHERE_KNOWN = ("learning rate", "step time", "bits a byte", "perplexity", "accuracy", "margin")
+
+
+def summary_table(headline: Headline, runs: Sequence[ReportedRun]) -> TextTable:
+  """Each placement at its best learning rate: difference to the baseline, rate, cost of a step, loss, perplexity."""
+  rows = [row for one in headline.contenders for row in one.family]
+  step_times = {id(match.ours): _step_time(match, runs) for match in headline.matchups}
+  with_times = any(time is not None for time in step_times.values())
+  lines, data = [], []
   for contender in headline.contenders:
-    best, match = contender.best, headline.matchup_of(contender)
+    match = headline.matchup_of(contender)
     is_baseline = any(one.baseline is contender for one in headline.matchups)
-    row = best.row if best else None
-    bits = spread(row.bits) if row is not None and len(row.bits) else None
     verdict = match.verdict if match else NOTHING
+    step_time = step_times.get(id(contender))
     if is_baseline:
       verdict = "baseline"
-    rate_cell = RATE_AT[best.place].format(contender.rate) if best and contender.rate else NOTHING
-    cells = (
-      contender.label,
-      *difference_cells(match.loss if match else None),
-      verdict,
-      fixed(match.loss.std if match else None, 4),
-      needed_cell(match.verdict, match.needed) if match else NOTHING,
-      *((rate_cell,) if with_rates else ()),
-      mean_and_std(row.loss if row else None),
-      fixed(bits.mean if bits else None, 4),
-      fixed(row.perplexity.mean if row and row.perplexity else None, 2),
-      str(row.counted if row else 0),
-      str(row.diverged if row else contender.diverged),
-    )
-    body.append(cells)
-    data.append(
-      {
-        "placement": contender.placement,
-        **contender.setting,
-        groups.LEARNING_RATE_FIELD: row.group.setting.get(groups.LEARNING_RATE_FIELD) if row else None,
-        "place_in_grid": best.place if best and contender.rate else None,
-        "verdict": verdict,
-        "pairs": match.loss.n if match else None,
-        "pairs_std": match.loss.std if match else None,
-        "seeds_needed": match.needed if match else None,
-        **_difference_data("loss", match.loss if match else None),
-        **_difference_data("bits_per_byte", match.bits if match else None),
-        **_difference_data("perplexity", match.perplexity if match else None),
-        **_spread_data("loss", row.loss if row else None),
-        **_spread_data("bits_per_byte", bits),
-        **_spread_data("perplexity", row.perplexity if row else None),
-        "seeds": row.counted if row else 0,
-        "planned": row.planned if row else sum(one.planned for one in contender.family),
-        "diverged": row.diverged if row else contender.diverged,
-      }
-    )
-  needed = (
+      step_time = 1.0 if with_times else None
+    lines.append(_summary_line(contender, match, verdict, step_time, _loss_header(rows)))
+    data.append(_summary_data(contender, match, verdict, step_time))
+  headers = []
+  for name in lines[0] if lines else ():
+    if name not in _WHERE_KNOWN or any(line[name] != NOTHING for line in lines):
+      headers.append(name)
+  body = [tuple(line[name] for name in headers) for line in lines]
+  notes = [
+    _meaning(rows),
     f"Seeds needed: pairs with which such a difference would be shown with a power of {comparison.POWER:.0%}, if "
-    "difference and std are what they seem."
-  )
-  note = (
-    f"{_MEANING} {needed} Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen "
-    "by the losses that are reported, they are a little optimistic, and more so for placements with more rates. "
-    "◂ or ▸: it is at that edge of its grid, and a better one may lie beyond."
-  )
-  if not with_rates:
-    note = f"{_MEANING} {needed}"
-  return TextTable("summary", "Each placement at its best", headers, body, data, note)
+    "difference and std are what they seem.",
+  ]
+  if "step time" in headers:
+    notes.append(
+      "Step time: seconds of a step over the baseline’s, by the medians that the runs measured; what else the machine "
+      "did is in it."
+    )
+  if "learning rate" in headers:
+    notes.append(
+      "Best learning rate: that of the lowest mean loss over the seeds that all rates share; chosen by the losses that "
+      "are reported, they are a little optimistic, and more so for placements with more rates. ◂ or ▸: it is at that "
+      "edge of its grid, and a better one may lie beyond."
+    )
+  return TextTable("summary", "Each placement at its best", headers, body, data, " ".join(notes))
 
 
-_MEANING = (
-  "Validation after the last step of the whole budget, in nats a token; mean ± standard deviation over seeds (n − 1). "
-  f"Differences are paired by seed, with Student’s t interval ({comparison.CONFIDENCE:.0%}, n − 1 degrees of freedom, "
-  "not corrected for the number of comparisons). Below 0: lower than the baseline."
-)
+def _summary_line(
+  contender: Contender, match: Matchup | None, verdict: str, step_time: float | None, loss_header: str
+) -> dict[str, str]:
+  """The cells of one placement, by header."""
+  row = contender.best.row if contender.best else None
+  difference, interval = difference_cells(match.loss if match else None)
+  bits = _spread_or_none(row.bits if row else None)
+  accuracy = _spread_or_none(row.accuracies if row else None)
+  margin = _spread_or_none(row.margins if row else None)
+  rate = NOTHING
+  if contender.best and contender.rate:
+    rate = RATE_AT[contender.best.place].format(contender.rate)
+  return {
+    "placement": contender.label,
+    "loss − baseline’s": difference,
+    "95 % interval": interval,
+    "verdict": verdict,
+    "std of pairs": fixed(match.loss.std if match else None, 4),
+    "seeds needed": needed_cell(match.verdict, match.needed) if match else NOTHING,
+    "learning rate": rate,
+    "step time": NOTHING if step_time is None else f"{step_time:.2f} ×",
+    loss_header: mean_and_std(row.loss if row else None),
+    "bits a byte": fixed(bits.mean if bits else None, 4),
+    "perplexity": fixed(row.perplexity.mean if row and row.perplexity else None, 2),
+    "accuracy": _percent(accuracy),
+    "margin": fixed(margin.mean if margin else None, 4),
+    "seeds": str(row.counted if row else 0),
+    "diverged": str(row.diverged if row else contender.diverged),
+  }
+
+
+def _summary_data(contender: Contender, match: Matchup | None, verdict: str, step_time: float | None) -> dict[str, Any]:
+  """The numbers of one placement, for the CSV file."""
+  best = contender.best
+  row = best.row if best else None
+  data = {
+    "placement": contender.placement,
+    **contender.setting,
+    groups.LEARNING_RATE_FIELD: row.group.setting.get(groups.LEARNING_RATE_FIELD) if row else None,
+    "place_in_grid": best.place if best and contender.rate else None,
+    "verdict": verdict,
+    "pairs": match.loss.n if match else None,
+    "pairs_std": match.loss.std if match else None,
+    "seeds_needed": match.needed if match else None,
+    "step_time_ratio": step_time,
+    **_difference_data("loss", match.loss if match else None),
+    **_difference_data("bits_per_byte", match.bits if match else None),
+    **_difference_data("perplexity", match.perplexity if match else None),
+    **_spread_data("loss", row.loss if row else None),
+    **_spread_data("bits_per_byte", _spread_or_none(row.bits if row else None)),
+    **_spread_data("perplexity", row.perplexity if row else None),
+    "seeds": row.counted if row else 0,
+    "planned": row.planned if row else sum(one.planned for one in contender.family),
+    "diverged": row.diverged if row else contender.diverged,
+  }
+  if any(one.of_pairs for one in contender.family):
+    data |= _difference_data("accuracy", match.accuracy if match else None)
+    data |= _spread_data("accuracy", _spread_or_none(row.accuracies if row else None))
+    data |= _spread_data("margin", _spread_or_none(row.margins if row else None))
+  return data
+
+
+def _step_time(match: Matchup, runs: Sequence[ReportedRun]) -> float | None:
+  """Time of a step, ours over the baseline's; None where it was not measured on equal devices."""
+  ratio = step_time_of(_runs_of(match.ours, runs), _runs_of(match.baseline, runs))
+  return None if ratio is None else ratio.value
+
+
+def _runs_of(contender: Contender, runs: Sequence[ReportedRun]) -> list[ReportedRun]:
+  """A contender's runs at its best learning rate."""
+  return [] if contender.best is None else [runs[index] for index in contender.best.row.group.runs]
 
 
 def perplexity_table(rows: Sequence[Standing], baseline: str) -> TextTable:
   """Final loss and perplexity by group, and the paired differences at equal settings."""
+  with_tokens = any(not row.of_pairs for row in rows)
   headers = (
     "group",
     f"loss − {baseline}’s",
     "95 % interval",
     "pairs",
-    "loss (nats)",
-    "perplexity",
+    _loss_header(rows),
+    *(("perplexity",) if with_tokens else ()),
     "counted",
     "diverged",
   )
@@ -200,7 +257,7 @@ def perplexity_table(rows: Sequence[Standing], baseline: str) -> TextTable:
       *difference_cells(row.loss_difference),
       str(row.loss_difference.n) if row.loss_difference else NOTHING,
       mean_and_std(row.loss),
-      mean_and_std(row.perplexity, 2),
+      *((mean_and_std(row.perplexity, 2),) if with_tokens else ()),
       f"{row.counted} of {row.planned}",
       str(row.diverged),
     )
@@ -221,8 +278,55 @@ def perplexity_table(rows: Sequence[Standing], baseline: str) -> TextTable:
         "diverged": row.diverged,
       }
     )
-  note = f"{_MEANING} Only equal settings are compared. Runs that have not reached their last step do not count."
+  note = f"{_meaning(rows)} Only equal settings are compared. Runs that have not reached their last step do not count."
   return TextTable("perplexity_by_group", "All groups", headers, body, data, note)
+
+
+def preferences_table(rows: Sequence[Standing]) -> TextTable | None:
+  """What the groups of runs on pairs of answers make of the held-out pairs; None where there are no such runs."""
+  of_pairs = [row for row in rows if row.of_pairs]
+  if not of_pairs:
+    return None
+  body, data = [], []
+  for row in of_pairs:
+    accuracy, margin = _spread_or_none(row.accuracies), _spread_or_none(row.margins)
+    chosen, rejected = _spread_or_none(row.chosen_rewards), _spread_or_none(row.rejected_rewards)
+    rewards = (mean_and_std(one) for one in (margin, chosen, rejected, row.loss))
+    body.append((row.group.label, _percent(accuracy), *rewards, f"{row.counted} of {row.planned}"))
+    data.append(
+      {
+        "group": row.group.label,
+        "placement": row.group.placement,
+        **row.group.setting,
+        **_spread_data("accuracy", accuracy),
+        **_spread_data("margin", margin),
+        **_spread_data("chosen_reward", chosen),
+        **_spread_data("rejected_reward", rejected),
+        **_spread_data("loss", row.loss),
+        "counted": row.counted,
+        "planned": row.planned,
+      }
+    )
+  note = (
+    "Validation after the last step of the whole budget; mean ± standard deviation over seeds (n − 1). Accuracy: the "
+    "fraction of the pairs whose preferred answer has the larger reward. Margin: the mean reward of the preferred "
+    "answers minus that of the others. Rewards are those of each run’s own config.preference.loss, so that they can be "
+    "compared between runs of one loss with equal settings only."
+  )
+  headers = ("group", "accuracy", "margin", "chosen reward", "rejected reward", "loss (nats a pair)", "counted")
+  return TextTable("preferences", "Pairs of answers", headers, body, data, note)
+
+
+def _spread_or_none(values: Any) -> Spread | None:
+  return None if values is None or not len(values) else spread(values)
+
+
+def _percent(value: Spread | None) -> str:
+  """A fraction in percent: its mean, and its std where there is one."""
+  if value is None:
+    return NOTHING
+  mean = f"{100 * value.mean:.1f} %"
+  return mean if value.std is None else f"{100 * value.mean:.1f} ± {100 * value.std:.1f} %"
 
 
 def latex(table: TextTable) -> str:
@@ -273,10 +377,11 @@ RUN_HEADERS = (
 
 def runs_table(runs: Sequence[ReportedRun]) -> TextTable:
   """How each run went."""
+  of_pairs = ", nats a pair of a run on pairs of answers" if any(run.of_pairs for run in runs) else ""
   note = (
-    "Loss: of the validation after the last step. Minutes: of the process that ended the run (outcome.json). Skipped: "
-    "updates whose loss or gradient was not finite. Seeds: of the initial weights / of the data. Initial weights and "
-    "data: hash and fingerprint; equal ones mean equal numbers."
+    f"Loss: of the validation after the last step{of_pairs}. Minutes: of the process that ended the run "
+    "(outcome.json). Skipped: updates whose loss or gradient was not finite. Seeds: of the initial weights / of the "
+    "data. Initial weights and data: hash and fingerprint; equal ones mean equal numbers."
   )
   data = [_run_data(run) for run in runs]
   return TextTable("runs", "Runs", RUN_HEADERS, [_run_row(one) for one in data], data, note)
@@ -294,7 +399,7 @@ def _run_data(run: ReportedRun) -> dict[str, Any]:
     "step": run.step,
     "num_steps": run.num_steps,
     "loss": run.final_loss,
-    "perplexity": None if run.final_loss is None else perplexity(run.final_loss),
+    "perplexity": None if run.final_loss is None or run.of_pairs else perplexity(run.final_loss),
     "bits_per_byte": run.at_end("bits_per_byte"),
     "best_loss": _number_or_none(best.get("loss")),
     "best_step": best.get("step"),

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from mixln_jax import config as config_lib
-from mixln_jax.data import instructions
 from mixln_jax.data.opening import open_data
 from mixln_jax.data.prepare import prepare
 from mixln_jax.data.records import has_records
@@ -26,13 +25,13 @@ def other_corpus(run: OpenRun, source: str) -> Setup:
     source: the corpus, as config.data.source names it.
 
   Raises:
-    InputError: the corpus can't be used, or the run is of instructions.
+    InputError: the corpus can't be used, or the run is of instructions or of pairs of answers.
   """
   config = run.config.copy_and_resolve_references()
-  if config.data.mode == instructions.KIND:
+  if config.data.mode in config_lib.WHOLE_EXAMPLES:
     raise InputError(
-      f"corpus={source!r}: the run was trained on instructions (config.data.mode), whose loss is that of answers; "
-      "a corpus has none"
+      f"corpus={source!r}: the run was trained on {config.data.mode} (config.data.mode), whose loss is that of "
+      "answers; a corpus has none"
     )
   share = config_lib.FIELDS["data.validation_share"].default
   config.data.update(source=source, validation_source="", validation_share=share, tokenizer=_tokenizer(run))

@@ -27,7 +27,8 @@ from mixln_jax.training.step import columns_at
 def with_references(setup: Setup, folders: Sequence[RunFolder]) -> Setup:
   """The setup whose records have the reference log-probabilities that its loss reads; as it is where it reads none.
 
-  They are those that are stored with the records for the start checkpoint, or are computed and stored now.
+  They are those that are stored with the records for the start checkpoint and the model, or are computed and stored
+  now. A run that has begun also takes a file from before the model was stored: it was trained against that.
 
   Args:
     setup: of a run, or what several runs of one program share.
@@ -48,7 +49,10 @@ def with_references(setup: Setup, folders: Sequence[RunFolder]) -> Setup:
   begun = _start_hashes(folders)
   start = None if begun else finetune.find_start(setup)
   start_hash = begun or (start.identity()["hash"] if start else "")
-  found = stored.with_stored(corpus, start_hash)
+  reference = stored.Reference(start_hash, stored.model_hash(config.model))
+  found = stored.with_stored(corpus, reference)
+  if found is None and begun:
+    found = stored.with_stored(corpus, stored.Reference(start_hash))
   agree("the reference log-probabilities", {"whether they are stored with the records": found is not None})
   if found is None:
     start = start or finetune.find_start(setup)
@@ -57,12 +61,12 @@ def with_references(setup: Setup, folders: Sequence[RunFolder]) -> Setup:
       raise InputError(
         f"config.train.start_from={config.train.start_from!r}: its checkpoint has weights {theirs} now, and the run "
         f"started from {start_hash}, whose log-probabilities are not in {corpus.folder}; bring "
-        f"{stored.file_of(corpus.folder, start_hash).name} back, or use another workdir"
+        f"{stored.file_of(corpus.folder, reference).name} back, or use another workdir"
       )
     if is_first():
       print(printable(f"reference  log-probabilities of {start.describe()}"), flush=True)
     references = _compute(setup, finetune.starting_params(setup, start))
-    found = stored.store(corpus, start_hash, references)
+    found = stored.store(corpus, reference, references)
     wait_for_all("the reference log-probabilities")
   return setup._replace(corpus=found)
 

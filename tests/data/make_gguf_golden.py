@@ -5,7 +5,7 @@
 
 `tiny.gguf` has random weights and a byte-level tokenizer of 300 ids; `tiny.npz` has `tokens` [B, T], their `logits`
 [B, T, V], `greedy` (a prompt and its likeliest continuation) and the ids of `TEXT`. Of a FILE.gguf, if one is given,
-the same is written to FILE.npz beside it.
+the same is written to FILE.npz beside it, of longer rows (benchmarks/exact_logits.py reads it).
 """
 
 import argparse
@@ -101,12 +101,12 @@ def write(path):
   writer.close()
 
 
-def read(path):
+def read(path, length=16):
   """What transformers makes of a file, saved beside it."""
   place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
   model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
   ids = transformers.AutoTokenizer.from_pretrained(**place)(TEXT, add_special_tokens=False).input_ids
-  tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 16))
+  tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, length))
   row = [0, *ids[:4]]
   with torch.no_grad():
     logits = model(torch.tensor(tokens)).logits.numpy()
@@ -123,7 +123,7 @@ def main():
   parser.add_argument("file", nargs="?", type=Path)
   given = parser.parse_args().file
   if given is not None:
-    read(given)
+    read(given, length=64)
     return
   FOLDER.mkdir(exist_ok=True)
   write(FOLDER / "tiny.gguf")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -188,6 +189,13 @@ def test_each_bad_pair_is_counted_by_its_reason(make, tmp_path):
     prepare(make(pairs, directory=str(tmp_path / "other")), progress=False)
 
 
+def test_pairs_of_which_none_can_be_used_are_no_empty_corpus(make):
+  """Would catch "the corpus is empty" about a file full of pairs, which says neither how many nor why."""
+  pairs = [{"chosen": f"{index} a", "rejected": f"x{index}"} for index in range(5)]
+  with pytest.raises(InputError, match=r"none of 5 documents can be used \(no common prompt: .*byte 0; no common"):
+    prepare(make(pairs, max_bad_share=1.0), progress=False)
+
+
 def test_a_long_prompt_loses_the_same_beginning_in_both_sequences(make):
   pairs = [*EXPLICIT, {"prompt": "x" * 300 + "?", "chosen": "good", "rejected": "bad"}]
   corpus = prepare(make(pairs), progress=False)
@@ -248,6 +256,9 @@ def test_fields_that_contradict_the_loss_are_named(fields, words, make):
   assert words in str(error.value)
 
 
+ABC, DEF = references.Reference("abc", "m"), references.Reference("def", "m")
+
+
 def test_references_go_with_their_documents_in_every_epoch(make):
   """A shuffled record with another's references would train towards nothing, without any sign of it."""
   corpus = prepare(make(EXPLICIT), progress=False)
@@ -258,9 +269,9 @@ def test_references_go_with_their_documents_in_every_epoch(make):
       begins = [*np.flatnonzero(record.starts), record.length]
       for column, (begin, end) in enumerate(itertools.pairwise(begins)):
         numbers[split][row, column] = record.tokens[begin:end].sum()
-  assert references.with_stored(corpus, "abc") is None
-  references.store(corpus, "abc", numbers)
-  found = references.with_stored(corpus, "abc")
+  assert references.with_stored(corpus, ABC) is None
+  references.store(corpus, ABC, numbers)
+  found = references.with_stored(corpus, ABC)
   assert found is not None
   batches = Loader(found, sequence_length=LENGTH, batch_size=2, document_mask=True).train()
   for _ in range(2 * len(numbers["train"])):
@@ -273,24 +284,37 @@ def test_references_go_with_their_documents_in_every_epoch(make):
   batches.close()
 
 
+def test_references_of_equal_weights_under_another_placement_are_others(make):
+  """Two placements can start from equal bits, and one would be compared with what the other makes of them."""
+  model = make(EXPLICIT).model
+  first = references.model_hash(model)
+  model.remat = "full"
+  assert references.model_hash(model) == first  # up to rounding it computes the same
+  model.placement = "post"
+  assert references.model_hash(model) != first
+  folder = Path("records")
+  names = [references.file_of(folder, references.Reference("abc", of)).name for of in (first, "")]
+  assert names == [f"references-abc-{first}.safetensors", "references-abc.safetensors"]
+
+
 def test_references_of_other_weights_or_records_and_damaged_ones_are_rejected(make, tmp_path):
   """A file under another's name would be trained with in silence."""
   corpus = prepare(make(EXPLICIT), progress=False)
   numbers = {
     split: np.ones((corpus.manifest.splits[split].records, 4), np.float32) for split in ("train", "validation")
   }
-  references.store(corpus, "abc", numbers)
-  path = references.file_of(corpus.folder, "abc")
-  path.rename(references.file_of(corpus.folder, "def"))
-  with pytest.raises(InputError, match=r"references-def.safetensors: its start checkpoint is 'abc' and not 'def'"):
-    references.with_stored(corpus, "def")
+  references.store(corpus, ABC, numbers)
+  path = references.file_of(corpus.folder, ABC)
+  path.rename(references.file_of(corpus.folder, DEF))
+  with pytest.raises(InputError, match=r"references-def-m.safetensors: its start checkpoint is 'abc' and not 'def'"):
+    references.with_stored(corpus, DEF)
   other = prepare(make([*EXPLICIT, *IMPLICIT], directory=str(tmp_path / "other")), progress=False)
-  references.file_of(corpus.folder, "def").rename(references.file_of(other.folder, "abc"))
+  references.file_of(corpus.folder, DEF).rename(references.file_of(other.folder, ABC))
   with pytest.raises(InputError, match="its records is"):
-    references.with_stored(other, "abc")
+    references.with_stored(other, ABC)
   path.write_bytes(b"damaged")
   with pytest.raises(InputError, match=r"can't be read .*; remove it, and it is computed again"):
-    references.with_stored(corpus, "abc")
-  references.store(corpus, "abc", {split: array[:-1] for split, array in numbers.items()})
+    references.with_stored(corpus, ABC)
+  references.store(corpus, ABC, {split: array[:-1] for split, array in numbers.items()})
   with pytest.raises(InputError, match=r"holds no finite numbers for the \d+ train records"):
-    references.with_stored(corpus, "abc")
+    references.with_stored(corpus, ABC)

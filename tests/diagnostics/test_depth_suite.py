@@ -191,6 +191,22 @@ def test_the_published_fractions():
   assert found["usefulness/ratio_same"] == 0.25
 
 
+def test_a_sample_is_split_into_parts_that_have_records():
+  """Would catch records in both parts, or a held-out part without any, whose removals were measured for nothing."""
+
+  def batch(rows, first=0):
+    return {"weights_BT": np.ones((rows, 2), np.float32), "first": first}
+
+  many = [batch(2, first) for first in range(7)]
+  calibration, heldout = suite_lib.split(many)
+  assert [one["first"] for one in calibration] == [0, 1, 2, 3, 4]
+  assert [one["first"] for one in heldout] == [5, 6]
+  (calibration,), (heldout,) = suite_lib.split([batch(4)])
+  np.testing.assert_array_equal(calibration["weights_BT"][:, 0], [1, 1, 0, 1])
+  np.testing.assert_array_equal(heldout["weights_BT"][:, 0], [0, 0, 1, 0])
+  assert suite_lib.split(many[:1]) == (many[:1], [])
+
+
 @pytest.mark.parametrize("field", ["measurements", "readings"])
 def test_what_is_not_known_is_named(field):
   """A misspelt measurement that is left out in silence."""

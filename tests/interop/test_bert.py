@@ -277,5 +277,8 @@ def test_an_imported_encoder_evaluates_trains_and_diagnoses(tmp_path, capsys):
   capsys.readouterr()
   assert main(["generate", f"--workdir={run}"]) == 2
   assert "the run is an encoder" in capsys.readouterr().err
+  for command in ("evaluate", "diagnose"):  # before the task is fetched: this machine may have no network
+    assert main([command, f"--workdir={run}", "--tasks=arc_easy"]) == 2
+    assert "the run is an encoder" in capsys.readouterr().err
   assert main(["convert", f"--workdir={run}", f"--output={tmp_path / 'out'}"]) == 2
   assert "is unknown to the export" in capsys.readouterr().err

@@ -96,6 +96,19 @@ def imported(file):
 KIND = gguf.GGUFValueType
 
 
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_rejected(tmp_path, capsys):
+  """An id beyond the last row reads another row, without any error."""
+  fields = gguf.GGUFReader(TINY).fields
+  tokens = [*fields["tokenizer.ggml.tokens"].contents(), "more"]
+  kinds = [*fields["tokenizer.ggml.token_type"].contents(), 1]
+  changes = {"tokenizer.ggml.tokens": (tokens, KIND.ARRAY), "tokenizer.ggml.token_type": (kinds, KIND.ARRAY)}
+  file = copied(tmp_path / "more.gguf", changes)
+  arguments = ["--config=configs/tiny.py", f"--input={file}", f"--workdir={tmp_path / 'run'}"]
+  assert main(["convert", *arguments]) == 2
+  assert "has 301 ids, and these weights an embedding of 300" in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
   ("options", "words"),
   [

@@ -19,8 +19,8 @@ def config_of(**changes):
   return flat | {name.replace("__", "."): value for name, value in changes.items()}
 
 
-def metrics_lines(loss, num_steps):
-  """Training and validation lines that end at validation loss `loss`."""
+def metrics_lines(loss, num_steps, pairs=None):
+  """Training and validation lines that end at validation loss `loss`; of a run on pairs, with the metrics `pairs`."""
   lines = []
   for step in range(1, num_steps + 1):
     train = loss + 0.1 * (num_steps - step)
@@ -29,6 +29,8 @@ def metrics_lines(loss, num_steps):
     if step % 10 == 0:
       value = loss if step == num_steps else loss + 1
       validation = {"loss": value, "perplexity": math.exp(value), "bits_per_byte": value * BITS_PER_NAT}
+      if pairs is not None:
+        validation = {"loss": value, **pairs}
       lines.append({"step": step, "split": "validation", **validation})
   return lines
 
@@ -44,21 +46,25 @@ def make_run(
   weights=None,
   fingerprint="f" * 16,
   environment=None,
+  pairs=None,
   **changes,
 ):
   """Writes a run's folder and returns it.
 
   `weights` changes some tensors' sums of bits, `diagnosis` some of diagnose.json, `environment` some of
-  environment.json, and `changes` some fields of the config.
+  environment.json, and `changes` some fields of the config. With `pairs`, the metrics of its validations besides the
+  loss, it is a run on pairs of answers.
   """
   folder.mkdir(parents=True)
+  if pairs is not None:
+    changes = {"preference__loss": "dpo", "data__mode": "preferences", **changes}
   config = config_of(**changes)
   write = lambda name, value: (folder / name).write_text(json.dumps(value))  # noqa: E731
   write("config.json", config)
   (folder / "placement.txt").write_text(
     placement_lib.parse(config["model.placement"], config["model.num_layers"]).layer_list + "\n"
   )
-  lines = metrics_lines(loss, config["train.num_steps"]) if loss is not None else []
+  lines = metrics_lines(loss, config["train.num_steps"], pairs) if loss is not None else []
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   sums = {name: 1000 * config["seed"] + index for index, name in enumerate(TENSORS)} | (weights or {})
   write("initial_weights.json", {"hash": f"{sum(sums.values()):x}", "bit_sums": sums})

@@ -244,3 +244,51 @@ def test_the_summary_has_its_numbers_in_columns_of_their_own(tmp_path):
   assert "$-$0.4581" in text
   assert text.isascii()
   assert make_headline(analysis.rows, "pre").text == analysis.headline.text
+
+
+PAIRS = {"chosen_reward": 0.5, "rejected_reward": -0.25, "margin": 0.75, "pairs": 400.0, "tokens": 4000.0}
+
+
+def pairs_of(root, accuracies):
+  """Of runs on pairs of answers, {placement: accuracies by seed}; their losses fall with the accuracy."""
+  folders = []
+  for placement, by_seed in accuracies.items():
+    for seed, accuracy in enumerate(by_seed):
+      fields = {"model__placement": placement, "seed": seed}
+      folder = root / f"{placement.replace(':', '')}_{seed}"
+      folders.append(str(make_run(folder, 1.5 - accuracy, pairs=PAIRS | {"accuracy": accuracy}, **fields)))
+  return folders
+
+
+def test_runs_on_pairs_are_told_by_accuracy_and_rewards(tmp_path):
+  """Would catch a loss over pairs that is called nats a token, or whose exponential is called a perplexity."""
+  analysis = analyze(load(pairs_of(tmp_path, {"pre": [0.8, 0.82, 0.79], "mix:0.5": [0.9, 0.93, 0.88]})))
+  (line,) = analysis.headline.lines
+  assert line.startswith("mix:0.5 is lower than pre by 0.1000 nats a pair (95% interval ")
+  assert line.endswith("; +10.0 points of accuracy.")
+  made = {table.name: table for table in analysis.tables}
+  rows = dict(zip(("pre", "mix"), made["preferences"].rows, strict=True))
+  assert rows["mix"][:4] == ("mix:0.5", "90.3 ± 2.5 %", "0.7500 ± 0.0000", "0.5000 ± 0.0000")
+  for table in made.values():
+    assert "perplexity" not in table.headers
+    assert not any(row.get("perplexity") or row.get("perplexity_mean") for row in table.data)
+    assert "nats a token" not in table.note
+  assert any(figure.name == "preferences" for figure in analysis.figures)
+  (loss,) = [figure for figure in analysis.figures if figure.name == "loss"]
+  assert loss.caption.startswith("Loss over pairs of answers")
+  assert not any("token" in panel.x_label + panel.y_label for figure in analysis.figures for panel in figure.panels)
+
+
+def test_one_run_on_pairs_and_runs_on_text_in_one_report(tmp_path):
+  """Would catch a report that takes all runs for those of its first, or compares a loss over pairs with one of text."""
+  folders = pairs_of(tmp_path / "pairs", {"pre": [0.8]})
+  for placement, loss in (("post", 4.0), ("pre", 5.0)):
+    folders.append(str(make_run(tmp_path / placement, loss, model__placement=placement)))
+  analysis = analyze(load(folders))
+  text = " ".join(analysis.headline.lines)
+  assert "nats a pair (accuracy 80.0%); there is nothing to compare it with" in text
+  assert "post − pre is −1.0000 nats a token" in text
+  summary = analysis.tables[0]
+  by_loss = {round(row["loss_mean"], 4): row for row in summary.data}
+  assert by_loss[0.7]["perplexity_mean"] is None
+  assert by_loss[5.0]["perplexity_mean"] == pytest.approx(math.exp(5.0))

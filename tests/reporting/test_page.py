@@ -48,16 +48,17 @@ def page(whole_report):
 def test_every_figure_is_there_for_full_inputs(whole_report, page):
   ids = {attributes.get("id") for _, attributes in page.found}
   names = {path.stem for path in (whole_report / "figures").glob("*.svg")}
-  # All of them, and the one of the answer; but loss against depth, which takes runs of several depths, and a search's.
-  assert "depth" not in names
-  assert len(names) == sum(map(len, SECTIONS.values())) - len(SECTIONS[SEARCHED])
+  # All of them, and the one of the answer; but loss against depth, which takes runs of several depths, a search's, and
+  # those of pairs of answers.
+  assert not {"depth", "preferences"} & names
+  assert len(names) == sum(map(len, SECTIONS.values())) - len(SECTIONS[SEARCHED]) - 1
   assert names <= ids
   for name in names:
     assert (whole_report / "tables" / f"{name}.csv").stat().st_size > 0
   absent = re.search(r'<dl class="absent">(.*)</dl>', (whole_report / "report.html").read_text())
   assert absent
-  *of_search, last = re.findall(r"<dt>(.*?)</dt>", absent.group(1))
-  assert (len(of_search), last) == (len(SECTIONS[SEARCHED]), "Loss against depth")
+  *of_search, pairs, last = re.findall(r"<dt>(.*?)</dt>", absent.group(1))
+  assert (len(of_search), pairs, last) == (len(SECTIONS[SEARCHED]), "Pairs of answers", "Loss against depth")
 
 
 def test_figures_are_for_papers(tmp_path):

@@ -385,6 +385,23 @@ def test_speed_by_hand(tmp_path):
   assert back.steps_to_baseline is None
 
 
+def test_a_report_says_what_a_step_costs(tmp_path):
+  """Would catch a cost that is that of other runs, the wrong way round, or shown where devices differ."""
+  folders = []
+  for placement, seconds in (("pre", 1.0), ("mix:0.5", 1.5)):
+    for seed in (0, 1):
+      run = make_run(tmp_path / f"{placement}{seed}", 5.0, model__placement=placement, seed=seed)
+      curve(run, [8.0, 7.0, 6.0, 5.0], seconds)
+      folders.append(run)
+  summary = analyze(load([str(run) for run in folders])).tables[0]
+  column = list(summary.headers).index("step time")
+  assert {row[0]: row[column] for row in summary.rows} == {"pre": "1.00 ×", "mix:0.5": "1.50 ×"}
+  assert [row["step_time_ratio"] for row in summary.data] == pytest.approx([1.0, 1.5])
+  for run in folders[2:]:
+    edit(run, "environment.json", devices=["tpu:v5e"])
+  assert "step time" not in analyze(load([str(run) for run in folders])).tables[0].headers
+
+
 def test_the_noise_of_twenty_seeds():
   """Would catch a std that divides by n, an interval of another level, or seeds of unpaired groups."""
   losses = np.random.default_rng(0).normal(3.0, 0.02, 20)

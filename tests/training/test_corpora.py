@@ -66,13 +66,14 @@ def test_what_is_no_corpus_is_rejected_and_nothing_is_written(runs, monkeypatch,
   assert not list((runs / "a").glob("corpora/*/corpora.json"))
 
 
-def test_instructions_have_no_other_corpus(make_config, runs):
+@pytest.mark.parametrize("mode", ["instructions", "preferences"])
+def test_a_run_on_answers_has_no_other_corpus(mode, make_config, runs):
   """Would catch a loss of answers beside a loss of text."""
   from types import SimpleNamespace
 
   from mixln_jax.training.corpora import other_corpus
 
   config = make_config()
-  config.data.mode = "instructions"
-  with pytest.raises(InputError, match="was trained on instructions"):
+  config.data.mode = mode
+  with pytest.raises(InputError, match=f"was trained on {mode}"):
     other_corpus(SimpleNamespace(config=config), "sotu")

@@ -20,6 +20,7 @@ from mixln_jax.errors import InputError
 from mixln_jax.model.initial import initial_params
 from mixln_jax.opening import set_up
 from mixln_jax.parallel.mesh import make_mesh
+from mixln_jax.recipes import recipe as load_recipe
 from mixln_jax.runs.folder import RunFolder
 from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.sweeps.joint import train_together
@@ -117,8 +118,11 @@ def config_of(workdir):
 
 def corpus_of(workdir) -> Any:
   """The records of a run, with the references of its start."""
-  corpus = open_corpus(RunFolder(workdir).path.parent / config_of(workdir).data.directory)
-  found = references.with_stored(corpus, json.loads((workdir / "start.json").read_text())["hash"])
+  config = config_of(workdir)
+  corpus = open_corpus(RunFolder(workdir).path.parent / config.data.directory)
+  start = json.loads((workdir / "start.json").read_text())
+  reference = references.Reference(start["hash"], references.model_hash(config.model))
+  found = references.with_stored(corpus, reference)
   assert found is not None
   assert found.references is not None
   return found
@@ -180,6 +184,22 @@ def test_after_a_crash_it_is_the_untouched_run_even_where_its_start_is_gone(reci
   assert expected.keys() == found.keys()
   for name, leaf in expected.items():
     np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+
+
+def test_two_placements_that_start_from_equal_weights_have_references_of_their_own(recipe, tmp_path):
+  """Drawn weights are the same numbers for every placement: one would be trained against what the other makes of them.
+
+  That was so: `pre` began at a loss of 0.69298 instead of log 2, against the log-probabilities of `mix:0.25`.
+  """
+  starts = {}
+  for placement in ("mix:0.25", "pre"):
+    path, _ = recipe(placement)
+    config = resolve(load_recipe(str(path)), {}, RunFolder(tmp_path / "none"))
+    setup = with_references(set_up(config), [RunFolder(tmp_path / "none")])
+    assert setup.corpus.references is not None
+    starts[placement] = setup.corpus.references["validation"]
+  assert starts["mix:0.25"].shape == starts["pre"].shape
+  assert np.abs(starts["mix:0.25"] - starts["pre"]).max() > 1e-3
 
 
 def test_a_start_that_is_another_one_by_now_is_refused(recipe, tuned, tmp_path):

@@ -114,7 +114,7 @@ def load_search(recipe: str, base: Config) -> Search:
   """
   content = runpy.run_path(recipe).get("SEARCH")
   if not isinstance(content, Mapping):
-    raise InputError(f"config={recipe}: defines no SEARCH; see docs/search.md for what it has")
+    raise InputError(f"config={recipe}: defines no SEARCH; see docs/placement_search.md for what it has")
   return make_search(base, content)
 
 
