@@ -171,14 +171,19 @@ class CommandLine:
     return argument if whole is None else f"--{name}={whole}"
 
   def _with_recipe(self, argv: Sequence[str]) -> list[str]:
-    """The arguments with --config=FILE where another flag names the recipe; raises InputError where both do."""
+    """The arguments with --config=FILE where another flag names the recipe; raises InputError where several do."""
     argv = list(argv)
-    for name in self._named_by:
+    recipe_by_flag = {}
+    for name in (*self._named_by, "config"):
       given = [argument.partition("=")[2] for argument in argv if re.match(rf"--?{name}=", argument)]
-      if given and self._recipe(argv):
-        raise InputError(f"--{name} and --config exclude one another: each names the recipe; leave one of them out")
       if given:
-        argv.insert(0, f"--config={given[-1]}")  # first: ml_collections wants it before the fields
+        recipe_by_flag[name] = given[-1]
+    if len(recipe_by_flag) > 1:
+      flags_given = " and ".join(f"--{name}" for name in recipe_by_flag)
+      raise InputError(f"{flags_given} exclude one another: each names the recipe; leave one of them out")
+    for name, recipe in recipe_by_flag.items():
+      if name != "config":
+        argv.insert(0, f"--config={recipe}")  # first: ml_collections wants it before the fields
     return argv
 
   def _define_config(self, argv: Sequence[str]) -> None:

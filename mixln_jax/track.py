@@ -6,6 +6,7 @@ baseline) lies in a JSON file of the same name beside it.
 """
 
 import dataclasses
+import math
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -139,6 +140,29 @@ def _changes_the_run(field: str) -> bool:
   return field not in FIELDS or FIELDS[field].on_resume != FREE
 
 
+def check_claims(claims: Sequence[Mapping[str, Any]], where: str) -> None:
+  """Rejects claims that say what is `lower` in a form that can't be judged; `reporting/claims.py` has their keys.
+
+  Raises:
+    InputError: naming the claim, the key and what it must be.
+  """
+  for claim in claims:
+    if not isinstance(claim, Mapping):
+      raise InputError(f"{where}: the claim {claim!r} must be a mapping, as {{'id': …, 'claim': …}}")
+    if "lower" not in claim:
+      continue
+    name, lower, than, by = claim.get("id"), claim["lower"], claim.get("than"), claim.get("by", 0.0)
+    others = [than] if isinstance(than, str) else than
+    if not isinstance(name, str) or not isinstance(lower, str):
+      raise InputError(f"{where}: the claim with lower={lower!r} needs id and lower, both text")
+    if not isinstance(others, (list, tuple)) or not others or not all(isinstance(one, str) for one in others):
+      raise InputError(f"{where}: claim {name!r}: than={than!r} must be a placement, or a list of them")
+    if lower in others:
+      raise InputError(f"{where}: claim {name!r}: {lower!r} can't be lower than itself")
+    if type(by) not in (int, float) or not 0 <= by < math.inf:
+      raise InputError(f"{where}: claim {name!r}: by={by!r} must be a number of nats, at least 0")
+
+
 REQUIRED = ("name", "title", "rates", "first_rates", "placements")
 _OPTIONAL = tuple(
   field.name for field in dataclasses.fields(Track) if field.name not in (*REQUIRED, "fixed", "noise", "path")
@@ -181,5 +205,6 @@ def _check(track: Track) -> None:
     raise InputError(f"{where}: baseline={track.baseline!r} must be one of its placements")
   if track.seeds > track.close_seeds:
     raise InputError(f"{where}: close_seeds={track.close_seeds} must be at least seeds={track.seeds}")
+  check_claims(track.claims, where)
   if any(set(shape) != set(track.shape_fields) for shape in track.shapes):
     raise InputError(f"{where}: all shapes must have the same fields")

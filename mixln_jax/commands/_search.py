@@ -4,14 +4,14 @@ from pathlib import Path
 
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
-from mixln_jax.files import local_path
+from mixln_jax.files import OBJECT, is_partial, local_path, read_json
 from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.lock import lock
 from mixln_jax.sweeps import sequence
 from mixln_jax.sweeps.search import finals
 from mixln_jax.sweeps.search.groups import Groups
 from mixln_jax.sweeps.search.halving import run_search
-from mixln_jax.sweeps.search.plan import SEARCH_FILE, Search, load_search, open_search
+from mixln_jax.sweeps.search.plan import SEARCH_FILE, Search, check_same, load_search, open_search
 from mixln_jax.sweeps.search.proposals import JOURNAL, Proposals
 from mixln_jax.sweeps.search.table import TABLE_FILE, Table
 from mixln_jax.text import printable
@@ -22,8 +22,12 @@ PLACE = "a search lies in a folder on a disk"
 
 
 def list_candidates(recipe: str, base: Config, workdir: str) -> None:
-  """Prints the best candidates so far; raises InputError as `search_command`."""
-  _show(load_search(recipe, base), Table(local_path(workdir, "workdir", PLACE) / TABLE_FILE))
+  """Prints the best candidates so far; raises InputError as `search_command`, and where there is no search."""
+  search, folder = load_search(recipe, base), local_path(workdir, "workdir", PLACE).absolute()
+  if not (folder / SEARCH_FILE).is_file():
+    raise InputError(f"workdir={folder}: holds no search yet")
+  check_same(search, read_json(folder / SEARCH_FILE, {"base": OBJECT}), folder)
+  _show(search, Table(folder / TABLE_FILE))
 
 
 def search_command(recipe: str, base: Config, workdir: str) -> None:
@@ -57,7 +61,7 @@ def search_command(recipe: str, base: Config, workdir: str) -> None:
 def _make_folder(folder: Path) -> None:
   """Makes the folder; raises InputError where it holds something else than a search."""
   if folder.is_dir() and not (folder / SEARCH_FILE).exists():
-    others = [path.name for path in folder.iterdir() if path.name != LOCK]
+    others = [path.name for path in folder.iterdir() if path.name != LOCK and not is_partial(path.name)]
     if others:
       raise InputError(f"workdir={folder}: holds no search, but {sorted(others)[0]!r}; choose a new folder")
   try:

@@ -64,8 +64,12 @@ def _board(workdirs: list[Path], output: Path, values: Any) -> int:
       print(printable(f"{'not ranked' if text in entry.faults else 'note':<14} {entry.label}: {text}"))
   print(printable(f"result     {board.answer}"))
   if values.store_noise:
-    if board.noise is None:
-      raise InputError(f"--store_noise: {track.baseline} has fewer than two seeds at its best rate here; train more")
+    seeds = 0 if board.noise is None else board.noise.runs
+    if board.noise is None or seeds < track.baseline_seeds:
+      raise InputError(
+        f"--store_noise: {track.baseline} has {seeds} of the {track.baseline_seeds} seeds that the track asks for at "
+        "its best rate here; train the others first"
+      )
     write_noise(board.noise, track.noise_file)
     print(printable(f"noise      {track.noise_file}: σ {board.noise.std:.4f} nats over {board.noise.runs} seeds"))
   shown = f"{values.output.rstrip('/')}/{page.name}" if is_url(values.output) else page

@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
   runs = sequence.open_study(study, values.workdir, write=not values.together or processes.is_first())
   mine = runs if values.index is None else [runs[values.index - 1]]
   if values.together:
-    return _train_together(first, runs, values.workdir)
+    return _train_together(first, runs, values.workdir, values.track)
   failed = _train(mine, runs)
   while values.index is None:
     study = sequence.with_stages(first, values.workdir)
@@ -149,7 +149,7 @@ def _check_records(recipe: str, fingerprint: str, folder: Path) -> None:
     )
 
 
-def _train_together(study: Study, runs: list[Run], workdir: str) -> int:
+def _train_together(study: Study, runs: list[Run], workdir: str, track: str | None) -> int:
   use_compile_cache()
   with processes.failing_together():
     outcomes = []
@@ -163,7 +163,7 @@ def _train_together(study: Study, runs: list[Run], workdir: str) -> int:
       print("study      these runs are done; the same command again trains those of the next stage")
     _show(runs, runs)
     print(f"weights    initial, {sequence.weights_line(runs)}")
-    _say_how_to_report(workdir)
+    _say_how_to_report(workdir, track)
   return STOPPED_STATUS if any(outcome.status == STOPPED for outcome in outcomes) else 0
 
 

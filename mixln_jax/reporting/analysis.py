@@ -88,7 +88,7 @@ def analyze(material: Material, baseline: str | None = None) -> Analysis:
   if on_pairs is not None:
     made.append(on_pairs)
   if material.search is not None:
-    made.append(search_table(material.search, rows, baseline))
+    made.append(search_table(material.search, runs, rows, baseline))
   by_depth = depth.depth_table(source)
   if by_depth is not None:
     made.append(by_depth)

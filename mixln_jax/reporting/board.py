@@ -4,6 +4,7 @@ An entry is a placement in one study's folder: two studies of one placement are 
 other. Runs that break the track's rules are named and not counted.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -21,13 +22,14 @@ from mixln_jax.reporting.comparison import EQUAL, HIGHER, LOWER, Comparison, com
 from mixln_jax.reporting.fairness import Finding
 from mixln_jax.reporting.groups import SEED_FIELDS, grouped, make_groups, show, value_of
 from mixln_jax.reporting.headline import Contender, make_contenders
-from mixln_jax.reporting.loading import Material, ReportedRun
+from mixln_jax.reporting.loading import Material, ReportedRun, unique_names
 from mixln_jax.reporting.noise import Noise, noise_of, stored_noise
 from mixln_jax.reporting.speed import Speed, speed_of
 from mixln_jax.reporting.study_plan import STUDY_FILE, StudyPlan, read_study_plan
 from mixln_jax.reporting.track_check import added_fraction, reference_runs, shape_of, violations
-from mixln_jax.track import INITIAL_FIELDS, LOSS, PLACEMENT_FIELD, RATE_FIELD, Track
+from mixln_jax.track import INITIAL_FIELDS, LOSS, PLACEMENT_FIELD, RATE_FIELD, SEED_FIELD, Track, check_claims
 
+IDENTITY = (PLACEMENT_FIELD, *INITIAL_FIELDS)  # what tells the entries of a study apart
 FEWEST_RATES = 3  # that an entry is tuned on
 LEAST = 1e-12  # of a budget: rounding
 
@@ -47,13 +49,13 @@ class Entry:
   Attributes:
     label: unique on the board.
     placement: of all its runs.
-    study: name of the study's folder.
+    study: the shortest end of the path of the study's folder that no other study has.
     contenders: shape -> the placement at its best rate of that shape; a track of one shape has the shape ().
     all_runs: that are counted; what the contenders' groups number.
     runs: those at the best rate of each shape.
     scores: what is compared, for each seed: the final loss, or the slope of the loss with depth.
     added: what it learns besides gains of norms, as a fraction of the model; None where it is not known.
-    missing: names of runs that its study planned at the best rate and that are not there.
+    missing: names of runs at the best rate that were planned or begun, and have no final loss that counts.
     faults: why it has no rank.
     remarks: what else is to be known of it.
     comparison: its scores minus those of the baseline's entry; None for that one, or where no seed is shared.
@@ -130,7 +132,7 @@ class Board:
 
   @property
   def baseline(self) -> Entry | None:
-    return next((entry for entry in self.entries if entry.placement == self.track.baseline), None)
+    return next((entry for entry in self.entries if is_baseline(self.track, entry)), None)
 
   def with_verdict(self, *verdicts: str) -> list[Entry]:
     """The ranked entries whose comparison has one of these verdicts."""
@@ -163,11 +165,15 @@ def make_board(track: Track, material: Material) -> Board:
   """
   rejected, counted = _checked(track, material.runs)
   plans = _plans(material.runs)
+  folders = list(dict.fromkeys(_study_folder(run) for run in material.runs))
+  studies = dict(zip(folders, unique_names(folders), strict=True))
   by_entry = grouped(counted, lambda run: (_study_folder(run), run.placement, *initial_changes(track, run)))
-  names = _labels(list(by_entry))
-  entries = [_entry(track, names[key], runs, plans.get(key[0])) for key, runs in by_entry.items()]
+  labels = _labels(list(by_entry), studies)
+  entries = []
+  for key, runs in by_entry.items():
+    entries.append(_entry(track, labels[key], studies[key[0]], runs, plans.get(key[0])))
   stored = stored_noise(track.noise, str(track.noise_file))
-  baselines = [entry for entry in entries if _is_baseline(track, entry)]
+  baselines = [entry for entry in entries if is_baseline(track, entry)]
   most = max(baselines, key=lambda entry: len(entry.scores), default=None)
   noise = None if most is None else noise_of(most.placement, most.scores.tolist())
   known = stored or noise
@@ -216,31 +222,31 @@ def initial_changes(track: Track, run: ReportedRun) -> tuple[tuple[str, object],
   return tuple((field, value_of(run, field)) for field in changed)
 
 
-def _labels(keys: Sequence[tuple[object, ...]]) -> dict[tuple[object, ...], str]:
+EntryKey = tuple[Any, ...]  # the folder of the study, the placement, and each initial value that differs
+
+
+def _labels(keys: Sequence[EntryKey], studies: Mapping[Path, str]) -> dict[EntryKey, str]:
   """The placement, its initial values, and the study's name where several have the same."""
-  labels = {}
-  for folder, placement, *changes in keys:
-    words = [_in_words(change) for change in changes]
-    labels[folder, placement, *changes] = ", ".join([str(placement), *words])
-  for key, label in dict(labels).items():
-    if list(labels.values()).count(label) > 1 or sum(other.startswith(f"{label} (") for other in labels.values()):
-      assert isinstance(key[0], Path)
-      labels[key] = f"{label} ({key[0].name})"
-  return labels
+  short = {}
+  for key in keys:
+    _, placement, *changes = key
+    short[key] = ", ".join([placement, *map(_in_words, changes)])
+  times = collections.Counter(short.values())
+  return {key: label if times[label] == 1 else f"{label} ({studies[key[0]]})" for key, label in short.items()}
 
 
-def _in_words(change: object) -> str:
+def _in_words(change: tuple[str, object]) -> str:
   """An initial value as `init deviation 0.01`."""
-  assert isinstance(change, tuple)
   field, value = change
   return f"{field.split('.')[-1].replace('_', ' ')} {show(value)}"
 
 
-def _is_baseline(track: Track, entry: Entry) -> bool:
-  return entry.placement == track.baseline and not any(initial_changes(track, run) for run in entry.runs)
+def is_baseline(track: Track, entry: Entry) -> bool:
+  """Whether an entry is the track's baseline, with the track's initial values."""
+  return entry.placement == track.baseline and not _has_changes(track, entry)
 
 
-def _entry(track: Track, label: str, runs: Sequence[ReportedRun], plan: StudyPlan | None) -> Entry:
+def _entry(track: Track, label: str, study: str, runs: Sequence[ReportedRun], plan: StudyPlan | None) -> Entry:
   """An entry by itself, before it is compared."""
   groups = make_groups(Material(None, runs, []))
   found = make_contenders(standings(runs, groups, track.baseline))
@@ -251,10 +257,9 @@ def _entry(track: Track, label: str, runs: Sequence[ReportedRun], plan: StudyPla
       at_best += [runs[index] for index in contender.best.row.group.runs]
   scores = _losses(contenders) if track.score == LOSS else _slopes(contenders, runs)
   added = max((one for one in map(added_fraction, runs) if one is not None), default=None)
-  missing = _missing(track, runs, contenders, plan)
-  entry = Entry(
-    label, runs[0].placement, _study_folder(runs[0]).name, contenders, runs, at_best, scores, added, missing
-  )
+  unfinished = [run.path.name for run in at_best if run.final_loss is None and not run.diverged]
+  missing = list(dict.fromkeys([*_missing(track, runs, contenders, plan), *unfinished]))
+  entry = Entry(label, runs[0].placement, study, contenders, runs, at_best, scores, added, missing)
   return dataclasses.replace(entry, faults=_faults(track, entry))
 
 
@@ -291,13 +296,13 @@ def _missing(
   if plan is None:
     return []
   there = {run.path.name for run in runs}
-  best_rates = {_best_rate(contender, runs) for contender in contenders.values()}
   missing = []
   for name, values in plan.planned.items():
     config = {**plan.base, **values}
-    ours = config.get(PLACEMENT_FIELD) == runs[0].placement and config.get(RATE_FIELD) in best_rates
     shape = tuple(config.get(field) for field in track.shape_fields)
-    if ours and name not in there and shape in contenders:
+    at_best = shape in contenders and config.get(RATE_FIELD) == _best_rate(contenders[shape], runs)
+    ours = all(config.get(field, track.fixed[field]) == runs[0].config[field] for field in IDENTITY)
+    if ours and at_best and name not in there:
       missing.append(name)
   return missing
 
@@ -315,11 +320,17 @@ def _faults(track: Track, entry: Entry) -> list[str]:
       f"over the budget: what it learns besides gains of norms is {entry.added:.2%} of the model, and the track allows "
       f"{track.added:.2%}"
     )
-  gaps = _gaps(entry.scores)
+  lost = sorted({run.config[SEED_FIELD] for run in entry.runs if run.diverged and run.final_loss is None})
+  if lost:
+    faults.append(f"seeds {', '.join(map(str, lost))} diverged and have no final loss: its mean is that of the others")
+  gaps = [seed for seed in _gaps(entry.scores) if seed not in lost]
   if gaps:
     faults.append(f"seeds {', '.join(map(str, gaps))} are not there, and later ones are: dropped, or not done yet")
+  if entry.missing:
+    faults.append(f"planned or begun, and not done or not counted: {', '.join(entry.missing)}")
   if entry.scores.empty:
-    faults.append("has no final loss at a best rate yet")
+    all_diverged = all(run.diverged for run in entry.all_runs)
+    faults.append("all its runs diverged" if all_diverged else "has no final loss at a best rate yet")
   return faults
 
 
@@ -336,7 +347,7 @@ def _compared(track: Track, entry: Entry, baselines: Sequence[Entry], std: float
   own = [one for one in baselines if one.study == entry.study]
   baseline = (own or [*baselines, None])[0]
   remarks = _remarks(track, entry)
-  if baseline is None or baseline is entry or _is_baseline(track, entry):
+  if baseline is None or baseline is entry or is_baseline(track, entry):
     return dataclasses.replace(entry, remarks=remarks)
   if not own:
     remarks.append(f"its study has no {track.baseline}: compared with that of {baseline.study}")
@@ -355,7 +366,7 @@ def _compared(track: Track, entry: Entry, baselines: Sequence[Entry], std: float
 def _remarks(track: Track, entry: Entry) -> list[str]:
   """What an entry lacks, or is to be known of it."""
   remarks = []
-  wanted = track.baseline_seeds if _is_baseline(track, entry) else track.seeds
+  wanted = track.baseline_seeds if is_baseline(track, entry) else track.seeds
   if 0 < len(entry.scores) < wanted:
     remarks.append(f"{len(entry.scores)} of the {wanted} seeds that the track asks for")
   for contender in entry.contenders.values():
@@ -364,8 +375,6 @@ def _remarks(track: Track, entry: Entry) -> list[str]:
       remarks.append(f"tuned on {tried} of the {FEWEST_RATES} learning rates that the track asks for")
     if contender.at_edge and contender.best is not None:
       remarks.append(f"its best rate {contender.rate} is the {contender.best.place} of those that it was tried at")
-  if entry.missing:
-    remarks.append(f"planned by its study and not there, or not counted: {', '.join(entry.missing)}")
   if entry.diverged:
     remarks.append(f"{entry.diverged} of {len(entry.runs)} runs at its best rate diverged")
   return list(dict.fromkeys(remarks))
@@ -373,7 +382,7 @@ def _remarks(track: Track, entry: Entry) -> list[str]:
 
 def _order(track: Track, entry: Entry) -> tuple[int, float]:
   """The baseline first, then by the difference to it, then what has none."""
-  if _is_baseline(track, entry):
+  if is_baseline(track, entry):
     return 0, 0.0
   if entry.comparison is None:
     return 2, 0.0
@@ -383,7 +392,8 @@ def _order(track: Track, entry: Entry) -> tuple[int, float]:
 def _judged(track: Track, entries: Sequence[Entry], plans: Mapping[Path, StudyPlan]) -> list[StudyClaim]:
   """Every claim that can be judged, by the runs of each study that has the placement that it is about."""
   claims = [_as_stored(claim) for claim in track.claims]
-  for plan in plans.values():
+  for folder, plan in plans.items():
+    check_claims(plan.claims, str(folder / STUDY_FILE))
     claims += [_as_stored(claim) for claim in plan.claims if is_judged(claim) and _as_stored(claim) not in claims]
   found = []
   for study in dict.fromkeys(entry.study for entry in entries):
@@ -408,7 +418,7 @@ def _as_stored(claim: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_changes(track: Track, entry: Entry) -> bool:
-  return any(initial_changes(track, run) for run in entry.runs)
+  return any(initial_changes(track, run) for run in entry.all_runs)
 
 
 def tried_losses(track: Track, entry: Entry) -> dict[float, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mixln_jax.errors import InputError
 from mixln_jax.files import is_partial, local_path, write_whole
-from mixln_jax.reporting.board import Board, Entry, StudyClaim, initial_changes, tried_losses
+from mixln_jax.reporting.board import Board, Entry, StudyClaim, initial_changes, is_baseline, tried_losses
 from mixln_jax.reporting.claims import HOLDS, NOT_RUN, OPEN, REFUTED
 from mixln_jax.reporting.comparison import (
   CONFIDENCE,
@@ -173,11 +173,10 @@ def _view(board: Board, entry: Entry, looks: Mapping[str, str]) -> dict[str, Any
   if speed is not None:
     steps = "not reached" if speed.steps_to_baseline is None else f"{speed.steps_to_baseline:,.0f}"
   speed_cells = [steps, _ratio(speed.step_time if speed else None), _ratio(speed.effective if speed else None)]
-  is_baseline = comparison is None and entry.placement == board.track.baseline
   cells = [
     mean,
     interval,
-    "baseline" if is_baseline else _verdict(comparison),
+    "baseline" if is_baseline(board.track, entry) else _verdict(comparison),
     fixed(comparison.difference.std if comparison else None, digits),
     str(comparison.difference.n if comparison else len(entry.scores)),
     needed_cell(comparison.verdict, comparison.needed) if comparison else NOTHING,

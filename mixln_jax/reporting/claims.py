@@ -34,14 +34,14 @@ class Judged:
 
 
 def is_judged(claim: Mapping[str, Any]) -> bool:
-  """Whether a claim says what it is judged by in a form that is judged here."""
-  return isinstance(claim.get("lower"), str) and bool(others_of(claim))
+  """Whether a claim, checked by `track.check_claims`, is one that is judged here."""
+  return "lower" in claim
 
 
 def others_of(claim: Mapping[str, Any]) -> list[str]:
   """The placements that a claim's is said to be lower than."""
-  than = claim.get("than", ())
-  return [than] if isinstance(than, str) else [str(one) for one in than]
+  than = claim["than"]
+  return [than] if isinstance(than, str) else list(than)
 
 
 def judge(claim: Mapping[str, Any], comparisons: Mapping[str, Comparison]) -> Judged:

@@ -1,5 +1,6 @@
 """Losses on several corpora: that of the training, and others that the model was not trained on."""
 
+import collections
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,28 +21,58 @@ class Evaluated(NamedTuple):
   baseline: Sequence[ReportedRun] = ()
 
 
+class Corpus(NamedTuple):
+  """What was evaluated: losses of other records, or of another part of them, can't be compared.
+
+  Attributes:
+    source: as config.data.source names it.
+    fingerprint: of its records; None where an earlier version did not write it.
+    tokens: of the validation.
+  """
+
+  source: str
+  fingerprint: str | None
+  tokens: float | None
+
+  @property
+  def in_words(self) -> str:
+    """What tells it from others of the same source."""
+    tokens = "unknown" if self.tokens is None else f"{self.tokens:,.0f}"
+    return f"fingerprint {str(self.fingerprint)[:12]}, {tokens} tokens"
+
+
+def _corpora(run: ReportedRun) -> list[Corpus]:
+  """Those that a run was evaluated on."""
+  return [Corpus(source, found.get("fingerprint"), found.get("tokens")) for source, found in run.corpora.items()]
+
+
 def corpora_table(rows: Iterable[Evaluated]) -> TextTable | None:
   """A row for each placement and corpus; None where no run was evaluated on several corpora."""
   rows = list(rows)
-  corpora = list(dict.fromkeys(source for row in rows for run in row.runs for source in run.corpora))
+  corpora = list(dict.fromkeys(corpus for row in rows for run in row.runs for corpus in _corpora(run)))
   if not corpora:
     return None
+  times = collections.Counter(corpus.source for corpus in corpora)
   body, data = [], []
-  for source in corpora:
+  for corpus in corpora:
+    source = corpus.source
+    name = source if times[source] == 1 else f"{source}, {corpus.in_words}"
     for row in rows:
-      losses, bits = _values(row.runs, source, "loss"), _values(row.runs, source, "bits_per_byte")
+      losses, bits = _values(row.runs, corpus, "loss"), _values(row.runs, corpus, "bits_per_byte")
       if losses.empty:
         continue
-      compared = compare(losses, _values(row.baseline, source, "loss"))
+      compared = compare(losses, _values(row.baseline, corpus, "loss"))
       where = _where(row.runs, source)
       loss, bits_mean = spread(losses), spread(bits).mean if len(bits) else None
       cells = (*difference_cells(compared.difference if compared else None), mean_and_std(loss), fixed(bits_mean, 4))
-      body.append((row.label, f"{source} ({where})", *cells, str(loss.n)))
+      body.append((row.label, f"{name} ({where})", *cells, str(loss.n)))
       low, high = (compared.difference.interval or (None, None)) if compared else (None, None)
       data.append(
         {
           "placement": row.label,
           "corpus": source,
+          "fingerprint": corpus.fingerprint,
+          "tokens": corpus.tokens,
           "trained_on": where == TRAINED,
           "loss_mean": loss.mean,
           "loss_std": loss.std,
@@ -68,11 +99,11 @@ def _where(runs: Sequence[ReportedRun], source: str) -> str:
   return TRAINED if all(run.config.get("data.source") == source for run in runs) else OTHER
 
 
-def _values(runs: Sequence[ReportedRun], source: str, name: str) -> pd.Series:
+def _values(runs: Sequence[ReportedRun], corpus: Corpus, name: str) -> pd.Series:
   """A metric of each run on a corpus, by seeds; of runs with equal seeds the first counts."""
   values: dict[tuple[Any, ...], float] = {}
   for run in runs:
-    value = run.corpora.get(source, {}).get(name)
+    value = run.corpora[corpus.source].get(name) if corpus in _corpora(run) else None
     if isinstance(value, (int, float)):
       values.setdefault(seeds_of(run), float(value))
   if not values:

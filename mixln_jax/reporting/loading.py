@@ -20,6 +20,7 @@ from mixln_jax.files import (
   LARGEST_FACTS,
   NUMBER,
   OBJECT,
+  TEXT,
   check_kinds,
   local_path,
   read_json,
@@ -181,7 +182,7 @@ def load(workdirs: Sequence[str]) -> Material:
   paths = list(dict.fromkeys(path for one in found for path in one.paths))
   studies = {path: plan for one in found for path, plan in one.studies.items()}
   runs, problems = [], []
-  for name, path in zip(_unique_names(paths), paths, strict=True):
+  for name, path in zip(unique_names(paths), paths, strict=True):
     try:
       runs.append(read_run(name, path))
     except InputError as error:
@@ -215,7 +216,7 @@ class _Found(NamedTuple):
 
 
 def _find(path: Path) -> _Found:
-  """The runs in a folder: itself, those of a study, or those of the runs and studies that lie in it."""
+  """The runs in a folder: itself, those of a study or a search, or those of such folders that lie in it."""
   if RunFolder(path).has_run:
     return _Found([path], {}, {})
   if (path / SEARCH_FILE).is_file():
@@ -231,7 +232,7 @@ def _find(path: Path) -> _Found:
     begun = {name: folder for name, folder in planned.items() if RunFolder(folder).has_run}
     not_started = {folder: name for name, folder in planned.items() if name not in begun}
     return _Found(list(begun.values()), {path: plan}, not_started)
-  inside = [_find(child) for child in _children(path) if RunFolder(child).has_run or (child / STUDY_FILE).is_file()]
+  inside = [_find(child) for child in _children(path) if _holds_runs(child)]
   if not inside:
     raise InputError(
       f"workdir={path}: holds neither a run ({folder_lib.CONFIG}) nor a study ({STUDY_FILE}) nor folders of them; give "
@@ -243,7 +244,15 @@ def _find(path: Path) -> _Found:
     studies.update(one.studies)
     not_started.update(one.not_started)
   paths = [run for one in inside for run in one.paths]
-  return _Found(paths, studies, not_started)
+  search = inside[0].search if len(inside) == 1 else None
+  return _Found(paths, studies, not_started, search)
+
+
+def _holds_runs(path: Path) -> bool:
+  """Whether a folder is that of a run, a study, or a search that has tried its best candidates again."""
+  of_study = (path / STUDY_FILE).is_file()
+  of_search = (path / SEARCH_FILE).is_file() and (path / FINALS_FOLDER / STUDY_FILE).is_file()
+  return RunFolder(path).has_run or of_study or of_search
 
 
 def _children(path: Path) -> list[Path]:
@@ -254,7 +263,7 @@ def _children(path: Path) -> list[Path]:
     return []
 
 
-def _unique_names(paths: Sequence[Path]) -> list[str]:
+def unique_names(paths: Sequence[Path]) -> list[str]:
   """The shortest ends of the paths that tell them apart."""
   longest = max((len(path.parts) for path in paths), default=0)
   for length in range(1, longest + 1):
@@ -353,12 +362,13 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
 
 def _read_corpora(path: Path) -> dict[str, dict[str, Any]]:
   """The metrics of each corpus of the newest evaluation in a run's corpora/; empty where there is none."""
-  steps = [int(child.name) for child in path.iterdir() if child.name.isdigit()] if path.is_dir() else []
+  steps = [int(file.parent.name) for file in path.glob(f"*/{folder_lib.CORPORA_FILE}") if file.parent.name.isdecimal()]
   if not steps:
     return {}
   content = read_json(path / str(max(steps)) / folder_lib.CORPORA_FILE, {"corpora": OBJECT})
+  kinds = {"loss": NUMBER, "bits_per_byte": NUMBER, "fingerprint": TEXT.optional(), "tokens": NUMBER.optional()}
   for source, metrics in content["corpora"].items():
-    check_kinds(metrics, f"{path}: {source}", {"loss": NUMBER, "bits_per_byte": NUMBER})
+    check_kinds(metrics, f"{path}: {source}", kinds)
   return content["corpora"]
 
 

@@ -34,8 +34,8 @@ class Noise:
   def std_interval(self) -> tuple[float, float]:
     """Of the std, if the losses are normal: √((n − 1) s² / χ²)."""
     freedom = self.runs - 1
-    high, low = stats.chi2.ppf(((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2), freedom)
-    return self.std * math.sqrt(freedom / low), self.std * math.sqrt(freedom / high)
+    small, large = stats.chi2.ppf(((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2), freedom)
+    return self.std * math.sqrt(freedom / large), self.std * math.sqrt(freedom / small)
 
   @property
   def pairs_std(self) -> float:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from mixln_jax.placement import parse
 from mixln_jax.reporting.comparison import CONFIDENCE, Standing, spread
 from mixln_jax.reporting.groups import LEARNING_RATE_FIELD
 from mixln_jax.reporting.layers import LAYER_AXIS
+from mixln_jax.reporting.loading import ReportedRun
 from mixln_jax.reporting.numbers import NOTHING, fixed, signed
 from mixln_jax.reporting.panels import Figure, LayerRow, Panel, Series, Style
 from mixln_jax.reporting.search_record import SearchRecord, Tried
@@ -24,8 +24,8 @@ def search_rungs(source: Source) -> Figure:
   caption = (
     "Validation loss of each candidate at the end of each rung: those with the lowest loss go on to the next one "
     "(synchronous successive halving, arXiv 1502.07943). One seed, the same batches for all. The lowest losses of many "
-    "are too low by some of their luck: what holds is the comparison with fresh seeds. Candidates that diverged have "
-    "no point."
+    "are too low by some of their luck: what holds is the comparison with fresh seeds. A candidate whose loss was not "
+    "finite has no point."
   )
   series = []
   if source.search is not None:
@@ -63,9 +63,9 @@ def search_effects(source: Source) -> Figure:
   caption = (
     "For each layer and name: mean loss, at the end of the first rung, of the candidates that have the name there, "
     f"minus that of all others; bars are Welch’s {CONFIDENCE:.0%} interval, not corrected for their number. Below 0: "
-    f"it goes with a lower loss. A name that fewer than {FEWEST} candidates have, or lack, has no point; diverged "
-    "candidates are left out. The sampler does not draw layers independently of one another, so this is no effect of "
-    "one layer alone."
+    f"it goes with a lower loss. A name that fewer than {FEWEST} candidates have, or lack, has no point; candidates "
+    "whose loss was not finite are left out. The sampler does not draw layers independently of one another, so this "
+    "is no effect of one layer alone."
   )
   panels = []
   effects = {} if source.search is None else layer_effects(source.search)
@@ -122,7 +122,9 @@ def _difference(ours: np.ndarray, others: np.ndarray) -> tuple[float, float]:
   return float(ours.mean() - others.mean()), float(interval.high - interval.low) / 2
 
 
-def search_table(record: SearchRecord, rows: Sequence[Standing], baseline: str) -> TextTable:
+def search_table(
+  record: SearchRecord, runs: Sequence[ReportedRun], rows: Sequence[Standing], baseline: str
+) -> TextTable:
   """What the search saw of each candidate that was tried again, and what held."""
   headers = (
     "placement",
@@ -136,7 +138,7 @@ def search_table(record: SearchRecord, rows: Sequence[Standing], baseline: str) 
   body, data = [], []
   ranks = {one.number: place for place, one in enumerate(record.ranked(), start=1)}
   for row in rows:
-    found = _seen(record, row)
+    found = _seen(record, runs[row.group.runs[0]])
     held = spread(row.losses) if row.counted else None
     difference = None if found is None or held is None else held.mean - found.last_loss
     saw = NOTHING if found is None else f"{fixed(found.last_loss, 4)} (place {ranks[found.number]})"
@@ -170,12 +172,10 @@ def search_table(record: SearchRecord, rows: Sequence[Standing], baseline: str) 
   return TextTable("search_and_finals", "What the search saw, and what held", headers, body, data, note)
 
 
-def _seen(record: SearchRecord, row: Standing) -> Tried | None:
-  """The candidate that a group tries again: of the same layers and rate, trained to the end; None for a baseline."""
+def _seen(record: SearchRecord, run: ReportedRun) -> Tried | None:
+  """The candidate that a run tries again: of the same layers and rate, trained to the end; None of a baseline's run."""
   for one in record.candidates:
-    rate = row.group.setting.get(LEARNING_RATE_FIELD)
-    same_rate = one.rate is None or rate is None or one.rate == rate
-    layers = parse(row.group.placement, len(one.layers)).layer_list.split()
-    if one.last_rung == len(record.rungs) and same_rate and list(one.layers) == layers:
+    same_rate = one.rate in (None, run.config[LEARNING_RATE_FIELD])
+    if one.last_rung == len(record.rungs) and same_rate and list(one.layers) == list(run.layer_list):
       return one
   return None

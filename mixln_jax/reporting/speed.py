@@ -124,7 +124,8 @@ def steps_to(run: ReportedRun, loss: float) -> float:
   The first evaluation's step where it is there by then, and the last one's where it never is.
   """
   steps = run.validation["step"].to_numpy(float)
-  losses = run.validation["loss"].to_numpy(float)
+  losses = run.validation["loss"].to_numpy(float)[steps > 0]
+  steps = steps[steps > 0]  # no number of steps is a multiple of none
   there = np.flatnonzero(losses <= loss)
   if not there.size:
     return float(steps[-1])

@@ -9,13 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from mixln_jax.config import FIELDS
 from mixln_jax.reporting.fairness import DRAWN
-from mixln_jax.reporting.groups import changes_the_run, value_of
+from mixln_jax.reporting.groups import changes_the_run, grouped, value_of
 from mixln_jax.reporting.loading import ReportedRun
 from mixln_jax.reporting.reading import as_list
 from mixln_jax.track import RATE_FIELD, Track
 
 ROUNDING = 1e-4  # relative; a rate that is computed in fp32 differs by less from the one that the config has
+# As a fraction of the rate: the peak may fall between two steps, and rates of a grid are farther apart than that.
+LOWEST_PEAK = 0.75
 # Gains of norms come with a placement; everything else that is not a matrix of LLaMA is what a placement learns. The
 # names are stated again, because a report builds no model; a test compares them with the model's own table.
 CHANGED_FIELD = re.compile(r"config\.([\w.]+): ")  # how a line of changes.jsonl names a field
@@ -31,12 +34,25 @@ def violations(track: Track, run: ReportedRun, baseline: ReportedRun | None) -> 
     baseline: a run of the baseline of the same shape that keeps the track's rules, or None.
   """
   found = [*track.departures_in_words(run.config)]
+  invalid = _invalid(run)
+  if invalid:
+    return [*found, *invalid]  # nothing can be computed of it
   found += _resumed_otherwise(run)
   found += _data(track, run, baseline)
   found += _length(run)
   found += _rate(run)
   found += _shapes(run, baseline)
   return found
+
+
+def _invalid(run: ReportedRun) -> list[str]:
+  """The fields whose value no run can have: the config was written anew, or is damaged."""
+  values = {field: (run.config[field], known) for field, known in FIELDS.items()}
+  return [
+    f"config.{field}={value!r}, which must be {known.allowed()}"
+    for field, (value, known) in values.items()
+    if not known.admits(value)
+  ]
 
 
 def _resumed_otherwise(run: ReportedRun) -> Iterator[str]:
@@ -76,7 +92,8 @@ def _rate(run: ReportedRun) -> Iterator[str]:
   if "learning_rate" not in run.train or not len(run.train):
     return
   peak, said = float(np.nanmax(run.train["learning_rate"].to_numpy(float))), run.config[RATE_FIELD]
-  if peak > said * (1 + ROUNDING):
+  is_lower = run.final_loss is not None and peak < said * LOWEST_PEAK
+  if peak > said * (1 + ROUNDING) or is_lower:
     yield f"its metrics reach a learning rate of {peak:g}, its config says {said:g}: another rate than it says"
 
 
@@ -114,12 +131,21 @@ def added_fraction(run: ReportedRun) -> float | None:
 
 
 def reference_runs(track: Track, runs: Sequence[ReportedRun]) -> dict[tuple[object, ...], ReportedRun]:
-  """A run of the baseline for each shape: the first whose config keeps to the track."""
+  """A run of the baseline for each shape, of those that keep the track's rules by themselves.
+
+  It is one with the facts that most of them have: a single one that is not what it says must not reject all others.
+  """
+  keeping = [run for run in runs if run.placement == track.baseline and not violations(track, run, None)]
   found: dict[tuple[object, ...], ReportedRun] = {}
-  for run in runs:
-    if run.placement == track.baseline and not any(track.departures(run.config)):
-      found.setdefault(shape_of(track, run), run)
+  for shape, of_shape in grouped(keeping, lambda run: shape_of(track, run)).items():
+    by_facts = grouped(of_shape, _facts)
+    found[shape] = max(by_facts.values(), key=len)[0]
   return found
+
+
+def _facts(run: ReportedRun) -> tuple[object, ...]:
+  """What all runs of one shape have in common."""
+  return run.fingerprint, run.at_end("tokens"), *sorted(_matrices(run.parameter_sizes).items())
 
 
 def shape_of(track: Track, run: ReportedRun) -> tuple[object, ...]:

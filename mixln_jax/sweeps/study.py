@@ -18,6 +18,7 @@ from mixln_jax.runs.facts import read_config
 from mixln_jax.runs.folder import INITIAL_WEIGHTS, RunFolder
 from mixln_jax.sweeps.stages import KEYS, Families, Near, Stage, Tried, check_stages, fields_of
 from mixln_jax.text import integer_of
+from mixln_jax.track import check_claims
 from mixln_jax.training.derived import with_derived
 
 STUDY_PLACE = "a study lies in a folder, which several machines can share over a network file system"
@@ -186,6 +187,7 @@ def make_study(
   together = tuple(_grid(grid) for grid in grids)
   stages = tuple(_stage(stage) for stage in ([then] if isinstance(then, Mapping) else then))
   check_stages(stages, together)
+  check_claims(claims, "STUDY")
   return Study(base, together, question, tuple(claims), title, stages)
 
 

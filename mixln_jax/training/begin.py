@@ -36,7 +36,7 @@ from mixln_jax.training.checkpoints import check_facts, facts_of, open_checkpoin
 from mixln_jax.training.derived import with_derived
 from mixln_jax.training.member import Member, warn
 from mixln_jax.training.optimizer import init_moments, make_optimizer
-from mixln_jax.training.program import Program
+from mixln_jax.training.program import Program, SingleProgram
 from mixln_jax.training.resume import ResumePoint, resume_point
 from mixln_jax.training.step import TrainState
 
@@ -130,7 +130,7 @@ def _restored(members: Sequence[Member], step: int | None) -> list[TrainState | 
 
 
 def _joint_state(program: Program, members: Sequence[Member], states: list[TrainState | None]) -> TrainState:
-  if len(members) == 1 and states[0] is not None:
+  if isinstance(program, SingleProgram) and states[0] is not None:
     return states[0]  # without drawing weights that would be thrown away
   state = program.initial_state()
   for member, own in zip(members, states, strict=True):

@@ -115,6 +115,8 @@ def train_members(program: Program, members: Sequence[Member], clock: Clock, unt
     MachineError: the disk is full, or too few files can be open.
     Stopped: a signal came before the first step.
   """
+  if not any(member.live for member in members):
+    return _outcomes(members)  # they may have ended at steps of which no checkpoint is common to all
   points, state = load_or_start(program, members)
   last = program.config.train.num_steps if until is None else until
   if points[0].step == last:
@@ -373,7 +375,7 @@ class _Loop:
         member.save(step, own)
       dump = write_dump(member.folder, member.setup, own, step)
       message += f"; its batch and gradient norms are in {member.folder.shown(dump)}"
-      if len(self._members) == 1:
+      if isinstance(self._program, SingleProgram):
         self._state = own  # the loop ends with it, and its step counter says where
     self._freeze(member, NON_FINITE, step, message, int(own.skipped))
 

@@ -19,13 +19,13 @@ def config_of(**changes):
   return flat | {name.replace("__", "."): value for name, value in changes.items()}
 
 
-def metrics_lines(loss, num_steps, pairs=None):
+def metrics_lines(loss, num_steps, pairs=None, rate=1e-3):
   """Training and validation lines that end at validation loss `loss`; of a run on pairs, with the metrics `pairs`."""
   lines = []
   for step in range(1, num_steps + 1):
     train = loss + 0.1 * (num_steps - step)
     line = {"step": step, "split": "train", "loss": train, "gradient_norm": 1.0 / step, "tokens": 100.0}
-    lines.append(line | {"skipped_in_a_row": 0.0, "learning_rate": 1e-3, "tokens_per_second": 10.0})
+    lines.append(line | {"skipped_in_a_row": 0.0, "learning_rate": rate, "tokens_per_second": 10.0})
     if step % 10 == 0:
       value = loss if step == num_steps else loss + 1
       validation = {"loss": value, "perplexity": math.exp(value), "bits_per_byte": value * BITS_PER_NAT}
@@ -64,7 +64,8 @@ def make_run(
   (folder / "placement.txt").write_text(
     placement_lib.parse(config["model.placement"], config["model.num_layers"]).layer_list + "\n"
   )
-  lines = metrics_lines(loss, config["train.num_steps"], pairs) if loss is not None else []
+  rate = config["optimizer.learning_rate"]
+  lines = metrics_lines(loss, config["train.num_steps"], pairs, rate) if loss is not None else []
   (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   sums = {name: 1000 * config["seed"] + index for index, name in enumerate(TENSORS)} | (weights or {})
   write("initial_weights.json", {"hash": f"{sum(sums.values()):x}", "bit_sums": sums})

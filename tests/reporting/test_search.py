@@ -12,7 +12,7 @@ from mixln_jax.reporting.analysis import analyze
 from mixln_jax.reporting.loading import load
 from mixln_jax.reporting.search import layer_effects, search_effects, search_layers, search_rungs
 from mixln_jax.reporting.search_record import read_search
-from reporting.making import config_of, make_study
+from reporting.making import config_of, make_run, make_study
 
 # Post-LN in the first layer costs 0.5 nats here, sandwich in the last one gains 0.25.
 LAYERS = [(a, "pre", b, c) for a in ("pre", "post") for b in ("pre", "lns") for c in ("pre", "sandwich")] * 2
@@ -92,6 +92,28 @@ def test_rungs_and_layers_are_those_of_the_candidates(analysis):
   assert [row.label.split(":")[0] for row in rows[:2]] == ["2", "4"]
   assert rows[-1].label == "9: diverged"
   assert list(rows[0].layers) == ["pre", "pre", "pre", "sandwich"]
+
+
+def test_a_search_in_a_folder_is_found_there(tmp_path):
+  """`report work/searches` would find nothing, or leave a search out without a word."""
+  folder = make_search(tmp_path / "search")
+  with_finals(folder)
+  assert len(load([str(tmp_path)]).search.candidates) == len(LAYERS)
+  make_run(tmp_path / "alone")
+  assert len(load([str(tmp_path)]).runs) == 7
+
+
+def test_what_the_search_saw_is_of_the_same_rate(tmp_path):
+  """Where all finals have one rate no group names it: the loss of the same layers at another rate would stand there."""
+  folder = make_search(tmp_path / "search")
+  with_finals(folder)
+  content = json.loads((folder / "table.json").read_text())
+  for row in content["candidates"]:
+    row["values"]["optimizer.learning_rate"] = 5e-3 if row["number"] == 2 else 1e-3
+  content["candidates"][9]["results"].append({"rung": 2, "loss": 4.5, "status": "ok"})  # the same layers as of 2
+  (folder / "table.json").write_text(json.dumps(content))
+  table = next(table for table in analyze(load([str(folder)])).tables if table.name == "search_and_finals")
+  assert {row["group"]: row["candidate"] for row in table.data} == {"pre": None, "pre*3,sandwich": 10}
 
 
 def test_the_page_shows_it(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from mixln_jax.reporting.loading import load
 from mixln_jax.reporting.noise import noise_of, stored_noise
 from mixln_jax.reporting.speed import speed_of
 from mixln_jax.reporting.track_check import GAIN
+from mixln_jax.sweeps.study import make_study
 from mixln_jax.track import Track
 from reporting.making import NUM_STEPS, config_of, make_run
 
@@ -99,6 +101,18 @@ def higher_rate(run):
   write_lines(run, [line | ({"learning_rate": 4e-3} if line["split"] == "train" else {}) for line in lines])
 
 
+def lower_rate(run):
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  write_lines(run, [line | ({"learning_rate": 1e-3} if line["split"] == "train" else {}) for line in lines])
+
+
+def non_finite(run):
+  """Ends a run before its last step."""
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  write_lines(run, [line for line in lines if line["step"] < NUM_STEPS])
+  edit(run, "outcome.json", status="non_finite", diverged=True)
+
+
 def other_validation(run):
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   write_lines(run, [line | ({"tokens": 900} if line["split"] == "validation" else {}) for line in lines])
@@ -137,6 +151,19 @@ CHEATS = {
     "learning_rate=0.003, the track has one of",
   ),
   "rate than it says": (higher_rate, "its metrics reach a learning rate of 0.004, its config says 0.002"),
+  "lower rate than it says": (lower_rate, "its metrics reach a learning rate of 0.001, its config says 0.002"),
+  "rate that is none": (
+    lambda run: edit(run, "config.json", optimizer__learning_rate="0.002"),
+    "config.optimizer.learning_rate='0.002', which must be float",
+  ),
+  "batch that is none": (
+    lambda run: edit(run, "config.json", train__batch_size=[16]),
+    "config.train.batch_size=[16], which must be int",
+  ),
+  "initial values that are none": (
+    lambda run: edit(run, "config.json", model__init_deviation="small"),
+    "config.model.init_deviation='small', which must be float",
+  ),
   "no clipping": (
     lambda run: edit(run, "config.json", optimizer__clip_norm=0.0),
     "config.optimizer.clip_norm=0.0, the track",
@@ -176,9 +203,75 @@ def test_a_seed_that_was_dropped_is_named_and_costs_the_rank(tmp_path):
   """Would catch an entry that leaves out its worst seed, from its folder and also from its plan."""
   study = make_entry(tmp_path / "study", {"pre": PRE, "mix:0.5": [4.5, None, 4.6, 4.7]})
   entry = board_of(study).entries[1]
-  assert entry.faults == ["seeds 1 are not there, and later ones are: dropped, or not done yet"]
-  assert f"planned by its study and not there, or not counted: mix_0.5-{RATES[1]}-1" in entry.remarks
+  assert entry.faults == [
+    "seeds 1 are not there, and later ones are: dropped, or not done yet",
+    f"planned or begun, and not done or not counted: mix_0.5-{RATES[1]}-1",
+  ]
   assert "Ranked" not in board_of(study).answer
+
+
+def without(run):
+  shutil.rmtree(run)
+
+
+def unfinished(run):
+  """As one that was stopped, since its loss was high."""
+  non_finite(run)
+  edit(run, "outcome.json", status="stopped", diverged=False)
+
+
+@pytest.mark.parametrize(
+  ("spoil", "fault"),
+  [
+    (without, "planned or begun, and not done or not counted: mix_0.5-0.002-3"),
+    (unfinished, "planned or begun, and not done or not counted: mix_0.5-0.002-3"),
+    (more_steps, "planned or begun, and not done or not counted: mix_0.5-0.002-3"),
+    (non_finite, "seeds 3 diverged and have no final loss: its mean is that of the others"),
+  ],
+)
+def test_the_last_seed_is_one_too(tmp_path, spoil, fault):
+  """Would catch an entry ranked by the mean of the seeds that went well: no gap shows where the last is gone."""
+  study = make_entry(tmp_path / "study", {"pre": PRE, "mix:0.5": [4.5, 4.55, 4.6, 6.0]})
+  spoil(study / "runs" / f"mix_0.5-{RATES[1]}-3")
+  entry = next(one for one in board_of(study).entries if one.placement == "mix:0.5")
+  assert len(entry.scores) == 3
+  assert entry.faults == [fault]
+
+
+def test_one_run_of_the_baseline_that_cheats_rejects_no_other(tmp_path):
+  """Would catch a board whose rules are those of whichever folder comes first."""
+  study = make_entry(tmp_path / "study", {"pre": PRE, "mix:0.5": [4.5, 4.55, 4.6, 4.65]})
+  wider(study / "runs" / f"pre-{RATES[1]}-0")
+  board = board_of(study)
+  (rejected,) = board.rejected
+  assert rejected.run.name == f"pre-{RATES[1]}-0"
+  assert "90,000 numbers in layers/query, the baseline has 68,000" in rejected.violations[0]
+
+
+def test_the_baseline_has_the_tracks_initial_values(tmp_path):
+  """Would catch differences that are shown as those from `pre` where no `pre` of the track is there."""
+  board = board_of(make_entry(tmp_path / "study", {"pre": PRE, "mix:0.5": PRE}, model__init_deviation=0.05))
+  assert board.baseline is None
+  page = write_board(board, tmp_path / "board").read_text()
+  assert ">baseline<" not in page
+
+
+def test_a_study_that_varies_initial_values_has_an_entry_for_each(tmp_path):
+  """Would catch an entry that loses its rank by the runs of another one."""
+  study = make_entry(tmp_path / "study", {"pre": PRE, "mix:0.5": [4.5, 4.55, 4.6, 4.65]})
+  plan = json.loads((study / "study.json").read_text())
+  for name, values in {run["name"]: run["values"] for run in plan["runs"] if "mix" in run["name"]}.items():
+    values = values | {"model.init_deviation": 0.05}
+    whole = {field.replace(".", "__"): value for field, value in values.items()}
+    finish(make_run(study / "runs" / f"{name}-wide", 4.0 + values["seed"], **whole))
+    plan["runs"].append({"name": f"{name}-wide", "values": values})
+  (study / "study.json").write_text(json.dumps(plan))
+  board = board_of(study)
+  assert [(entry.label, entry.faults) for entry in board.entries] == [
+    ("pre", []),
+    ("mix:0.5, init deviation 0.05", []),
+    ("mix:0.5", []),
+  ]
 
 
 def test_an_entry_that_keeps_the_rules_has_a_rank(tmp_path):
@@ -251,6 +344,43 @@ def test_an_entry_of_another_folder_is_held_against_the_boards_baseline(tmp_path
   assert labels == {"mix:0.5 (paper)": LOWER, "mix:0.5 (again)": HIGHER}
   assert {one.study: one.judged.verdict for one in board.claims} == {"paper": HOLDS, "again": REFUTED}
   assert any("its study has no pre: compared with that of paper" in one for one in board.entries[2].remarks)
+
+
+def test_studies_whose_folders_have_one_name_are_two(tmp_path):
+  """Would catch two people's `work/cpu` that are compared with one baseline, and judge a claim as one."""
+  mine = make_entry(tmp_path / "mine" / "cpu", {"pre": PRE, "mix:0.5": [4.90, 4.93, 4.87, 4.92]})
+  yours = make_entry(tmp_path / "yours" / "cpu", {"pre": [4.0, 4.1, 4.2, 4.3], "mix:0.5": [4.5, 4.61, 4.7, 4.82]})
+  claim = {"id": "mix<pre", "claim": "lower", "lower": "mix:0.5", "than": "pre"}
+  board = board_of(mine, yours, claims=(claim,))
+  means = {entry.label: entry.comparison.difference.mean for entry in board.entries if entry.comparison}
+  assert means == pytest.approx({"mix:0.5 (mine/cpu)": -0.0975, "mix:0.5 (yours/cpu)": 0.5075})
+  assert {one.study: one.judged.verdict for one in board.claims} == {"mine/cpu": HOLDS, "yours/cpu": REFUTED}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"by": "much"}, "claim 'c': by='much' must be a number of nats"),
+    ({"by": -0.1}, r"by=-0\.1 must be a number of nats, at least 0"),
+    ({"by": math.nan}, "by=nan must be"),
+    ({"than": 5}, "than=5 must be a placement, or a list of them"),
+    ({"than": []}, r"than=\[\] must be a placement"),
+    ({"than": ["pre", 3]}, "must be a placement, or a list"),
+    ({"than": "mix:0.5"}, "'mix:0.5' can't be lower than itself"),
+    ({"lower": ["mix:0.5"]}, "needs id and lower, both text"),
+    ({"id": None}, "needs id and lower, both text"),
+  ],
+)
+def test_claims_that_mean_nothing_are_refused(tmp_path, changes, message):
+  """Would catch a claim that nobody judges, or that holds whatever the runs say, because of how it was written."""
+  study = make_entry(tmp_path / "study", {"pre": PRE[:1]})
+  plan = json.loads((study / "study.json").read_text())
+  claim = {"id": "c", "claim": "lower", "lower": "mix:0.5", "than": ["pre"], "judged_by": "pairs"} | changes
+  (study / "study.json").write_text(json.dumps(plan | {"claims": [claim]}))
+  with pytest.raises(InputError, match=f"study.json: .*{message}"):
+    board_of(study)
+  with pytest.raises(InputError, match=f"STUDY: .*{message}"):  # before anything is trained
+    make_study(base(), [{"model.placement": ("pre",)}], claims=[claim])
 
 
 @pytest.mark.parametrize(
@@ -328,6 +458,21 @@ def test_other_corpora_are_in_the_report_and_on_the_board(tmp_path):
   assert "text:botocore (not trained on it)" in page
 
 
+def test_another_version_of_a_corpus_is_another_corpus(tmp_path):
+  """Would catch a difference between placements that is one between the texts that they were evaluated on."""
+  study = make_entry(tmp_path / "study", {"pre": [5.0, 5.1], "mix:0.5": [4.9, 5.0]}, tuned=())
+  for name, fingerprint in (("pre", "a" * 16), ("mix_0.5", "b" * 16)):
+    for seed in (0, 1):
+      found = {"book": {"loss": 3.0, "bits_per_byte": 1.5, "fingerprint": fingerprint, "tokens": 100}}
+      folder = study / "runs" / f"{name}-{RATES[1]}-{seed}" / "corpora" / "20"
+      folder.mkdir(parents=True)
+      (folder / "corpora.json").write_text(json.dumps({"step": 20, "corpora": found}))
+      (folder.parent / "25").mkdir()  # of an evaluation that was killed before it wrote anything
+  table = next(one for one in analyze(load([str(study)])).tables if one.name == "corpora")
+  assert [row["loss_difference"] for row in table.data] == [None, None]
+  assert "book, fingerprint bbbbbbbbbbbb, 100 tokens (not trained on it)" in [row[1] for row in table.rows]
+
+
 def test_the_board_is_one_file_that_needs_no_other(tmp_path):
   """Would catch a page that loads something, runs a name that is out to harm, or leaves out an entry or a verdict."""
   evil = "<img src=x onerror=pwned()>"
@@ -383,6 +528,16 @@ def test_speed_by_hand(tmp_path):
   back = speed_of(pre, mix)
   assert back.steps.value == pytest.approx(12.5 / 20)
   assert back.steps_to_baseline is None
+
+
+def test_speed_beside_a_baseline_that_was_evaluated_before_its_first_step(tmp_path):
+  """Would catch a run that ends above the loss of untrained weights, whose ratio would be that of no steps at all."""
+  pre, bad = (make_run(tmp_path / name, loss, seed=0) for name, loss in (("pre", 5.0), ("bad", 9.0)))
+  curve(pre, [6.0, 5.5, 5.2, 5.0], 1.0)
+  lines = [json.loads(line) for line in (pre / "metrics.jsonl").read_text().splitlines()]
+  write_lines(pre, [{"step": 0, "split": "validation", "loss": 7.0, "tokens": 1000}, *lines])
+  speed = speed_of(load([str(bad)]).runs, load([str(pre)]).runs)
+  assert speed.steps.value == pytest.approx(5 / 20)  # its first evaluation
 
 
 def test_a_report_says_what_a_step_costs(tmp_path):

@@ -84,6 +84,9 @@ def test_one_command_runs_every_stage_and_its_board_follows(recipe, trained, tmp
     "Ranked entries: 1. By intervals that exclude 0, 0 are lower than pre and 1 is higher" in capsys.readouterr().out
   )
   assert json.loads((tmp_path / "small.json").read_text())["runs"] == 4  # beside the recipe
+  recipe.write_text(recipe.read_text().replace('"baseline_seeds": 4', '"baseline_seeds": 20'))
+  with pytest.raises(InputError, match="pre has 4 of the 20 seeds that the track asks for"):
+    report.main([f"--track={recipe}", str(study), f"--output={output}", "--store_noise"])
   assert "stored with the track" in _board_again(recipe, study, output)
 
 

@@ -25,7 +25,7 @@ from mixln_jax.errors import InputError
 from mixln_jax.files import NUMBER, OBJECTS, check_kinds, read_json, write_whole
 from mixln_jax.parallel.devices import DEVICES, GIB
 from mixln_jax.runs.folder import CHECKPOINTS, RunFolder
-from mixln_jax.runs.outcome import NON_FINITE, STOPPED, Outcome
+from mixln_jax.runs.outcome import ENDED_ITSELF, NON_FINITE, STOPPED, Outcome
 from mixln_jax.sweeps.joint import opened_members
 from mixln_jax.sweeps.search.plan import Rung, Search, uniform
 from mixln_jax.sweeps.search.table import Candidate, Result
@@ -182,8 +182,9 @@ class Groups:
 
 
 def _result(outcome: Outcome, rung: Rung) -> Result:
+  """A run that ended itself has no loss, also where it did so in the last step of the rung: it can't go on."""
   validation = outcome.validation
-  if outcome.status == NON_FINITE or validation is None or validation["step"] != rung.end:
+  if outcome.status in ENDED_ITSELF or validation is None or validation["step"] != rung.end:
     status = "non_finite" if outcome.status == NON_FINITE else "diverged"
     return Result(math.inf, status)
   loss = float(validation["loss"])

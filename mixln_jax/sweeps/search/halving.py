@@ -33,7 +33,7 @@ def run_search(
     give_up: hears of the candidates that do not go on, once for each rung that is done; again where it is resumed.
 
   Raises:
-    InputError: no candidate has a finite loss at the end of a rung.
+    InputError: no candidate has a finite loss at the end of a rung, or the table has other candidates than the trials.
   """
   first, *later = search.ladder()
   proposals.tell(table.losses(first))  # those that a killed process had written and not told
@@ -41,6 +41,7 @@ def run_search(
     end = min(begin + search.group, search.candidates)
     proposals.fill(end)
     group = proposals.candidates[begin:end]
+    _check_same(group, table)
     if not _is_done(table, first, group):
       table.put(first, group, evaluate(group, first))
     proposals.tell(table.losses(first))
@@ -52,6 +53,21 @@ def run_search(
       if not _is_done(table, rung, group):
         table.put(rung, group, evaluate(group, rung))
     before = rung
+
+
+def _check_same(group: Sequence[Candidate], table: Table) -> None:
+  """Rejects a table whose candidates are not those that were asked for: their losses would be told to others.
+
+  Raises:
+    InputError: the journal was removed or replaced, or another version of Optuna asks otherwise.
+  """
+  for candidate in group:
+    known = table.candidates.get(candidate.number)
+    if known is not None and dict(known.values) != dict(candidate.values):
+      raise InputError(
+        f"candidate {candidate.name} is {dict(known.values)} in the table, and {dict(candidate.values)} by the trials "
+        "(optuna.jsonl): restore the file that was removed or changed, or search in another workdir"
+      )
 
 
 def survivors(table: Table, before: Rung, rung: Rung) -> list[Candidate]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixln_jax import config as config_lib
+from mixln_jax import placement
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.files import OBJECT, read_json, write_whole
@@ -134,14 +135,17 @@ def make_search(base: Config, content: Mapping[str, Any]) -> Search:
     wrong = f"has no {missing[0]}" if missing else f"has {unknown[0]!r}, which is none of its fields"
     raise InputError(f"SEARCH: {wrong}; the fields are {', '.join([*NEEDED, *OF_SPACE, *DEFAULTS])}")
   content = {**DEFAULTS, **content}
+  for name in ("title", "question"):
+    if not isinstance(content[name], str):
+      raise InputError(f"SEARCH: {name}={shown(content[name])} must be text")
   base = with_derived(base)
   config_lib.validate(base)
   search = Search(
     base=base,
     space=make_space(content, base),
     content=json.loads(json.dumps(content, default=list)),  # as it is after JSON, which has lists alone
-    title=str(content["title"]),
-    question=str(content["question"]),
+    title=content["title"],
+    question=content["question"],
     sampler=content["sampler"],
     sampler_seed=_whole(content, "sampler_seed", 0),
     candidates=_whole(content, "candidates", 2),
@@ -150,7 +154,7 @@ def make_search(base: Config, content: Mapping[str, Any]) -> Search:
     eta=_whole(content, "eta", 2),
     winners=_whole(content, "winners", 1),
     seeds=_seeds(content["seeds"], base),
-    baselines=tuple(content["baselines"]),
+    baselines=_baselines(content["baselines"], base.model.num_layers),
   )
   if search.sampler not in SAMPLERS:
     raise InputError(f"SEARCH: sampler={search.sampler!r} must be one of {', '.join(SAMPLERS)}")
@@ -195,15 +199,31 @@ def _steps(given: Any, base: Config) -> tuple[int, ...]:
   return tuple(given)
 
 
+def _baselines(given: Any, num_layers: int) -> tuple[str, ...]:
+  """The placements of the finals, each once."""
+  if not isinstance(given, (tuple, list)) or not all(isinstance(name, str) for name in given):
+    raise InputError(f"SEARCH: baselines={shown(given)} must be a list of placements, as ('pre', 'mix:0.25')")
+  for number, name in enumerate(given):
+    placement.parse(name, num_layers)
+    if name in given[:number]:
+      raise InputError(f"SEARCH: baselines has {name!r} twice")
+  return tuple(given)
+
+
 def _seeds(given: Any, base: Config) -> tuple[int, ...]:
-  if not isinstance(given, (tuple, list)) or not given or any(type(seed) is not int or seed < 0 for seed in given):
+  if not isinstance(given, (tuple, list)) or not given or any(type(seed) is not int for seed in given):
     raise InputError(f"SEARCH: seeds={shown(given)} must be whole numbers, as in (1, 2, 3)")
   if len(set(given)) < len(given):
     raise InputError(f"SEARCH: seeds={tuple(given)} has one twice")
-  for name, seed in (("seed", base.seed), ("data.seed", base.data.seed)):
-    if seed in given:
+  for name, of_search in (("seed", base.seed), ("data.seed", base.data.seed)):
+    field = config_lib.FIELDS[name]
+    for seed in given:
+      if not field.admits(seed):
+        raise InputError(f"SEARCH: seeds has {seed}, and config.{name} must be {field.allowed()}")
+    if of_search in given:
       raise InputError(
-        f"SEARCH: seeds={tuple(given)} has {seed}, which is config.{name}, so the search itself saw it; give fresh ones"
+        f"SEARCH: seeds={tuple(given)} has {of_search}, which is config.{name}, so the search itself saw it; give "
+        "fresh ones"
       )
   return tuple(given)
 
@@ -239,4 +259,4 @@ def check_same(search: Search, old: Mapping[str, Any], folder: Path) -> None:
 
 def uniform(names: Sequence[str], num_layers: int) -> list[Any]:
   """The table of each name as a whole placement: together they have every row of each layer."""
-  return [config_lib.placement.parse(name, num_layers) for name in names]
+  return [placement.parse(name, num_layers) for name in names]

@@ -132,7 +132,7 @@ def make_space(content: Mapping[str, Any], base: Config) -> Space:
   rates = content.get("learning_rates")
   if rates is not None:
     choices.append(Parameter(RATE, _numbers(rates, "learning_rates"), ordered=True))
-  space = Space(num_layers, tuple(choices), _rows(names, arguments), _with_arguments(spell, arguments))
+  space = Space(num_layers, tuple(choices), _rows(names, arguments), spell)
   check_one_tree(space.rows, base)
   for rate in rates or ():
     if not config_lib.FIELDS[RATE].admits(rate):
@@ -180,7 +180,7 @@ def _layers(given: Any, num_layers: int) -> Kind:
   places = [f"layer_{number:02d}" for number in range(1, num_layers + 1)]
 
   def spell(choice: Choice) -> str:
-    return spelled([choice[place] for place in places])
+    return spelled([_row(choice[place], choice) for place in places])
 
   return [Parameter(place, names) for place in places], names, spell
 
@@ -215,7 +215,7 @@ def _segments(given: Any, num_layers: int) -> Kind:
   def spell(choice: Choice) -> str | None:
     layers: list[str] = []
     for number in range(1, len(given) + 1):
-      layers += [choice[f"segment_{number}"]] * choice[f"count_{number}"]
+      layers += [_row(choice[f"segment_{number}"], choice)] * choice[f"count_{number}"]
     return spelled(layers) if len(layers) == num_layers else None
 
   return choices, tuple(dict.fromkeys(all_names)), spell
@@ -238,11 +238,18 @@ def _sums(counts: Sequence[Sequence[int]]) -> set[int]:
 
 
 def spelled(layers: Sequence[str]) -> str:
-  """The placement with these layers: `post*3,pre*9`, or the name alone where all are the same."""
+  """The placement with these layers: `post*3,pre*9`, or the name alone where all are the same.
+
+  A count stands before the modifiers of its name: `post*3+gpas`.
+  """
   segments = [(name, len(list(same))) for name, same in itertools.groupby(layers)]
   if len(segments) == 1:
     return segments[0][0]
-  return ",".join(name if count == 1 else f"{name}*{count}" for name, count in segments)
+  words = []
+  for name, count in segments:
+    row, plus, modifiers = name.partition("+")
+    words.append(name if count == 1 else f"{row}*{count}{plus}{modifiers}")
+  return ",".join(words)
 
 
 # Arguments: one value for all rows of a name.
@@ -253,8 +260,10 @@ def _argument_name(name: str) -> str:
 
 
 def _arguments(given: Any) -> dict[str, tuple[Any, ...]]:
+  if not isinstance(given, Mapping):
+    raise InputError(f"SEARCH: arguments={given!r} must be a mapping, as {{'lns': (0.25, 0.5)}}")
   arguments = {}
-  for name, values in dict(given).items():
+  for name, values in given.items():
     if name not in placement.ROWS or not placement.ROWS[name].arguments:
       raise InputError(f"SEARCH: arguments[{name!r}]: there is no placement of this name that takes an argument")
     arguments[name] = _numbers(values, f"arguments[{name!r}]")
@@ -269,22 +278,10 @@ def _rows(names: Sequence[str], arguments: Mapping[str, Sequence[Any]]) -> tuple
   return tuple(rows)
 
 
-def _with_arguments(spell: Spell, arguments: Mapping[str, Any]) -> Spell:
-  """The same placements with the arguments that were chosen behind their names."""
-
-  def with_them(choice: Choice) -> str | None:
-    placed = spell(choice)
-    if placed is None:
-      return None
-    segments = []
-    for segment in placed.split(","):
-      name, star, count = segment.partition("*")
-      if name in arguments:
-        name = f"{name}:{choice[_argument_name(name)]!r}"
-      segments.append(name + star + count)
-    return ",".join(segments)
-
-  return with_them
+def _row(name: str, choice: Choice) -> str:
+  """A name with the argument that was chosen for it, if one was."""
+  argument = choice.get(_argument_name(name))
+  return name if argument is None else f"{name}:{argument!r}"
 
 
 def _names(given: Any, where: str) -> tuple[str, ...]:
