@@ -1,11 +1,9 @@
 """Command-line flags: absl and ml_collections, with errors that a person can act on."""
 
 import math
-import os
 import re
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -301,7 +299,7 @@ def _flag_error(error: Exception, recipe: str = "") -> InputError:
     fields = [f"--config.{field}" for field in config_lib.FIELDS if field.rpartition(".")[2] == error.flagname]
     if fields:
       return InputError(f"--{error.flagname}: unknown flag; did you mean {' or '.join(fields)}? see --help")
-  line = _line_of(error, recipe)
+  line = recipes.line_of(error, recipe)
   where = f"{recipe}, line {line}: " if line else ""
   unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', str(error))
   if unknown:
@@ -309,20 +307,6 @@ def _flag_error(error: Exception, recipe: str = "") -> InputError:
   # ml_collections puts whole tracebacks into some messages; the last line says what is wrong.
   text = (str(error).strip().splitlines() or [""])[-1].strip()
   return InputError(f"{where}{text or type(error).__name__}; see --help")
-
-
-def _line_of(error: BaseException | None, recipe: str) -> int | None:
-  """The line of a recipe at which an error was raised, or one that it came from; None where it was not there."""
-  name = os.path.realpath(recipe) if recipe else ""
-  while error is not None and name:
-    if isinstance(error, SyntaxError) and error.filename and os.path.realpath(error.filename) == name:
-      return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == name]
-    if lines:
-      return lines[-1]
-    error = error.__cause__ or error.__context__
-  return None
 
 
 def _check_overrides(argv: Sequence[str]) -> None:

@@ -4,15 +4,18 @@ In a clone that folder is a link to `configs/`. A recipe is a Python file with `
 `studies/first_norm` and `configs/llama_130m.py` each name one, from whatever folder they are asked for.
 """
 
+import contextlib
 import difflib
+import os
 import runpy
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mixln_jax import config as config_lib
 from mixln_jax.config import Config
-from mixln_jax.errors import InputError
+from mixln_jax.errors import InputError, one_line
 from mixln_jax.files import local_path
 
 FOLDER = Path(__file__).parent / "configs"
@@ -51,6 +54,39 @@ def resolve(text: str, parameter: str = "config") -> str:
   )
 
 
+def run(path: str) -> dict[str, Any]:
+  """What the file of a recipe defines, by name; raises InputError where its code raises anything."""
+  with running(path):
+    return runpy.run_path(path)
+
+
+@contextlib.contextmanager
+def running(path: str) -> Iterator[None]:
+  """Where a recipe's code runs: it is somebody's Python, and what it raises becomes an InputError with its line."""
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:
+    line = line_of(error, path)
+    where = f"{path}, line {line}" if line else path
+    raise InputError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def line_of(error: BaseException | None, path: str) -> int | None:
+  """The line of a recipe at which an error was raised, or one that it came from; None where it was not there."""
+  name = os.path.realpath(path) if path else ""
+  while error is not None and name:
+    if isinstance(error, SyntaxError) and error.filename and os.path.realpath(error.filename) == name:
+      return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == name]
+    if lines:
+      return lines[-1]
+    error = error.__cause__ or error.__context__
+  return None
+
+
 def recipe(name: str, changes: Mapping[str, Any] | None = None) -> Config:
   """The config of a recipe.
 
@@ -62,10 +98,11 @@ def recipe(name: str, changes: Mapping[str, Any] | None = None) -> Config:
     InputError: there is no such recipe or field, or the config is invalid.
   """
   path, colon, variant = resolve(name).partition(":")
-  get_config = runpy.run_path(path).get("get_config")
+  get_config = run(path).get("get_config")
   if get_config is None:
     raise InputError(f"config={path}: defines no get_config; start from mixln_jax.config.base()")
-  config = get_config(variant) if colon else get_config()
+  with running(path):
+    config = get_config(variant) if colon else get_config()
   for field in changes or {}:
     if field not in config_lib.FIELDS:
       raise config_lib.unknown_field(field)

@@ -7,8 +7,7 @@ baseline) lies in a JSON file of the same name beside it.
 
 import dataclasses
 import math
-import runpy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from mixln_jax import config as config_lib
 from mixln_jax import recipes
 from mixln_jax.config import FIELDS, FREE, Config
 from mixln_jax.errors import InputError
-from mixln_jax.files import read_json
+from mixln_jax.files import COUNT, TEXT, Kind, Kinds, read_json
+from mixln_jax.text import shown
 
 PLACEMENT_FIELD, RATE_FIELD, SEED_FIELD = "model.placement", "optimizer.learning_rate", "seed"
 # Initial values belong to a placement: many papers state theirs.
@@ -163,10 +163,36 @@ def check_claims(claims: Sequence[Mapping[str, Any]], where: str) -> None:
       raise InputError(f"{where}: claim {name!r}: by={by!r} must be a number of nats, at least 0")
 
 
+def _list_of(words: str, fits: Callable[[Any], bool]) -> Kind:
+  """A list with something in it, all of one kind."""
+  return Kind(words, lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(map(fits, value)))
+
+
+_NATS = Kind("a finite number, at least 0", lambda value: type(value) in (int, float) and 0 <= value < math.inf)
+_SEEDS = Kind("a whole number, at least 1", lambda value: COUNT.fits(value) and value > 0)
+_RATES = _list_of("a list of learning rates", FIELDS[RATE_FIELD].admits)
+_SHAPES = _list_of("a list of shapes, each its fields and their values", lambda value: isinstance(value, Mapping))
 REQUIRED = ("name", "title", "rates", "first_rates", "placements")
-_OPTIONAL = tuple(
-  field.name for field in dataclasses.fields(Track) if field.name not in (*REQUIRED, "fixed", "noise", "path")
-)
+# What a recipe's TRACK may have, and what each must be.
+KINDS: Kinds = {
+  "name": TEXT,
+  "title": TEXT,
+  "rates": _RATES,
+  "first_rates": _RATES,
+  "placements": _list_of("a list of placements", TEXT.fits),
+  "question": TEXT,
+  "baseline": TEXT,
+  "seeds": _SEEDS,
+  "close_seeds": _SEEDS,
+  "baseline_seeds": _SEEDS,
+  "close": _NATS,
+  "added": _NATS,
+  "fingerprint": TEXT,
+  "validation_tokens": COUNT,
+  "shapes": _SHAPES,
+  "score": TEXT,
+  "claims": Kind("a list of claims", lambda value: isinstance(value, (list, tuple))),
+}
 
 
 def load_track(recipe: str | Path) -> tuple[Track, Config]:
@@ -175,18 +201,25 @@ def load_track(recipe: str | Path) -> tuple[Track, Config]:
   Raises:
     InputError: there is no such file, or it defines no track, or an invalid one.
   """
-  path = Path(recipes.resolve(str(recipe), "track"))
-  content = runpy.run_path(str(path))
+  resolved, colon, _ = recipes.resolve(str(recipe), "track").partition(":")
+  if colon:
+    raise InputError(f"track={recipe}: a track has no variants; leave out what follows the colon")
+  path = Path(resolved)
+  content = recipes.run(resolved)
   track, get_config = content.get("TRACK"), content.get("get_config")
   if not isinstance(track, Mapping) or get_config is None:
     raise InputError(f"track={recipe}: defines no TRACK beside its get_config; the tracks lie in configs/tracks/")
-  unknown = [name for name in track if name not in (*REQUIRED, *_OPTIONAL)]
+  unknown = [str(name) for name in track if name not in KINDS]
   missing = [name for name in REQUIRED if name not in track]
   if unknown or missing:
     wrong = f"does not know {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
-    raise InputError(f"track={recipe}: TRACK {wrong}; it has {', '.join((*REQUIRED, *_OPTIONAL))}")
-  config = get_config()
-  config_lib.validate(config)
+    raise InputError(f"track={recipe}: TRACK {wrong}; it has {', '.join(KINDS)}")
+  for name, value in track.items():
+    if not KINDS[name].fits(value):
+      raise InputError(f"track={recipe}: TRACK has {name}={shown(value)}, which must be {KINDS[name].words}")
+  with recipes.running(resolved):
+    config = get_config()
+    config_lib.validate(config)
   made = Track(fixed=config_lib.flatten(config), path=path, **track)
   if made.noise_file.is_file():
     made = dataclasses.replace(made, noise=read_json(made.noise_file))

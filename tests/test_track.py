@@ -77,11 +77,26 @@ def test_a_shape_of_the_ladder_is_whole():
     (', "score": "slope"', "a slope needs two shapes"),
     (', "baseline": "lns"', "baseline='lns' must be one of its placements"),
     (', "seeds": 9', "close_seeds=8 must be at least seeds=9"),
+    (', "seeds": "3"', "TRACK has seeds='3', which must be a whole number"),
+    (', "baseline_seeds": None', "baseline_seeds=None, which must be a whole number"),
+    (', "rates": 5', "rates=5, which must be a list of learning rates"),
+    (', "placements": "pre"', "placements='pre', which must be a list of placements"),
+    (', "close": "near"', "close='near', which must be a finite number"),
+    (', "claims": ({"id": "c", "lower": "pre"},)', "claim 'c': than=None must be a placement"),
+    ("}; 1 / 0; {", r"small\.py, line \d: ZeroDivisionError: division by zero"),
   ],
 )
 def test_a_track_that_contradicts_itself_is_rejected(tmp_path, more, message):
+  """Would catch a recipe that ends in the middle of a study, or in a traceback, since nobody looked at what it says."""
   with pytest.raises(InputError, match=message):
     load(tmp_path, more)
+
+
+def test_a_track_has_no_variants(tmp_path):
+  """Two variants would be two tracks with one file of noise."""
+  load(tmp_path)
+  with pytest.raises(InputError, match="a track has no variants"):
+    load_track(f"{tmp_path / 'small.py'}:wide")
 
 
 def test_an_entry_is_tuned_first_and_has_more_seeds_where_it_is_close(tmp_path):

@@ -4,12 +4,12 @@ import hashlib
 import itertools
 import json
 import re
-import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixln_jax import config as config_lib
+from mixln_jax import recipes
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.files import COUNT, NUMBERS, TEXT, check_kinds, json_object, local_path
@@ -263,7 +263,7 @@ def load_study(recipe: str, base: Config) -> Study:
   Raises:
     InputError: the recipe defines no study, or an invalid one.
   """
-  content = runpy.run_path(recipe).get("STUDY")
+  content = recipes.run(recipe).get("STUDY")
   if content is None:
     raise InputError(f"config={recipe}: defines no STUDY; give axes, as in 'model.placement=pre mix:0.25'")
   unknown = set(content) - {"grids", "title", "question", "claims", "then"}

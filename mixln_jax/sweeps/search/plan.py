@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixln_jax import config as config_lib
-from mixln_jax import placement
+from mixln_jax import placement, recipes
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.files import OBJECT, read_json, write_whole
@@ -113,7 +112,7 @@ def load_search(recipe: str, base: Config) -> Search:
   Raises:
     InputError: the recipe defines no search, or an invalid one.
   """
-  content = runpy.run_path(recipe).get("SEARCH")
+  content = recipes.run(recipe).get("SEARCH")
   if not isinstance(content, Mapping):
     raise InputError(f"config={recipe}: defines no SEARCH; see docs/placement_search.md for what it has")
   return make_search(base, content)
