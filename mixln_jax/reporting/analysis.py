@@ -105,7 +105,7 @@ def analyze(material: Material, baseline: str | None = None) -> Analysis:
     difference=difference if difference.panels else None,
     sections=sections,
     absent=absent,
-    findings=find(material, groups),
+    findings=find(material, groups, [one.best.row.group for one in headline.contenders if one.best is not None]),
     tables=made,
     headline=headline,
   )

@@ -50,9 +50,17 @@ def axes_of(material: Material) -> tuple[str, ...]:
   return tuple(material.study.axes) if material.study else DEFAULT_AXES
 
 
-def find(material: Material, groups: Sequence[Group]) -> list[Finding]:
-  """All findings, the gravest first."""
+def find(material: Material, groups: Sequence[Group], compared: Sequence[Group] | None = None) -> list[Finding]:
+  """All findings, the gravest first.
+
+  Args:
+    material: what was read.
+    groups: of its runs.
+    compared: the groups of which the headline is made, each placement at its best learning rate; by default all. The
+      other rates were tried to find it, mostly with fewer seeds.
+  """
   runs = material.runs
+  compared = groups if compared is None else compared
   found = [
     *_undeclared(runs, axes_of(material)),
     *_not_as_planned(material),
@@ -61,7 +69,7 @@ def find(material: Material, groups: Sequence[Group]) -> list[Finding]:
     *_repeated(runs, groups),
     *_diagnosed_differently(runs),
     *_not_crossed(runs, groups),
-    *_unequal_seeds(runs, groups),
+    *_unequal_seeds(runs, compared),
     *_unfinished(material),
     *_changed(runs),
     *_harmless(runs),
@@ -229,7 +237,9 @@ def _not_crossed(runs: Sequence[ReportedRun], groups: Sequence[Group]) -> Iterat
     for placement, values in values_by_placement.items():
       listed.append(f"{placement}: {', '.join(show(value) for value in sorted(values, key=sort_key))}")
     text = f"{field} does not have the same values for each placement ({'; '.join(listed)})"
-    yield Finding("caution", f"{text}; only equal values are compared")
+    is_tuned = field == LEARNING_RATE_FIELD
+    what_follows = "each stands at its best of them" if is_tuned else "only equal values are compared"
+    yield Finding("caution", f"{text}; {what_follows}")
 
 
 def _unequal_seeds(runs: Sequence[ReportedRun], groups: Sequence[Group]) -> Iterator[Finding]:

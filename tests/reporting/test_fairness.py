@@ -91,6 +91,20 @@ def test_seeds_are_compared_by_group(tmp_path):
   )
 
 
+def test_a_rate_that_lost_may_have_fewer_seeds(tmp_path):
+  """Catches a warning on every study that tunes on one seed, and none where the best rates have different seeds."""
+  folders = []
+  for placement in ("pre", "post"):
+    for rate, seed, loss in ((3e-3, 0, 3.0), (3e-3, 1, 3.1), (1e-3, 0, 4.0)):
+      tuned = {"model__placement": placement, "optimizer__learning_rate": rate, "seed": seed, "loss": loss}
+      folders.append(str(make_run(tmp_path / f"run{len(folders)}", **tuned)))
+  assert analyze(load(folders)).findings == []
+  (finding,) = analyze(load([*folders[:4], folders[5]])).findings
+  assert finding.text.startswith(
+    "seed does not have the same values in each group (0, 1 in pre, lr 0.003; 0 in post, lr"
+  )
+
+
 def test_what_weakens_a_comparison_is_a_caution(tmp_path):
   findings = found(
     tmp_path,
