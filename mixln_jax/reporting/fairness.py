@@ -9,6 +9,7 @@ from mixln_jax.reporting.groups import (
   LEARNING_RATE_FIELD,
   PLACEMENT_FIELD,
   SEED_FIELDS,
+  START_FIELDS,
   Group,
   changes_the_run,
   differing_fields,
@@ -17,6 +18,7 @@ from mixln_jax.reporting.groups import (
   show,
   sort_key,
   sort_keys,
+  starts_follow_placements,
   value_of,
 )
 from mixln_jax.reporting.loading import Material, ReportedRun
@@ -63,6 +65,7 @@ def find(material: Material, groups: Sequence[Group], compared: Sequence[Group] 
   compared = groups if compared is None else compared
   found = [
     *_undeclared(runs, axes_of(material)),
+    *_other_starts(runs),
     *_not_as_planned(material),
     *_data(runs),
     *_initial_weights(runs),
@@ -107,11 +110,26 @@ def _listed(runs_by_value: Mapping[Any, Sequence[ReportedRun]], words: Callable[
 
 
 def _undeclared(runs: Sequence[ReportedRun], axes: Sequence[str]) -> Iterator[Finding]:
+  declared = set(axes)
+  if starts_follow_placements(runs):
+    declared.update(START_FIELDS)
   for field in differing_fields(runs):
-    if changes_the_run(field) and field not in axes:
+    if changes_the_run(field) and field not in declared:
       by_value = grouped(runs, lambda run, field=field: value_of(run, field))
       text = f"{field} differs and is not an axis of the comparison: {_listed(by_value)}"
       yield Finding("unfair", f"{text}. Runs that differ in it are not compared with each other below")
+
+
+def _other_starts(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
+  """Runs that are tuned from weights of their placement's own."""
+  differing = [field for field in START_FIELDS if field in differing_fields(runs)]
+  if differing and starts_follow_placements(runs):
+    listed = []
+    for field in differing:
+      by_value = grouped(runs, lambda run, field=field: value_of(run, field))
+      listed.append(f"{field}: {_listed(by_value)}")
+    text = f"tuned from different weights, each placement and seed from its own ({'; '.join(listed)})"
+    yield Finding("caution", f"{text}; how those were trained is part of the difference, and not checked here")
 
 
 def _not_as_planned(material: Material) -> Iterator[Finding]:
@@ -144,7 +162,7 @@ def _start_of(run: ReportedRun) -> tuple[str, ...]:
 
   A fine-tuned run starts from the weights of another run, a checkpoint of which is named.
   """
-  deciding = ["seed", "train.start_from", "train.start_checkpoint"]
+  deciding = ["seed", *START_FIELDS]
   deciding += sorted(field for field in run.config if field.startswith("model.") and field != PLACEMENT_FIELD)
   return tuple(f"{field}={run.config.get(field)}" for field in deciding)
 

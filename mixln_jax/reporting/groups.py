@@ -11,6 +11,7 @@ from mixln_jax.reporting.panels import Style
 PLACEMENT_FIELD, LEARNING_RATE_FIELD = "model.placement", "optimizer.learning_rate"
 SEED_FIELDS = ("seed", "data.seed")
 TELLING_FIELDS = ("data.source", "model.num_layers", "train.num_steps")  # these name a setting where any field would
+START_FIELDS = ("train.start_from", "train.start_checkpoint")  # the run that a fine-tuned run starts from
 SHORT_NAMES = {LEARNING_RATE_FIELD: "lr", "model.num_layers": "layers", "train.num_steps": "steps"}
 ABSENT = "absent"
 
@@ -82,6 +83,15 @@ def changes_the_run(field: str) -> bool:
   return field not in FIELDS or FIELDS[field].on_resume != FREE
 
 
+def starts_follow_placements(runs: Sequence[ReportedRun]) -> bool:
+  """Whether runs are tuned from other runs, one for each placement and seed: which one is then no setting of theirs."""
+  starts: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
+  for run in runs:
+    start = tuple(value_of(run, field) for field in START_FIELDS)
+    starts.setdefault((run.placement, *seeds_of(run)), set()).add(start)
+  return all(len(of_one) == 1 for of_one in starts.values())
+
+
 def show(value: Any) -> str:
   """A config value for a person."""
   return f"{value:g}" if isinstance(value, float) else str(value)
@@ -104,11 +114,10 @@ def make_groups(material: Material) -> list[Group]:
   of one placement are sorted.
   """
   runs = material.runs
-  fields = [
-    field
-    for field in differing_fields(runs)
-    if changes_the_run(field) and field not in SEED_FIELDS and field != PLACEMENT_FIELD
-  ]
+  no_setting = {PLACEMENT_FIELD, *SEED_FIELDS}
+  if starts_follow_placements(runs):
+    no_setting.update(START_FIELDS)
+  fields = [field for field in differing_fields(runs) if changes_the_run(field) and field not in no_setting]
 
   def setting_of(run: ReportedRun) -> tuple[Any, ...]:
     return tuple(value_of(run, field) for field in fields)

@@ -105,6 +105,24 @@ def test_a_rate_that_lost_may_have_fewer_seeds(tmp_path):
   )
 
 
+def test_runs_tuned_each_from_its_placements_own_run_are_compared_and_that_is_said(tmp_path):
+  """Catches fine-tuned runs that no report compares, and one that hides that a placement started elsewhere."""
+  tuned = []
+  for placement, loss in ((PRE, 5.0), (POST, 4.0)):
+    start = {"train__start_from": f"work/runs/{placement['model__placement']}", "loss": loss}
+    tuned += [placement | start, placement | start | {"seed": 1, "loss": loss + 0.1}]
+  folders = [str(make_run(tmp_path / f"run{index}", **change)) for index, change in enumerate(tuned)]
+  analysis = analyze(load(folders))
+  assert analysis.answer.startswith("post and pre differ by −1.0000 nats a token in all 2 pairs of seeds")
+  (finding,) = analysis.findings
+  assert finding.level == "caution"
+  assert "train.start_from: work/runs/pre in run0, run1; work/runs/post in run2, run3" in finding.text
+  tuned[1]["seed"], tuned[1]["train__start_from"] = 0, "work/runs/other"
+  findings = found(tmp_path / "b", *tuned)
+  assert findings[0][0] == "unfair"
+  assert findings[0][1].startswith("train.start_from differs and is not an axis of the comparison")
+
+
 def test_what_weakens_a_comparison_is_a_caution(tmp_path):
   findings = found(
     tmp_path,
