@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from mixln_jax.model.columns import Flag, Number, TracedRow
 from mixln_jax.model.norm import NormParams, mean_square, neutral_params, norm
 from mixln_jax.model.tuned.fence import backward_fence, fenced
+from mixln_jax.model.tuned.norm_pair import Switched, norm_pair
 from mixln_jax.model.wiring import WiringInputs, weighted_sum, wiring_of
 from mixln_jax.parallel.rules import platform
 from mixln_jax.placement import LEARNED
@@ -143,23 +144,44 @@ class Sublayer(NamedTuple):
     subtracted_BTD = jax.lax.stop_gradient(h_BTD) if self.gpas_stops_gradient else h_BTD
     return h_BTD - amount * subtracted_BTD
 
-  def branch(self, f: Branch, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-    """b = c_out N_mid(f(c_in N_in(x))) in fp32, and the auxiliary output of f."""
+  def input(self, x_BTD: jax.Array) -> jax.Array:
+    """c_in N_in(x) in f's type."""
     row = self.row
     input_BTD = self.normed(x_BTD, row.norm_in, row.gain_norm_in, scale=_factor("c_in", row, self.learned))
     input_BTD = input_BTD.astype(self.dtype)
     if platform() == "tpu" and not isinstance(row.norm_in, bool):
       input_BTD = backward_fence(input_BTD)
+    return input_BTD
+
+  def branch(self, f: Branch, input_BTD: jax.Array) -> tuple[jax.Array, Any]:
+    """b = c_out N_mid(f(input)) in fp32, and the auxiliary output of f."""
+    row = self.row
     f_BTD, auxiliary = f(input_BTD)
     f_BTD = self.normed(f_BTD, row.norm_mid, row.gain_norm_mid)
     return _times(_factor("c_out", row, self.learned), f_BTD), auxiliary
 
-  def apply(self, f: Branch, streams: Sequence[jax.Array]) -> tuple[Streams, Any, Terms]:
+  def read_through_both_norms(self, stream: Stream | None) -> tuple[jax.Array, jax.Array] | None:
+    """x and c_in N_in(x) for the value x of a stream with a pending norm; None where the plain form is to be used.
+
+    A TPU's form, for RMSNorms where N_in is data.
+    """
+    row = self.row
+    if platform() != "tpu" or self.kind != "rmsnorm" or isinstance(row.norm_in, bool):
+      return None
+    if stream is None or stream.pending is None or stream.is_pending is None:
+      return None
+    outer = Switched(stream.pending.gain, stream.is_pending)
+    inner = Switched(_pick(self.norms, row.gain_norm_in).gain, row.norm_in)
+    scale = jnp.asarray(_factor("c_in", row, self.learned), jnp.float32)
+    return norm_pair(self.epsilon, self.dtype, stream.sum_BTD, outer, inner, scale)
+
+  def apply(self, f: Branch, streams: Sequence[jax.Array], first: Stream | None = None) -> tuple[Streams, Any, Terms]:
     """Applies the sublayer to the residual streams. Norms, coefficients and sums are fp32; each sum is cast once.
 
     Args:
       f: the sublayer itself, from [B, T, D] in `dtype` to ([B, T, D], an auxiliary output).
       streams: H, n arrays [B, T, D] of one type, which the results have too.
+      first: what H_0 is the value of, if it is known; a TPU computes it and N_in together.
 
     Returns:
       The streams after the sublayer; the auxiliary output of f; and the two terms of the sum s, `residual_BTD` and
@@ -175,7 +197,14 @@ class Sublayer(NamedTuple):
     write_is_constant = all(isinstance(weight, float) for weight in wiring.write)
     if platform() == "tpu" and row.wired and not write_is_constant:  # their gradients are sums over f's output
       f = fenced(f)
-    branch_BTD, auxiliary = self.branch(f, x_BTD)
+    x_is_the_stream = n == 1 and not row.wired and row.norm_streams is False
+    through_norms = self.read_through_both_norms(first) if x_is_the_stream else None
+    if through_norms is not None:
+      x_BTD, input_BTD = through_norms
+      read_from = [x_BTD]
+    else:
+      input_BTD = self.input(x_BTD)
+    branch_BTD, auxiliary = self.branch(f, input_BTD)
 
     residuals = [read_from[0], *streams[1:]]  # R_i
     from_normed = _and(row.norm_in, row.residual_from_normed)
@@ -209,7 +238,7 @@ class Sublayer(NamedTuple):
     available_S, slot = jnp.asarray(self.row.read), jnp.argmax(jnp.asarray(self.row.write))
     query_D, gain_D = self.learned["source_query"], self.learned["source_norm"]
     x_BTD = sources.mixture(query_D, gain_D, self.epsilon, available_S)
-    branch_BTD, auxiliary = self.branch(f, x_BTD)
+    branch_BTD, auxiliary = self.branch(f, self.input(x_BTD))
     terms = {"residual_BTD": x_BTD, "branch_BTD": branch_BTD}
     return sources.added(slot, branch_BTD), auxiliary, terms
 

@@ -142,9 +142,8 @@ class Layer(nn.Module):
     def mlp(h_BTD: jax.Array) -> tuple[jax.Array, None]:
       return MLPS[self.config.activation](h_BTD, weights, self.config.dtype), None
 
-    inputs = self.values(before)
-    middle, attended, attention_taps = self.sublayer("attention", attend, inputs, weights, rows.attention)
-    after, _, mlp_taps = self.sublayer("mlp", mlp, self.values(middle), weights, rows.mlp)
+    middle, attended, attention_taps = self.sublayer("attention", attend, before, weights, rows.attention)
+    after, _, mlp_taps = self.sublayer("mlp", mlp, middle, weights, rows.mlp)
 
     if isinstance(after, Streams):
       after = after.replace(further=after.further[: self.streams.num_carried - 1])
@@ -163,10 +162,8 @@ class Layer(nn.Module):
       taps = self.observe(observed, shared.weights_BT)
     return (after, attended.cache), taps
 
-  def values(self, streams: Streams | Sources) -> list[jax.Array] | Sources:
+  def values(self, streams: Streams) -> list[jax.Array]:
     """All n streams inside the layer. Those that are not carried between layers start as zeros."""
-    if isinstance(streams, Sources):
-      return streams
     values = separate(streams, self.config)
     return values + [jnp.zeros_like(values[0])] * (self.streams.num - len(values))
 
@@ -174,7 +171,7 @@ class Layer(nn.Module):
     self,
     name: str,
     branch: Callable[[jax.Array], tuple[jax.Array, Any]],
-    streams: list[jax.Array] | Sources,
+    streams: Streams | Sources,
     weights: Weights,
     row: TracedRow,
   ) -> tuple[Any, Any, dict[str, jax.Array]]:
@@ -204,7 +201,7 @@ class Layer(nn.Module):
       if isinstance(streams, Sources):
         after, auxiliary, terms = rule.append(branch, streams)
       else:
-        after, auxiliary, terms = rule.apply(branch, streams)
+        after, auxiliary, terms = rule.apply(branch, self.values(streams), streams.first)
     taps = {f"{name}_{term}": value for term, value in terms.items()}
     return jax.tree.map(_constrain_stream, after), auxiliary, taps
 
@@ -217,7 +214,7 @@ class Layer(nn.Module):
       recorded.append(self.project_values(h_BTD, weights, rows.attention, shared))
       return h_BTD, None
 
-    self.sublayer("attention", record_values, self.values(before), weights, rows.attention)
+    self.sublayer("attention", record_values, before, weights, rows.attention)
     return recorded[0]
 
   def attend(

@@ -9,7 +9,8 @@ says how much each tuned form gains.
   model/loss.py `next_token_loss`          optax's cross entropy            `loss.py`: logits in chunks, one pass
   model/attention_kernels.py               `jax.nn.dot_product_attention`   `attention_blocks.py`: a CPU's
     `self_attention`                                                        `attention_splash.py`: a TPU's kernel
-  model/residual.py `Sublayer.branch`      f(x)                             `fence.py`: a TPU's norms in a mixture,
+  model/residual.py `Sublayer.input`       f(x)                             `fence.py`: a TPU's norms in a mixture,
     and `Sublayer.apply`                                                    its sums for learned write weights
+  model/residual.py `Sublayer.apply`       N_out, then N_in                 `norm_pair.py`: a TPU's, where N_in is data
   training/optimizer.py `make_optimizer`   optax's clip and Adam            `training/tuned.py`
 """
