@@ -1,9 +1,8 @@
 """Mix-LN's α alone: all 13 numbers of leading Post-LN layers in 12, each to the end of the rungs that it survives.
 
 Command:  as configs/searches/layers.py, with --search=configs/searches/alpha.py; the prepared data is the same
-Hardware: not run yet. About 1.6 core-hours: 3,600 steps to search and 7,200 for the finals, empty places of groups
-          among them, at the 0.55 s of layers.py, whose program has more that varies.
-Result:   none yet.
+Hardware: one CPU core, 1.1 hours: 3,600 steps to search and 7,200 for the finals, empty places of groups among them.
+Result:   docs/studies/search.md.
 Source:   the values of α in arXiv 2412.13795, table 5, as a search.
 """
 
