@@ -173,7 +173,6 @@ start() {
 show_state() {
   local what=ready status=- seconds=0 asked=false
   [ -x .venv/bin/python ] || what=bare
-  [ -e "$state/asked" ] && asked=true
   if [ -e "$state/pid" ]; then
     [ -e "$state/status" ] || running_pid >/dev/null || sleep 1 # its end is just being written down
     seconds=$(($(date +%s) - $(date -r "$state/pid" +%s)))
@@ -186,6 +185,7 @@ show_state() {
       what=lost
     fi
   fi
+  ! [ -e "$state/asked" ] || asked=true # last: `stop` leaves it before training ends, so it is there if an end is
   echo "launch-state $(hostname) $what $status $seconds $asked $(cat "$state/workdir" 2>/dev/null || echo -)"
 }
 

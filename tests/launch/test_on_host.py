@@ -63,6 +63,23 @@ def test_training_outlives_its_starter_and_stops_with_grace(host):
   assert "got SIGTERM" in host.run("on_host.sh", "tail")[1]
 
 
+def test_a_stop_while_the_state_is_being_read_is_seen_as_one_by_hand(host):
+  """Catches a supervisor that starts again what a person stopped: the end was read, and not who asked for it."""
+  folder = host.clone / "work/launch"
+  folder.mkdir(parents=True, exist_ok=True)
+  ended = subprocess.Popen(["true"])
+  ended.wait()
+  (folder / "pid").write_text(str(ended.pid))
+  reading = host.start("on_host.sh", "state")  # no process and no status yet: it waits a second for the status
+  time.sleep(0.5)
+  (folder / "asked").touch()
+  (folder / "status").write_text("75")
+  output, _ = reading.communicate(timeout=30)
+  (folder / "pid").unlink()  # the fixture ends what it names, and another process may have that number by now
+  what, status, _, asked, _ = output.split()[2:]
+  assert (what, status, asked) == ("ended", "75", "true")
+
+
 def test_a_shutdown_that_signals_all_processes_gives_training_one_signal(host):
   host.plan("run")
   host.run("on_host.sh", "start", *RUN)

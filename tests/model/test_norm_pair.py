@@ -97,7 +97,7 @@ def test_runs_trained_together_each_have_their_own_flags():
   ],
 )
 def test_a_mixture_on_a_tpu_trains_by_it_as_by_the_plain_form(monkeypatch, platform, placement, is_paired):
-  """Catches a pair that the model gives other norms or another scale, and one where a constant row has no need of it."""
+  """Catches a pair that gets other norms or another scale, and one where a constant row has no need of it."""
   model = small_model(placement=placement)
   params, tokens = random_params(model), random_tokens(model)
   expected = jax.grad(lambda params: mean_loss(model, params, tokens))(params)
