@@ -4,10 +4,8 @@ Command:  python -m mixln_jax prepare --config=configs/studies/depth_ladder.py, 
           python -m mixln_jax sweep --config=configs/studies/depth_ladder.py --workdir=DIR
           (the later stages, a higher rate where the best is at the edge and more seeds at each best rate, begin by
           themselves; report draws loss against depth)
-Hardware: one CPU core, 4 to 6 hours for 63 + 14 + 42 runs of 0.92 M tokens, with MALLOC_ARENA_MAX=1,
-          MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=8589934592. Estimated from 40 and 140 steps on a
-          core that others used too, in processor time: 0.11 s a step and 40 s around it for pre of 11 layers, 0.44 s
-          and 43 s (4 min a run, the longest) for hc:4 of 24.
+Hardware: one CPU core, 8.6 hours for 63 + 14 + 42 runs of 0.92 M tokens on cores that other work shared, with
+          MALLOC_ARENA_MAX=1, MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=8589934592.
 Result:   docs/studies/depth_ladder.md.
 Source:   ours; the design is DepthBench's (arXiv 2609.32534), which keeps parameters equal from 16 layers of 1,216 to
           70 of 640 and takes each architecture at its best rate. Its budget is 20 tokens a parameter, ours 1.7; two

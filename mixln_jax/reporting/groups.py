@@ -84,7 +84,9 @@ def changes_the_run(field: str) -> bool:
 
 
 def starts_follow_placements(runs: Sequence[ReportedRun]) -> bool:
-  """Whether runs are tuned from other runs, one for each placement and seed: which one is then no setting of theirs."""
+  """Whether all runs are tuned from other runs, one for each placement and seed: which one is then no setting."""
+  if not all(run.config.get(START_FIELDS[0]) for run in runs):
+    return False
   starts: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
   for run in runs:
     start = tuple(value_of(run, field) for field in START_FIELDS)

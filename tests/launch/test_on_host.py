@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launch.conftest import Cloud
+from launch.conftest import Cloud, write_executable
 
 RUN = ("--config=configs/tiny.py", "--workdir=runs/mine")
 
@@ -67,16 +67,10 @@ def test_a_stop_while_the_state_is_being_read_is_seen_as_one_by_hand(host):
   """Catches a supervisor that starts again what a person stopped: the end was read, and not who asked for it."""
   folder = host.clone / "work/launch"
   folder.mkdir(parents=True, exist_ok=True)
-  ended = subprocess.Popen(["true"])
-  ended.wait()
-  (folder / "pid").write_text(str(ended.pid))
-  reading = host.start("on_host.sh", "state")  # no process and no status yet: it waits a second for the status
-  time.sleep(0.5)
-  (folder / "asked").touch()
-  (folder / "status").write_text("75")
-  output, _ = reading.communicate(timeout=30)
-  (folder / "pid").unlink()  # the fixture ends what it names, and another process may have that number by now
-  what, status, _, asked, _ = output.split()[2:]
+  (folder / "pid").write_text(str(2**22 + 1))  # more than Linux gives
+  # It finds neither the process nor a status, and waits for the status: then comes the stop.
+  write_executable(host.folder / "bin/sleep", "#!/bin/sh\ntouch work/launch/asked\necho 75 >work/launch/status\n")
+  what, status, _, asked, _ = state(host)
   assert (what, status, asked) == ("ended", "75", "true")
 
 

@@ -30,24 +30,25 @@ def test_a_fence_changes_no_value(fenced_sum):
 
 
 @pytest.mark.parametrize(
-  ("platform", "placement", "fenced"),
+  ("platform", "placement", "kind", "fenced"),
   [
-    ("tpu", "mix:0.5", True),
-    ("tpu", "hc:2", True),
-    ("tpu", "pre", False),
-    ("tpu", "post", False),
-    ("tpu", "siamese", False),
-    ("tpu", "pre+x0", False),
-    ("cpu", "mix:0.5", False),
-    ("cpu", "hc:2", False),
+    ("tpu", "mix:0.5", "rmsnorm", True),
+    ("tpu", "mix:0.5", "layernorm", True),
+    ("tpu", "hc:2", "rmsnorm", True),
+    ("tpu", "pre", "rmsnorm", False),
+    ("tpu", "post", "rmsnorm", False),
+    ("tpu", "siamese", "rmsnorm", False),
+    ("tpu", "pre+x0", "rmsnorm", False),
+    ("cpu", "mix:0.5", "rmsnorm", False),
+    ("cpu", "hc:2", "rmsnorm", False),
   ],
 )
 def test_only_a_tpu_fences_and_only_norms_of_some_layers_and_learned_write_weights(
-  monkeypatch, platform, placement, fenced
+  monkeypatch, platform, placement, kind, fenced
 ):
   """Catches a fence where it costs a fusion that is wanted, and a CPU's program that changes."""
   monkeypatch.setattr(residual, "platform", lambda: platform)
-  model = small_model(placement=placement, num_layers=2)
+  model = small_model(placement=placement, norm=kind, num_layers=2)
   params = random_params(model)
   tokens = jnp.zeros((1, 3), jnp.int32)
 

@@ -121,6 +121,8 @@ def test_runs_tuned_each_from_its_placements_own_run_are_compared_and_that_is_sa
   findings = found(tmp_path / "b", *tuned)
   assert findings[0][0] == "unfair"
   assert findings[0][1].startswith("train.start_from differs and is not an axis of the comparison")
+  from_scratch = found(tmp_path / "c", PRE, POST | {"train__start_from": "work/runs/post"})
+  assert from_scratch[0][0] == "unfair"
 
 
 def test_what_weakens_a_comparison_is_a_caution(tmp_path):
@@ -136,7 +138,8 @@ def test_what_weakens_a_comparison_is_a_caution(tmp_path):
   text = "\n".join(text for _, text in findings)
   for words in (
     "run2, run3 repeat one run",
-    "optimizer.learning_rate does not have the same values for each placement (pre: 0.001, 0.003; post: 0.003)",
+    "optimizer.learning_rate does not have the same values for each placement (pre: 0.001, 0.003; post: 0.003); each "
+    "stands at its best of them",
     "seed does not have the same values in each group (0 in pre, lr 0.001 and in pre, lr 0.003;",
     "no finite loss at their last step: run4 (running or killed, step 0 of 20)",
     "the training data of run4 is not known yet",

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Flag = bool | jax.Array
+from mixln_jax.model.norm import Flag, mean_square
 
 
 class Switched(NamedTuple):
@@ -69,8 +69,8 @@ def _forward(
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
   h_BTD = stream_BTD.astype(jnp.float32)
   scaled_BTD = h_BTD * outer.effective_gain()
-  out_factor_BT1 = outer.factor(_mean(jnp.square(h_BTD)), epsilon)
-  scaled_mean_BT1 = _mean(jnp.square(scaled_BTD))
+  out_factor_BT1 = outer.factor(mean_square(h_BTD), epsilon)
+  scaled_mean_BT1 = mean_square(scaled_BTD)
   in_factor_BT1 = inner.factor(jnp.square(out_factor_BT1) * scaled_mean_BT1, epsilon)
   x_BTD = (scaled_BTD * out_factor_BT1).astype(stream_BTD.dtype)
   y_BTD = x_BTD.astype(jnp.float32) * (in_factor_BT1 * scale) * inner.effective_gain()
@@ -121,10 +121,6 @@ def _backward(_epsilon: float, _dtype: Any, saved: Any, gradients: tuple[jax.Arr
 def _gradient_of(norm: Switched, gain_gradient_D: jax.Array) -> Switched:
   """None for the flag, which has no gradient."""
   return Switched(jnp.where(norm.on, gain_gradient_D, 0.0).astype(norm.gain_D.dtype), None)  # pyright: ignore[reportArgumentType]
-
-
-def _mean(v_BTD: jax.Array) -> jax.Array:
-  return jnp.mean(v_BTD, axis=-1, keepdims=True)
 
 
 def _over_positions(v_BTD: jax.Array) -> jax.Array:
