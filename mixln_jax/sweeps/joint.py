@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mixln_jax import config as config_lib
+from mixln_jax.config import Config
 from mixln_jax.data.loader import Data
 from mixln_jax.data.opening import open_data
+from mixln_jax.errors import InputError
 from mixln_jax.files import TEXTS, read_json, write_whole
 from mixln_jax.opening import Setup
 from mixln_jax.parallel.processes import agree, is_first, wait_for_all
@@ -60,12 +62,22 @@ def train_together(study: Study, runs: Sequence[Run]) -> list[Outcome]:
     InputError: they can't be one program, or contradict what their folders hold; nothing was changed.
   """
   clock = Clock()
+  check_keeps_two(study.base)
   program = JointProgram({run.name: run.config for run in runs}, study.base.mesh)
   corpus = open_data(program.config)
   with opened_members(program, runs, corpus) as members:
     if is_first():
       write_whole(_study_folder(runs) / TOGETHER, json.dumps({"runs": [run.name for run in runs]}) + "\n")
     return train_members(program, members, clock)
+
+
+def check_keeps_two(config: Config) -> None:
+  """Rejects a config that keeps one checkpoint: a kill between the saves of two runs would leave no step of both."""
+  if config.checkpoint.keep_last < 2:
+    raise InputError(
+      f"config.checkpoint.keep_last={config.checkpoint.keep_last}: runs that are trained together, when cut off, need "
+      "the checkpoint before the newest; set it to 2 or more"
+    )
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def _common_steps(members: Sequence[Member], damaged: dict[tuple[int, int], Dama
   """Steps of which every member that still trains has a checkpoint that is not known to be damaged.
 
   Raises:
-    InputError: some have checkpoints, and no step is common to all.
+    InputError: some have checkpoints, and no step is common to all, so that beginning again would lose updates.
   """
   training = [member for member in members if member.live] or list(members)
   common: set[int] | None = None
@@ -104,11 +104,21 @@ def _common_steps(members: Sequence[Member], damaged: dict[tuple[int, int], Dama
     if len(members) == 1:
       reasons = "; ".join(map(str, damaged.values()))
       raise InputError(f"no checkpoint of the run is whole: {reasons}; nothing was moved, use another workdir")
-    raise InputError(
-      "together: there is no step of which all of the runs have a whole checkpoint; train them one by one, and each "
-      "resumes from its own"
-    )
+    if damaged or not _cut_off_in_first_saves(training):
+      raise InputError(
+        "together: there is no step of which all of the runs have a whole checkpoint; train them one by one, and each "
+        "resumes from its own"
+      )
+    warn("together: a kill left some runs without their first checkpoint, so all of them begin again")
   return sorted(common or ())
+
+
+def _cut_off_in_first_saves(members: Sequence[Member]) -> bool:
+  """Whether some runs have no checkpoint and the others none but their first: the process ended between those saves."""
+  config = members[0].config  # the runs of one program save at the same steps
+  first_step = config.checkpoint.every_steps or config.train.num_steps
+  steps = [member.checkpoints.all_steps() for member in members]
+  return [] in steps and all(some[-1] <= first_step for some in steps if some)
 
 
 def _restored(members: Sequence[Member], step: int | None) -> list[TrainState | None]:

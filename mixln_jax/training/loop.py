@@ -328,6 +328,9 @@ class _Loop:
         losses = self._evaluate()
     if save_now:
       with self._clock("checkpoint"):
+        # First: no run removes an older checkpoint for this one while another's newest is still being written.
+        for member in self._live:
+          member.checkpoints.wait()
         for member in self._live:
           member.save(self.step, self._program.own(self._state, member.index), losses.get(member.index))
     self._restart_timer()

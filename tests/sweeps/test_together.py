@@ -22,6 +22,7 @@ from mixln_jax.sweeps.joint import joint_set, train_together
 from mixln_jax.sweeps.sequence import open_study
 from mixln_jax.sweeps.study import make_study, parse_axes
 from mixln_jax.training import loop
+from mixln_jax.training.member import Member
 from mixln_jax.training.stopping import StopRequest
 
 PLACEMENTS = "pre mix:0.5 sandwich+gpas"
@@ -167,6 +168,42 @@ def test_all_may_freeze_and_a_finished_run_is_never_trained_again(make_config, t
   assert outcomes[0].skipped_updates == json.loads(before)["skipped_updates"]
   assert runs[1].folder.read("outcome.json") == before
   assert joint_set(runs) == []
+
+
+class Killed(BaseException):
+  """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("number", [1, 4], ids=["first saves", "later saves"])
+def test_killed_between_the_saves_of_two_runs_they_resume(make_config, tmp_path, monkeypatch, number):
+  """One run has a checkpoint that the other lacks: nobody could go on, or one of them would at another step."""
+  config = make_config(**{"checkpoint.every_steps": 1, "train.num_steps": 4})
+  study = study_of(config, "placement=pre post")
+  expected = open_study(study, tmp_path / "whole")
+  train_together(study, joint_set(expected))
+  runs = open_study(study, tmp_path / "study")
+  saves = []
+
+  def save(self, *arguments, save=Member.save):
+    saves.append(self.index)
+    if len(saves) == 2 * number:  # the second run's, of that step
+      raise Killed
+    save(self, *arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Member, "save", save)
+    with pytest.raises(Killed):
+      train_together(study, joint_set(runs))
+  train_together(study, joint_set(runs))
+  for run, whole in zip(runs, expected, strict=True):
+    assert_same_runs(read_metrics(run.folder / "metrics.jsonl"), read_metrics(whole.folder / "metrics.jsonl"))
+
+
+def test_one_checkpoint_of_each_is_too_few(make_config, tmp_path):
+  study = study_of(make_config(**{"checkpoint.keep_last": 1}), "placement=pre post")
+  with pytest.raises(InputError, match=r"keep_last=1: runs that are trained together.*set it to 2 or more"):
+    train_together(study, study.runs(tmp_path / "study"))
+  assert not (tmp_path / "study").exists()
 
 
 def test_without_a_common_step_it_is_refused_and_nothing_is_lost(make_config, tmp_path):

@@ -11,6 +11,7 @@ from mixln_jax import placement, recipes
 from mixln_jax.config import Config
 from mixln_jax.errors import InputError
 from mixln_jax.files import OBJECT, read_json, write_whole
+from mixln_jax.sweeps.joint import check_keeps_two
 from mixln_jax.sweeps.search.space import KINDS, Space, check_one_tree, make_space
 from mixln_jax.text import shown
 from mixln_jax.training.derived import with_derived
@@ -162,11 +163,7 @@ def make_search(base: Config, content: Mapping[str, Any]) -> Search:
     raise InputError(f"SEARCH: candidates={search.candidates}, but the space has {most}; set it to at most that")
   if search.group > search.candidates:
     raise InputError(f"SEARCH: group={search.group} is more than candidates={search.candidates}; lower it")
-  if base.checkpoint.keep_last < 2:
-    raise InputError(
-      f"config.checkpoint.keep_last={base.checkpoint.keep_last}: a group that is cut off needs the checkpoint before "
-      "the newest; set it to 2 or more"
-    )
+  check_keeps_two(base)
   check_one_tree([*search.space.rows, *search.baselines], base)
   return search
 
