@@ -319,7 +319,7 @@ def test_winners_are_tables_that_are_no_baseline():
   assert {(run.config.seed, run.config.data.seed) for run in runs} == {(1, 1), (2, 2)}
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("layers", [64, 16, 4]), ("alpha", [13, 4, 1])])
+@pytest.mark.parametrize(("name", "sizes"), [("layers", [64, 16]), ("alpha", [13, 4, 1])])
 def test_the_searches_that_are_shipped_are_valid(name, sizes):
   """A recipe that is refused would be found by whoever has waited for its data to be prepared."""
   recipe = Path("configs/searches") / f"{name}.py"
