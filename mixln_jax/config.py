@@ -111,7 +111,7 @@ class ModelConfig(Section):
   num_heads: Annotated[int, Field(8, "query heads", minimum=1)]
   num_kv_heads: Annotated[int, Field(0, "key and value heads; 0 = num_heads", minimum=0)]
   head_dim: Annotated[int, Field(0, "width of a head (even); 0 = embed_dim / num_heads", minimum=0)]
-  placement: Annotated[str, Field("mix:0.25", "norm placement of each layer (mixln_jax/placement.py)")]
+  placement: Annotated[str, Field("mix:0.25", "norm placement of each layer (mixln_jax/placement)")]
   dtype: Annotated[str, Field("float32", "type of the operands of matrix products", choices=DTYPES)]
   param_dtype: Annotated[str, Field("float32", "type in which parameters are stored and updated", choices=DTYPES)]
   residual_dtype: Annotated[

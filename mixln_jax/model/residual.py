@@ -8,7 +8,7 @@ Every sublayer f (attention or MLP) of every layer, for n residual streams H_0 �
     H_0 ← N_out(s) where there is an N_out, else g(s)          R_i = H_i
     H_j ← Σ_i mix_ij R_i + write_j b                           the further streams
 
-A placement (`mixln_jax/placement.py`) is a table whose columns are the symbols of this rule. Pre-LN has one stream and
+A placement (`mixln_jax/placement/`) is a table whose columns are the symbols of this rule. Pre-LN has one stream and
 only N_in, Post-LN only N_out (Xiong et al., arXiv 2002.04745), Mix-LN one or the other by depth (arXiv 2412.13795,
 eq. 5). With one stream read = mix = write = 1, and the rule is s = c_res g(x) + b.
 
