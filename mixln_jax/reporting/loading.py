@@ -38,6 +38,8 @@ from mixln_jax.version import VERSION
 
 NEEDED_FIELDS = ("model.placement", "model.num_layers", "train.num_steps", "seed")
 
+DEEPEST = 3  # levels of folders that are looked through: `work` finds work/studies/NAME and its runs
+
 T = TypeVar("T")
 
 
@@ -172,11 +174,15 @@ class Material:
   search: SearchRecord | None = None
 
 
-def load(workdirs: Sequence[str]) -> Material:
-  """Reads what the folders hold: each is a run, a study, or a folder of runs and studies.
+def load(workdirs: Sequence[str], *, begun: bool = True) -> Material:
+  """Reads what the folders hold: each is a run, a study, a search, or a folder with some of them inside.
+
+  Args:
+    workdirs: the folders.
+    begun: reject studies of which no run has begun.
 
   Raises:
-    InputError: a folder holds none of them, a study is damaged, or no run can be read.
+    InputError: a folder holds none of them, a study is damaged, no run can be read, or (`begun`) there is none yet.
   """
   found = [_find(local_path(workdir).absolute()) for workdir in workdirs]
   paths = list(dict.fromkeys(path for one in found for path in one.paths))
@@ -188,7 +194,7 @@ def load(workdirs: Sequence[str]) -> Material:
     except InputError as error:
       problems.append(str(error))
   not_started = {path: name for one in found for path, name in one.not_started.items()}
-  if not runs:
+  if not runs and (problems or begun):
     raise InputError("; ".join(problems) or f"workdir={workdirs[0]}: no run of the study has started yet")
   # Several studies, or runs beside one, are no study: their axes are not those of all runs.
   in_studies = sum(len(one.paths) for one in found if one.studies)
@@ -216,7 +222,7 @@ class _Found(NamedTuple):
 
 
 def _find(path: Path) -> _Found:
-  """The runs in a folder: itself, those of a study or a search, or those of such folders that lie in it."""
+  """The runs in a folder: itself, those of a study or a search, or those of all such folders inside it."""
   if RunFolder(path).has_run:
     return _Found([path], {}, {})
   if (path / SEARCH_FILE).is_file():
@@ -232,7 +238,7 @@ def _find(path: Path) -> _Found:
     begun = {name: folder for name, folder in planned.items() if RunFolder(folder).has_run}
     not_started = {folder: name for name, folder in planned.items() if name not in begun}
     return _Found(list(begun.values()), {path: plan}, not_started)
-  inside = [_find(child) for child in _children(path) if _holds_runs(child)]
+  inside = [_find(place) for place in _places_inside(path, DEEPEST)]
   if not inside:
     raise InputError(
       f"workdir={path}: holds neither a run ({folder_lib.CONFIG}) nor a study ({STUDY_FILE}) nor folders of them; give "
@@ -246,6 +252,17 @@ def _find(path: Path) -> _Found:
   paths = [run for one in inside for run in one.paths]
   search = inside[0].search if len(inside) == 1 else None
   return _Found(paths, studies, not_started, search)
+
+
+def _places_inside(path: Path, levels: int) -> list[Path]:
+  """The folders of runs, studies and searches in a folder and, down to so many levels, in its other folders."""
+  places = []
+  for child in _children(path):
+    if _holds_runs(child):
+      places.append(child)
+    elif levels > 1 and not (child / SEARCH_FILE).is_file():  # an unfinished search's candidates are no runs to compare
+      places += _places_inside(child, levels - 1)
+  return places
 
 
 def _holds_runs(path: Path) -> bool:
