@@ -144,12 +144,17 @@ class Sublayer(NamedTuple):
     subtracted_BTD = jax.lax.stop_gradient(h_BTD) if self.gpas_stops_gradient else h_BTD
     return h_BTD - amount * subtracted_BTD
 
+  @property
+  def norm_in_is_data_on_tpu(self) -> bool:
+    """Whether only some layers have N_in, on a TPU: its compiler needs other forms of the same there."""
+    return platform() == "tpu" and not isinstance(self.row.norm_in, bool)
+
   def input(self, x_BTD: jax.Array) -> jax.Array:
     """c_in N_in(x) in f's type."""
     row = self.row
     input_BTD = self.normed(x_BTD, row.norm_in, row.gain_norm_in, scale=_factor("c_in", row, self.learned))
     input_BTD = input_BTD.astype(self.dtype)
-    if platform() == "tpu" and not isinstance(row.norm_in, bool):
+    if self.norm_in_is_data_on_tpu:
       input_BTD = backward_fence(input_BTD)
     return input_BTD
 
@@ -163,10 +168,10 @@ class Sublayer(NamedTuple):
   def read_through_both_norms(self, stream: Stream | None) -> tuple[jax.Array, jax.Array] | None:
     """x and c_in N_in(x) for the value x of a stream with a pending norm; None where the plain form is to be used.
 
-    A TPU's form, for RMSNorms where N_in is data.
+    A TPU's form, for RMSNorms.
     """
     row = self.row
-    if platform() != "tpu" or self.kind != "rmsnorm" or isinstance(row.norm_in, bool):
+    if not self.norm_in_is_data_on_tpu or self.kind != "rmsnorm":
       return None
     if stream is None or stream.pending is None or stream.is_pending is None:
       return None
