@@ -131,7 +131,7 @@ class ModelConfig(Section):
     str,
     Field(
       "auto",
-      "implementation of attention (mixln_jax/model/attention_kernels.py); auto = the fastest on the platform",
+      "implementation of attention (mixln_jax/model/attention_kernels.py); auto = chosen by platform and length",
       choices=ATTENTIONS,
       on_resume=FREE,
     ),
