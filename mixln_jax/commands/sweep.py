@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
   line.string("export", "only write the curves of the runs to this CSV file")
   line.string(
     "compare",
-    "only compare the runs' last validation losses with such a file; status 1 where one is off by more than --tolerance",
+    "only compare the runs' last validation losses with such a file; status 1 where one is off by over --tolerance",
   )
   line.number("tolerance", "with --compare: nats by which a loss may differ", default=0.05, minimum=0.0)
   values = line.parse(argv)
