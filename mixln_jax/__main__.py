@@ -1,6 +1,6 @@
 """The front door: `python -m mixln_jax COMMAND --config=RECIPE --workdir=DIR --config.a.b=value …`
 
-Exit status: 0 done; 1 the run failed; 2 refused (bad input, nothing was changed); 75 stopped by a signal, run it again.
+Exit status: 0 done; 1 the run failed; 2 rejected (bad input, nothing changed); 75 stopped by a signal: run it again.
 """
 
 import difflib

@@ -247,7 +247,8 @@ class CommandLine:
     if self._rest is not None:
       found.append(FlagHelp(*self._rest))
     if self._with_config:
-      need = " (required)" if "config" in self._required else ""
+      instead = "".join(f", or --{name}" for name in self._named_by)
+      need = f" (required{instead})" if "config" in self._required else ""
       meaning = "a recipe's name, for instance tiny or studies/first_norm, or its file"
       found.append(FlagHelp("--config=RECIPE[:VARIANT]", meaning + need))
     for flags_of_module in self._values.flags_by_module_dict().values():

@@ -131,7 +131,7 @@ class ModelConfig(Section):
     str,
     Field(
       "auto",
-      "implementation of attention (mixln_jax/model/attention_kernels.py); auto = the fastest on the platform",
+      "implementation of attention (mixln_jax/model/attention_kernels.py); auto = chosen by platform and length",
       choices=ATTENTIONS,
       on_resume=FREE,
     ),
@@ -567,7 +567,7 @@ class OptimizerConfig(Section):
   ]
   clip_norm: Annotated[float, Field(1.0, "largest global norm of the gradient; 0 = no clipping", minimum=0.0)]
   moment_dtype: Annotated[
-    str, Field("float32", "type of Adam's two moments and of the update's arithmetic", choices=DTYPES)
+    str, Field("float32", "type of the optimizer's moments and of the update's arithmetic", choices=DTYPES)
   ]
 
 

@@ -2,7 +2,7 @@
 
 Command:  python -m mixln_jax train --config=configs/depth/depthbench.py:24 --workdir=DIR (any of SHAPES), or the study:
           python -m mixln_jax sweep --config=configs/depth/depthbench.py --workdir=DIR
-Hardware: 16 TPU v5e chips (v5e:4x4); by the compiler 9.2 GB of each chip's 16.9 for 16 layers, 12.9 for 70 (mix:0.25):
+Hardware: 16 TPU v5e chips (v5e:4x4); by the compiler 8.7 GB of each chip's 16.9 for 16 layers, 12.8 for 70 (mix:0.25):
           python -m mixln_jax plan --config=configs/depth/depthbench.py:16 --topology=v5e:4x4
 Result:   DepthBench's validation losses, one seed: Pre-LN 2.759 at 16 layers to 2.782 at 32, LNS 2.749 to 2.739, HC of
           four streams 2.729 to 2.682 at 70. It has no Post-LN and no Mix-LN. Nothing here was run at this size.

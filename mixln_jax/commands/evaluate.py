@@ -1,6 +1,6 @@
-"""Evaluate a run's checkpoint: loss and perplexity on its validation set (of a run on pairs: accuracy, margin and
-rewards), or accuracy on tasks (--tasks).
+"""Evaluate a run's checkpoint: loss and perplexity on its validation set, or accuracy on tasks (--tasks).
 
+A run on pairs of answers has accuracy, margin and rewards instead of perplexity.
 With --corpus the run is also evaluated on the validation sets of other corpora, tokenized by its own tokenizer. Missing
 records are prepared; the results are written into the run's folder, and `report` shows them.
 """

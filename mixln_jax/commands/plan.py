@@ -3,7 +3,7 @@
 The very step that training runs is compiled, for a TPU by its real compiler, which needs no TPU
 (`pip install -r requirements-tpu.txt`). No data is needed.
 
-Exit status: 0 it fits, or nothing speaks against it; 1 it does not fit; 2 refused; 3 nothing was compiled, since the
+Exit status: 0 it fits, or nothing speaks against it; 1 it does not fit; 2 rejected; 3 nothing was compiled, since the
 TPU compiler is missing, and only the arithmetic is given.
 """
 

@@ -50,11 +50,14 @@ def main(argv: list[str]) -> int:
     "'num_layers;embed_dim=8;128 16;96'. By default the STUDY that the recipe defines (configs/studies/)",
   )
   line.integer("index", "train only the run of this number (from 1, as --list shows it), as in a job array", minimum=1)
-  line.boolean("together", "train all runs as one program; --config.mesh.run cuts them over devices")
-  line.boolean("list", "only show the runs and how they stand")
+  line.boolean("together", "train all runs as one program; --config.mesh.run divides them over devices")
+  line.boolean("list", "only show the runs and their states")
   line.string("export", "only write the curves of the runs to this CSV file")
-  line.string("compare", "only hold the runs' last validation losses against such a file; status 1 where one is off")
-  line.number("tolerance", "with --compare: nats that a loss may be off", default=0.05, minimum=0.0)
+  line.string(
+    "compare",
+    "only compare the runs' last validation losses with such a file; status 1 where one is off by over --tolerance",
+  )
+  line.number("tolerance", "with --compare: nats by which a loss may differ", default=0.05, minimum=0.0)
   values = line.parse(argv)
   base = line.config_value()
   recipe = line.config_path()
