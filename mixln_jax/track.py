@@ -110,17 +110,20 @@ class Track:
     """The study of an entry, or of the whole board: what a recipe has as STUDY.
 
     Each placement is tuned on one seed, at the first rates and beyond them where the best is at an edge. At its best
-    rate it then has the seeds that the track asks for.
+    rate it then has the seeds that the track asks for. An entry without the baseline can't know how close it is to it,
+    and has the seeds of one that is close.
     """
     grid: dict[Any, Any] = {SEED_FIELD: (0,), PLACEMENT_FIELD: tuple(placements or self.placements)}
     if self.shapes:
       grid[self.shape_fields] = tuple(tuple(shape.values()) for shape in self.shapes)
     grid[RATE_FIELD] = self.first_rates
+    with_baseline = self.baseline in grid[PLACEMENT_FIELD]
+    seeds = self.seeds if with_baseline else self.close_seeds
     stages: list[dict[str, Any]] = [
       {"best": RATE_FIELD, "widen": self.rates},
-      {"best": RATE_FIELD, "grid": {SEED_FIELD: range(self.seeds)}},
+      {"best": RATE_FIELD, "grid": {SEED_FIELD: range(seeds)}},
     ]
-    if self.baseline in grid[PLACEMENT_FIELD]:
+    if with_baseline:
       near = {"field": PLACEMENT_FIELD, "value": self.baseline, "within": self.close}
       only = {PLACEMENT_FIELD: (self.baseline,)}
       if self.close_seeds > self.seeds:
