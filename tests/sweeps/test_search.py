@@ -166,6 +166,29 @@ def test_killed_at_any_write_it_gives_the_same_table(tmp_path, monkeypatch, befo
   assert kill_at > 15
 
 
+@pytest.mark.parametrize("kill_at", [26, 28])
+def test_killed_while_a_group_is_asked_for_the_rest_of_it_is_the_same(tmp_path, monkeypatch, kill_at):
+  """A trial that repeats a known candidate was told at once by the next process, whose sampler then asked otherwise."""
+  search = toy(4, layers=NAMES[:2], candidates=14, group=4, rungs=(9,), sampler_seed=1)  # of 16: many are repeated
+  (tmp_path / "whole").mkdir()
+  expected = run(search, distance(("post",) * 4), tmp_path / "whole").to_json()
+  backend = proposals._optuna().storages.journal.JournalFileBackend
+  writes = 0
+
+  def append_logs(self, *arguments, append_logs=backend.append_logs):
+    nonlocal writes
+    writes += 1
+    if writes == kill_at:
+      raise Killed
+    append_logs(self, *arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(backend, "append_logs", append_logs)
+    with pytest.raises(Killed):
+      run(search, distance(("post",) * 4), tmp_path)
+  assert run(search, distance(("post",) * 4), tmp_path).to_json() == expected
+
+
 def test_equal_candidates_are_trained_once():
   """The same layers spelled otherwise, or an argument that no layer has, must not be a candidate of its own."""
   search = toy(2, layers=("pre", "lns"), arguments={"lns": (0.25, 0.5)}, candidates=7, group=2, rungs=(9,))
