@@ -317,3 +317,30 @@ def test_a_diverged_run_is_saved_with_its_validation_loss(make_config, tmp_path)
     assert (outcome.status, outcome.step) == (outcomes_lib.DIVERGED, 4)
     with mixln_jax.open_run(run.folder.path, "best") as opened:
       assert opened.step == 4
+
+
+def test_killed_while_one_freezes_the_others_resume(make_config, tmp_path, monkeypatch):
+  """Its checkpoint was written before its outcome: it counted as one that trains, at a step that nobody else had."""
+  changes = {"train.stop_when_diverged": True, "evaluate.every_steps": 1, "checkpoint.every_steps": 3}
+  study = study_of(make_config(**changes), "learning_rate=0.0 1e-2", "placement=pre")
+  runs = open_study(study, tmp_path / "study")
+  late = []
+
+  def save(self, step, *arguments, save=Member.save):
+    if self.index == 1:  # its background thread is slow: nothing is on the disk yet
+      late.append(step)
+      return
+    save(self, step, *arguments)
+    if step == 4:
+      self.checkpoints.wait()
+      raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Member, "save", save)
+    with pytest.raises(Killed):
+      train_together(study, joint_set(runs))
+  assert late == [3]
+  assert [outcome.status for outcome in train_together(study, joint_set(runs))] == [
+    outcomes_lib.DIVERGED,
+    outcomes_lib.FINISHED,
+  ]
