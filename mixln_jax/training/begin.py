@@ -69,7 +69,7 @@ def load_or_start(program: Program, members: Sequence[Member]) -> tuple[list[Res
       raise InputError("together: the runs would resume from different steps; train them one by one")
     agree("the checkpoint to resume from", {"step": step, "checkpoints": steps})
     try:
-      states = _restored(members, step if step in steps else None)
+      states = _restored(members, step if step in steps else None, damaged)
     except _MemberDamaged as error:
       damaged[error.index, error.step] = error.cause
       continue
@@ -121,13 +121,16 @@ def _cut_off_in_first_saves(members: Sequence[Member]) -> bool:
   return [] in steps and all(some[-1] <= first_step for some in steps if some)
 
 
-def _restored(members: Sequence[Member], step: int | None) -> list[TrainState | None]:
-  """Each member's own state at a step, of one that has ended the last that it has; None where it has no checkpoint."""
+def _restored(
+  members: Sequence[Member], step: int | None, damaged: Mapping[tuple[int, int], DamagedError]
+) -> list[TrainState | None]:
+  """Each member's own state at a step, of one that has ended the last whole one; None where it has no checkpoint."""
   states: list[TrainState | None] = []
   for member in members:
     chosen = step
     if not member.live:
-      chosen = member.checkpoints.latest_step()
+      whole = [saved for saved in member.checkpoints.all_steps() if (member.index, saved) not in damaged]
+      chosen = max(whole, default=None)
     if chosen is None:
       states.append(None)
       continue

@@ -199,6 +199,29 @@ def test_killed_between_the_saves_of_two_runs_they_resume(make_config, tmp_path,
     assert_same_runs(read_metrics(run.folder / "metrics.jsonl"), read_metrics(whole.folder / "metrics.jsonl"))
 
 
+def test_a_damaged_checkpoint_of_a_frozen_run_stops_nobody(make_config, tmp_path, monkeypatch):
+  """It was looked for, found damaged and looked for again, without an end."""
+  config = make_config(**{"train.max_skipped_in_a_row": 1, "optimizer.clip_norm": 0.0, "checkpoint.every_steps": 1})
+  study = study_of(config, "learning_rate=1e-3 1e30", "placement=post")
+  runs = open_study(study, tmp_path / "study")
+  train_together(study, runs)
+  frozen = runs[1].folder
+  outcome = frozen.read("outcome.json")
+  assert json.loads(outcome)["status"] == outcomes_lib.NON_FINITE
+  (runs[0].folder / "outcome.json").unlink()  # as of a process that was killed before it wrote it
+  (frozen / "checkpoints" / str(json.loads(outcome)["last_checkpoint"]) / "params" / "manifest.ocdbt").write_text("")
+  restored = []
+
+  def restore(self, step, restore=Member.restore):
+    restored.append(step)
+    assert len(restored) < 10
+    return restore(self, step)
+
+  monkeypatch.setattr(Member, "restore", restore)
+  assert {one.status for one in train_together(study, runs)} == {outcomes_lib.FINISHED, outcomes_lib.NON_FINITE}
+  assert frozen.read("outcome.json") == outcome
+
+
 def test_one_checkpoint_of_each_is_too_few(make_config, tmp_path):
   study = study_of(make_config(**{"checkpoint.keep_last": 1}), "placement=pre post")
   with pytest.raises(InputError, match=r"keep_last=1: runs that are trained together.*set it to 2 or more"):
