@@ -222,6 +222,17 @@ def test_a_damaged_checkpoint_of_a_frozen_run_stops_nobody(make_config, tmp_path
   assert frozen.read("outcome.json") == outcome
 
 
+def test_a_lock_left_behind_does_not_bring_a_finished_run_back(make_config, tmp_path):
+  """Killed on another machine with its outcome written, it was trained once more beside runs that were added."""
+  first, more = (study_of(make_config(), f"placement={names}") for names in ("pre", "pre post"))
+  open_study(first, tmp_path / "study")
+  finished, added = open_study(more, tmp_path / "study")
+  finished.folder.create(config_lib.to_json(finished.config))
+  outcomes_lib.write_outcome(finished.folder, outcomes_lib.Outcome(outcomes_lib.FINISHED, 6))
+  (finished.folder / ".lock").write_text('{"host": "another"}')
+  assert joint_set([finished, added]) == [added]
+
+
 def test_one_checkpoint_of_each_is_too_few(make_config, tmp_path):
   study = study_of(make_config(**{"checkpoint.keep_last": 1}), "placement=pre post")
   with pytest.raises(InputError, match=r"keep_last=1: runs that are trained together.*set it to 2 or more"):
