@@ -5,6 +5,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -419,6 +420,20 @@ def test_the_finals_are_an_ordinary_study_with_fresh_seeds(searched):
   assert all(read_outcome(RunFolder(run)).status == "finished" for run in runs)
   names = {re.sub(r"-.*", "", run.name) for run in runs}
   assert "mix_0.5" in names
+
+
+def test_finals_may_grow_by_a_winner(searched, tmp_path):
+  """The groups are cut anew, and what has finished had no step in common with what was added."""
+  path, work = searched
+  shutil.copytree(work, tmp_path / "work")
+  more = tmp_path / "more.py"
+  more.write_text(path.read_text().replace("'winners': 1", "'winners': 2"))
+  before = {run: (run / "outcome.json").read_bytes() for run in (tmp_path / "work" / "finals" / "runs").iterdir()}
+  assert sweep.main([f"--search={more}", f"--workdir={tmp_path / 'work'}"]) == 0
+  runs = list((tmp_path / "work" / "finals" / "runs").iterdir())
+  assert len(runs) == 3
+  assert all(read_outcome(RunFolder(run)).status == "finished" for run in runs)
+  assert all((run / "outcome.json").read_bytes() == outcome for run, outcome in before.items())
 
 
 def test_stopped_in_each_rung_it_gives_the_same_table(searched, tmp_path, monkeypatch, capsys):
