@@ -30,6 +30,7 @@ from mixln_jax.parallel.rules import replicated
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.outcome import STOPPED, read_outcome
 from mixln_jax.training import finetune
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.checkpoints import check_facts, facts_of, open_checkpoints, split
@@ -114,9 +115,15 @@ def _common_steps(members: Sequence[Member], damaged: dict[tuple[int, int], Dama
 
 
 def _cut_off_in_first_saves(members: Sequence[Member]) -> bool:
-  """Whether some runs have no checkpoint and the others none but their first: the process ended between those saves."""
-  config = members[0].config  # the runs of one program save at the same steps
-  first_step = config.checkpoint.every_steps or config.train.num_steps
+  """Whether some runs have no checkpoint and the others none but their first: the process ended between those saves.
+
+  One that was stopped was trained alone: together all have their checkpoints before the first outcome is written. Its
+  updates may be nearly all of the run, where checkpoints are rare.
+  """
+  outcomes = [read_outcome(member.folder) for member in members]
+  if any(outcome is not None and outcome.status == STOPPED for outcome in outcomes):
+    return False
+  first_step = members[0].config.checkpoint.every_steps  # the runs of one program save at the same steps
   steps = [member.checkpoints.all_steps() for member in members]
   return [] in steps and all(some[-1] <= first_step for some in steps if some)
 

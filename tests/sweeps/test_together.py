@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -250,6 +251,20 @@ def test_without_a_common_step_it_is_refused_and_nothing_is_lost(make_config, tm
   with pytest.raises(InputError, match="no step of which all of the runs have a whole checkpoint"):
     train_together(study, joint_set(runs))
   assert sorted(path.name for path in (runs[0].folder / "checkpoints").iterdir()) == checkpoints
+
+
+def test_a_run_that_was_stopped_alone_is_not_begun_again_with_others(make_config, tmp_path, monkeypatch):
+  """Its one checkpoint looks like a first one that a kill left, and all its updates were made once more."""
+  study = study_of(make_config(**{"checkpoint.every_steps": 100}), "placement=pre post")
+  runs = open_study(study, tmp_path / "study")
+  stopped = types.SimpleNamespace(requested_by="SIGTERM")
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "stop_on_signals", lambda: contextlib.nullcontext(stopped))
+    loop.train(runs[0].config.copy_and_resolve_references(), runs[0].folder.path)
+  outcome = runs[0].folder.read("outcome.json")
+  with pytest.raises(InputError, match="no step of which all of the runs have a whole checkpoint"):
+    train_together(study, joint_set(runs))
+  assert runs[0].folder.read("outcome.json") == outcome
 
 
 @pytest.mark.parametrize(
