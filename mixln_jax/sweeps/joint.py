@@ -18,7 +18,7 @@ from mixln_jax.files import TEXTS, read_json, write_whole
 from mixln_jax.opening import Setup
 from mixln_jax.parallel.processes import agree, is_first, wait_for_all
 from mixln_jax.runs.outcome import ENDED_ITSELF, FINISHED, Outcome, read_outcome
-from mixln_jax.sweeps.sequence import DONE, state_of
+from mixln_jax.sweeps.sequence import has_ended
 from mixln_jax.sweeps.study import Run, Study
 from mixln_jax.training import finetune
 from mixln_jax.training.loop import check_batches, start_facts, train_members
@@ -43,9 +43,10 @@ def joint_set(runs: Sequence[Run]) -> list[Run]:
     outcome = read_outcome(run.folder) if run.name in names else None
     if run.name in names and (outcome is None or outcome.status != FINISHED):
       begun.append(run)
-  if any(state_of(run).state != DONE for run in begun):
+  # By their outcomes alone: the lock of a machine that was killed may lie in the folder of a run that has ended.
+  if not all(map(has_ended, begun)):
     return begun
-  return [run for run in runs if state_of(run).state != DONE]
+  return [run for run in runs if not has_ended(run)]
 
 
 def _study_folder(runs: Sequence[Run]) -> Path:

@@ -105,11 +105,20 @@ def state_of(run: Run) -> State:
   num_steps = run.config.train.num_steps
   if is_held(run.folder / LOCK, _liveness):
     return State(BUSY, outcome, describe_holder(read_holder(run.folder / LOCK)), _last_step(run), num_steps)
-  done = False
-  if outcome is not None:
-    all_steps = outcome.step == num_steps
-    done = outcome.status in ENDED_ITSELF or (outcome.status == FINISHED and all_steps)
+  done = _is_end(outcome, num_steps)
   return State(DONE if done else OPEN, outcome, step=_last_step(run) if outcome is None else 0, num_steps=num_steps)
+
+
+def has_ended(run: Run) -> bool:
+  """Whether a run has nothing left to be trained, by its outcome alone: also where a lock was left behind."""
+  return _is_end(read_outcome(run.folder), run.config.train.num_steps)
+
+
+def _is_end(outcome: Outcome | None, num_steps: int) -> bool:
+  if outcome is None:
+    return False
+  all_steps = outcome.step == num_steps
+  return outcome.status in ENDED_ITSELF or (outcome.status == FINISHED and all_steps)
 
 
 def _last_step(run: Run) -> int:

@@ -30,6 +30,7 @@ from mixln_jax.parallel.rules import replicated
 from mixln_jax.runs import folder as folder_lib
 from mixln_jax.runs.checkpoint import Checkpoints, DamagedError
 from mixln_jax.runs.folder import RunFolder
+from mixln_jax.runs.outcome import STOPPED, read_outcome
 from mixln_jax.training import finetune
 from mixln_jax.training import step as step_lib
 from mixln_jax.training.checkpoints import check_facts, facts_of, open_checkpoints, split
@@ -69,7 +70,7 @@ def load_or_start(program: Program, members: Sequence[Member]) -> tuple[list[Res
       raise InputError("together: the runs would resume from different steps; train them one by one")
     agree("the checkpoint to resume from", {"step": step, "checkpoints": steps})
     try:
-      states = _restored(members, step if step in steps else None)
+      states = _restored(members, step if step in steps else None, damaged)
     except _MemberDamaged as error:
       damaged[error.index, error.step] = error.cause
       continue
@@ -114,20 +115,29 @@ def _common_steps(members: Sequence[Member], damaged: dict[tuple[int, int], Dama
 
 
 def _cut_off_in_first_saves(members: Sequence[Member]) -> bool:
-  """Whether some runs have no checkpoint and the others none but their first: the process ended between those saves."""
-  config = members[0].config  # the runs of one program save at the same steps
-  first_step = config.checkpoint.every_steps or config.train.num_steps
+  """Whether some runs have no checkpoint and the others none but their first: the process ended between those saves.
+
+  One that was stopped was trained alone: together all have their checkpoints before the first outcome is written. Its
+  updates may be nearly all of the run, where checkpoints are rare.
+  """
+  outcomes = [read_outcome(member.folder) for member in members]
+  if any(outcome is not None and outcome.status == STOPPED for outcome in outcomes):
+    return False
+  first_step = members[0].config.checkpoint.every_steps  # the runs of one program save at the same steps
   steps = [member.checkpoints.all_steps() for member in members]
   return [] in steps and all(some[-1] <= first_step for some in steps if some)
 
 
-def _restored(members: Sequence[Member], step: int | None) -> list[TrainState | None]:
-  """Each member's own state at a step, of one that has ended the last that it has; None where it has no checkpoint."""
+def _restored(
+  members: Sequence[Member], step: int | None, damaged: Mapping[tuple[int, int], DamagedError]
+) -> list[TrainState | None]:
+  """Each member's own state at a step, of one that has ended the last whole one; None where it has no checkpoint."""
   states: list[TrainState | None] = []
   for member in members:
     chosen = step
     if not member.live:
-      chosen = member.checkpoints.latest_step()
+      whole = [saved for saved in member.checkpoints.all_steps() if (member.index, saved) not in damaged]
+      chosen = max(whole, default=None)
     if chosen is None:
       states.append(None)
       continue

@@ -356,10 +356,8 @@ class _Loop:
   def _freeze_diverged(self, member: Member, loss: float, entropy: float) -> None:
     """Ends a run that has diverged; its checkpoint is saved."""
     own = self._program.own(self._state, member.index)
-    with self._clock("checkpoint"):
-      member.save(self.step, own, loss)
     message = f"{MEANING[member.divergence.state or STUCK]} (entropy {entropy:.4f})"
-    self._freeze(member, DIVERGED, self.step, message, int(own.skipped))
+    self._freeze(member, DIVERGED, self.step, message, own, saved=True, loss=loss)
 
   def _freeze_non_finite(self, member: Member, step: int, what: str) -> None:
     """Ends a run whose loss or gradient is not finite.
@@ -368,28 +366,47 @@ class _Loop:
     and the step can be tried again. Parameters that were seen not to be finite are never saved.
     """
     own = self._program.own(self._state, member.index)
+    was_skipped = int(own.skipped_in_a_row) > 0
     message = (
       f"step {step}: {what}: not finite, so the run ended. Lower config.optimizer.learning_rate, or set "
       "config.optimizer.clip_norm, in another workdir"
     )
-    if int(own.skipped_in_a_row):
+    if was_skipped:
       own = _without_last(own, int(own.step) - step, self._program.own_shardings(member.index))
-      if step not in member.checkpoints.all_steps():
-        member.save(step, own)
       dump = write_dump(member.folder, member.setup, own, step)
       message += f"; its batch and gradient norms are in {member.folder.shown(dump)}"
       if isinstance(self._program, SingleProgram):
         self._state = own  # the loop ends with it, and its step counter says where
-    self._freeze(member, NON_FINITE, step, message, int(own.skipped))
+    self._freeze(member, NON_FINITE, step, message, own, saved=was_skipped)
 
-  def _freeze(self, member: Member, status: str, step: int, message: str, skipped: int) -> None:
-    """Ends one member: its outcome is written, and it is not updated any more."""
+  def _freeze(
+    self,
+    member: Member,
+    status: str,
+    step: int,
+    message: str,
+    own: TrainState,
+    *,
+    saved: bool,
+    loss: float | None = None,
+  ) -> None:
+    """Ends one member: its outcome is written, its state saved where it is to be, and it is not updated any more.
+
+    The outcome comes first. A process that was killed with the checkpoint alone would resume from it as if the run had
+    not ended; and of runs that are trained together, this one would lack the steps that the others have.
+    """
     with self._clock("checkpoint"):
       member.checkpoints.wait()
     others = [other for other in self._live if other is not member]
     if others:
       message += "; the other runs continue"
+    skipped = int(own.skipped)
     member.end(status, step, message, self._clock, skipped)
+    if saved and step not in member.checkpoints.all_steps():
+      with self._clock("checkpoint"):
+        member.save(step, own, loss)
+        member.checkpoints.wait()
+      member.end(status, step, message, self._clock, skipped)  # once more, with that checkpoint
     if others:
       self._progress.say(f"frozen     {member.name}: {message}")
       self._state = self._program.halt(self._state, member.index)

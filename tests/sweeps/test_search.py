@@ -5,6 +5,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,29 @@ def test_killed_at_any_write_it_gives_the_same_table(tmp_path, monkeypatch, befo
     assert (folder / TABLE_FILE).read_bytes() == expected
     assert len(trained) <= 4, trained  # three groups, one of them perhaps again where its result was not written
   assert kill_at > 15
+
+
+@pytest.mark.parametrize("kill_at", [26, 28])
+def test_killed_while_a_group_is_asked_for_the_rest_of_it_is_the_same(tmp_path, monkeypatch, kill_at):
+  """A trial that repeats a known candidate was told at once by the next process, whose sampler then asked otherwise."""
+  search = toy(4, layers=NAMES[:2], candidates=14, group=4, rungs=(9,), sampler_seed=1)  # of 16: many are repeated
+  (tmp_path / "whole").mkdir()
+  expected = run(search, distance(("post",) * 4), tmp_path / "whole").to_json()
+  backend = proposals._optuna().storages.journal.JournalFileBackend
+  writes = 0
+
+  def append_logs(self, *arguments, append_logs=backend.append_logs):
+    nonlocal writes
+    writes += 1
+    if writes == kill_at:
+      raise Killed
+    append_logs(self, *arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(backend, "append_logs", append_logs)
+    with pytest.raises(Killed):
+      run(search, distance(("post",) * 4), tmp_path)
+  assert run(search, distance(("post",) * 4), tmp_path).to_json() == expected
 
 
 def test_equal_candidates_are_trained_once():
@@ -396,6 +420,20 @@ def test_the_finals_are_an_ordinary_study_with_fresh_seeds(searched):
   assert all(read_outcome(RunFolder(run)).status == "finished" for run in runs)
   names = {re.sub(r"-.*", "", run.name) for run in runs}
   assert "mix_0.5" in names
+
+
+def test_finals_may_grow_by_a_winner(searched, tmp_path):
+  """The groups are cut anew, and what has finished had no step in common with what was added."""
+  path, work = searched
+  shutil.copytree(work, tmp_path / "work")
+  more = tmp_path / "more.py"
+  more.write_text(path.read_text().replace("'winners': 1", "'winners': 2"))
+  before = {run: (run / "outcome.json").read_bytes() for run in (tmp_path / "work" / "finals" / "runs").iterdir()}
+  assert sweep.main([f"--search={more}", f"--workdir={tmp_path / 'work'}"]) == 0
+  runs = list((tmp_path / "work" / "finals" / "runs").iterdir())
+  assert len(runs) == 3
+  assert all(read_outcome(RunFolder(run)).status == "finished" for run in runs)
+  assert all((run / "outcome.json").read_bytes() == outcome for run, outcome in before.items())
 
 
 def test_stopped_in_each_rung_it_gives_the_same_table(searched, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -199,6 +200,40 @@ def test_killed_between_the_saves_of_two_runs_they_resume(make_config, tmp_path,
     assert_same_runs(read_metrics(run.folder / "metrics.jsonl"), read_metrics(whole.folder / "metrics.jsonl"))
 
 
+def test_a_damaged_checkpoint_of_a_frozen_run_stops_nobody(make_config, tmp_path, monkeypatch):
+  """It was looked for, found damaged and looked for again, without an end."""
+  config = make_config(**{"train.max_skipped_in_a_row": 1, "optimizer.clip_norm": 0.0, "checkpoint.every_steps": 1})
+  study = study_of(config, "learning_rate=1e-3 1e30", "placement=post")
+  runs = open_study(study, tmp_path / "study")
+  train_together(study, runs)
+  frozen = runs[1].folder
+  outcome = frozen.read("outcome.json")
+  assert json.loads(outcome)["status"] == outcomes_lib.NON_FINITE
+  (runs[0].folder / "outcome.json").unlink()  # as of a process that was killed before it wrote it
+  (frozen / "checkpoints" / str(json.loads(outcome)["last_checkpoint"]) / "params" / "manifest.ocdbt").write_text("")
+  restored = []
+
+  def restore(self, step, restore=Member.restore):
+    restored.append(step)
+    assert len(restored) < 10
+    return restore(self, step)
+
+  monkeypatch.setattr(Member, "restore", restore)
+  assert {one.status for one in train_together(study, runs)} == {outcomes_lib.FINISHED, outcomes_lib.NON_FINITE}
+  assert frozen.read("outcome.json") == outcome
+
+
+def test_a_lock_left_behind_does_not_bring_a_finished_run_back(make_config, tmp_path):
+  """Killed on another machine with its outcome written, it was trained once more beside runs that were added."""
+  first, more = (study_of(make_config(), f"placement={names}") for names in ("pre", "pre post"))
+  open_study(first, tmp_path / "study")
+  finished, added = open_study(more, tmp_path / "study")
+  finished.folder.create(config_lib.to_json(finished.config))
+  outcomes_lib.write_outcome(finished.folder, outcomes_lib.Outcome(outcomes_lib.FINISHED, 6))
+  (finished.folder / ".lock").write_text('{"host": "another"}')
+  assert joint_set([finished, added]) == [added]
+
+
 def test_one_checkpoint_of_each_is_too_few(make_config, tmp_path):
   study = study_of(make_config(**{"checkpoint.keep_last": 1}), "placement=pre post")
   with pytest.raises(InputError, match=r"keep_last=1: runs that are trained together.*set it to 2 or more"):
@@ -216,6 +251,20 @@ def test_without_a_common_step_it_is_refused_and_nothing_is_lost(make_config, tm
   with pytest.raises(InputError, match="no step of which all of the runs have a whole checkpoint"):
     train_together(study, joint_set(runs))
   assert sorted(path.name for path in (runs[0].folder / "checkpoints").iterdir()) == checkpoints
+
+
+def test_a_run_that_was_stopped_alone_is_not_begun_again_with_others(make_config, tmp_path, monkeypatch):
+  """Its one checkpoint looks like a first one that a kill left, and all its updates were made once more."""
+  study = study_of(make_config(**{"checkpoint.every_steps": 100}), "placement=pre post")
+  runs = open_study(study, tmp_path / "study")
+  stopped = types.SimpleNamespace(requested_by="SIGTERM")
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "stop_on_signals", lambda: contextlib.nullcontext(stopped))
+    loop.train(runs[0].config.copy_and_resolve_references(), runs[0].folder.path)
+  outcome = runs[0].folder.read("outcome.json")
+  with pytest.raises(InputError, match="no step of which all of the runs have a whole checkpoint"):
+    train_together(study, joint_set(runs))
+  assert runs[0].folder.read("outcome.json") == outcome
 
 
 @pytest.mark.parametrize(
@@ -317,3 +366,30 @@ def test_a_diverged_run_is_saved_with_its_validation_loss(make_config, tmp_path)
     assert (outcome.status, outcome.step) == (outcomes_lib.DIVERGED, 4)
     with mixln_jax.open_run(run.folder.path, "best") as opened:
       assert opened.step == 4
+
+
+def test_killed_while_one_freezes_the_others_resume(make_config, tmp_path, monkeypatch):
+  """Its checkpoint was written before its outcome: it counted as one that trains, at a step that nobody else had."""
+  changes = {"train.stop_when_diverged": True, "evaluate.every_steps": 1, "checkpoint.every_steps": 3}
+  study = study_of(make_config(**changes), "learning_rate=0.0 1e-2", "placement=pre")
+  runs = open_study(study, tmp_path / "study")
+  late = []
+
+  def save(self, step, *arguments, save=Member.save):
+    if self.index == 1:  # its background thread is slow: nothing is on the disk yet
+      late.append(step)
+      return
+    save(self, step, *arguments)
+    if step == 4:
+      self.checkpoints.wait()
+      raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Member, "save", save)
+    with pytest.raises(Killed):
+      train_together(study, joint_set(runs))
+  assert late == [3]
+  assert [outcome.status for outcome in train_together(study, joint_set(runs))] == [
+    outcomes_lib.DIVERGED,
+    outcomes_lib.FINISHED,
+  ]

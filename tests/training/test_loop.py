@@ -396,6 +396,40 @@ def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_do_the_step_again(
   assert loop.train(config, tmp_path / "run").step == 8
 
 
+class Killed(BaseException):
+  """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("where", ["dump", "checkpoint"])
+def test_killed_while_it_ends_a_run_has_ended_all_the_same(make_config, tmp_path, poison, monkeypatch, where):
+  """With the checkpoint of its end and no outcome it resumed from there, and a study had it as finished."""
+  poison(4, 5)
+  config = make_config(**{"train.max_skipped_in_a_row": 2, "train.num_steps": 8})
+
+  def killed(*arguments):
+    raise Killed
+
+  def save(self, step, *arguments, save=member.Member.save):
+    save(self, step, *arguments)
+    if step == 5:
+      self.checkpoints.wait()
+      raise Killed
+
+  with monkeypatch.context() as patch:
+    if where == "dump":
+      patch.setattr(loop, "write_dump", killed)
+    else:
+      patch.setattr(member.Member, "save", save)
+    with pytest.raises(Killed):
+      loop.train(config, tmp_path / "run")
+  if where == "dump":  # it resumes from the checkpoint before
+    poison(1)
+    loop.train(config, tmp_path / "run")
+  outcome = read_outcome(RunFolder(tmp_path / "run"))
+  assert outcome is not None  # with which a study or a search takes the run for done
+  assert (outcome.status, outcome.step) == ("non_finite", 5)
+
+
 def test_skipping_is_the_same_whether_the_run_was_stopped_or_not(
   make_config, tmp_path, poison, stop_after, monkeypatch
 ):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from mixln_jax import placement
 from mixln_jax.errors import InputError
+from mixln_jax.runs.outcome import FINISHED, read_outcome
 from mixln_jax.sweeps.search.groups import Groups
 from mixln_jax.sweeps.search.plan import Search
 from mixln_jax.sweeps.search.space import PLACEMENT, RATE
 from mixln_jax.sweeps.search.table import Candidate, Table
-from mixln_jax.sweeps.sequence import DONE, open_study, state_of
+from mixln_jax.sweeps.sequence import has_ended, open_study
 from mixln_jax.sweeps.study import Grid, Run, Study, make_study
 
 FINALS = "finals"
@@ -58,10 +59,16 @@ def run_finals(search: Search, table: Table, groups: Groups, folder: Path) -> li
   for seed in search.seeds:
     of_seed = [run for run in runs if run.config.data.seed == seed]
     for begin in range(0, len(of_seed), search.group):
-      group = of_seed[begin : begin + search.group]
-      if any(state_of(run).state != DONE for run in group):
+      # One that has finished is never trained again: beside runs that were added since it has no step in common.
+      group = [run for run in of_seed[begin : begin + search.group] if not _has_finished(run)]
+      if not all(map(has_ended, group)):
         groups.train(group, search.base.train.num_steps, f"finals, seed {seed}")
   return runs
+
+
+def _has_finished(run: Run) -> bool:
+  outcome = read_outcome(run.folder)
+  return outcome is not None and outcome.status == FINISHED
 
 
 def table_lines(search: Search, table: Table, most: int) -> Sequence[str]:

@@ -36,7 +36,6 @@ def run_search(
     InputError: no candidate has a finite loss at the end of a rung, or the table has other candidates than the trials.
   """
   first, *later = search.ladder()
-  proposals.tell(table.losses(first))  # those that a killed process had written and not told
   for begin in range(0, search.candidates, search.group):
     end = min(begin + search.group, search.candidates)
     proposals.fill(end)
@@ -44,7 +43,7 @@ def run_search(
     _check_same(group, table)
     if not _is_done(table, first, group):
       table.put(first, group, evaluate(group, first))
-    proposals.tell(table.losses(first))
+    proposals.tell(table.losses(first), end)  # also those that a killed process had written and not told
   before = first
   for rung in later:
     going_on = survivors(table, before, rung)

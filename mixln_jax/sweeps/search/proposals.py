@@ -78,15 +78,20 @@ class Proposals:
         )
       self._ask()
 
-  def tell(self, losses: Mapping[int, float]) -> None:
-    """Tells the loss of every trial that is open and whose candidate has one, in the order of the trials.
+  def tell(self, losses: Mapping[int, float], count: int) -> None:
+    """Tells the loss of each open trial that was asked for among the first `count` candidates, in their order.
+
+    A later trial may repeat a candidate whose loss is known. It stays open while its group is asked for, also where a
+    process was killed meanwhile: a sampler that knew its loss would ask for other candidates in the rest of the group.
 
     Args:
       losses: by the candidate's number; an infinite one is told as it is, since a diverged candidate is a result.
+      count: of the candidates up to the group that the losses are of.
     """
+    last = self._of_trial.index(count - 1)  # asking for a group ends with the trial of its last candidate
     for number in sorted(self._open):
       index = self._of_trial[number]
-      if index is not None and self.candidates[index].number in losses:
+      if number <= last and index is not None and self.candidates[index].number in losses:
         loss = losses[self.candidates[index].number]
         self._finish(number, {"values": math.inf if math.isnan(loss) else loss})
 
