@@ -99,17 +99,16 @@ def main(argv: list[str]) -> int:
     data = open_data(config)  # what is not prepared is said before anything is trained
     if values.track is not None:
       _check_records(values.track, data.manifest.fingerprint, data.folder)
-  runs = sequence.open_study(study, values.workdir, write=not values.together or processes.is_first())
+  runs = sequence.open_with_stages(first, values.workdir, write=not values.together or processes.is_first())
   mine = runs if values.index is None else [runs[values.index - 1]]
   if values.together:
     return _train_together(first, runs, values.workdir, values.track)
   failed = _train(mine, runs)
   while values.index is None:
-    study = sequence.with_stages(first, values.workdir)
-    if len(study.planned()) == len(runs):
+    if len(sequence.with_stages(first, values.workdir).planned()) == len(runs):
       break
     print("study      these runs are done; now those of its next stage")
-    runs = mine = sequence.open_study(study, values.workdir)
+    runs = mine = sequence.open_with_stages(first, values.workdir)
     failed += _train(mine, runs)
   _show(runs, mine)
   print(f"weights    initial, {sequence.weights_line(runs)}")

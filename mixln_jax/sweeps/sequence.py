@@ -76,6 +76,23 @@ def open_study(study: Study, workdir: str | Path, *, write: bool = True) -> list
   return runs
 
 
+def open_with_stages(first: Study, workdir: str | Path, *, write: bool = True) -> list[Run]:
+  """Opens the study with the runs of the stages that can begin; see `open_study`.
+
+  Another process may end a stage's last run, and write the next one's runs, after this one looked which are done. So
+  where the folder does not fit, this one looks again, and only a folder that still does not fit is another study's.
+  """
+  study = with_stages(first, workdir)
+  while True:
+    try:
+      return open_study(study, workdir, write=write)
+    except InputError:
+      newer = with_stages(first, workdir)
+      if len(newer.planned()) == len(study.planned()):
+        raise
+      study = newer
+
+
 def read_study(path: Path) -> dict[str, Any]:
   """What a study.json says of its base and its runs; raises InputError where it is damaged."""
   value = read_json(path, {"base": OBJECT, "runs": OBJECTS})

@@ -3,6 +3,7 @@
 import pytest
 
 from mixln_jax.errors import InputError
+from mixln_jax.sweeps import sequence
 from mixln_jax.sweeps.study import make_study
 
 RATE = "optimizer.learning_rate"
@@ -66,6 +67,19 @@ def test_more_seeds_only_where_the_difference_is_small_and_for_the_baseline(make
   assert seeds == [("pre", 4e-3, 1), ("post", 2e-3, 1), ("lns", 4e-3, 1)]
   assert more == [("pre", 4e-3, 2), ("pre", 4e-3, 3), ("lns", 4e-3, 2), ("lns", 4e-3, 3)]
   assert last == [("pre", 4e-3, 4)]
+
+
+def test_a_stage_that_another_process_opens_meanwhile_is_no_other_study(make_config, tmp_path, monkeypatch):
+  """Of two processes in one folder the slower one would end with "holds another study" between two stages."""
+  study = make_study(make_config(), [{"seed": (0,), RATE: (1e-3, 2e-3)}], then=[{"best": RATE, "grid": {"seed": (1,)}}])
+  later = study.with_stages(dict.fromkeys(study.planned(), 3.0))
+  sequence.open_study(later, tmp_path / "study")
+  looks = [study, later]
+  monkeypatch.setattr(sequence, "with_stages", lambda first, workdir: looks.pop(0))
+  assert len(sequence.open_with_stages(study, tmp_path / "study")) == 3
+  looks += [study, study]
+  with pytest.raises(InputError, match="holds another study: it has runs that this one lacks"):
+    sequence.open_with_stages(study, tmp_path / "study")
 
 
 def test_seeds_that_a_stage_adds_do_not_move_the_best_rate(make_config):
