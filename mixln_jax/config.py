@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, NamedTuple, cast, get_type_hints
 
 from ml_collections import ConfigDict
 
@@ -1060,6 +1060,24 @@ def _validate_preference(config: Config) -> None:
     f"config.evaluate.official_compat=True with config.preference.loss={loss}: the official evaluator knows next "
     "tokens only; set it to False",
   )
+
+
+class Derived(NamedTuple):
+  """A field that other fields decide, before a run begins, where it was left out."""
+
+  left_out: float  # its value where it was
+  decided_by: tuple[str, ...]
+
+
+_PARAMETERIZATION = ("optimizer.parameterization", "optimizer.base_depth", "optimizer.base_width")
+# The fields that `training/derived.py` fills in: a run's config.json has another value than its recipe.
+DERIVED: Mapping[str, Derived] = {
+  "model.branch_multiplier": Derived(1.0, _PARAMETERIZATION),
+  "model.attention_multiplier": Derived(1.0, (*_PARAMETERIZATION, "optimizer.base_head_dim")),
+  "model.logit_multiplier": Derived(1.0, _PARAMETERIZATION),
+  "model.matrix_std_multiplier": Derived(1.0, _PARAMETERIZATION),
+  "train.num_steps": Derived(0, ("train.tokens_per_parameter",)),
+}
 
 
 # Values that depend on other fields if a field says "auto", 0 or -1.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from mixln_jax.config import DERIVED, FIELDS
 from mixln_jax.placement import SUBLAYERS
 from mixln_jax.reporting.groups import (
   LEARNING_RATE_FIELD,
@@ -67,7 +68,7 @@ def find(material: Material, groups: Sequence[Group], compared: Sequence[Group] 
     *_undeclared(runs, axes_of(material)),
     *_other_starts(runs),
     *_not_as_planned(material),
-    *_data(runs),
+    *_data(runs, axes_of(material)),
     *_initial_weights(runs),
     *_repeated(runs, groups),
     *_diagnosed_differently(runs),
@@ -114,10 +115,19 @@ def _undeclared(runs: Sequence[ReportedRun], axes: Sequence[str]) -> Iterator[Fi
   if starts_follow_placements(runs):
     declared.update(START_FIELDS)
   for field in differing_fields(runs):
-    if changes_the_run(field) and field not in declared:
+    if changes_the_run(field) and field not in declared and not all(_follows(run, field) for run in runs):
       by_value = grouped(runs, lambda run, field=field: value_of(run, field))
       text = f"{field} differs and is not an axis of the comparison: {_listed(by_value)}"
       yield Finding("unfair", f"{text}. Runs that differ in it are not compared with each other below")
+
+
+def _follows(run: ReportedRun, field: str) -> bool:
+  """Whether other fields decided this one before the run began, or it is as if left out."""
+  if field not in DERIVED:
+    return False
+  left_out, decided_by = DERIVED[field]
+  is_decided = any(value_of(run, decider) != FIELDS[decider].default for decider in decided_by)
+  return is_decided or value_of(run, field) == left_out
 
 
 def _other_starts(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
@@ -139,18 +149,22 @@ def _not_as_planned(material: Material) -> Iterator[Finding]:
     planned = {**material.study.base, **material.study.planned.get(run.name, {})}
     wrong = []
     for field, value in planned.items():
-      if changes_the_run(field) and field in run.config and run.config[field] != value:
+      is_filled_in = field in DERIVED and value == DERIVED[field].left_out and _follows(run, field)
+      if changes_the_run(field) and field in run.config and run.config[field] != value and not is_filled_in:
         wrong.append(f"{field}={show(run.config[field])}, planned {show(value)}")
     if wrong:
       yield Finding("unfair", f"{run.name} is not the run that the study planned: {', '.join(wrong)}")
 
 
-def _data(runs: Sequence[ReportedRun]) -> Iterator[Finding]:
+def _data(runs: Sequence[ReportedRun], axes: Sequence[str]) -> Iterator[Finding]:
+  """Runs must have equal data; in a study that varies the data itself, those that are compared with each other."""
   known = [run for run in runs if run.fingerprint is not None]
-  by_fingerprint = grouped(known, lambda run: str(run.fingerprint))
-  if len(by_fingerprint) > 1:
-    listed = _listed(by_fingerprint, lambda fingerprint: fingerprint[:12])
-    yield Finding("unfair", f"the runs were trained on different data (fingerprints): {listed}")
+  varied = [field for field in axes if field.startswith("data.") and field not in SEED_FIELDS]
+  for compared in grouped(known, lambda run: tuple(value_of(run, field) for field in varied)).values():
+    by_fingerprint = grouped(compared, lambda run: str(run.fingerprint))
+    if len(by_fingerprint) > 1:
+      listed = _listed(by_fingerprint, lambda fingerprint: fingerprint[:12])
+      yield Finding("unfair", f"the runs were trained on different data (fingerprints): {listed}")
   unknown = [run for run in runs if run.fingerprint is None]
   if unknown:
     text = f"the training data of {_names(unknown)} is not known yet"

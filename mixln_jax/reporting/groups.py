@@ -12,7 +12,12 @@ PLACEMENT_FIELD, LEARNING_RATE_FIELD = "model.placement", "optimizer.learning_ra
 SEED_FIELDS = ("seed", "data.seed")
 TELLING_FIELDS = ("data.source", "model.num_layers", "train.num_steps")  # these name a setting where any field would
 START_FIELDS = ("train.start_from", "train.start_checkpoint")  # the run that a fine-tuned run starts from
-SHORT_NAMES = {LEARNING_RATE_FIELD: "lr", "model.num_layers": "layers", "train.num_steps": "steps"}
+SHORT_NAMES = {
+  LEARNING_RATE_FIELD: "lr",
+  "model.num_layers": "layers",
+  "train.num_steps": "steps",
+  "optimizer.name": "optimizer",
+}
 ABSENT = "absent"
 
 Item = TypeVar("Item")
@@ -29,7 +34,7 @@ class Group:
     setting: the other fields in which the report's groups differ, with this group's values.
     runs: indices into the report's runs.
     style: how they are drawn.
-    named: the fields of the setting that labels name.
+    named: the fields of the setting that its label names.
   """
 
   label: str
@@ -127,15 +132,39 @@ def make_groups(material: Material) -> list[Group]:
   placements = _ordered_placements(material)
   settings = sorted({setting_of(run) for run in runs}, key=sort_keys)
   named = named_fields(fields, settings, material.study.axes if material.study else ())
+  usual = _usual_values(material, named, [dict(zip(fields, values, strict=True)) for values in settings])
+
+  def changes_base(values: tuple[Any, ...]) -> bool:
+    setting = dict(zip(fields, values, strict=True))
+    return any(setting[field] != value for field, value in usual.items())
+
+  settings.sort(key=changes_base)  # the base comes first
   members = grouped(range(len(runs)), lambda index: (runs[index].placement, setting_of(runs[index])))
   groups = []
   for kind, placement in enumerate(placements):
     for variant, values in enumerate(settings):
       if (placement, values) in members:
         setting = dict(zip(fields, values, strict=True))
-        label = ", ".join([placement, *words({field: setting[field] for field in named})])
-        groups.append(Group(label, placement, setting, members[placement, values], Style(kind, variant), named))
+        told = [field for field in named if field not in usual or setting[field] != usual[field]]
+        label = ", ".join([placement, *words({field: setting[field] for field in told})])
+        groups.append(Group(label, placement, setting, members[placement, values], Style(kind, variant), told))
   return groups
+
+
+def _usual_values(material: Material, named: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+  """The values that labels need not name, by field: those of the base, of a study that changes it one thing at a time.
+
+  Six conditions of which each changes one thing would otherwise be told apart by all that any of them changes.
+  """
+  if material.study is None:
+    return {}
+  base = {field: material.study.base.get(field) for field in named if field != LEARNING_RATE_FIELD}
+  changes = set()
+  for setting in settings:
+    changes.add(frozenset(field for field, value in base.items() if setting[field] != value))
+  changed = [field for change in changes for field in change]
+  one_at_a_time = len(changes) > 2 and frozenset() in changes and len(set(changed)) == len(changed)
+  return base if one_at_a_time else {}
 
 
 def named_fields(fields: Sequence[str], settings: Sequence[tuple[Any, ...]], axes: Iterable[str] = ()) -> list[str]:

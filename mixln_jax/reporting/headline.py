@@ -153,7 +153,7 @@ def make_headline(rows: Sequence[Standing], baseline: str) -> Headline:
     found = [_match(one, base) for one in some if base is not None and one is not base]
     compared = [one for one in found if one is not None]
     matchups += compared
-    prefix = f"{_setting_words(some[0])}: " if len(by_setting) > 1 and _setting_words(some[0]) else ""
+    prefix = f"{_setting_words(some[0]) or 'as the base'}: " if len(by_setting) > 1 else ""
     lines.append(prefix + _sentence(some, compared, baseline))
     cautions += _cautions(some, compared)
   in_order = [one for some in by_setting.values() for one in some]

@@ -5,7 +5,7 @@ A field that was filled in is accepted again, so that a run's own config passes 
 
 import math
 
-from mixln_jax.config import Config, ModelConfig
+from mixln_jax.config import DERIVED, Config, ModelConfig
 from mixln_jax.errors import InputError
 from mixln_jax.model.parameters import parameters
 from mixln_jax.training.groups import implied_by, optimizer_table
@@ -35,7 +35,7 @@ def with_parameterization(config: Config) -> Config:
   implied = implied_by(config)
   for name, value in implied.items():
     stated = config.model[name]
-    if stated not in (1.0, value):
+    if stated not in (DERIVED[f"model.{name}"].left_out, value):
       raise InputError(
         f"config.model.{name}={stated:g}: config.optimizer.parameterization={config.optimizer.parameterization} makes "
         f"it {value:g}; leave it out, or use standard"
@@ -71,7 +71,7 @@ def with_num_steps(config: Config) -> Config:
   num_steps = max(1, math.ceil(tokens / (train.batch_size * config.data.sequence_length)))
   if train.num_steps == num_steps:
     return config
-  if train.num_steps != 0:
+  if train.num_steps != DERIVED["train.num_steps"].left_out:
     raise InputError(
       f"config.train.num_steps={train.num_steps} and tokens_per_parameter={train.tokens_per_parameter:g} both state "
       f"the length of the run, and the latter asks for {num_steps} steps; set config.train.num_steps=0, or "

@@ -1,5 +1,7 @@
 """What makes a comparison unfair is said, and what does not is not."""
 
+import json
+
 import pytest
 
 from mixln_jax import config as config_lib
@@ -8,7 +10,8 @@ from mixln_jax.reporting.analysis import analyze
 from mixln_jax.reporting.fairness import DRAWN, find
 from mixln_jax.reporting.groups import make_groups
 from mixln_jax.reporting.loading import load
-from reporting.making import make_run, make_study
+from mixln_jax.training.derived import with_derived
+from reporting.making import config_of, make_run, make_study
 
 
 def found(root, *changes):
@@ -179,6 +182,74 @@ def test_a_study_holds_its_runs_to_its_plan(tmp_path):
   findings = [finding.text for finding in find(material, make_groups(material))]
   assert any(text.startswith("train.batch_size differs and is not an axis") for text in findings)
   assert any(text.startswith("post is not the run that the study planned: seed=3, planned 0, ") for text in findings)
+
+
+CONDITIONS = {
+  "base": {},
+  "decay": {"optimizer.weight_decay": 0.1},
+  "completep": {"optimizer.parameterization": "completep", "optimizer.base_depth": 2},
+  "longer": {"data.sequence_length": 32},
+}
+
+
+@pytest.fixture
+def conditions(tmp_path):
+  """A study of two placements that changes its base one thing at a time, as its runs were trained."""
+  usual = {"optimizer.weight_decay": 0.0, "optimizer.parameterization": "standard", "optimizer.base_depth": 0}
+  usual["data.sequence_length"] = config_of()["data.sequence_length"]
+  losses = {}
+  for name, changes in CONDITIONS.items():
+    for number, placement in enumerate(("pre", "post")):
+      losses[f"{name}-{placement}"] = ({"model.placement": placement} | usual | changes, 5.0 - 0.1 * number)
+  folder = make_study(tmp_path / "study", losses, base=config_of() | usual)
+  for placement in ("pre", "post"):
+    change_config(
+      folder / "runs" / f"completep-{placement}", {"model.branch_multiplier": 0.5}
+    )  # as `train` fills it in
+    data = folder / "runs" / f"longer-{placement}" / "data.json"
+    data.write_text(json.dumps({"fingerprint": "e" * 16}))
+  return folder
+
+
+def change_config(run, changes):
+  config = json.loads((run / "config.json").read_text())
+  (run / "config.json").write_text(json.dumps(config | changes))
+
+
+def unfair(folder):
+  material = load([str(folder)])
+  return [finding.text for finding in find(material, make_groups(material)) if finding.level == "unfair"]
+
+
+def test_what_other_fields_decide_and_data_that_is_varied_are_no_fault(conditions):
+  """A study of parameterizations, or of contexts, would be called not comparable for what its own axes change."""
+  assert unfair(conditions) == []
+  change_config(conditions / "runs" / "decay-post", {"model.branch_multiplier": 0.5})  # which nothing there decides
+  texts = unfair(conditions)
+  assert any(text.startswith("model.branch_multiplier differs and is not an axis") for text in texts)
+  assert any(text.startswith("decay-post is not the run that the study planned: model.branch") for text in texts)
+  (conditions / "runs" / "longer-post" / "data.json").write_text(json.dumps({"fingerprint": "d" * 16}))
+  assert any(text.startswith("the runs were trained on different data (fingerprints)") for text in unfair(conditions))
+
+
+def test_a_condition_is_named_by_what_it_changes(conditions):
+  """Six conditions would each be named by all that any of them changes, which no line has room for."""
+  labels = [group.label for group in make_groups(load([str(conditions)]))]
+  of_pre = {label.removeprefix("pre").removeprefix(", ") for label in labels if label.startswith("pre")}
+  assert of_pre == {"", "weight_decay 0.1", "parameterization completep, base_depth 2", "sequence_length 32"}
+  lines = analyze(load([str(conditions)])).headline.lines
+  assert [line.startswith("as the base: ") for line in lines] == [True, False, False, False]
+
+
+def test_the_derived_fields_are_those_that_are_filled_in(make_config):
+  """A field that is filled in and not listed would be called a run that the study did not plan."""
+  changes = {"optimizer.parameterization": "completep", "optimizer.base_depth": 1, "optimizer.base_width": 8}
+  config = make_config(
+    **changes, **{"optimizer.base_head_dim": 2, "train.num_steps": 0, "train.tokens_per_parameter": 1}
+  )
+  before, after = config_lib.flatten(config), config_lib.flatten(with_derived(config))
+  assert {field for field in before if before[field] != after[field]} == set(config_lib.DERIVED)
+  assert all(before[field] == derived.left_out for field, derived in config_lib.DERIVED.items())
 
 
 def test_runs_of_different_code_are_named(tmp_path):
