@@ -3,10 +3,9 @@
 Command:  python -m mixln_jax prepare --config=configs/studies/recipe.py, once more with
           --config.data.sequence_length=512, then
           python -m mixln_jax sweep --config=configs/studies/recipe.py --workdir=DIR
-Hardware: one CPU core, at most about six hours for 126 runs of 0.7 M tokens, with MALLOC_ARENA_MAX=1
-          MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592: processor seconds of a step, measured on
-          a core that other work shared: pre 0.30, hc:4 0.38, muon 0.39, T = 512 0.60; 30 to start.
-Result:   docs/studies/recipe.md, once it has run.
+Hardware: 126 runs of 0.7 M tokens took 3.7 core-hours on two cores, which other work shared at times, with
+          MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592.
+Result:   docs/studies/recipe.md: mix:0.25 - pre is -0.52 nats in the base condition, -0.11 under Muon.
 Source:   ours. arXiv 2603.15389: weight decay, context and grouped queries dampen the growth of Pre-LN's variance, and
           the recipe of arXiv 2412.13795 has none of them. arXiv 2604.01563: norm and optimizer interact.
 """
