@@ -1,5 +1,6 @@
 """docs/tutorial.ipynb: small, whole, and what it shows is what it prints today."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -26,6 +27,16 @@ def test_the_notebook_is_small_and_shows_its_outputs():
   assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
   assert len(printed(notebook["cells"])) < 20
   assert "/" not in "".join(printed(notebook["cells"]))  # no path of the machine that ran it
+
+
+def test_the_names_that_it_imports_are_there():
+  """Would catch a name that moved before the slow test below, which trains."""
+  code = "\n".join("".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"])
+  imports = re.findall(r"^from (mixln_jax[\w.]*) import (.+)$", code, re.MULTILINE)
+  assert imports
+  for module, names in imports:
+    for name in names.split(","):
+      assert hasattr(importlib.import_module(module), name.split(" as ")[0].strip()), f"{module}: {name}"
 
 
 @pytest.mark.slow

@@ -34,8 +34,8 @@ The files, in the order to read them:
 """
 
 from mixln_jax.placement.grammar import MIX, at_step, num_post_layers, parse, without_step
-from mixln_jax.placement.modifiers import FIXED_FACTORS, MODIFIERS, RAMPS
-from mixln_jax.placement.rows import ROWS, identity
+from mixln_jax.placement.modifiers import FIXED_FACTORS, MODIFIERS, RAMPS, Modifier
+from mixln_jax.placement.rows import ROWS, Argument, Placement, Position, Rows, identity
 from mixln_jax.placement.table import (
   LEARNED,
   NO_RAMP,
@@ -43,6 +43,7 @@ from mixln_jax.placement.table import (
   STREAM_SETS,
   SUBLAYERS,
   Layer,
+  Ramp,
   Row,
   Streams,
   StreamSet,
@@ -61,8 +62,14 @@ __all__ = [
   "ROWS",
   "STREAM_SETS",
   "SUBLAYERS",
+  "Argument",
   "Layer",
+  "Modifier",
+  "Placement",
+  "Position",
+  "Ramp",
   "Row",
+  "Rows",
   "StreamSet",
   "Streams",
   "Table",
