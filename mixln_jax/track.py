@@ -41,7 +41,8 @@ class Track:
     placements: those of the board.
     baseline: the placement that all others are compared with.
     seeds: that every entry has at its best rate.
-    close_seeds: that it has where its mean difference from the baseline is below `close`, in nats.
+    close_seeds: that it has where its mean difference from the baseline is below `close`, in nats, and in a study
+      without the baseline.
     baseline_seeds: that the baseline has; the noise is measured on them.
     close: that difference.
     added: what a placement may learn besides gains of norms, as a fraction of the baseline's parameters.

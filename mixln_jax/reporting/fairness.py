@@ -115,10 +115,20 @@ def _undeclared(runs: Sequence[ReportedRun], axes: Sequence[str]) -> Iterator[Fi
   if starts_follow_placements(runs):
     declared.update(START_FIELDS)
   for field in differing_fields(runs):
-    if changes_the_run(field) and field not in declared and not all(_follows(run, field) for run in runs):
+    if changes_the_run(field) and field not in declared and not _all_follow(runs, field):
       by_value = grouped(runs, lambda run, field=field: value_of(run, field))
       text = f"{field} differs and is not an axis of the comparison: {_listed(by_value)}"
       yield Finding("unfair", f"{text}. Runs that differ in it are not compared with each other below")
+
+
+def _all_follow(runs: Sequence[ReportedRun], field: str) -> bool:
+  """Whether other fields decided this one in all runs: where those are equal it has one value."""
+  if not all(_follows(run, field) for run in runs):
+    return False
+  free = {*DERIVED, PLACEMENT_FIELD, LEARNING_RATE_FIELD, *SEED_FIELDS}
+  others = [name for name in differing_fields(runs) if changes_the_run(name) and name not in free]
+  alike = grouped(runs, lambda run: tuple(value_of(run, name) for name in others))
+  return all(len({value_of(run, field) for run in some}) == 1 for some in alike.values())
 
 
 def _follows(run: ReportedRun, field: str) -> bool:
@@ -159,7 +169,9 @@ def _not_as_planned(material: Material) -> Iterator[Finding]:
 def _data(runs: Sequence[ReportedRun], axes: Sequence[str]) -> Iterator[Finding]:
   """Runs must have equal data; in a study that varies the data itself, those that are compared with each other."""
   known = [run for run in runs if run.fingerprint is not None]
-  varied = [field for field in axes if field.startswith("data.") and field not in SEED_FIELDS]
+  varied = [
+    field for field in axes if field.startswith("data.") and field not in SEED_FIELDS and changes_the_run(field)
+  ]
   for compared in grouped(known, lambda run: tuple(value_of(run, field) for field in varied)).values():
     by_fingerprint = grouped(compared, lambda run: str(run.fingerprint))
     if len(by_fingerprint) > 1:

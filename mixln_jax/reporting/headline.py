@@ -153,7 +153,10 @@ def make_headline(rows: Sequence[Standing], baseline: str) -> Headline:
     found = [_match(one, base) for one in some if base is not None and one is not base]
     compared = [one for one in found if one is not None]
     matchups += compared
-    prefix = f"{_setting_words(some[0]) or 'as the base'}: " if len(by_setting) > 1 else ""
+    told = _setting_words(some[0])
+    if not told and any(map(_setting_words, contenders)):
+      told = "as the base"
+    prefix = f"{told}: " if len(by_setting) > 1 and told else ""
     lines.append(prefix + _sentence(some, compared, baseline))
     cautions += _cautions(some, compared)
   in_order = [one for some in by_setting.values() for one in some]

@@ -171,9 +171,10 @@ def _final_losses(runs: Sequence[Run]) -> dict[str, float]:
   """The final loss of each run that is done, NaN where it diverged."""
   losses: dict[str, float] = {}
   for run in runs:
-    state = state_of(run) if run.folder.has_run else State(OPEN, None)
-    if state.state == DONE and state.outcome is not None:
-      validation = {} if state.outcome.diverged else state.outcome.validation or {}
+    # By its outcome alone: a lock that a killed machine left does not make a run that has ended one that trains.
+    outcome = read_outcome(run.folder) if run.folder.has_run else None
+    if outcome is not None and _is_end(outcome, run.config.train.num_steps):
+      validation = {} if outcome.diverged else outcome.validation or {}
       losses[run.name] = float(validation.get("loss", math.nan))
   return losses
 

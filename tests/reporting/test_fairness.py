@@ -228,8 +228,32 @@ def test_what_other_fields_decide_and_data_that_is_varied_are_no_fault(condition
   texts = unfair(conditions)
   assert any(text.startswith("model.branch_multiplier differs and is not an axis") for text in texts)
   assert any(text.startswith("decay-post is not the run that the study planned: model.branch") for text in texts)
+  change_config(conditions / "runs" / "decay-post", {"model.branch_multiplier": 1.0})
+  change_config(conditions / "runs" / "completep-post", {"model.branch_multiplier": 0.25})  # the same fields decide it
+  assert any(text.startswith("model.branch_multiplier differs and is not an axis") for text in unfair(conditions))
+  change_config(conditions / "runs" / "completep-post", {"model.branch_multiplier": 0.5})
   (conditions / "runs" / "longer-post" / "data.json").write_text(json.dumps({"fingerprint": "d" * 16}))
   assert any(text.startswith("the runs were trained on different data (fingerprints)") for text in unfair(conditions))
+
+
+def test_lengths_that_follow_are_those_of_equal_models(tmp_path):
+  """Runs of another length pass where their size decides it, and not where nothing does."""
+  derived = {"train__tokens_per_parameter": 20.0}
+  runs = (PRE | derived | {"train__num_steps": 20}, POST | derived | {"train__num_steps": 40})
+  texts = [text for level, text in found(tmp_path, *runs) if level == "unfair"]
+  assert any(text.startswith("train.num_steps differs and is not an axis") for text in texts)
+
+
+def test_a_folder_of_data_that_is_varied_excuses_no_other_data(tmp_path):
+  """Fields that say how data is read are in no setting: other data at one of them would be averaged in."""
+  losses = {}
+  for number, workers in enumerate((0, 2)):
+    for placement in ("pre", "post"):
+      losses[f"{placement}{workers}"] = ({"model.placement": placement, "data.num_workers": workers}, 5.0 + number)
+  folder = make_study(tmp_path / "study", losses)
+  assert unfair(folder) == []
+  (folder / "runs" / "post2" / "data.json").write_text(json.dumps({"fingerprint": "d" * 16}))
+  assert any(text.startswith("the runs were trained on different data") for text in unfair(folder))
 
 
 def test_a_condition_is_named_by_what_it_changes(conditions):
@@ -239,6 +263,16 @@ def test_a_condition_is_named_by_what_it_changes(conditions):
   assert of_pre == {"", "weight_decay 0.1", "parameterization completep, base_depth 2", "sequence_length 32"}
   lines = analyze(load([str(conditions)])).headline.lines
   assert [line.startswith("as the base: ") for line in lines] == [True, False, False, False]
+
+
+def test_runs_without_a_study_have_no_base(tmp_path):
+  """Settings that only the learning rate tells apart would both be called the base's."""
+  folders = []
+  for number, (rate, decay) in enumerate(((1e-3, 0.0), (3e-3, 0.1))):
+    for placement in ("pre", "post"):
+      fields = {"model__placement": placement, "optimizer__learning_rate": rate, "optimizer__weight_decay": decay}
+      folders.append(str(make_run(tmp_path / f"{placement}{number}", 5.0, **fields)))
+  assert not any("base:" in line for line in analyze(load(folders)).headline.lines)
 
 
 def test_the_derived_fields_are_those_that_are_filled_in(make_config):

@@ -2,7 +2,9 @@
 
 import pytest
 
+from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
+from mixln_jax.runs.outcome import FINISHED, Outcome, write_outcome
 from mixln_jax.sweeps import sequence
 from mixln_jax.sweeps.study import make_study
 
@@ -80,6 +82,18 @@ def test_a_stage_that_another_process_opens_meanwhile_is_no_other_study(make_con
   looks += [study, study]
   with pytest.raises(InputError, match="holds another study: it has runs that this one lacks"):
     sequence.open_with_stages(study, tmp_path / "study")
+
+
+def test_a_lock_that_a_killed_machine_left_hides_no_finished_run(make_config, tmp_path):
+  """From another machine the study could not be opened again: its next stage seemed to lack a run before it."""
+  study = make_study(make_config(), [{"seed": (0,), RATE: (1e-3, 2e-3)}], then=[{"best": RATE, "grid": {"seed": (1,)}}])
+  runs = sequence.open_study(study, tmp_path / "study")
+  for run in runs:
+    run.folder.create(config_lib.to_json(run.config))
+    write_outcome(run.folder, Outcome(FINISHED, run.config.train.num_steps, validation={"step": 2, "loss": 3.0}))
+  assert len(sequence.open_with_stages(study, tmp_path / "study")) == 3
+  (runs[0].folder / ".lock").write_text('{"host": "another"}')
+  assert len(sequence.open_with_stages(study, tmp_path / "study")) == 3
 
 
 def test_seeds_that_a_stage_adds_do_not_move_the_best_rate(make_config):

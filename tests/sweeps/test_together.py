@@ -18,6 +18,7 @@ import mixln_jax
 from mixln_jax import config as config_lib
 from mixln_jax.errors import InputError
 from mixln_jax.runs import outcome as outcomes_lib
+from mixln_jax.runs.checkpoint import Checkpoints
 from mixln_jax.runs.metrics import read_metrics
 from mixln_jax.sweeps.joint import joint_set, train_together
 from mixln_jax.sweeps.sequence import open_study
@@ -198,6 +199,34 @@ def test_killed_between_the_saves_of_two_runs_they_resume(make_config, tmp_path,
   train_together(study, joint_set(runs))
   for run, whole in zip(runs, expected, strict=True):
     assert_same_runs(read_metrics(run.folder / "metrics.jsonl"), read_metrics(whole.folder / "metrics.jsonl"))
+
+
+def test_no_run_saves_before_all_have_written_their_last_checkpoint(make_config, tmp_path, monkeypatch):
+  """One run would remove an older checkpoint for a new one while another's newest is unwritten: no step of both."""
+  config = make_config(**{"checkpoint.every_steps": 1, "train.num_steps": 3, "evaluate.every_steps": 0})
+  study = study_of(config, "placement=pre post")
+  runs = open_study(study, tmp_path / "study")
+  events = []
+
+  def wait(self, wait=Checkpoints.wait):
+    events.append(self)
+    wait(self)
+
+  def save(self, step, *arguments, save=Member.save):
+    events.append(step)
+    save(self, step, *arguments)
+
+  monkeypatch.setattr(Checkpoints, "wait", wait)
+  monkeypatch.setattr(Member, "save", save)
+  train_together(study, joint_set(runs))
+  all_checkpoints = {event for event in events if isinstance(event, Checkpoints)}
+  assert len(all_checkpoints) == 2
+  for step in (2, 3):
+    last_save_before = max(number for number, event in enumerate(events) if event == step - 1)
+    # The save of the second run waits for its own; what counts is that the first one waited for both.
+    own_wait = 1
+    between = events[last_save_before + 1 + own_wait : events.index(step)]
+    assert all_checkpoints <= set(between)
 
 
 def test_a_damaged_checkpoint_of_a_frozen_run_stops_nobody(make_config, tmp_path, monkeypatch):
