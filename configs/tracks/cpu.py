@@ -4,13 +4,13 @@ Command:  pip install --no-deps -r requirements-text.txt
           python -m mixln_jax prepare --config=configs/tracks/cpu.py
           python -m mixln_jax sweep --track=configs/tracks/cpu.py --workdir=work/tracks/cpu
           python -m mixln_jax report --track=configs/tracks/cpu.py work/tracks/cpu --output=work/tracks/cpu/board
-Hardware: 2 CPU cores, an estimated 6 hours (12 core-hours) with two such sweeps side by side, each with
+Hardware: 2 CPU cores, an estimated 8 hours (15 core-hours) with two such sweeps side by side, each with
           MALLOC_ARENA_MAX=1, MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=8589934592. 54 runs to tune,
           one more for each best rate at an edge, two seeds more for each of the 18, five more for each that is within
-          0.05 nats of pre, 12 for pre: 150 to 205 runs. In processor time, on cores that others used: 120 steps of pre
-          took 56 s from start to end, so a run about 3 min; mhc:4 takes 0.69 s a step (20 and 120 steps), 12 min a run.
-Result:   none yet. docs/track.md says how the board is read; --export=FILE.csv of the sweep writes the curves that
-          --compare=FILE.csv holds a new run against.
+          0.05 nats of pre, 12 for pre: 150 to 205 runs. The first three runs of pre took 5.7 to 6.6 min, on cores that
+          others used; mhc:4 takes 0.69 s of processor a step (20 and 120 steps), 12 min a run.
+Result:   none yet but six runs (docs/studies/cpu_track_1.tar.xz). docs/track.md says how the board is read;
+          --export=FILE.csv of the sweep writes the curves that --compare=FILE.csv holds a new run against.
 Source:   ours; 589,176 parameters, 2.05 M tokens a run (3.5 a parameter), 19 % of the corpus. As long as the runs of
           docs/studies/first_norm.md, which differed at 0.5 M tokens by what was gone at 2 M.
 """
