@@ -239,7 +239,8 @@ def test_a_damaged_checkpoint_of_a_frozen_run_stops_nobody(make_config, tmp_path
   outcome = frozen.read("outcome.json")
   assert json.loads(outcome)["status"] == outcomes_lib.NON_FINITE
   (runs[0].folder / "outcome.json").unlink()  # as of a process that was killed before it wrote it
-  (frozen / "checkpoints" / str(json.loads(outcome)["last_checkpoint"]) / "params" / "manifest.ocdbt").write_text("")
+  facts = frozen / "checkpoints" / str(json.loads(outcome)["last_checkpoint"]) / "facts" / "metadata"
+  facts.write_text(facts.read_text().replace('"version"', '"Version"'))
   restored = []
 
   def restore(self, step, restore=Member.restore):
