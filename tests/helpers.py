@@ -18,6 +18,10 @@ from mixln_jax.model.parameters import abstract_params
 EXACT = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
 
 
+class Killed(BaseException):
+  """Stands for SIGKILL: nothing catches it."""
+
+
 def small_model(**fields):
   """config.model of a small LLaMA."""
   model = config_lib.base().model

@@ -14,34 +14,6 @@ from mixln_jax.placement.rows import ROWS, Argument, Arguments, Position, Rows
 from mixln_jax.placement.table import STREAM_SETS, Layer, Streams, Table, streams_of
 from mixln_jax.text import shown, whole_number
 
-
-def at_step(placement: str, num_layers: int, step: int) -> str:
-  """The placement after `step` finished updates: `pre+prores` -> `pre+prores:linear:1000@40`.
-
-  With this string and the parameters, what a model computes is fully determined; so evaluation, generation, export and
-  diagnosis of a checkpoint use the placement at its step. A placement without a ramp is returned unchanged.
-  """
-  if parse(placement, num_layers).ramp_end == 0.0:
-    return placement
-  segments = []
-  for segment in placement.split(","):
-    words = []
-    for word in segment.split("+"):
-      name, *texts = word.split(":")
-      if name == "prores" and "@" not in word and texts[:1] not in [[fixed] for fixed in FIXED_FACTORS]:
-        texts = [*texts, *["linear", str(DEFAULT_RAMP_STEPS)][len(texts) :]]
-        word = ":".join((name, *texts)) + f"@{step}"
-      words.append(word)
-    segments.append("+".join(words))
-  return ",".join(segments)
-
-
-def without_step(placement: str) -> str:
-  """The placement without the step that `at_step` wrote into it, and without arguments of ramps that are defaults."""
-  default = f"+prores:linear:{DEFAULT_RAMP_STEPS}"
-  return re.sub(r"@\d+", "", placement).replace(default, "+prores").replace("+prores:linear", "+prores")
-
-
 MIX = "mix"
 ALPHA = Argument("fraction of Post-LN layers", 0.0, 1.0, default=0.25)
 CHOICES = (*ROWS, f"{MIX}:ALPHA")
@@ -251,3 +223,33 @@ def _expand_segments(segments: list[_Segment], num_layers: int, placement: str) 
     for _ in range(count):
       layers.append(_layer(segment, segment.names, Position(len(layers), num_layers), placement))
   return layers
+
+
+# The string of a model after some updates.
+
+
+def at_step(placement: str, num_layers: int, step: int) -> str:
+  """The placement after `step` finished updates: `pre+prores` -> `pre+prores:linear:1000@40`.
+
+  With this string and the parameters, what a model computes is fully determined; so evaluation, generation, export and
+  diagnosis of a checkpoint use the placement at its step. A placement without a ramp is returned unchanged.
+  """
+  if parse(placement, num_layers).ramp_end == 0.0:
+    return placement
+  segments = []
+  for segment in placement.split(","):
+    words = []
+    for word in segment.split("+"):
+      name, *texts = word.split(":")
+      if name == "prores" and "@" not in word and texts[:1] not in [[fixed] for fixed in FIXED_FACTORS]:
+        texts = [*texts, *["linear", str(DEFAULT_RAMP_STEPS)][len(texts) :]]
+        word = ":".join((name, *texts)) + f"@{step}"
+      words.append(word)
+    segments.append("+".join(words))
+  return ",".join(segments)
+
+
+def without_step(placement: str) -> str:
+  """The placement without the step that `at_step` wrote into it, and without arguments of ramps that are defaults."""
+  default = f"+prores:linear:{DEFAULT_RAMP_STEPS}"
+  return re.sub(r"@\d+", "", placement).replace(default, "+prores").replace("+prores:linear", "+prores")

@@ -118,7 +118,7 @@ def make_groups(material: Material) -> list[Group]:
   """The groups of a report.
 
   Placements come in the order of the study, else from `pre` over mixtures to `post` and then all others; the settings
-  of one placement are sorted.
+  of one placement are sorted, that of a study's base first where labels name what differs from it.
   """
   runs = material.runs
   no_setting = {PLACEMENT_FIELD, *SEED_FIELDS}
@@ -132,19 +132,19 @@ def make_groups(material: Material) -> list[Group]:
   placements = _ordered_placements(material)
   settings = sorted({setting_of(run) for run in runs}, key=sort_keys)
   named = named_fields(fields, settings, material.study.axes if material.study else ())
-  usual = _usual_values(material, named, [dict(zip(fields, values, strict=True)) for values in settings])
+  by_field = {values: dict(zip(fields, values, strict=True)) for values in settings}
+  usual = _usual_values(material, named, list(by_field.values()))
 
   def changes_base(values: tuple[Any, ...]) -> bool:
-    setting = dict(zip(fields, values, strict=True))
-    return any(setting[field] != value for field, value in usual.items())
+    return any(by_field[values][field] != value for field, value in usual.items())
 
-  settings.sort(key=changes_base)  # the base comes first
+  settings.sort(key=changes_base)
   members = grouped(range(len(runs)), lambda index: (runs[index].placement, setting_of(runs[index])))
   groups = []
   for kind, placement in enumerate(placements):
     for variant, values in enumerate(settings):
       if (placement, values) in members:
-        setting = dict(zip(fields, values, strict=True))
+        setting = by_field[values]
         told = [field for field in named if field not in usual or setting[field] != usual[field]]
         label = ", ".join([placement, *words({field: setting[field] for field in told})])
         groups.append(Group(label, placement, setting, members[placement, values], Style(kind, variant), told))

@@ -23,6 +23,7 @@ def found(root, *changes):
 
 PRE = {"model__placement": "pre"}
 POST = {"model__placement": "post"}
+MLP_DIM = config_of()["model.mlp_dim"]
 
 
 def test_a_fair_comparison_has_nothing_to_say(tmp_path):
@@ -203,9 +204,8 @@ def conditions(tmp_path):
       losses[f"{name}-{placement}"] = ({"model.placement": placement} | usual | changes, 5.0 - 0.1 * number)
   folder = make_study(tmp_path / "study", losses, base=config_of() | usual)
   for placement in ("pre", "post"):
-    change_config(
-      folder / "runs" / f"completep-{placement}", {"model.branch_multiplier": 0.5}
-    )  # as `train` fills it in
+    completep = folder / "runs" / f"completep-{placement}"
+    change_config(completep, {"model.branch_multiplier": 0.5})  # as `train` fills it in
     data = folder / "runs" / f"longer-{placement}" / "data.json"
     data.write_text(json.dumps({"fingerprint": "e" * 16}))
   return folder
@@ -237,11 +237,14 @@ def test_what_other_fields_decide_and_data_that_is_varied_are_no_fault(condition
 
 
 def test_lengths_that_follow_are_those_of_equal_models(tmp_path):
-  """Runs of another length pass where their size decides it, and not where nothing does."""
-  derived = {"train__tokens_per_parameter": 20.0}
-  runs = (PRE | derived | {"train__num_steps": 20}, POST | derived | {"train__num_steps": 40})
-  texts = [text for level, text in found(tmp_path, *runs) if level == "unfair"]
-  assert any(text.startswith("train.num_steps differs and is not an axis") for text in texts)
+  """A length that nothing decides would pass, or one that the size of the model decides be called a fault."""
+  short, long = ({"train__tokens_per_parameter": 20.0, "train__num_steps": steps} for steps in (20, 40))
+
+  def named_lengths(root, *runs):
+    return [text for level, text in found(root, *runs) if level == "unfair" and text.startswith("train.num_steps")]
+
+  assert len(named_lengths(tmp_path / "equal", PRE | short, POST | long)) == 1
+  assert named_lengths(tmp_path / "sizes", PRE | short, POST | long | {"model__mlp_dim": 2 * MLP_DIM}) == []
 
 
 def test_a_folder_of_data_that_is_varied_excuses_no_other_data(tmp_path):
@@ -278,9 +281,8 @@ def test_runs_without_a_study_have_no_base(tmp_path):
 def test_the_derived_fields_are_those_that_are_filled_in(make_config):
   """A field that is filled in and not listed would be called a run that the study did not plan."""
   changes = {"optimizer.parameterization": "completep", "optimizer.base_depth": 1, "optimizer.base_width": 8}
-  config = make_config(
-    **changes, **{"optimizer.base_head_dim": 2, "train.num_steps": 0, "train.tokens_per_parameter": 1}
-  )
+  changes |= {"optimizer.base_head_dim": 2, "train.num_steps": 0, "train.tokens_per_parameter": 1}
+  config = make_config(**changes)
   before, after = config_lib.flatten(config), config_lib.flatten(with_derived(config))
   assert {field for field in before if before[field] != after[field]} == set(config_lib.DERIVED)
   assert all(before[field] == derived.left_out for field, derived in config_lib.DERIVED.items())

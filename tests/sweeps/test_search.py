@@ -18,6 +18,8 @@ import pytest
 
 pytest.importorskip("optuna", reason="a search needs Optuna: pip install -r requirements-search.txt")
 
+from helpers import Killed
+
 from mixln_jax import config as config_lib
 from mixln_jax import placement
 from mixln_jax.command_line import CommandLine
@@ -113,10 +115,6 @@ def test_a_diverged_candidate_is_a_result_and_never_goes_on():
   assert sorted(found.losses(second)) == [6, 8, 10, 12]
   with pytest.raises(InputError, match="all 12 candidates diverged before step 1; lower config"):
     run(search, lambda candidates, rung: [Result(math.inf, "non_finite")] * len(candidates))
-
-
-class Killed(BaseException):
-  """Stands for SIGKILL: nothing catches it."""
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])

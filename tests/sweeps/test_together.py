@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import saved_params
+from helpers import Killed, saved_params
 
 import mixln_jax
 from mixln_jax import config as config_lib
@@ -170,10 +170,6 @@ def test_all_may_freeze_and_a_finished_run_is_never_trained_again(make_config, t
   assert outcomes[0].skipped_updates == json.loads(before)["skipped_updates"]
   assert runs[1].folder.read("outcome.json") == before
   assert joint_set(runs) == []
-
-
-class Killed(BaseException):
-  """Stands for SIGKILL: nothing catches it."""
 
 
 @pytest.mark.parametrize("number", [1, 4], ids=["first saves", "later saves"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import saved_params
+from helpers import Killed, saved_params
 
 from mixln_jax import config as config_lib
 from mixln_jax.data.prepare import prepare
@@ -394,10 +394,6 @@ def test_too_many_in_a_row_end_the_run_with_what_is_needed_to_do_the_step_again(
     np.testing.assert_array_equal(batch["tokens_BT"], expected["tokens_BT"])
   poison()  # run again, it goes on after the step that could not be made
   assert loop.train(config, tmp_path / "run").step == 8
-
-
-class Killed(BaseException):
-  """Stands for SIGKILL: nothing catches it."""
 
 
 @pytest.mark.parametrize("where", ["dump", "checkpoint"])
