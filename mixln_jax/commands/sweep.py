@@ -23,7 +23,7 @@ from mixln_jax.parallel.compile_cache import use_compile_cache
 from mixln_jax.runs.outcome import STOPPED
 from mixln_jax.signals import STOPPED_STATUS
 from mixln_jax.sweeps import sequence
-from mixln_jax.sweeps.joint import joint_set, train_together
+from mixln_jax.sweeps.joint import check_keeps_two, joint_set, train_together
 from mixln_jax.sweeps.progress import StudyProgress
 from mixln_jax.sweeps.record import Held, hold_against, write_curves
 from mixln_jax.sweeps.study import TOGETHER, Run, Study, load_study, make_study, parse_axes
@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
     _show(runs, runs)
     return 0
   if values.together:
+    check_keeps_two(base)  # before anything is written
     processes.join(base.parallel)
   for config in {run.config.data.to_json(): run.config for run in runs}.values():
     data = open_data(config)  # what is not prepared is said before anything is trained

@@ -16,6 +16,7 @@ from helpers import Killed, saved_params
 
 import mixln_jax
 from mixln_jax import config as config_lib
+from mixln_jax.__main__ import main
 from mixln_jax.errors import InputError
 from mixln_jax.runs import outcome as outcomes_lib
 from mixln_jax.runs.checkpoint import Checkpoints
@@ -260,7 +261,12 @@ def test_a_lock_left_behind_does_not_bring_a_finished_run_back(make_config, tmp_
   assert joint_set([finished, added]) == [added]
 
 
-def test_one_checkpoint_of_each_is_too_few(make_config, tmp_path):
+def test_one_checkpoint_of_each_is_too_few(make_config, tmp_path, capsys):
+  """A kill between two saves would leave no step of both, and a refusal leaves no study.json."""
+  command = ["sweep", "--config=configs/tiny.py", "--axis=model.placement=pre post", "--together"]
+  assert main([*command, "--config.checkpoint.keep_last=1", f"--workdir={tmp_path / 'study'}"]) == 2
+  assert "set it to 2 or more" in capsys.readouterr().err
+  assert not (tmp_path / "study").exists()
   study = study_of(make_config(**{"checkpoint.keep_last": 1}), "placement=pre post")
   with pytest.raises(InputError, match=r"keep_last=1: runs that are trained together.*set it to 2 or more"):
     train_together(study, study.runs(tmp_path / "study"))
